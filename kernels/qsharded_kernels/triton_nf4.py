@@ -1,0 +1,173 @@
+"""NF4 in Triton, for any GPU; without one under TRITON_INTERPRET=1.
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row; within a kernel B = blocks of
+one program, W = weights in a block.
+The callers check what users pass; the assertions here guard raw memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks
+
+BLOCK = tl.constexpr(checks.BLOCK)
+ABSMAX_BLOCK = tl.constexpr(checks.ABSMAX_BLOCK)
+MIDPOINTS = tl.constexpr(checks.MIDPOINTS)
+SMALLEST_ABSMAX = tl.constexpr(1e-38)  # keeps the reciprocal finite in an all-zero block
+
+_BLOCKS_PER_PROGRAM = 32  # 2,048 weights: at 4 warps 16 a thread, enough loads in flight to hide memory's latency
+
+
+def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16 on the GPU.
+
+    code = how many ``midpoints`` (fp32 [15]) lie below weight * (1 / max(absmax, 1e-38)). NaN and infinity show in
+    absmax.
+    """
+    weight_NK = weight_NK.contiguous()
+    N, K = weight_NK.shape
+    G = K // checks.BLOCK
+    checks.assert_weight(weight_NK, midpoints)
+    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
+    absmax_NG = torch.empty(N, G, dtype=torch.float32, device=weight_NK.device)
+    with torch.cuda.device_of(weight_NK):  # Triton launches on the current device
+        _quantize_kernel[(triton.cdiv(N * G, _BLOCKS_PER_PROGRAM),)](
+            _bits_of_bf16(weight_NK), midpoints, codes_NP, absmax_NG, N * G, BLOCKS=_BLOCKS_PER_PROGRAM
+        )
+    return codes_NP, absmax_NG
+
+
+def dequantize(
+    codes_NP: Tensor,
+    absmax_NG: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    levels: Tensor,
+    absmax_map: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 level * absmax, rounded once.
+
+    ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
+    fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
+    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
+    ``absmax_map``: fp32 [256].
+    """
+    codes_NP = codes_NP.contiguous()
+    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    N, G = absmax_NG.shape
+    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    out_NK = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
+    with torch.cuda.device_of(codes_NP):
+        _dequantize_kernel[(triton.cdiv(N * G, _BLOCKS_PER_PROGRAM),)](
+            codes_NP,
+            absmax_NG,
+            absmax_NG.stride(0),
+            absmax_scales,
+            absmax_offset,
+            absmax_map,
+            levels,
+            _bits_of_bf16(out_NK),
+            N * G,
+            G,
+            DOUBLE_QUANT=absmax_scales is not None,
+            BLOCKS=_BLOCKS_PER_PROGRAM,
+            enable_fp_fusion=False,  # a fused multiply-add would round absmax once, the format rounds it twice
+        )
+    return out_NK
+
+
+def _bits_of_bf16(tensor: Tensor) -> Tensor:
+    """bf16 as int16, others as they are: Triton's interpreter truncates to bf16, so the kernels round by integers."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+@triton.jit
+def _quantize_kernel(weight_ptr, midpoints_ptr, codes_ptr, absmax_ptr, blocks, BLOCKS: tl.constexpr):
+    block_B = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    weight_at_BW = block_B[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    weight_BW = _to_fp32(tl.load(weight_ptr + weight_at_BW, mask=block_B[:, None] < blocks, other=0))
+    absmax_B = _largest_magnitude(weight_BW)
+    tl.store(absmax_ptr + block_B, absmax_B, mask=block_B < blocks)
+    code_BW = _nearest_codes(weight_BW * _reciprocal(absmax_B)[:, None], midpoints_ptr)
+    first_BP, second_BP = tl.split(code_BW.reshape(BLOCKS, BLOCK // 2, 2))
+    byte_at_BP = block_B[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte_BP = ((first_BP << 4) | second_BP).to(tl.uint8)
+    tl.store(codes_ptr + byte_at_BP, byte_BP, mask=block_B[:, None] < blocks)
+
+
+@triton.jit
+def _largest_magnitude(weight_BW):
+    """max(abs()) over each row. Without their sign bits floats order as integers do, and NaN is the largest."""
+    magnitude_BW = weight_BW.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(magnitude_BW, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reciprocal(absmax_B):
+    # tl.full, for Triton takes a literal as small as this for fp64
+    divisor_B = tl.maximum(absmax_B, tl.full(absmax_B.shape, SMALLEST_ABSMAX, tl.float32))
+    return tl.div_rn(tl.full(absmax_B.shape, 1.0, tl.float32), divisor_B)
+
+
+@triton.jit
+def _nearest_codes(scaled_BW, midpoints_ptr):
+    """How many midpoints lie below each value: the index of the nearest level, a tie going down."""
+    code_BW = tl.zeros(scaled_BW.shape, tl.int32)
+    for i in tl.static_range(MIDPOINTS):
+        code_BW += (scaled_BW > tl.load(midpoints_ptr + i)).to(tl.int32)
+    return code_BW
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    absmax_ptr,
+    absmax_row_stride,
+    scales_ptr,
+    offset_ptr,
+    map_ptr,
+    levels_ptr,
+    out_ptr,
+    blocks,
+    blocks_per_row,
+    DOUBLE_QUANT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
+    block_B = first_block + tl.arange(0, BLOCKS)
+    inside_B = block_B < blocks
+    # one 64-bit division a program; within it 32 bits do
+    column_B = (first_block % blocks_per_row).to(tl.int32) + tl.arange(0, BLOCKS)
+    row_B = first_block // blocks_per_row + column_B // blocks_per_row
+    absmax_B = tl.load(absmax_ptr + row_B * absmax_row_stride + column_B % blocks_per_row, mask=inside_B, other=0)
+    if DOUBLE_QUANT:
+        scale_B = tl.load(scales_ptr + block_B // ABSMAX_BLOCK, mask=inside_B, other=0)
+        absmax_B = tl.load(map_ptr + absmax_B.to(tl.int32)) * scale_B + tl.load(offset_ptr)
+    byte_at_BP = block_B[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte_BP = tl.load(codes_ptr + byte_at_BP, mask=inside_B[:, None], other=0).to(tl.int32)
+    level_BW = tl.interleave(tl.load(levels_ptr + (byte_BP >> 4)), tl.load(levels_ptr + (byte_BP & 15)))
+    weight_at_BW = block_B[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    value_BW = _from_fp32(level_BW * absmax_B[:, None], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + weight_at_BW, value_BW, mask=inside_B[:, None])
+
+
+@triton.jit
+def _to_fp32(value):
+    """``value`` in fp32; int16 holds bf16's bits."""
+    if value.dtype == tl.int16:
+        return (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _from_fp32(value, dtype: tl.constexpr):
+    """``value`` rounded to ``dtype``, nearest even; int16 receives bf16's bits."""
+    if dtype == tl.int16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        return value.to(dtype)

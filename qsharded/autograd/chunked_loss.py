@@ -1,0 +1,78 @@
+"""Cross-entropy of a language-model head without its logits.
+
+Axes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The target of a token that is not supervised, as in torch's cross_entropy."""
+
+# 2^26 fp32 logits are 256 MiB: 523 tokens of a 128k vocabulary, enough rows for the matmuls to run at full speed.
+_LOGITS_PER_CHUNK = 1 << 26
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_size: int | None = None
+) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], a scalar in fp32 (fp64 for fp64 input).
+
+    Works through `chunk_size` tokens at a time (None: as many as fill 256 MiB of logits) and computes the gradients
+    in the same pass, so that no more than one chunk of logits ever exists. Targets of -100 count for nothing.
+    Gradients: hidden, and weight where it requires one. Not differentiable twice.
+    """
+    if chunk_size is None:
+        chunk_size = max(1, _LOGITS_PER_CHUNK // weight_VD.shape[0])
+    with_grad = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_size, with_grad)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_size: int, with_grad: bool
+    ) -> Tensor:
+        wants_hidden, wants_weight = (with_grad and wanted for wanted in ctx.needs_input_grad[:2])
+        precise = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=hidden_TD.device)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        # Chunks add up in fp32: in bf16 the sum over thousands of tokens would swallow the late ones.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wants_weight else None
+        for start in range(0, hidden_TD.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
+            logits_CV = (hidden_CD @ weight_VD.T).to(precise)
+            loss += _loss_into_gradient(logits_CV, targets_C)
+            grad_CV = logits_CV.to(hidden_TD.dtype)
+            if grad_hidden_TD is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD * grad_loss
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None
+
+
+def _loss_into_gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The chunk's loss; `logits_CV` becomes the loss's gradient with respect to it, in place: softmax - one-hot."""
+    supervised_C1 = (targets_C != IGNORE)[:, None]
+    index_C1 = targets_C[:, None].where(supervised_C1, 0)
+    log_total_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+    losses_C1 = log_total_C1 - logits_CV.gather(-1, index_C1)
+    logits_CV.sub_(log_total_C1).exp_()
+    logits_CV.scatter_add_(-1, index_C1, torch.full_like(log_total_C1, -1.0))
+    logits_CV.masked_fill_(~supervised_C1, 0.0)
+    return losses_C1.where(supervised_C1, 0.0).sum()

@@ -1,0 +1,154 @@
+"""Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qsharded import parallel
+from qsharded.checkpoint.source import read_json
+from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Fields of PEFT's LoraConfig that change nothing in the forward of a trained adapter, beside those that we read.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core",
+    "layers_pattern", "qalora_group_size", "task_type", "ensure_weight_tying", "runtime_config",
+}  # fmt: skip
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "bias",
+}  # fmt: skip
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in an adapter file, parameter) of everything that trains, in the model's order."""
+    return ((_PREFIX + name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def save_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    folder: Path,
+    *,
+    base_model: str,
+    is_main: bool = True,
+) -> None:
+    """Write the adapter of ``model`` into ``folder``, in PEFT's names.
+
+    Every rank calls this: one trainable parameter after the other is gathered, and the main rank writes. Frozen
+    weights are not touched.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in trainable(model):
+        full = parallel.whole(parameter.detach())
+        if is_main:
+            weights[name] = full.cpu().contiguous()
+    if not is_main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    described = json.dumps(peft_config(model, config, base_model), indent=2)
+    (folder / CONFIG_FILE).write_text(described + "\n", encoding="utf-8")
+
+
+def peft_config(model: nn.Module, config: LoRAConfig, base_model: str) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": _written_targets(model, config),
+        "use_rslora": config.use_rslora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": config.modules_to_save or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+    }
+
+
+def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
+    """ "all-linear" is written out as the layers' own names: each library understands another set by it."""
+    if config.target_modules != ALL_LINEAR:
+        return config.target_modules
+    return sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+
+
+def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRAConfig:
+    """The configuration of an adapter that PEFT or qsharded wrote.
+
+    Raises:
+        ValueError: no LoRA adapter, or a setting that changes the forward and is unknown here; each is named.
+    """
+    path = folder / CONFIG_FILE
+    read = read_json(path)
+    if read.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {read.get('peft_type')!r}")
+    unknown = [key for key in sorted(read.keys() - _WITHOUT_EFFECT - _READ) if _is_set(key, read[key])]
+    if unknown or read.get("bias", "none") != "none":
+        raise ValueError(f"{path}: not supported: " + ", ".join(f"{k} = {read[k]!r}" for k in unknown or ["bias"]))
+    return LoRAConfig(
+        r=read.get("r", 8),
+        lora_alpha=read.get("lora_alpha", 8),
+        lora_dropout=read.get("lora_dropout", 0.0),
+        target_modules=read.get("target_modules") or [],
+        use_rslora=read.get("use_rslora", False),
+        rank_pattern=read.get("rank_pattern") or {},
+        alpha_pattern=read.get("alpha_pattern") or {},
+        modules_to_save=read.get("modules_to_save") or [],
+        dtype=dtype,
+    )
+
+
+def _is_set(key: str, value: Any) -> bool:
+    return value not in (None, False, {}, [], "")
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Fill the trainable parameters of ``model`` from ``folder``; each rank reads its own rows.
+
+    Raises:
+        ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
+            shapes. The first at fault is named.
+    """
+    path = folder / WEIGHTS_FILE
+    parameters = dict(trainable(model))
+    with _open(path) as file:
+        surplus, missing = sorted(set(file.keys()) - parameters.keys()), sorted(parameters.keys() - set(file.keys()))
+        if surplus or missing:
+            fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
+            raise ValueError(f"{path} {fault}")
+        for name, parameter in parameters.items():
+            copy_rows(file, name, parameter, path)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing, damaged or incomplete: {error}") from None
+
+
+def copy_rows(file: Any, name: str, target: Tensor, path: Path) -> None:
+    """Copy this rank's rows of tensor ``name`` in an open safetensors file into ``target``, plain or sharded."""
+    stored = file.get_slice(name)
+    if tuple(stored.get_shape()) != tuple(target.shape):
+        raise ValueError(f"{path}: {name} is {tuple(stored.get_shape())}, the model's is {tuple(target.shape)}")
+    rows = parallel.own_rows(target)
+    with torch.no_grad():
+        parallel.local(target).copy_(stored[rows.start : rows.stop])

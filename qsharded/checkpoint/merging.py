@@ -1,0 +1,146 @@
+"""Fold a LoRA adapter into its checkpoint, file by file, with one tensor in memory at a time.
+
+Axes: N = out_features, K = in_features.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qsharded import nf4, ops
+from qsharded.checkpoint.adapter import (
+    _PREFIX,
+    WEIGHTS_FILE,
+    _open,
+    copy_rows,
+    load_adapter,
+    read_lora_config,
+    trainable,
+)
+from qsharded.checkpoint.load import _expected_shapes, _skeleton, checkpoint_name
+from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.models import ModelConfig
+from qsharded.nn import LoRALinear, NF4Linear
+from qsharded.nn.lora import lora_layers
+
+logger = logging.getLogger(__name__)
+
+Base = Literal["16bit", "nf4"]
+
+
+def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> None:
+    """Write the safetensors of ``checkpoint`` into ``target``, under their names, with the adapter folded in.
+
+    Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
+    before anything is written. The most that is held is one tensor of the checkpoint, in fp32 and its own dtype.
+
+    Args:
+        checkpoint: a folder, as ``find_checkpoint`` gives it.
+        adapter: a folder that PEFT or qsharded wrote.
+        target: an existing folder.
+        base: "16bit" adds to the checkpoint's weights, "nf4" to what is left of them after quantization, which is what
+            the adapter was trained on.
+
+    Raises:
+        ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a merged weight that
+            is not finite. The tensor is named.
+    """
+    model = _skeleton(
+        ModelConfig.from_hf(read_json(checkpoint / "config.json")), read_lora_config(adapter), torch.float32
+    )
+    source = SafetensorsFolder(checkpoint)
+    source.check(_expected_shapes(model))
+    load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
+    with _open(adapter / WEIGHTS_FILE) as file:
+        merge = _Merge.of(model, base, file, adapter / WEIGHTS_FILE)
+        for path in sorted({source.file_of(name) for name in source.names()}):
+            logger.info("merging %s", path.name)
+            _rewrite(path, target / path.relative_to(checkpoint), merge.tensor)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What becomes of each tensor of a checkpoint; the tensors are called by their names there.
+
+    Attributes:
+        adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
+        replaced: tensors that the adapter holds whole (modules_to_save).
+        rounded: tensors to pass through NF4 first.
+        file, path: the adapter's, open.
+    """
+
+    adapted: dict[str, tuple[str, LoRALinear]]
+    replaced: set[str]
+    rounded: set[str]
+    file: Any
+    path: Path
+
+    @classmethod
+    def of(cls, model: nn.Module, base: Base, file: Any, path: Path) -> "_Merge":
+        """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
+        updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
+        packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+        return cls(
+            adapted={f"{name}.weight": (name, layer) for name, layer in lora_layers(model)},
+            replaced={name.removeprefix(_PREFIX) for name, p in trainable(model) if p not in updates},
+            rounded=packed if base == "nf4" else set(),
+            file=file,
+            path=path,
+        )
+
+    def tensor(self, name: str, stored: Tensor) -> Tensor:
+        """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
+        if name not in self.adapted.keys() | self.replaced | self.rounded:
+            return stored
+        new = self._new(name, stored).to(stored.dtype)
+        if not new.isfinite().all():
+            raise ValueError(f"{name} is not finite once merged: {self.path} is damaged, or {stored.dtype} overflows")
+        return new
+
+    def _new(self, name: str, stored: Tensor) -> Tensor:
+        if name in self.replaced:
+            return self.file.get_tensor(_PREFIX + name)
+        base = through_nf4(stored, name) if name in self.rounded else stored
+        return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
+
+    def _delta(self, name: str, layer: LoRALinear) -> Tensor:
+        """The update [N, K] in fp32. The adapter's parameters are in memory for this long alone."""
+        parts = {part: layer.get_submodule(part) for part in ("lora_A", "lora_B")}
+        for part, linear in parts.items():
+            linear.to_empty(device="cpu")
+            copy_rows(self.file, f"{_PREFIX}{name}.{part}.weight", linear.weight, self.path)
+        with torch.no_grad():
+            delta = layer.delta_weight()
+        for linear in parts.values():
+            linear.to("meta")
+        return delta
+
+
+def through_nf4(weight: Tensor, name: str) -> Tensor:
+    """The weight [N, K] in fp32 as a model in NF4 computes with it: quantized, doubly, and decoded.
+
+    Raises:
+        ValueError: NaN or infinity in the tensor ``name``.
+    """
+    nf4.check_weight(weight, name=name)
+    codes, absmax = ops.nf4_quantize(weight)
+    return ops.nf4_dequantize(codes, *nf4.double_quantize(absmax), dtype=torch.float32)
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Copy a safetensors file with its tensors changed. Names, shapes and dtypes stay, and so the header does."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as plain, safe_open(source, framework="pt") as file, open(target, "wb") as out:
+        size = plain.read(8)
+        out.write(size + plain.read(int.from_bytes(size, "little")))
+        for name in file.offset_keys():
+            stored = file.get_tensor(name)
+            changed = change(name, stored)
+            assert (changed.shape, changed.dtype) == (stored.shape, stored.dtype)
+            out.write(changed.contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,101 @@
+"""A command's options as its --help and as a Markdown page."""
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, get_origin
+
+from qsharded.config.options import REQUIRED, Command, Option, kind_words, options
+
+_FLAG_COLUMNS = 34
+_CONFIG_HELP = "A TOML file with the same keys as the flags, without the dashes in front; flags beat it."
+
+
+def usage(command: type[Command]) -> str:
+    """The one line that says how to call the command."""
+    return f"python -m {command.prog} [--config FILE] [--KEY VALUE ...]"
+
+
+def help_text(command: type[Command], width: int | None = None) -> str:
+    """The text of --help, `width` columns wide (the terminal's width and at most 100 by default)."""
+    width = width or min(shutil.get_terminal_size().columns, 100)
+    groups = (f"{group}\n" + "".join(_entry(item, width) for item in items) for group, items in _groups(command))
+    config = _two_columns("--config FILE", _CONFIG_HELP, width)
+    return "\n".join([f"usage: {usage(command)}\n", _description(command, width), config, *groups])
+
+
+def markdown(command: type[Command]) -> str:
+    """The same options as a Markdown page."""
+    head = f"# {command.prog}\n\n```\n{usage(command)}\n```\n\n{_description(command, 120)}\n"
+    groups = (f"## {group}\n\n{_TABLE_HEAD}" + "".join(map(_row, items)) for group, items in _groups(command))
+    return head + f"`--config FILE`: {_CONFIG_HELP}\n\n" + "\n".join(groups)
+
+
+_TABLE_HEAD = "| flag | meaning | takes | default |\n|---|---|---|---|\n"
+
+
+def _row(item: Option) -> str:
+    cells = (f"`{_flag(item)}`", item.about.help, _takes(item), _default(item))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _groups(command: type[Command]) -> Iterator[tuple[str, Iterator[Option]]]:
+    return groupby(options(command), key=lambda item: item.about.group)
+
+
+def _description(command: type[Command], width: int) -> str:
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in paragraphs) + "\n"
+
+
+def _entry(item: Option, width: int) -> str:
+    left = _flag(item) if item.kind is bool else f"{_flag(item)} {_metavar(item)}"
+    notes = "; ".join(filter(None, [_takes(item), f"default: {_default(item)}"]))
+    return _two_columns(left, f"{item.about.help} [{notes}]", width)
+
+
+def _two_columns(left: str, text: str, width: int) -> str:
+    margin = " " * _FLAG_COLUMNS
+    right = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+    if len(left) + 4 > _FLAG_COLUMNS:
+        return f"  {left}\n{right}\n"
+    return f"  {left}".ljust(_FLAG_COLUMNS) + right[_FLAG_COLUMNS:] + "\n"
+
+
+def _flag(item: Option) -> str:
+    return f"--[no-]{item.key}" if item.kind is bool else item.flag
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", tuple[str, ...]: "TEXT"}
+
+
+def _metavar(item: Option) -> str:
+    if item.about.metavar:
+        return item.about.metavar
+    if get_origin(item.kind) is dict:
+        return "KEY=VALUE ..."
+    return "NAME" if item.choices else _METAVARS.get(item.kind, "NAME ...")
+
+
+def _takes(item: Option) -> str:
+    """Choices, unit and range."""
+    choices = kind_words(item) if item.choices else ""
+    return ", ".join(filter(None, [choices, item.about.unit, item.about.check.words if item.about.check else ""]))
+
+
+def _default(item: Option) -> str:
+    if item.about.unset:
+        return item.about.unset
+    if item.default is REQUIRED:
+        return "none, it is required"
+    return _value_words(item.default)
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | dict | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

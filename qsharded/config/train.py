@@ -1,0 +1,173 @@
+"""The options of `python -m qsharded.train`."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
+
+_model = partial(option, group="Model")
+_data = partial(option, group="Data")
+_lora = partial(option, group="LoRA adapter")
+_batch = partial(option, group="Length and batches")
+_optimizer = partial(option, group="Optimizer")
+_output = partial(option, group="Output and logging")
+_eval = partial(option, group="Evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a LoRA adapter on a model whose frozen weights are kept in 4 bits (NF4) and sharded over the ranks.
+
+    On several GPUs call it as `torchrun --standalone --nproc-per-node N -m qsharded.train`. With no --model it trains
+    the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
+    """
+
+    prog: ClassVar[str] = "qsharded.train"
+
+    model: str = _model("Hugging Face checkpoint: a folder, or a Hub id.", metavar="PATH|ID", unset="the built-in one")
+    revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    dtype: Literal["auto", "bfloat16", "float32"] = _model(
+        "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
+        "auto",
+    )
+    random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
+    adapter: str | None = _model(
+        "PEFT adapter folder to go on training; its own configuration replaces the --lora options.",
+        None,
+        metavar="PATH",
+        unset="a new adapter",
+    )
+
+    dataset: str = _data(
+        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id.",
+        metavar="PATH|ID",
+        unset="the built-in dataset, if the model is",
+    )
+    dataset_format: Literal["auto", "messages", "conversations", "alpaca", "prompt-completion", "text"] = _data(
+        "Shape of the rows; auto detects it.", "auto"
+    )
+    dataset_split: str = _data("Split to read of a Hub dataset.", "train")
+    train_on: Literal["assistant", "all"] = _data(
+        "Tokens that count in the loss: the assistant's, with the end of each turn, or all.", "assistant"
+    )
+
+    max_length: int = _batch("Longest row.", 2048, unit="tokens", check=AT_LEAST_1)
+    overlong: Literal["drop", "truncate"] = _batch("What happens to longer rows; they are counted.", "drop")
+    packing: bool = _batch("Fill each row of a batch with several examples, which do not see each other.", False)
+    per_device_train_batch_size: int = _batch("Rows in a micro-batch of one rank.", 4, unit="rows", check=AT_LEAST_1)
+    gradient_accumulation_steps: int = _batch(
+        "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
+    )
+    gradient_checkpointing: bool = _batch(
+        "Recompute each block in the backward pass: about a third more work for a fraction of the memory.", True
+    )
+
+    lora_r: int = _lora("Rank of the adapters.", 16, check=AT_LEAST_1)
+    lora_alpha: float = _lora("Adapters are scaled by alpha / r.", 32.0, check=POSITIVE)
+    lora_dropout: float = _lora("Dropout on the adapters' input.", 0.0, unit="fraction", check=FRACTION)
+    lora_target_modules: str | list[str] = _lora(
+        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj, or a regular "
+        "expression that matches whole names.",
+        "all-linear",
+    )
+    lora_modules_to_save: list[str] = _lora("Names of modules to train in full and save with the adapter.", [])
+    lora_rank_pattern: dict[str, int] = _lora("Other ranks for the layers whose names match KEY.", {})
+    lora_alpha_pattern: dict[str, float] = _lora("Other alphas for the layers whose names match KEY.", {})
+    lora_dtype: Literal["float32", "bfloat16"] = _lora("Type of everything that is trained.", "float32")
+    use_rslora: bool = _lora("Scale by alpha / sqrt(r) instead (rsLoRA).", False)
+
+    learning_rate: float = _optimizer("Highest learning rate of AdamW.", 2e-4, check=POSITIVE)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _optimizer(
+        "How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all.", "cosine"
+    )
+    warmup_ratio: float = _optimizer("Part of the run in which the rate rises from 0.", 0.03, check=FRACTION)
+    warmup_steps: int | None = _optimizer(
+        "The same as a number of steps.", None, unit="steps", check=AT_LEAST_0, unset="--warmup-ratio decides"
+    )
+    num_train_epochs: float = _optimizer("Passes over the data.", 1.0, unit="epochs", check=POSITIVE)
+    max_steps: int = _optimizer(
+        "Optimizer steps to train for; -1 lets --num-train-epochs decide.",
+        -1,
+        unit="steps",
+        check=Check("-1 or at least 1", lambda value: value == -1 or value >= 1),
+    )
+    weight_decay: float = _optimizer("Weight decay of AdamW.", 0.0, check=AT_LEAST_0)
+    adam_beta1: float = _optimizer("Decay of the gradient's mean.", 0.9, check=FRACTION)
+    adam_beta2: float = _optimizer("Decay of the squared gradient's mean.", 0.999, check=FRACTION)
+    adam_epsilon: float = _optimizer("Added to the root of the squared gradient's mean.", 1e-8, check=POSITIVE)
+    max_grad_norm: float = _optimizer("Gradients are clipped to this norm; 0 leaves them.", 1.0, check=AT_LEAST_0)
+    max_skipped_steps: int = _optimizer(
+        "Steps that may be skipped because their gradient is not finite; one more stops the run.",
+        0,
+        unit="steps",
+        check=AT_LEAST_0,
+    )
+    seed: int = _optimizer("Seed of the adapter's weights, the order of the data and dropout.", 42, check=AT_LEAST_0)
+
+    output_dir: str = _output(
+        "Folder to write adapter/, checkpoints/, metrics.jsonl and config.toml to.", "output", metavar="PATH"
+    )
+    overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
+    logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
+    save_steps: int = _output(
+        "Steps from one checkpoint to the next; 0 writes none.", 500, unit="steps", check=AT_LEAST_0
+    )
+    save_total_limit: int | None = _output(
+        "Checkpoints to keep, the newest.", None, unit="checkpoints", check=AT_LEAST_1, unset="all"
+    )
+    resume_from_checkpoint: str | None = _output(
+        "Checkpoint folder to go on from; auto takes the newest in --output-dir and starts afresh where there is none.",
+        None,
+        metavar="PATH|auto",
+        unset="start afresh",
+    )
+
+    eval_dataset: str | None = _eval(
+        "Rows to measure loss and perplexity on, as for --dataset.", None, metavar="PATH|ID", unset="none"
+    )
+    eval_split: float = _eval("Part of --dataset to hold out for that instead.", 0.0, unit="fraction", check=FRACTION)
+    eval_steps: int | None = _eval(
+        "Steps from one evaluation to the next.",
+        None,
+        unit="steps",
+        check=AT_LEAST_1,
+        unset="only before and after training",
+    )
+    per_device_eval_batch_size: int = _eval("Rows in a batch of one rank.", 8, unit="rows", check=AT_LEAST_1)
+    exact_match_dataset: str | None = _eval(
+        "Rows whose last answer is generated greedily and compared with theirs, before and after training.",
+        None,
+        metavar="PATH|ID",
+        unset="none",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.eval_dataset and self.eval_split:
+            raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
+        _check_targets(self.lora_target_modules)
+        _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
+        _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_targets(targets: str | list[str]) -> None:
+    if not targets:
+        raise ValueError("--lora-target-modules must name at least one layer")
+    if isinstance(targets, str) and targets != "all-linear":
+        _check_regex("--lora-target-modules", targets)
+
+
+def _check_patterns(flag: str, pattern: dict[str, int] | dict[str, float]) -> None:
+    for key, value in pattern.items():
+        _check_regex(flag, key)
+        if value <= 0:
+            raise ValueError(f"{flag} must be above 0 for every KEY, got {value} for {key!r}")
+
+
+def _check_regex(flag: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{flag} must be a regular expression, got {text!r}: {error}") from error

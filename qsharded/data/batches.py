@@ -1,0 +1,70 @@
+"""Batches: rows of documents as the tensors that the model takes.
+
+Axes: B rows, S positions of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsharded.data.examples import Example
+
+NOT_SUPERVISED = -100  # what torch's cross entropy ignores by default
+PADDING_DOCUMENT = -1
+
+# Rows are padded to a multiple of this: matmul kernels are fastest on such sizes.
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int64 tensors, each [B, S].
+
+    Attributes:
+        input_ids: the tokens; ``pad_id`` where there is none.
+        targets: what each position is to predict, the document's next token, or -100 where none is learned.
+        positions: the token's place in its document; 0 in padding.
+        document_ids: the document's number in its row; -1 in padding.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    document_ids: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on ``device``."""
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: int) -> Batch:
+    """A batch of ``rows``, padded to the longest and then to a multiple of 8 or ``max_length``, whichever is less.
+
+    Args:
+        rows: the documents of each row, of at most ``max_length`` tokens together. None at all: one row of padding,
+            for a rank that has nothing to do while others have.
+    """
+    rows = rows or [()]
+    longest = max(1, *(sum(map(len, row)) for row in rows), 1)
+    shape = (len(rows), min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length))
+    assert longest <= max_length, "checked by the caller"
+    fills = {"input_ids": pad_id, "targets": NOT_SUPERVISED, "positions": 0, "document_ids": PADDING_DOCUMENT}
+    arrays_BS = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
+    for number, row in enumerate(rows):
+        _fill_row({name: array_BS[number] for name, array_BS in arrays_BS.items()}, row)
+    return Batch(**{name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()})
+
+
+def _fill_row(arrays_S: dict[str, np.ndarray], row: Sequence[Example]) -> None:
+    start = 0
+    for number, document in enumerate(row):
+        end = start + len(document)
+        arrays_S["input_ids"][start:end] = document.ids
+        # The last token predicts nothing: what follows is another document.
+        arrays_S["targets"][start : end - 1] = np.where(document.supervised[1:], document.ids[1:], NOT_SUPERVISED)
+        arrays_S["positions"][start:end] = np.arange(len(document))
+        arrays_S["document_ids"][start:end] = number
+        start = end

@@ -1,0 +1,44 @@
+"""From rendered text to ids, and which of them are learned."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qsharded.data.chat import Span
+from qsharded.data.examples import Example
+from qsharded.data.render import Rendered
+from qsharded.data.tokenizer import Tokenizer
+
+
+def encode(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Example]:
+    """An example for each text. An id is learned if its text starts inside a span that is."""
+    encoded = tokenizer.encode_with_starts([one.text for one in rendered])
+    return [_example(one, ids, starts, tokenizer) for one, (ids, starts) in zip(rendered, encoded, strict=True)]
+
+
+def _example(rendered: Rendered, ids: list[int], starts_T: NDArray[np.int32], tokenizer: Tokenizer) -> Example:
+    if rendered.prompt:
+        ids, learned = _behind_prompt(rendered, ids, tokenizer)
+    else:
+        learned = _inside(rendered.spans, starts_T).tolist()
+    if rendered.bos and tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids, learned = [tokenizer.bos_id, *ids], [False, *learned]
+    if rendered.eos and ids[-1] not in tokenizer.eos_ids:
+        ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
+    return Example(ids, learned)
+
+
+def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The prompt's ids are those that generation will be given, even where its end and the rest would merge."""
+    prompt = tokenizer.encode(rendered.prompt)
+    if ids[: len(prompt)] != prompt:
+        ids = prompt + tokenizer.encode_continuation(rendered.text[len(rendered.prompt) :])
+    return ids, [number >= len(prompt) for number in range(len(ids))]
+
+
+def _inside(spans: Sequence[Span] | None, starts_T: NDArray[np.int32]) -> NDArray[np.bool_]:
+    inside_T = np.full(len(starts_T), spans is None)
+    for start, end in spans or ():
+        inside_T |= (starts_T >= start) & (starts_T < end)
+    return inside_T

@@ -1,0 +1,70 @@
+"""Examples: ids, and which of them are learned; a dataset is a list of them."""
+
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Example:
+    """One document.
+
+    Attributes:
+        ids: int32 [T], given as any sequence.
+        supervised: bool [T], whether the id is to be learned; of the first it has no effect, for nothing predicts it.
+    """
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+    def __init__(self, ids: ArrayLike, supervised: ArrayLike) -> None:
+        # Arrays, for lists of Python's numbers would take eight times the memory on every rank.
+        object.__setattr__(self, "ids", np.asarray(ids, np.int32))
+        object.__setattr__(self, "supervised", np.asarray(supervised, np.bool_))
+        assert self.ids.shape == self.supervised.shape, "one flag for each id"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """How many ids are learned: predicted, and counted in the loss."""
+        return int(self.supervised[1:].sum())
+
+
+@dataclass
+class Dataset:
+    """Examples, and what became of the other rows.
+
+    Attributes:
+        examples: none longer than the maximum length, each with something to learn.
+        dropped: rows left out for their length.
+        truncated: rows cut to the maximum length; they are among ``examples``.
+        empty: rows of blank text, left out.
+    """
+
+    examples: list[Example]
+    dropped: int = 0
+    truncated: int = 0
+    empty: int = 0
+
+
+def split_examples(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(training, evaluation) parts, the second of about ``fraction`` of the examples, chosen by ``seed`` alone.
+
+    Both keep the dataset's order and have at least one example; the counts of left-out rows stay with the first.
+
+    Raises:
+        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two examples.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction held out for evaluation must be between 0 and 1, got {fraction}")
+    total = len(dataset.examples)
+    if total < 2:
+        raise ValueError(f"the dataset has {total} example, too few to hold any out for evaluation")
+    count = min(max(1, round(total * fraction)), total - 1)
+    chosen = set(Random(f"hold out {seed}").sample(range(total), count))
+    kept = [example for number, example in enumerate(dataset.examples) if number not in chosen]
+    return replace(dataset, examples=kept), Dataset([dataset.examples[number] for number in sorted(chosen)])

@@ -1,0 +1,96 @@
+"""From a dataset's files to examples, whole and checked before anything trains."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+from qsharded.data.encode import encode
+from qsharded.data.examples import Dataset, Example
+from qsharded.data.render import Rendered, TrainOn, render
+from qsharded.data.rows import read_rows
+from qsharded.data.shapes import parse_row
+from qsharded.data.tokenizer import Tokenizer
+
+Overlong = Literal["drop", "truncate"]
+
+# Enough to keep the tokenizer's threads busy.
+_ROWS_AT_ONCE = 512
+
+
+def load_examples(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    format: str = "auto",
+    max_length: int,
+    overlong: Overlong = "drop",
+    train_on: TrainOn = "assistant",
+    split: str = "train",
+) -> Dataset:
+    """Read, render and tokenize a dataset.
+
+    Conversations are rendered by the chat template, and the assistant's turns are learned, each with its end-of-turn
+    token. Of a prompt and completion, the completion and EOS are learned; of text, all and EOS; BOS comes first in
+    these two where the tokenizer adds one. Messages behind the last learned one are left out: nothing depends on them.
+
+    Args:
+        source: a file, folder or Hub dataset; see :func:`qsharded.data.rows.read_rows`.
+        format: one of :data:`qsharded.data.shapes.FORMATS`.
+        max_length: in tokens, at least 2.
+        overlong: what becomes of longer rows.
+        train_on: "all" learns every token of conversations and prompts too.
+        split: which files of a folder or Hub dataset.
+
+    Raises:
+        ValueError: a malformed row (the message starts with ``file:line``), no rows, nothing to learn in them, or an
+            argument out of range.
+    """
+    _check(max_length, overlong, train_on)
+    dataset = Dataset([])
+    rows = _rendered_rows(source, tokenizer, format, train_on, split)
+    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        written = [(origin, row) for origin, row in chunk if row.text.strip()]
+        dataset.empty += len(chunk) - len(written)
+        for (origin, _), example in zip(written, encode([row for _, row in written], tokenizer), strict=True):
+            _add(dataset, example, origin, max_length, overlong)
+    _check_any(dataset, source, max_length)
+    return dataset
+
+
+def _check(max_length: int, overlong: str, train_on: str) -> None:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
+    for name, value, known in (("overlong", overlong, get_args(Overlong)), ("train_on", train_on, get_args(TrainOn))):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
+
+
+def _rendered_rows(
+    source: str | Path, tokenizer: Tokenizer, format: str, train_on: TrainOn, split: str
+) -> Iterator[tuple[str, Rendered]]:
+    for origin, row in read_rows(source, split=split):
+        try:
+            yield origin, render(parse_row(row, format), tokenizer, train_on)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+
+
+def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overlong: Overlong) -> None:
+    if not example.supervised_tokens:
+        raise ValueError(f"{origin}: the row has no token to learn")
+    fits = len(example) <= max_length
+    kept = example if fits else Example(example.ids[:max_length], example.supervised[:max_length])
+    if fits or (overlong == "truncate" and kept.supervised_tokens):
+        dataset.examples.append(kept)
+        dataset.truncated += not fits
+    else:
+        dataset.dropped += 1
+
+
+def _check_any(dataset: Dataset, source: str | Path, max_length: int) -> None:
+    if not dataset.examples:
+        raise ValueError(
+            f"{source} has no supervised tokens to train on: {dataset.dropped} rows were left out as longer than "
+            f"max_length {max_length}, {dataset.empty} as empty"
+        )

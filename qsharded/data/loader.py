@@ -1,0 +1,150 @@
+"""Steps of training: which rows each optimizer step takes, and each rank's share of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from random import Random
+
+from qsharded.data.batches import Batch, make_batch
+from qsharded.data.examples import Example
+from qsharded.data.packing import pack
+
+Row = list[Example]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the stream of rows: ``row`` rows of ``epoch`` are done, and all epochs before it."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of an optimizer step.
+
+    Attributes:
+        micro_batches: as many on every rank, at least one.
+        supervised_tokens: the number of targets, of all ranks and micro-batches together.
+        tokens: the number of tokens that are no padding, of all together.
+        cursor: where to go on after this step.
+    """
+
+    micro_batches: list[Batch]
+    supervised_tokens: int
+    tokens: int
+    cursor: Cursor
+
+
+@dataclass
+class StepLoader:
+    """Endless steps over ``examples``, in an order that depends on ``seed`` and epoch alone.
+
+    A step takes the epoch's next ``world_size * batch_size * accumulation`` rows, however that number is made up: runs
+    on other numbers of ranks have the same documents in each step. An epoch's last step takes the rows that are left.
+
+    Attributes:
+        examples: each of at most ``max_length`` tokens; the same list on every rank.
+        max_length: of a row, in tokens.
+        packing: whether a row holds as many documents as fit; else it holds one.
+        batch_size: rows of a micro-batch on one rank.
+        accumulation: micro-batches of a step.
+        rank: this process's number, from 0.
+        world_size: how many processes share each step.
+        seed: of the order.
+        pad_id: the id that fills rows up.
+        shuffle: whether each epoch has an order of its own; else rows come as given.
+
+    Raises:
+        ValueError: no examples, one longer than ``max_length``, or a count below 1.
+    """
+
+    examples: Sequence[Example]
+    _: KW_ONLY
+    max_length: int
+    packing: bool
+    batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+    seed: int
+    pad_id: int
+    shuffle: bool = True
+    _rows_of: tuple[int, list[Row]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
+        for name in ("max_length", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.examples:
+            raise ValueError("there are no examples to make steps of")
+        longest = max(map(len, self.examples))
+        if longest > self.max_length:
+            raise ValueError(f"an example of {longest} tokens does not fit into rows of max_length {self.max_length}")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step, all ranks together."""
+        return self.world_size * self.batch_size * self.accumulation
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps of that epoch."""
+        return -(-len(self._rows(epoch)) // self.rows_per_step)
+
+    def steps(self, cursor: Cursor = Cursor()) -> Iterator[Step]:
+        """The steps from ``cursor`` on, epoch after epoch without end.
+
+        Raises:
+            ValueError: the epoch has fewer rows than ``cursor`` has done: it comes from a run on other data.
+        """
+        if cursor.row > len(self._rows(cursor.epoch)):
+            raise ValueError(f"cannot resume at {cursor}: the epoch has {len(self._rows(cursor.epoch))} rows")
+        while True:
+            while cursor.row < len(self._rows(cursor.epoch)):
+                step = self._step(cursor)
+                yield step
+                cursor = step.cursor
+            cursor = Cursor(cursor.epoch + 1)
+
+    def _rows(self, epoch: int) -> list[Row]:
+        if self._rows_of is None or self._rows_of[0] != epoch:
+            self._rows_of = (epoch, self._make_rows(epoch))
+        return self._rows_of[1]
+
+    def _make_rows(self, epoch: int) -> list[Row]:
+        # Python's own generator: its shuffle is the same in all versions, as resuming elsewhere needs.
+        random = Random(f"rows {self.seed} {epoch}")
+        examples = list(self.examples)
+        if self.shuffle:
+            random.shuffle(examples)
+        if not self.packing:
+            return [[example] for example in examples]
+        rows = [[examples[number] for number in row] for row in pack([*map(len, examples)], self.max_length)]
+        if self.shuffle:
+            random.shuffle(rows)  # packed rows come by the length of their first document
+        return rows
+
+    def _step(self, cursor: Cursor) -> Step:
+        end = cursor.row + self.rows_per_step
+        rows = self._rows(cursor.epoch)[cursor.row : end]
+        documents = [example for row in rows for example in row]
+        at_end = end >= len(self._rows(cursor.epoch))
+        return Step(
+            micro_batches=[self._batch(mine) for mine in self._share(rows)],
+            supervised_tokens=sum(example.supervised_tokens for example in documents),
+            tokens=sum(map(len, documents)),
+            cursor=Cursor(cursor.epoch + 1) if at_end else Cursor(cursor.epoch, end),
+        )
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        return make_batch(rows, pad_id=self.pad_id, max_length=self.max_length)
+
+    def _share(self, rows: list[Row]) -> list[list[Row]]:
+        """This rank's rows of each micro-batch, all alike in length across ranks: padding and waiting cost the least.
+
+        A step short of rows has fewer micro-batches; in its last some ranks may have fewer rows than others, or none.
+        """
+        by_length = sorted(rows, key=lambda row: -sum(map(len, row)))
+        size = self.world_size * self.batch_size
+        return [by_length[start : start + size][self.rank :: self.world_size] for start in range(0, len(rows), size)]

@@ -1,0 +1,57 @@
+"""Prompts with reference answers, from the same rows that training reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsharded.data.rows import read_rows
+from qsharded.data.shapes import Conversation, PromptCompletion, Shape, parse_row
+from qsharded.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What generation is given, and what it is to answer.
+
+    Attributes:
+        ids: of the prompt, the chat template's assistant header included.
+        text: the prompt as a person reads it: of a conversation, the last message before the answer.
+        answer: the reference, as text.
+    """
+
+    ids: list[int]
+    text: str
+    answer: str
+
+
+def load_prompts(
+    source: str | Path, tokenizer: Tokenizer, *, format: str = "auto", split: str = "train"
+) -> list[Prompt]:
+    """The rows of a dataset, each up to its last answer.
+
+    Args:
+        source, format, split: as for :func:`qsharded.data.load.load_examples`.
+
+    Raises:
+        ValueError: a malformed row, one whose last message is not the assistant's, or plain text; the message starts
+            with ``file:line``. No rows at all.
+    """
+    prompts = []
+    for origin, row in read_rows(source, split=split):
+        try:
+            prompts.append(_prompt(parse_row(row, format), tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{source} holds no rows to take prompts from")
+    return prompts
+
+
+def _prompt(shape: Shape, tokenizer: Tokenizer) -> Prompt:
+    match shape:
+        case Conversation(messages, learned, tools) if learned[-1] and len(messages) > 1:
+            text = tokenizer.render(messages[:-1], add_generation_prompt=True, tools=tools)
+            return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))
+        case PromptCompletion(prompt, completion):
+            bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+            return Prompt(bos + tokenizer.encode(prompt), prompt, completion)
+    raise ValueError("a prompt with its answer needs a conversation that ends with the assistant, or a completion")

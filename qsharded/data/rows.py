@@ -1,0 +1,145 @@
+"""Rows of a dataset, each with the place that it came from."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qsharded.data.sources import find_files
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]
+
+_DECODER = json.JSONDecoder()
+_GAP = re.compile(r"[ \t\r\n]*[,:]?[ \t\r\n]*")  # what stands between two values of a JSON document
+
+
+def read_rows(source: str | Path, *, split: str = "train") -> Rows:
+    """Each row of a dataset with its origin, ``file:line`` (of a parquet file: ``file:row``, from 1).
+
+    Args:
+        source: a .jsonl file (one object a line), a .json file (a list of objects, or ``{"data": [...]}``), a .parquet
+            file, a folder of such files, or a Hub dataset id; see :func:`qsharded.data.sources.find_files`.
+        split: which files to take from a folder or the Hub.
+
+    Raises:
+        ValueError: no such source or split, or a malformed row; the message starts with the row's origin.
+        ImportError: a parquet file, and pyarrow is not installed.
+    """
+    readers = {".jsonl": _json_lines, ".json": _json_document, ".parquet": _parquet}
+    for path in find_files(source, split):
+        yield from readers[path.suffix.lower()](path)
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _row(f"{path}:{number}", _parsed(line, f"{path}:{number}"))
+
+
+def _parsed(line: bytes, origin: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _row(origin: str, value: Any) -> tuple[str, Row]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{origin}: a row must be a JSON object, got {type(value).__name__}")
+    return origin, value
+
+
+def _json_document(path: Path) -> Rows:
+    if _is_really_json_lines(path):
+        yield from _json_lines(path)
+        return
+    text = _document_text(path)
+    line, counted = 1, 0
+    for at, value in _elements(text, path):
+        line, counted = line + text.count("\n", counted, at), at
+        yield _row(f"{path}:{line}", value)
+
+
+def _is_really_json_lines(path: Path) -> bool:
+    """Whether the first line is an object in itself and no wrapper: many .json files on the Hub are JSON Lines."""
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    try:
+        value = json.loads(first.decode("utf-8-sig"))
+    except ValueError:
+        return False
+    return isinstance(value, dict) and not isinstance(value.get("data"), list)
+
+
+def _document_text(path: Path) -> str:
+    """The text of a valid JSON document."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    return text
+
+
+def _elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """(position, value) of each element of the list of rows; the document is known to be valid."""
+    at = _skip(text, 0)
+    if text[at] == "{":
+        at = _find_data(text, at)
+    if text[at] != "[":
+        raise ValueError(f'{path}: must hold a list of rows, or {{"data": [...]}}')
+    at = _skip(text, at + 1)
+    while text[at] != "]":
+        value, end = _DECODER.raw_decode(text, at)
+        yield at, value
+        at = _skip(text, end)
+
+
+def _find_data(text: str, at: int) -> int:
+    """Where the value of the object's key "data" begins, or where the object ends."""
+    at = _skip(text, at + 1)
+    while text[at] != "}":
+        key, end = _DECODER.raw_decode(text, at)
+        at = _skip(text, end)
+        if key == "data":
+            return at
+        at = _skip(text, _DECODER.raw_decode(text, at)[1])
+    return at
+
+
+def _skip(text: str, at: int) -> int:
+    gap = _GAP.match(text, at)
+    assert gap is not None, "the pattern matches the empty string"
+    return gap.end()
+
+
+def _parquet(path: Path) -> Rows:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", _without_nulls(row)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not readable as parquet: {error}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` less its null fields: Arrow gives each struct every field that any of them has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,198 @@
+"""The shapes of rows that people have, and what each says: a conversation, a prompt with its completion, or text."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+# Names of roles in the wild -> names that chat templates know.
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
+    **{"function": "tool", "observation": "tool"},
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for a chat template.
+
+    Attributes:
+        messages: each with ``role`` and, unless it only calls tools, ``content`` (text).
+        learned: for each message, whether it is the assistant's and to be learned.
+        tools: descriptions for templates that take them.
+    """
+
+    messages: list[Message]
+    learned: list[bool]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """Text to be given and text to be learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to be learned as it is."""
+
+    text: str
+
+
+Shape = Conversation | PromptCompletion | Text
+
+
+def parse_row(row: dict[str, Any], format: str = "auto") -> Shape:
+    """What ``row`` says.
+
+    Args:
+        row: fields of one of the shapes; others are left alone.
+        format: one of ``FORMATS``; "auto" tells the shape by the fields that are there and not null.
+
+    Raises:
+        ValueError: fields missing, of a wrong type or empty, an unknown role, or fields of several shapes.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"the dataset format must be one of {', '.join(FORMATS)}, got {format!r}")
+    present = {key: value for key, value in row.items() if value is not None}
+    name = _detect(present) if format == "auto" else format
+    fields, parse = _SHAPES[name]
+    if missing := [field for field in fields if field not in present]:
+        raise ValueError(f"format {name!r} needs {' and '.join(missing)}; the row has {_listing(present)}")
+    return parse(present)
+
+
+def _detect(row: dict[str, Any]) -> str:
+    names = [name for name, (fields, _) in _SHAPES.items() if all(field in row for field in fields)]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        raise ValueError(f"the fields fit several formats ({', '.join(names)}): say which one is meant")
+    known = "; ".join(" + ".join(fields) for fields, _ in _SHAPES.values())
+    raise ValueError(f"the fields fit no known format ({known}); the row has {_listing(row)}")
+
+
+def _listing(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, row)) or "no fields"
+
+
+def _messages(row: dict[str, Any]) -> Conversation:
+    return _conversation(row, _message_list(row["messages"], "messages"))
+
+
+def _conversations(row: dict[str, Any]) -> Conversation:
+    return _conversation(row, _system(row) + _message_list(row["conversations"], "conversations"))
+
+
+def _alpaca(row: dict[str, Any]) -> Conversation:
+    instruction, given = _text_of(row["instruction"], "instruction"), _text_of(row.get("input", ""), "input")
+    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+    answer = _text_of(row["output"], "output")
+    return _conversation(
+        row, [*_system(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    )
+
+
+def _prompt_completion(row: dict[str, Any]) -> Shape:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return PromptCompletion(_text_of(prompt, "prompt"), _text_of(completion, "completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        given = _message_list(prompt, "prompt")
+        return _conversation(row, given + _message_list(completion, "completion"), given=len(given))
+    kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+    raise ValueError(f"prompt and completion must both be text or both be lists of messages, got {kinds}")
+
+
+def _text(row: dict[str, Any]) -> Text:
+    return Text(_text_of(row["text"], "text"))
+
+
+_SHAPES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Shape]]] = {
+    "messages": (("messages",), _messages),
+    "conversations": (("conversations",), _conversations),
+    "alpaca": (("instruction", "output"), _alpaca),
+    "prompt-completion": (("prompt", "completion"), _prompt_completion),
+    "text": (("text",), _text),
+}
+FORMATS = ("auto", *_SHAPES)
+
+
+def _conversation(row: dict[str, Any], messages: list[Message], given: int = 0) -> Conversation:
+    """``messages`` of which the first ``given`` are not learned, nor those that carry a weight of 0 (OpenAI's key)."""
+    weights = [message.pop("weight", 1) for message in messages]
+    learned = [
+        number >= given and message["role"] == "assistant" and weight != 0
+        for number, (message, weight) in enumerate(zip(messages, weights, strict=True))
+    ]
+    return Conversation(messages, learned, _tools(row))
+
+
+def _system(row: dict[str, Any]) -> list[Message]:
+    system = _text_of(row.get("system", ""), "system")
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):  # as Hub datasets keep them, whose columns need one type
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tools is not JSON: {error}") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("tools must be a list of objects")
+    return tools or None
+
+
+def _message_list(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise ValueError(f"{field} must be a list of messages, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{field} is empty")
+    return [_message(raw, f"{field}[{number}]") for number, raw in enumerate(value)]
+
+
+def _message(raw: Any, where: str) -> Message:
+    """The message with ``role`` and ``content``, whatever it called them, and its other fields as they are."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} must be an object, got {type(raw).__name__}")
+    fields = {key: value for key, value in raw.items() if value is not None}
+    named, said = ("role", "content") if "role" in fields else ("from", "value")
+    if named not in fields:
+        raise ValueError(f"{where} has no role")
+    message: Message = {"role": _role(fields.pop(named), where)}
+    if said in fields:
+        message["content"] = _content(fields.pop(said), where)
+    elif "tool_calls" not in fields:
+        raise ValueError(f"{where} has no {said}")
+    return message | fields
+
+
+def _role(name: Any, where: str) -> str:
+    if not isinstance(name, str) or name not in _ROLES:
+        raise ValueError(f"{where} has the unknown role {name!r}; known are {', '.join(_ROLES)}")
+    return _ROLES[name]
+
+
+def _content(value: Any, where: str) -> str:
+    """Text, from text or from a list of parts that are all text."""
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"{where} has a part of type {kind}; only text can be learned")
+        value = "".join(part["text"] for part in value)
+    return _text_of(value, f"content of {where}")
+
+
+def _text_of(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, got {type(value).__name__}: {value!r:.80}")
+    return value

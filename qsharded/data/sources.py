@@ -1,0 +1,111 @@
+"""Which files a dataset is made of: a file, a folder, or a dataset repository on the Hugging Face Hub."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+# Written beside the rows by the Hub and by `datasets`; not rows themselves.
+_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
+
+
+def find_files(source: str | Path, split: str) -> list[Path]:
+    """The files that hold ``split``, in name order.
+
+    A file is taken whatever its name. In a folder and on the Hub, names tell the split, as in ``data/val.jsonl``,
+    ``train-00000-of-00002.parquet``, ``test/part-1.json``; where no name mentions one, all files are ``train``.
+
+    Args:
+        source: a file, a folder (searched in depth), or a Hub dataset: ``owner/name``, ``owner/name/folder`` or
+            ``owner/name/file``.
+
+    Raises:
+        ValueError: no such source, a file type that is not read, no file of that split, or a Hub repository whose
+            files are of several types or folders, so that reading all would mix them.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [_checked(path)]
+    if path.is_dir():
+        return [path / name for name in choose_split(_names_in(path), split, str(source))]
+    if _is_hub_id(str(source)):
+        return _from_hub(str(source), split)
+    raise ValueError(f"{source} is no file, no folder and no Hub dataset id such as owner/name")
+
+
+def choose_split(names: Iterable[str], split: str, source: str) -> list[str]:
+    """The names that belong to ``split``; ``source`` names their home in errors."""
+    splits_of = {name: _splits_of(PurePosixPath(name)) for name in sorted(names)}
+    wanted = _SPLIT_OF_WORD.get(split, split)
+    if chosen := [name for name, splits in splits_of.items() if wanted in splits]:
+        return chosen
+    if wanted == "train" and not any(splits_of.values()):
+        chosen = list(splits_of)
+    if not chosen:
+        listing = ", ".join(list(splits_of)[:10]) or f"no {', '.join(SUFFIXES)} file at all"
+        raise ValueError(f"{source} has no {split!r} split; it has {listing}")
+    return chosen
+
+
+def _splits_of(name: PurePosixPath) -> set[str]:
+    """What splits the file's name speaks of, or else those of the nearest folder that speaks of any."""
+    for part in (name.name.removesuffix(name.suffix), *reversed(name.parts[:-1])):
+        if shard := _SHARD.fullmatch(part):
+            return {_SPLIT_OF_WORD.get(shard["split"], shard["split"])}
+        words = re.findall("[a-z]+", part.lower())
+        if splits := {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}:
+            return splits | {part}
+    return set()
+
+
+def _checked(path: Path) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    return path
+
+
+def _names_in(folder: Path) -> list[str]:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [name.as_posix() for name in names if _holds_rows(PurePosixPath(name))]
+
+
+def _holds_rows(name: PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)
+    return name.suffix.lower() in SUFFIXES and name.name not in _NOT_ROWS and not hidden
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.+=-]*)+", source) is not None
+
+
+def _from_hub(source: str, split: str) -> list[Path]:
+    # Imported here: local data needs no Hub client.
+    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    owner, name, *inside = source.split("/")
+    repo = f"{owner}/{name}"
+    try:
+        names = [n for n in list_repo_files(repo, repo_type="dataset") if _holds_rows(PurePosixPath(n))]
+        chosen = _choose_on_hub(names, "/".join(inside), split, source)
+        return [Path(hf_hub_download(repo, name, repo_type="dataset")) for name in chosen]
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"{source} is no local file or folder, and the Hub did not give {repo}: {error}") from error
+
+
+def _choose_on_hub(names: list[str], inside: str, split: str, source: str) -> list[str]:
+    if inside in names:
+        return [inside]
+    if inside:
+        return choose_split([name for name in names if name.startswith(f"{inside}/")], split, source)
+    chosen = choose_split(names, split, source)
+    kinds = sorted({f"{PurePosixPath(name).parent}/*{PurePosixPath(name).suffix}" for name in chosen})
+    if len(kinds) > 1:
+        raise ValueError(f"{source} holds {', '.join(kinds)}: name one folder or file, as in {source}/{chosen[0]}")
+    return chosen

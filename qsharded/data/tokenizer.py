@@ -1,0 +1,184 @@
+"""A Hugging Face tokenizer folder at work: text to ids, ids to text, and conversations to text."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qsharded.data.chat import ChatTemplate, Span
+from qsharded.data.shapes import Conversation, Message
+from qsharded.data.spans import assistant_spans
+from qsharded.data.tokenizer_files import (
+    load_backend,
+    optional_json,
+    present_files,
+    read_settings,
+    read_templates,
+    special_variables,
+)
+
+
+class Tokenizer:
+    """Text to ids and back; made by :meth:`from_folder`.
+
+    Attributes:
+        bos_id: the id that begins a document, or None.
+        eos_id: the id that ends a document.
+        pad_id: the id for padding, on which no result depends; ``eos_id`` where the folder names none.
+        adds_bos: whether a document begins with ``bos_id``; in a chat that is the template's business.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._settings = read_settings(folder)
+        self._variables = special_variables(self._settings)
+        self._backend = load_backend(folder, self._settings)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._find_eos()
+        pad_id = self._id_of("pad_token")
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.adds_bos = self._find_adds_bos()
+        # Offsets must be the tokens' own: a ByteLevel post-processor may cut the spaces out of them.
+        self._backend.post_processor = None
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder.
+
+        Raises:
+            ValueError: tokenizer.json is missing or unreadable, a JSON file is malformed, or no end-of-sequence token
+                is named.
+        """
+        return cls(Path(path))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``, no beginning or end added; special tokens written in it are recognised."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int32]]]:
+        """For each text its ids, and the character of the text at which each id starts."""
+        return [
+            (found.ids, np.array([start for start, _ in found.offsets], np.int32))
+            for found in self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of ``text`` in mid-text: without the space that some tokenizers put before all they are given."""
+        # A line feed merges with no letter, so what is behind its own ids is what `text` has there.
+        feed, joint = self.encode("\n"), self.encode("\n" + text)
+        return joint[len(feed) :] if joint[: len(feed)] == feed else self.encode(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ``ids``."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: what a model's embedding must have room for."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends generation: the tokenizer's, the model's own, and what ends an assistant's turn."""
+        named = [self.eos_id, *self._model_eos_ids(), self._turn_end()]
+        return tuple(dict.fromkeys(token for token in named if token is not None))
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of all special tokens."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`render` can be used."""
+        return "default" in self._templates
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """The conversation as the chat template writes it. BOS, if the template has one, is part of the text.
+
+        Args:
+            messages: objects with ``role`` and ``content``.
+            add_generation_prompt: end with the assistant's header, for the model to go on.
+            tools: descriptions for templates that take them.
+
+        Raises:
+            ValueError: no chat template, or it refuses the conversation.
+        """
+        return self._template(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def assistant_spans(self, chat: Conversation, text: str) -> list[Span]:
+        """[start, end) in characters of the learned turns in ``text``, the rendering of ``chat``.
+
+        Raises:
+            ValueError: they cannot be told from the rest for certain.
+        """
+        return assistant_spans(self._template(chat.tools), chat, text, self.special_texts)
+
+    @property
+    def files(self) -> list[Path]:
+        """The folder's files that make up the tokenizer, for a copy beside an adapter; some may be in a sub-folder."""
+        return present_files(self._folder)
+
+    def copy_files(self, folder: Path) -> None:
+        """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
+        for file in self.files:
+            target = folder / file.relative_to(self._folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(file, target)
+
+    @cached_property
+    def _templates(self) -> dict[str, ChatTemplate]:
+        sources = read_templates(self._folder, self._settings)
+        return {name: ChatTemplate(source, self._variables) for name, source in sources.items()}
+
+    def _template(self, tools: list[Any] | None) -> ChatTemplate:
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise ValueError(
+                f"the tokenizer in {self._folder} has no {name} chat template. Take the instruction-tuned version of "
+                "the model, put a chat_template.jinja into the folder, or give plain rows: prompt + completion, or text"
+            )
+        return self._templates[name]
+
+    def _id_of(self, variable: str) -> int | None:
+        text = self._variables.get(variable)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _find_eos(self) -> int:
+        named = [self._id_of("eos_token"), *self._model_eos_ids()]
+        found = next((token for token in named if token is not None), None)
+        if found is None:
+            raise ValueError(f"{self._folder} names no eos_token that its tokenizer.json knows; training needs one")
+        return found
+
+    def _model_eos_ids(self) -> list[int]:
+        """Of generation_config.json, or else of config.json."""
+        for name in ("generation_config.json", "config.json"):
+            ids = optional_json(self._folder / name).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+        return []
+
+    def _turn_end(self) -> int | None:
+        """The special token that ends an assistant's turn in the chat template."""
+        chat = Conversation([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], [False, True])
+        try:
+            text = self.render(chat.messages)
+            start, end = self.assistant_spans(chat, text)[-1]
+        except ValueError:  # no template, or one that needs other messages
+            return None
+        endings = [token for token in self.special_texts if text[start:end].rstrip().endswith(token)]
+        return self._backend.token_to_id(max(endings, key=len)) if endings else None
+
+    def _find_adds_bos(self) -> bool:
+        told = self._settings.get("add_bos_token")
+        if self.bos_id is None or told is False:
+            return False
+        return told is True or self._backend.encode("").ids[:1] == [self.bos_id]

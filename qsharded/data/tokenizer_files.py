@@ -1,0 +1,92 @@
+"""Reading a tokenizer folder: tokenizer.json, tokenizer_config.json, chat templates and what stands beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+
+
+def present_files(folder: Path) -> list[Path]:
+    """The files of ``folder`` that make up its tokenizer."""
+    named = [folder / name for name in _FILES]
+    return [path for path in named if path.is_file()] + sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and special_tokens_map.json where that is silent."""
+    return optional_json(folder / "special_tokens_map.json") | optional_json(folder / "tokenizer_config.json")
+
+
+def special_variables(settings: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like -> their texts."""
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
+
+
+def load_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """tokenizer.json with the tokens that tokenizer_config.json adds.
+
+    Raises:
+        ValueError: tokenizer.json is missing or unreadable, or an added token cannot have the id it is given.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no tokenizer.json. Older checkpoints get one by "
+            "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+    # Some files keep the settings of their last use.
+    backend.no_truncation()
+    backend.no_padding()
+    _add_missing(backend, settings.get("added_tokens_decoder") or {}, path)
+    return backend
+
+
+def _add_missing(backend: tokenizers.Tokenizer, added: dict[str, dict[str, Any]], path: Path) -> None:
+    for number, fields in sorted(added.items(), key=lambda item: int(item[0])):
+        content = fields["content"]
+        if backend.token_to_id(content) is None:
+            known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+            backend.add_tokens([tokenizers.AddedToken(**{key: fields[key] for key in known if key in fields})])
+            if backend.token_to_id(content) != int(number):
+                raise ValueError(f"tokenizer_config.json adds {content!r} as {number}, for which {path} has no room")
+
+
+def read_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Name -> chat template; files win over the entry of tokenizer_config.json, as in transformers."""
+    entry = settings.get("chat_template") or {}
+    if isinstance(entry, list):
+        entry = {item["name"]: item["template"] for item in entry}
+    files = {path.stem: path for path in (folder / _MORE_TEMPLATES).glob("*.jinja")}
+    if (folder / _TEMPLATE).is_file():
+        files["default"] = folder / _TEMPLATE
+    in_files = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    return in_files or ({"default": entry} if isinstance(entry, str) else entry)
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, empty if there is no such file.
+
+    Raises:
+        ValueError: not JSON, or not an object; the message names the file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value

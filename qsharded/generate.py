@@ -1,0 +1,232 @@
+"""``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
+
+import logging
+import sys
+import textwrap
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+
+from qsharded.adapted import default_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.assembly import errors_named
+from qsharded.checkpoint.adapter import load_adapter, read_lora_config
+from qsharded.checkpoint.load import load_model
+from qsharded.checkpoint.source import find_checkpoint
+from qsharded.config import check_values, option, parse
+from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
+from qsharded.data.tokenizer import Tokenizer
+from qsharded.models import CausalLM
+from qsharded.models.generation import generate
+from qsharded.parallel import World, start_world, stop_world
+
+logger = logging.getLogger(__name__)
+
+_model = partial(option, group="Model")
+_prompt = partial(option, group="Prompts")
+_sampling = partial(option, group="Answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Answer prompts with a model whose weights are kept in 4 bits (NF4), as they are in training.
+
+    Answers appear as they are written. A model that one GPU cannot hold is sharded: call it as `torchrun --standalone
+    --nproc-per-node N -m qsharded.generate`. Without --model and --adapter the built-in model answers.
+    """
+
+    prog: ClassVar[str] = "qsharded.generate"
+
+    model: str = _model(
+        "Hugging Face checkpoint: a folder, or a Hub id.",
+        metavar="PATH|ID",
+        unset="the base model that the adapter names, or the built-in one",
+    )
+    revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    dtype: Literal["auto", "bfloat16", "float32"] = _model(
+        "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
+        "auto",
+    )
+
+    prompt: tuple[str, ...] = _prompt(
+        "What to answer, as the user of a chat; - reads it from standard input. Given several times, each is answered "
+        "by itself."
+    )
+    raw: bool = _prompt(
+        "Continue the prompt as plain text, without the chat template; so it is where the tokenizer has none.", False
+    )
+
+    max_new_tokens: int = _sampling("Longest answer.", 512, unit="tokens", check=AT_LEAST_1)
+    temperature: float = _sampling(
+        "0 takes the likeliest token each time; above, tokens are drawn, the more evenly the higher.",
+        0.0,
+        check=AT_LEAST_0,
+    )
+    top_k: int = _sampling("Draw from this many of the likeliest tokens; 0 is all.", 0, check=AT_LEAST_0)
+    top_p: float = _sampling(
+        "Draw from the likeliest tokens that together reach this probability.",
+        1.0,
+        check=Check("above 0 and at most 1", lambda value: 0 < value <= 1),
+    )
+    seed: int = _sampling("Seed of the drawing, the same for each prompt.", 0, check=AT_LEAST_0)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.prompt:
+            raise ValueError("--prompt must be given at least once")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with ``argv``, by default the process's own arguments."""
+    config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=default_model)
+    world = start_world()
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
+    try:
+        with errors_named(config.prog, world):
+            run(config, world)
+    finally:
+        stop_world(world)
+
+
+def run(config: GenerateConfig, world: World) -> None:
+    """Answer every prompt; the main rank prints.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    prompts = _read_prompts(config.prompt, world)
+    checkpoint = find_checkpoint(config.model, config.revision)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
+    eos_ids = _eos_ids(tokenizer, checkpoint)
+    ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]
+    with mismatch_explained(config.model, adapter):
+        model = _load(checkpoint, adapter, _dtype(config.dtype, world.device), world)
+    _check_vocabulary(ids, model, tokenizer)
+    for prompt, prompt_ids in zip(prompts, ids, strict=True):
+        if len(prompts) > 1 and world.is_main:
+            print("> " + textwrap.shorten(prompt, 78, placeholder=" ..."))
+        _answer(config, model, tokenizer, prompt_ids, eos_ids, shown=world.is_main)
+
+
+def _read_prompts(prompts: Sequence[str], world: World) -> list[str]:
+    read = [_standard_input(world) if prompt == "-" else prompt for prompt in prompts]
+    for number, prompt in enumerate(read, start=1):
+        if not prompt.strip():
+            raise ValueError(f"--prompt {number} of {len(read)} is empty")
+    return read
+
+
+def _standard_input(world: World) -> str:
+    """Its text, on every rank: they share one input, so the main rank reads."""
+    text = [sys.stdin.read() if world.is_main else ""]
+    if world.mesh is not None:
+        dist.broadcast_object_list(text)
+    return text[0].removesuffix("\n")
+
+
+def _eos_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:
+    """What ends an answer. An adapter's tokenizer does not know of the model's generation_config.json."""
+    has_its_own = (checkpoint / "tokenizer.json").is_file()
+    return {*tokenizer.eos_ids, *(Tokenizer.from_folder(checkpoint).eos_ids if has_its_own else ())}
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
+    if raw or not tokenizer.has_chat_template:
+        bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        return bos + tokenizer.encode(prompt)
+    return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def _load(checkpoint: Path, adapter: Path | None, dtype: torch.dtype, world: World) -> CausalLM:
+    # Adapters in the activations' dtype: training casts its masters to it in every forward.
+    lora = read_lora_config(adapter, dtype) if adapter else None
+    model = load_model(checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
+
+
+def _check_vocabulary(ids: Sequence[Sequence[int]], model: CausalLM, tokenizer: Tokenizer) -> None:
+    largest = max(max(row, default=0) for row in ids)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives {tokenizer.decode([largest])!r} the id {largest}, but the model has "
+            f"{model.config.vocab_size} tokens: it is another model's tokenizer"
+        )
+
+
+def _answer(
+    config: GenerateConfig,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    eos_ids: Collection[int],
+    *,
+    shown: bool,
+) -> None:
+    """Print the answer while it is written. Every rank calls this."""
+    text = TextStream(tokenizer, prompt)
+    tokens = generate(
+        model,
+        [prompt],
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=eos_ids,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        on_token=(lambda _, token: print(text.add(token), end="", flush=True)) if shown else None,
+    )
+    if shown:
+        print(text.rest())
+    if len(tokens[0]) == config.max_new_tokens:
+        logger.info("(cut at --max-new-tokens %d)", config.max_new_tokens)
+
+
+class TextStream:
+    """Tokens in, text out, in whole characters: a character may take several tokens.
+
+    A token's text depends on its neighbours (a space in front, bytes of one character), so each is decoded behind the
+    last ones that gave text; special tokens give none.
+
+    Args:
+        tokenizer: whose tokens they are.
+        before: the tokens in front of the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._behind, self._waiting = list(before), []
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` completes."""
+        self._waiting.append(token)
+        text = self._text_of_waiting()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._behind, self._waiting = self._waiting, []
+        return text
+
+    def rest(self) -> str:
+        """The text of what is left, complete or not."""
+        return self._text_of_waiting()
+
+    def _text_of_waiting(self) -> str:
+        known = self._tokenizer.decode(self._behind, skip_special_tokens=True)
+        return self._tokenizer.decode(self._behind + self._waiting, skip_special_tokens=True)[len(known) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from qsharded.adapted import default_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.assembly import errors_named
+from qsharded.checkpoint.merging import Base, merge_weights
+from qsharded.checkpoint.source import find_checkpoint
+from qsharded.config import check_values, option, parse
+from qsharded.data.tokenizer_files import present_files
+from qsharded.parallel import World
+
+_in = partial(option, group="What is merged")
+_out = partial(option, group="What is written")
+
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Merge a LoRA adapter into its base model: a Hugging Face checkpoint that loads without PEFT.
+
+    Files, names, shapes and dtypes are the base model's; the tokenizer is the adapter's if its folder has one. It works
+    on the CPU, one file and one tensor at a time, so a model of any size fits.
+    """
+
+    prog: ClassVar[str] = "qsharded.merge"
+
+    model: str = _in(
+        "Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.",
+        metavar="PATH|ID",
+        unset="the base model that the adapter names",
+    )
+    revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    adapter: str = _in("PEFT adapter folder.", metavar="PATH")
+    base: Base = _in(
+        "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
+        "people publish. nf4: those weights rounded to NF4 and back, which are the very ones that the adapter was "
+        "trained on; the merged model then answers as the trained one does, but for the rounding of the sum to the "
+        "checkpoint's dtype.",
+        "16bit",
+    )
+    output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with ``argv``, by default the process's own arguments."""
+    config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=default_model)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with errors_named(config.prog, World(0, 1, torch.device("cpu"), None)):
+        run(config)
+
+
+def run(config: MergeConfig) -> None:
+    """Write the merged checkpoint.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    output = Path(config.output).resolve()
+    _refuse_occupied(output)
+    adapter = find_adapter(config.adapter)
+    checkpoint = find_checkpoint(config.model, config.revision)
+    with _complete_or_absent(output) as unfinished:
+        with mismatch_explained(config.model, adapter):
+            merge_weights(checkpoint, adapter, unfinished, config.base)
+        _copy([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
+        tokenizer = tokenizer_folder(checkpoint, adapter)
+        _copy(present_files(tokenizer), tokenizer, unfinished)
+    logging.getLogger(__name__).info("merged model written to %s", output)
+
+
+def _refuse_occupied(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; choose another or remove it")
+
+
+@contextmanager
+def _complete_or_absent(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
+    unfinished = output.with_name(output.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(output)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
+    """Copy those of ``files``, which lie in ``folder``, that exist; sub-folders stay."""
+    for file in files:
+        if file.is_file():
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Keys and values of the tokens already read. Axes: B batch, G key-value heads, S new tokens, T all, E head dim."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Room for `max_length` tokens a row in each of `num_layers` layers, allocated when a layer first writes."""
+
+    def __init__(self, num_layers: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+        self._documents_BT: Tensor | None = None
+
+    def reserve(self, tokens: int, documents_BS: Tensor | None) -> Tensor | None:
+        """Check that `tokens` more fit and return the document ids of all tokens, those included.
+
+        Raises ValueError where they do not fit, or where some calls give document ids and others do not.
+        """
+        if self.length + tokens > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens; {self.length} + {tokens} do not fit")
+        if self.length:
+            documents_BS = self._after_the_known(documents_BS)
+        self._documents_BT = documents_BS
+        return documents_BS
+
+    def update(self, layer: int, keys_BGSE: Tensor, values_BGSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; return all of them, `[B, G, T, E]` each."""
+        return self._append(self._keys, layer, keys_BGSE), self._append(self._values, layer, values_BGSE)
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` as read, once every layer has stored them."""
+        self.length += tokens
+
+    def _after_the_known(self, documents_BS: Tensor | None) -> Tensor | None:
+        if (documents_BS is None) != (self._documents_BT is None):
+            raise ValueError("document ids must come with every call on a cache, or with none")
+        if documents_BS is None or self._documents_BT is None:
+            return None
+        return torch.cat((self._documents_BT, documents_BS), dim=1)
+
+    def _append(self, store: list[Tensor | None], layer: int, new_BGSE: Tensor) -> Tensor:
+        batch, heads, tokens, dim = new_BGSE.shape
+        room = store[layer]
+        if room is None:
+            room = store[layer] = new_BGSE.new_empty(batch, heads, self.max_length, dim)
+        end = self.length + tokens
+        room[:, :, self.length : end] = new_BGSE
+        return room[:, :, :end]

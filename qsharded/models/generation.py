@@ -1,0 +1,151 @@
+"""Tokens from a model: greedy or sampled, a batch of ragged prompts at a time.
+
+Axes: B batch, S prompt length (the longest), V vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qsharded.models.cache import KVCache
+from qsharded.models.decoder import CausalLM
+
+PADDING = -1
+"""Document id of the positions that stand left of a short prompt."""
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; return the new tokens of each, without the end-of-sequence token that stopped it.
+
+    temperature 0 takes the likeliest token. Otherwise tokens are sampled with `seed` from the `top_k` likeliest (0:
+    all), and of these from the likeliest that together reach probability `top_p` (https://arxiv.org/abs/1904.09751).
+    on_token(row, token) is called for every token as it comes.
+
+    Where torch.distributed is initialised, every rank must call this: ranks stop together, so that a sharded model
+    sees the same number of forwards on each. Dropout is off meanwhile.
+
+    Raises ValueError for an empty prompt or no prompt, and for settings out of range.
+    """
+    _check(prompts, max_new_tokens, temperature, top_k, top_p)
+    device = next(model.parameters()).device
+    ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
+    cache = KVCache(model.config.num_hidden_layers, ids_BS.shape[1] + max_new_tokens)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = [_Row(eos_ids) for _ in prompts]
+
+    with _evaluating(model):
+        for _ in range(max_new_tokens):
+            logits_BV = model(
+                ids_BS, positions_BS=positions_BS, document_ids_BS=documents_BS, cache=cache, last_only=True
+            )[:, -1]
+            next_B = _choose(logits_BV, temperature, top_k, top_p, generator)
+            for index, token in enumerate(next_B.tolist()):
+                if rows[index].take(token) and on_token is not None:
+                    on_token(index, token)
+            if _all_ranks(all(row.stopped for row in rows), device):
+                break
+            ids_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
+            if documents_BS is not None:
+                documents_BS = documents_BS[:, -1:]  # the last position is never padding
+    return [row.tokens for row in rows]
+
+
+class _Row:
+    """The tokens of one prompt's continuation, up to the first end-of-sequence token."""
+
+    def __init__(self, eos_ids: Collection[int]) -> None:
+        self.eos_ids = frozenset(eos_ids)
+        self.tokens: list[int] = []
+        self.stopped = False
+
+    def take(self, token: int) -> bool:
+        """Add `token`, or stop at it; True where it was added."""
+        self.stopped = self.stopped or token in self.eos_ids
+        if not self.stopped:
+            self.tokens.append(token)
+        return not self.stopped
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one (on every rank)")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} has no tokens: start it with the tokenizer's BOS token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (all tokens) or more, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, positions and document ids `[B, S]`. Padding goes left so that all rows' next tokens line up.
+
+    No padding, no document ids: attention then needs no mask.
+    """
+    longest = max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
+    positions = [[0] * gap + list(range(longest - gap)) for gap in gaps]
+    documents = [[PADDING] * gap + [0] * (longest - gap) for gap in gaps]
+    ids_BS, positions_BS, documents_BS = (torch.tensor(rows, device=device) for rows in (ids, positions, documents))
+    return ids_BS, positions_BS, documents_BS if any(gaps) else None
+
+
+def _choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token a row, `[B]`."""
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV.float() / temperature
+    if 0 < top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    if top_p < 1:
+        logits_BV = _nucleus(logits_BV, top_p)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Rule out every token whose likelier ones already reach `top_p` together (the likeliest always stays)."""
+    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+    chances_BV = sorted_BV.softmax(dim=-1)
+    likelier_BV = chances_BV.cumsum(dim=-1) - chances_BV
+    return sorted_BV.masked_fill(likelier_BV >= top_p, -torch.inf).gather(-1, order_BV.argsort(dim=-1))
+
+
+def _all_ranks(done: bool, device: torch.device) -> bool:
+    """Whether `done` holds on every rank."""
+    if not dist.is_initialized():
+        return done
+    flag = torch.tensor(int(done), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,214 @@
+"""The NF4 format: its levels, packing and double quantization, in plain PyTorch. Every kernel is held to these bytes.
+
+A weight ``[N, K]`` is cut into blocks of 64 along K. Each block keeps its largest magnitude (absmax, fp32) and, for
+every weight, the index of the nearest of 16 levels to ``weight / absmax``. Two indices share a byte, the first in the
+high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
+absmax. Codes and fp32 absmax are byte for byte those of bitsandbytes 0.50 on CPU.
+Source: Dettmers et al., "QLoRA", arXiv:2305.14314.
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qsharded import blockwise8
+
+BLOCK = 64
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+_SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
+_ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB each, whatever the weight's size
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantized weight of shape [N, K]. Without double quantization ``absmax_codes`` and its fellows are None.
+
+    Attributes:
+        codes: uint8 [N, K/2].
+        absmax: fp32 [N, G], as decoding uses it.
+        absmax_codes: uint8 [N, G].
+        absmax_scales: fp32 [ceil(N*G/256)].
+        absmax_offset: fp32 [].
+        block_size: weights in a block.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_codes: Tensor | None
+    absmax_scales: Tensor | None
+    absmax_offset: Tensor | None
+    block_size: int = BLOCK
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight [N, K] in ``dtype`` (bfloat16, float16 or float32)."""
+        return decode(self.codes, self.absmax, dtype, self.block_size)
+
+
+def quantize(weight: Tensor, *, block_size: int = BLOCK, double_quant: bool = True) -> NF4Weight:
+    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device.
+
+    Raises:
+        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a block size or dtype that the format
+            lacks, or NaN or infinity among the weights.
+    """
+    check_weight(weight, block_size)
+    codes, absmax = encode(weight, block_size)
+    if not double_quant:
+        return NF4Weight(codes, absmax, None, None, None, block_size)
+    absmax_codes, scales, offset = double_quantize(absmax)
+    decoded = decode_absmax(absmax_codes, scales, offset)
+    return NF4Weight(codes, decoded, absmax_codes, scales, offset, block_size)
+
+
+def check_weight(weight: Tensor, block_size: int = BLOCK, name: str = "weight") -> None:
+    """Raise ValueError where ``weight`` cannot be quantized, naming it ``name``."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16 or float32 to be quantized, got {weight.dtype}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
+    if weight.shape[1] % block_size:
+        raise ValueError(f"{name}: in_features must be a multiple of {block_size}, got {weight.shape[1]}")
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
+
+
+@cache
+def levels(device: torch.device | str = "cpu") -> Tensor:
+    """The 16 levels, fp32. The tensor is shared: do not write to it."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+@cache
+def thresholds(device: torch.device | str = "cpu") -> Tensor:
+    """The 15 fp32 midpoints of the levels. The tensor is shared: do not write to it."""
+    return ((levels()[:-1] + levels()[1:]) / 2).to(device)
+
+
+@cache
+def _level_pairs(device: torch.device) -> Tensor:
+    """Both levels of each byte, fp32 [256, 2]: one look-up decodes two codes."""
+    byte = torch.arange(256)
+    return levels()[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
+
+
+def encode(weight_NK: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
+    N, K = weight_NK.shape
+    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
+    absmax_NG = torch.empty(N, K // block_size, dtype=torch.float32, device=weight_NK.device)
+    for rows in _row_chunks(N, K):
+        codes_NP[rows], absmax_NG[rows] = _encode_rows(weight_NK[rows], block_size)
+    return codes_NP, absmax_NG
+
+
+def _encode_rows(weight_NK: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    blocks_NGB = weight_NK.float().unflatten(1, (-1, block_size))
+    absmax_NG = blocks_NGB.abs().amax(-1)
+    reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
+    scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
+    # bucketize puts a value that equals a threshold below it: a tie goes down
+    index = torch.bucketize(scaled, thresholds(weight_NK.device), out_int32=True).to(torch.uint8).flatten(1)
+    return index[:, ::2] << 4 | index[:, 1::2], absmax_NG
+
+
+def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, block_size: int = BLOCK) -> Tensor:
+    """The weight [N, K]: level times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
+    N, P = codes_NP.shape
+    out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
+    for rows in _row_chunks(N, P * 2):
+        pairs = _level_pairs(codes_NP.device).index_select(0, codes_NP[rows].flatten().int())
+        out_NK[rows] = (pairs.view(-1, absmax_NG.shape[1], block_size) * absmax_NG[rows].unsqueeze(-1)).flatten(1)
+    return out_NK
+
+
+def _row_chunks(N: int, K: int) -> Iterator[slice]:
+    step = max(1, _ELEMENTS_AT_A_TIME // max(K, 1))
+    return (slice(start, start + step) for start in range(0, N, step))
+
+
+# Double quantization. A sharded weight is encoded by its ranks together to the very bytes that one process writes:
+# each step below works on any run of whole rows, and what crosses ranks is exact (row sums gathered, maxima reduced).
+
+
+def double_quantize(absmax_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax."""
+    N, G = absmax_NG.shape
+    offset = absmax_offset(absmax_row_sums(absmax_NG), G).to(absmax_NG.device)
+    scales = absmax_scales(absmax_NG, offset, first_row=0, rows=N)
+    return encode_absmax(absmax_NG, scales, offset, first_row=0), scales, offset
+
+
+def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
+    """fp64 [N]: each row's columns added from left to right, so that no device or thread count changes a bit."""
+    sums_N = torch.zeros(absmax_NG.shape[0], dtype=torch.float64, device=absmax_NG.device)
+    for column_N in absmax_NG.unbind(1):
+        sums_N += column_N
+    return sums_N
+
+
+def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
+    """fp32 [] on the CPU: the mean of all absmax, from fp64 row sums added from first to last."""
+    total = row_sums_N.cpu().cumsum(0)[-1]  # PyTorch's CPU cumsum runs in order on one thread
+    return (total / (row_sums_N.numel() * G)).float()
+
+
+def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
+    """fp32 [ceil(rows*G/256)]: the maxima of the 256-blocks as far as these rows reach; 0 for blocks they do not touch.
+
+    ``absmax_NG`` are the rows from ``first_row`` on of a weight of ``rows`` rows.
+    """
+    G = absmax_NG.shape[1]
+    scales = torch.zeros(second_level_blocks(rows, G), dtype=torch.float32, device=absmax_NG.device)
+    block = _second_level_block(absmax_NG, first_row).flatten()
+    return scales.scatter_reduce_(0, block, (absmax_NG - offset).abs().flatten(), "amax")
+
+
+def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
+    """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
+    own_scales = scales[_second_level_block(absmax_NG, first_row)]
+    return blockwise8.nearest_codes(absmax_NG - offset, own_scales)
+
+
+def decode_absmax(codes_NG: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
+    """fp32 [N, G] of a whole weight: map entry times scale, plus offset, each rounded to fp32."""
+    return blockwise8.decode(codes_NG, scales[_second_level_block(codes_NG, 0)]) + offset
+
+
+def second_level_blocks(N: int, G: int) -> int:
+    """How many 256-blocks hold N*G absmax values."""
+    return -(-N * G // blockwise8.BLOCK)
+
+
+def _second_level_block(rows_NG: Tensor, first_row: int) -> Tensor:
+    """int64 [N, G]: the 256-block in which each absmax of these rows lies."""
+    N, G = rows_NG.shape
+    flat = torch.arange(first_row * G, (first_row + N) * G, device=rows_NG.device)
+    return (flat // blockwise8.BLOCK).view(N, G)

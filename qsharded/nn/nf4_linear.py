@@ -1,0 +1,116 @@
+"""A linear layer whose weight stays in NF4, laid out so that FSDP2 can shard it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qsharded import nf4, ops
+
+
+class NF4Linear(nn.Module):
+    """``y = x W^T + b`` with a frozen NF4 weight, double-quantized.
+
+    The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
+    arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
+
+    Attributes:
+        weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
+        weight_absmax: bf16 [N, ceil(G/2)], the bytes of the absmax codes uint8 [N, G]; one zero byte pads an odd G.
+        weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank.
+        weight_absmax_offset: fp32 [], likewise.
+        bias: [N] or None.
+
+    Raises:
+        ValueError: ``in_features`` is no multiple of 64.
+        TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features % nf4.BLOCK:
+            raise ValueError(f"in_features must be a multiple of {nf4.BLOCK}, got {in_features}")
+        self.in_features, self.out_features = in_features, out_features
+        G = in_features // nf4.BLOCK
+        self.weight = _packed_parameter(out_features, in_features // 4, device)
+        self.weight_absmax = _packed_parameter(out_features, -(-G // 2), device)
+        scales = torch.zeros(nf4.second_level_blocks(out_features, G), dtype=torch.float32, device=device)
+        self.register_buffer("weight_absmax_scales", scales)
+        self.register_buffer("weight_absmax_offset", torch.zeros((), dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str = "weight") -> "NF4Linear":
+        """Quantize ``linear`` on its device; on the meta device only the shapes are taken. The bias is shared.
+
+        Raises:
+            ValueError: as ``nf4.quantize``, naming the weight ``name``.
+        """
+        weight = linear.weight.detach()
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device=weight.device)
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        if weight.is_meta:
+            return new
+        nf4.check_weight(weight, name=name)
+        codes, absmax = ops.nf4_quantize(weight)
+        absmax_codes, scales, offset = nf4.double_quantize(absmax)
+        new.weight.data.view(torch.uint8).copy_(codes)
+        new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
+        new.weight_absmax_scales.copy_(scales)
+        new.weight_absmax_offset.copy_(offset)
+        return new
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(codes, absmax codes, absmax scales, absmax offset) as ``ops`` takes them: views, nothing is copied."""
+        if self.weight.dtype != torch.bfloat16 or self.weight_absmax.dtype != torch.bfloat16:
+            raise TypeError(
+                f"packed NF4 bytes are stored as bfloat16, but arrived as {self.weight.dtype}: they are destroyed. "
+                "With FSDP2, leave param_dtype at None or bfloat16"
+            )
+        absmax_codes = self.weight_absmax.view(torch.uint8)[:, : self.in_features // nf4.BLOCK]
+        return self.weight.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight [N, K] in ``dtype``."""
+        return ops.nf4_dequantize(*self.packed(), dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return ops.nf4_linear(x, *self.packed(), bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
+        if fn(torch.empty(0, dtype=torch.bfloat16, device=self.weight.device)).dtype != torch.bfloat16:
+            raise TypeError(
+                "an NF4Linear cannot be cast: its packed bytes are stored as bfloat16 and a cast would destroy them. "
+                "Cast the other modules, or choose the dtype when the model is made"
+            )
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _packed_parameter(rows: int, columns: int, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False)
+
+
+def pad_absmax(absmax_codes_NG: Tensor) -> Tensor:
+    """uint8 [N, G rounded up to even]: a row must fill whole bf16 words. Integer padding, so no pattern changes."""
+    return nn.functional.pad(absmax_codes_NG, (0, absmax_codes_NG.shape[1] % 2))

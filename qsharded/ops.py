@@ -1,0 +1,190 @@
+"""``torch.ops.qsharded.*``: each operation's schema, shape rule (fake), implementation and gradient in one place.
+
+Packed weights arrive as uint8. ``absmax`` is either fp32 [N, G], with ``absmax_scales`` and ``absmax_offset`` None, or
+the double-quantized uint8 codes [N, G] with fp32 scales [ceil(N*G/256)] and offset [].
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row, M = rows of x over all its
+leading dimensions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsharded import backends, nf4
+
+_library = torch.library.Library("qsharded", "DEF")
+_library.define("nf4_quantize(Tensor weight) -> (Tensor, Tensor)")
+_PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scales, Tensor? absmax_offset"
+_library.define(f"nf4_dequantize({_PACKED}, ScalarType dtype) -> Tensor")
+_library.define(f"nf4_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
+_library.define(f"nf4_linear_input_grad(Tensor grad, {_PACKED}) -> Tensor")
+
+
+def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, K/2] and absmax fp32 [N, K/64] of ``weight`` [N, K] (bfloat16, float16 or float32).
+
+    Raises:
+        ValueError: as ``nf4.check_weight``, but for NaN and infinity, which only the caller can look for cheaply.
+    """
+    return torch.ops.qsharded.nf4_quantize(weight)
+
+
+def nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The weight [N, K] in ``dtype``.
+
+    Raises:
+        ValueError: codes that are not uint8 [N, K/2], or absmax, scales and offset that do not fit them.
+    """
+    return torch.ops.qsharded.nf4_dequantize(codes, absmax, absmax_scales, absmax_offset, dtype)
+
+
+def nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x @ W.T + bias``: x [..., K] -> [..., N] in x's dtype, W decoded to it. Gradients flow to x and bias only.
+
+    Raises:
+        ValueError: as ``nf4_dequantize``, or an x whose last axis is not K.
+    """
+    return torch.ops.qsharded.nf4_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
+
+
+def _check_packed(codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None) -> None:
+    """What every operation on a packed weight asks of it; reads shapes and dtypes only."""
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % (nf4.BLOCK // 2):
+        raise ValueError(f"codes must be uint8 [N, K/2] with K a multiple of 64, got {_describe(codes)}")
+    N, G = codes.shape[0], codes.shape[1] * 2 // nf4.BLOCK
+    if tuple(absmax.shape) != (N, G):
+        raise ValueError(f"absmax must be [N, K/64] = {[N, G]}, got {_describe(absmax)}")
+    if (absmax_scales is None) != (absmax_offset is None):
+        raise ValueError("absmax_scales and absmax_offset come together (double quantization) or not at all")
+    if absmax_scales is None or absmax_offset is None:
+        if absmax.dtype != torch.float32:
+            raise ValueError(f"absmax without absmax_scales must be float32, got {absmax.dtype}")
+        return
+    if absmax.dtype != torch.uint8:
+        raise ValueError(f"absmax with absmax_scales must be uint8 codes, got {absmax.dtype}")
+    if absmax_scales.dtype != torch.float32 or tuple(absmax_scales.shape) != (nf4.second_level_blocks(N, G),):
+        wanted = nf4.second_level_blocks(N, G)
+        raise ValueError(f"absmax_scales must be float32 [{wanted}], got {_describe(absmax_scales)}")
+    if absmax_offset.dtype != torch.float32 or absmax_offset.numel() != 1:
+        raise ValueError(f"absmax_offset must be one float32, got {_describe(absmax_offset)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _check_last_axis(x: Tensor, size: int, name: str) -> None:
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise ValueError(f"{name}'s last axis must be {size}, got {_describe(x)}")
+
+
+@torch.library.impl(_library, "nf4_quantize", "CompositeExplicitAutograd")
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_float_matrix(weight)
+    return backends.quantize(weight)
+
+
+@torch.library.register_fake("qsharded::nf4_quantize", lib=_library)
+def _quantize_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_float_matrix(weight)
+    N, K = weight.shape
+    codes = weight.new_empty((N, K // 2), dtype=torch.uint8)
+    return codes, weight.new_empty((N, K // nf4.BLOCK), dtype=torch.float32)
+
+
+def _check_float_matrix(weight: Tensor) -> None:
+    if weight.dtype not in nf4.FLOAT_DTYPES or weight.dim() != 2 or weight.shape[1] % nf4.BLOCK:
+        raise ValueError(f"weight must be a float matrix [N, K] with K a multiple of 64, got {_describe(weight)}")
+
+
+@torch.library.impl(_library, "nf4_dequantize", "CompositeExplicitAutograd")
+def _dequantize(
+    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    return backends.dequantize(codes, absmax, absmax_scales, absmax_offset, dtype)
+
+
+@torch.library.register_fake("qsharded::nf4_dequantize", lib=_library)
+def _dequantize_fake(
+    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    return codes.new_empty((codes.shape[0], codes.shape[1] * 2), dtype=dtype)
+
+
+@torch.library.impl(_library, "nf4_linear", "CompositeExplicitAutograd")
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    _check_last_axis(x, codes.shape[1] * 2, "x")
+    weight = _dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype)
+    return F.linear(x, weight, bias)
+
+
+@torch.library.register_fake("qsharded::nf4_linear", lib=_library)
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_last_axis(x, codes.shape[1] * 2, "x")
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.impl(_library, "nf4_linear_input_grad", "CompositeExplicitAutograd")
+def _linear_input_grad(
+    grad: Tensor, codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None
+) -> Tensor:
+    _check_last_axis(grad, codes.shape[0], "grad")
+    return grad.contiguous() @ _dequantize(codes, absmax, absmax_scales, absmax_offset, grad.dtype)
+
+
+@torch.library.register_fake("qsharded::nf4_linear_input_grad", lib=_library)
+def _linear_input_grad_fake(
+    grad: Tensor, codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None
+) -> Tensor:
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_last_axis(grad, codes.shape[0], "grad")
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1] * 2))
+
+
+def _save_packed(ctx, inputs, output) -> None:
+    _, codes, absmax, absmax_scales, absmax_offset, _ = inputs
+    ctx.save_for_backward(codes, absmax, absmax_scales, absmax_offset)
+
+
+def _linear_backward(ctx, grad: Tensor):
+    """Decodes the weight again: nothing decoded outlives the forward."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, None, grad_bias
+
+
+torch.library.register_autograd("qsharded::nf4_linear", _linear_backward, setup_context=_save_packed, lib=_library)

@@ -1,0 +1,213 @@
+"""Sharding with FSDP2 that keeps packed weights bit for bit. The only caller of ``fully_shard`` in the project.
+
+FSDP2 gathers parameters by copying the shards into one buffer with ``torch._foreach_copy_``. On CUDA that kernel sends
+bf16 through fp32, which rewrites NaN patterns, and packed NF4 bytes seen as bf16 are NaN patterns in 0.08% of words
+(pytorch#159333, bitsandbytes#1945). :class:`ExactAllGather` has the copy done on integer views instead, by public
+means: ``FSDPModule.set_custom_all_gather``.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _FilledAsIntegers(torch.Tensor):
+    """Marks this rank's part of a gather buffer whose bytes were copied in unchanged."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class _GatherBuffer(torch.Tensor):
+    """A gather buffer that meets FSDP2's copy-in and has it done on integer views of inputs and buffer."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is not torch.ops.fsdp.all_gather_copy_in:
+                return func(*args, **(kwargs or {}))
+            shards, buffer, split_sizes, numel, rank = args
+            plain = buffer.as_subclass(torch.Tensor)
+            integer = _INTEGER_OF_WIDTH[plain.itemsize]
+            func([shard.view(integer) for shard in shards], plain.view(integer), split_sizes, numel, rank)
+            return plain.narrow(0, numel * rank, numel).as_subclass(_FilledAsIntegers), plain
+
+
+class ExactAllGather:
+    """FSDP2's all-gather with no arithmetic on the way: integer copies in, bytes over the wire.
+
+    It raises RuntimeError where PyTorch filled the buffer in a way unknown to it: such a run stops, it does not damage.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device).as_subclass(_GatherBuffer)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if type(input_tensor) is not _FilledAsIntegers:
+            raise RuntimeError(
+                f"PyTorch {torch.__version__} filled FSDP2's gather buffer in a way qsharded does not know, which may "
+                "damage packed weights; use a PyTorch version that qsharded supports"
+            )
+        own = input_tensor.as_subclass(torch.Tensor).view(torch.uint8)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.15 renames it
+        return gather(output_tensor.view(torch.uint8), own, group=group, async_op=async_op)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank among ``size``, its device, and the mesh (None for a single process)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def start_world() -> World:
+    """Join the process group that torchrun describes in the environment; without torchrun, a world of one."""
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        _check_enough_gpus(local_rank)
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(0, 1, device, None)
+    # gloo beside NCCL: offloaded shards and small host values are gathered on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return World(dist.get_rank(), size, device, mesh)
+
+
+def _check_enough_gpus(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+
+
+def stop_world(world: World) -> None:
+    """Leave the process group."""
+    if world.mesh is not None:
+        dist.destroy_process_group()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each block in backward instead of keeping its activations. Call before :func:`shard`.
+
+    The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
+    """
+    for block in _blocks(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
+
+    Args:
+        model: has its blocks in ``model.model.layers``; sharded in place, and returned.
+        mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
+        param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
+        reshard_after_forward: free each gathered block after its forward.
+
+    Raises:
+        ValueError: a ``param_dtype`` that would cast packed bytes.
+    """
+    if param_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"param_dtype must be None or bfloat16, got {param_dtype}: it would destroy packed NF4 bytes")
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
+    wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for modules in _groups(model):
+        wrap(modules if len(modules) > 1 else modules[0])
+    wrap(model)
+    use_exact_gather(model)
+    return model
+
+
+def use_exact_gather(model: nn.Module) -> None:
+    """Set :class:`ExactAllGather` on every FSDP2 module of ``model``."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(ExactAllGather())
+
+
+def _device_type(model: nn.Module) -> str:
+    kind = next(model.parameters()).device.type
+    return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    yield from model.get_submodule("model.layers").children()
+
+
+def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
+    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    for block in _blocks(model):
+        yield [block]
+    if embedding.weight is head.weight:
+        yield [embedding, head]  # a tied weight belongs to one group
+    else:
+        yield [embedding]
+        yield [head]
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows [start, stop) of a parameter's ``total`` rows that this rank holds, and the group that shares them."""
+
+    start: int
+    stop: int
+    total: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+def own_rows(parameter: Tensor) -> RowRange:
+    """Which rows of ``parameter`` live here: FSDP2 cuts dim 0 into equal runs, the last ones shorter or empty."""
+    total = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return RowRange(0, total, total, None)
+    dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
+    mesh = parameter.device_mesh
+    step = -(-total // mesh.size(dim))
+    start = min(mesh.get_local_rank(dim) * step, total)
+    return RowRange(start, min(start + step, total), total, mesh.get_group(dim))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered where it is sharded: a collective. Never for packed weights, which stay sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,212 @@
+"""``python -m qsharded.train``: a checkpoint and a dataset in, a LoRA adapter out. Read :func:`run` from the top."""
+
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from qsharded import assembly, evaluation
+from qsharded.checkpoint.adapter import save_adapter, trainable
+from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_checkpoints, save_checkpoint
+from qsharded.config import TrainConfig, builtin_overrides, parse
+from qsharded.data import Cursor, Step
+from qsharded.metrics import MetricsLog, TrainRow
+from qsharded.optim.schedule import learning_rate
+from qsharded.parallel import World, start_world, stop_world, whole
+from qsharded.seeds import derived_seed
+
+
+class SkippedTooOften(RuntimeError):
+    """More steps had a gradient that is not finite than ``--max-skipped-steps`` allows."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with ``argv``, by default the process's own arguments."""
+    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
+    world = start_world()
+    try:
+        with assembly.errors_named(config.prog, world):
+            parts = assembly.prepare(config, world)
+        run(config, world, parts)
+    finally:
+        stop_world(world)
+
+
+def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
+    """Evaluate, train, evaluate again, write the adapter."""
+    metrics_file = Path(config.output_dir, "metrics.jsonl")
+    with MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log:
+        for line in parts.summary:
+            log.message(line)
+        if parts.progress.step == 0:
+            _evaluate(config, world, parts, log, "before training")
+        _train(config, world, parts, log)
+        _evaluate(config, world, parts, log, "after training")
+        adapter = Path(config.output_dir, "adapter")
+        save_adapter(parts.model, parts.lora, adapter, base_model=config.model, is_main=world.is_main)
+        if world.is_main:
+            parts.tokenizer.copy_files(adapter)
+        log.message(f"adapter written to {adapter}")
+
+
+def _train(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
+    """Optimizer steps from where the run stands to its end."""
+    progress, window = parts.progress, Window(parts.progress)
+    for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):
+        if progress.step >= parts.total_steps:
+            break
+        rate = _learning_rate(config, parts, progress.step)
+        loss, grad_norm = _train_step(config, world, parts, step, rate)
+        progress.step += 1
+        progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
+        window.add(loss, step)
+        log.advance(progress.step)
+        if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
+            log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
+            _refuse_divergence(config, progress)
+        _save_and_evaluate(config, world, parts, log)
+
+
+def _train_step(
+    config: TrainConfig, world: World, parts: assembly.Parts, step: Step, rate: float
+) -> tuple[float, float]:
+    """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for index, batch in enumerate(step.micro_batches):
+        _seed_dropout(config.seed, parts.progress.step, index, world.rank)
+        loss = evaluation.batch_loss(parts.model, batch.to(world.device))
+        # FSDP2 averages over ranks; the loss is a mean over the tokens of all ranks and micro-batches
+        (loss * (world.size / step.supervised_tokens)).backward()
+        loss_sum += loss.detach()
+    grad_norm = _apply_gradient(config, parts, rate)
+    return evaluation.global_sum(loss_sum, world) / step.supervised_tokens, grad_norm
+
+
+def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> float:
+    """Clip and step, or skip where the gradient is not finite: the norm is global, so all ranks decide alike."""
+    parameters = [parameter for _, parameter in trainable(parts.model)]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if torch.isfinite(norm):
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = rate
+        parts.optimizer.step()
+    else:
+        parts.progress.skipped_steps += 1
+    parts.optimizer.zero_grad()
+    return norm.item()
+
+
+def _seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Draw from (seed, step, micro-batch, rank) alone: a resumed run needs no generator state."""
+    torch.manual_seed(derived_seed(seed, step, micro_batch, rank))
+
+
+def _learning_rate(config: TrainConfig, parts: assembly.Parts, step: int) -> float:
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_ratio * parts.total_steps)
+    return learning_rate(
+        step,
+        peak=config.learning_rate,
+        total_steps=parts.total_steps,
+        warmup_steps=warmup,
+        kind=config.lr_scheduler_type,
+    )
+
+
+class Window:
+    """What happened since the last log line; it is part of the progress, so a resumed run logs the same figures."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._sums = progress.window
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def add(self, loss: float, step: Step) -> None:
+        """Count a step with its loss a supervised token."""
+        self._sums["loss"] = self._sums.get("loss", 0.0) + loss * step.supervised_tokens
+        self._sums["supervised"] = self._sums.get("supervised", 0) + step.supervised_tokens
+        self._tokens += step.tokens
+
+    def close(self, progress: Progress, epoch: float, grad_norm: float, rate: float, world: World) -> TrainRow:
+        """The log line of this window; the next begins. The norm is the last step's, before clipping."""
+        row = TrainRow(
+            step=progress.step,
+            epoch=epoch,
+            loss=self._sums["loss"] / self._sums["supervised"],
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            tokens_per_second=self._tokens / (time.perf_counter() - self._start),
+            memory_gib=peak_memory_gib(world.device),
+            skipped_steps=progress.skipped_steps,
+        )
+        self._sums.clear()
+        self._start, self._tokens = time.perf_counter(), 0
+        return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most this process has held: GPU memory reserved by PyTorch, or on the CPU its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _refuse_divergence(config: TrainConfig, progress: Progress) -> None:
+    if progress.skipped_steps > config.max_skipped_steps:
+        raise SkippedTooOften(
+            f"{progress.skipped_steps} steps were skipped by step {progress.step} because their gradient was not "
+            f"finite, --max-skipped-steps allows {config.max_skipped_steps}. Lower --learning-rate, or look for "
+            "damaged rows in the dataset"
+        )
+
+
+def _save_and_evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
+    step = parts.progress.step
+    if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
+        _log_validation(parts, world, log)
+    if config.save_steps and step % config.save_steps == 0:
+        folder = checkpoint_folder(Path(config.output_dir), step)
+        save_checkpoint(
+            folder,
+            parts.model,
+            parts.lora,
+            parts.optimizer,
+            parts.progress,
+            base_model=config.model,
+            is_main=world.is_main,
+        )
+        if world.is_main:
+            drop_old_checkpoints(Path(config.output_dir), config.save_total_limit)
+
+
+def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:
+    _log_validation(parts, world, log)
+    if parts.prompts:
+        _log_exact_match(parts, log, when)
+
+
+def _log_validation(parts: assembly.Parts, world: World, log: MetricsLog) -> None:
+    if parts.eval_loader is not None:
+        steps = islice(parts.eval_loader.steps(), parts.eval_loader.steps_in_epoch(0))
+        values = evaluation.validation_loss(parts.model, steps, world)
+        log.evaluation(parts.progress.step, parts.epochs_done(), values)
+
+
+def _log_exact_match(parts: assembly.Parts, log: MetricsLog, when: str) -> None:
+    result = evaluation.exact_match(parts.model, parts.tokenizer, parts.prompts)
+    log.evaluation(parts.progress.step, parts.epochs_done(), {"exact_match": result.accuracy})
+    log.message(f"exact match {when}: {result.accuracy:.1%} of {len(parts.prompts)} held-out prompts; samples:")
+    for prompt, answer in list(zip(parts.prompts, result.answers, strict=True))[:4]:
+        verdict = "right" if answer.strip() == prompt.answer.strip() else f"wrong, should be {prompt.answer!r}"
+        log.message(f"  {prompt.text!r} -> {answer!r} ({verdict})")
+
+
+if __name__ == "__main__":
+    main()

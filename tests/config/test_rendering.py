@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from qsharded.config import TrainConfig
+from qsharded.config.options import options
+from qsharded.config.rendering import help_text, markdown
+from tools.make_docs import DOCS, PAGES
+
+
+def test_every_option_is_documented_in_one_group() -> None:
+    groups = [item.about.group for item in options(TrainConfig)]
+    starts = [group for before, group in zip([None, *groups], groups, strict=False) if group != before]
+    assert len(starts) == len(set(starts)), "a group's options stand together"
+    for item in options(TrainConfig):
+        assert item.about.group
+        assert item.about.help.endswith("."), item.key
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_help_fits_the_width_and_lists_every_flag_with_its_default(width: int) -> None:
+    text = help_text(TrainConfig, width)
+    assert max(map(len, text.splitlines()[1:])) <= width
+    for item in options(TrainConfig):
+        name = f"--[no-]{item.key}" if item.kind is bool else item.flag
+        assert any(line.split() and line.split()[0] == name for line in text.splitlines()), item.key
+    assert " ".join(text.split()).count("default: ") == len(options(TrainConfig))
+
+
+def test_help_shows_units_ranges_and_choices() -> None:
+    flat = " ".join(help_text(TrainConfig, 100).split())
+    assert "--max-length N Longest row. [tokens, at least 1; default: 2048]" in flat
+    assert "[one of cosine, linear, constant; default: cosine]" in flat
+    assert "[default: the built-in one]" in flat
+    assert "--lora-rank-pattern KEY=VALUE ..." in flat
+
+
+def test_markdown_has_a_row_for_every_option() -> None:
+    rows = [line for line in markdown(TrainConfig).splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(options(TrainConfig))
+    assert "| `--max-length` | Longest row. | tokens, at least 1 | 2048 |" in rows
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_docs_are_in_step(page: str) -> None:
+    written = Path(DOCS / page).read_text(encoding="utf-8")
+    assert written == markdown(PAGES[page]), "run `make docs`"

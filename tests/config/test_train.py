@@ -1,0 +1,54 @@
+from typing import Any
+
+import pytest
+
+from qsharded.config import TrainConfig
+from qsharded.config.options import options
+from qsharded.data.shapes import FORMATS
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "dataset": "d", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": 0}, "--max-steps must be -1 or at least 1, got 0"),
+        ({"max_steps": -2}, "--max-steps must be -1 or at least 1, got -2"),
+        ({"warmup_ratio": 1.0}, "--warmup-ratio must be at least 0 and below 1, got 1.0"),
+        ({"lora_dropout": -0.1}, "--lora-dropout must be at least 0 and below 1, got -0.1"),
+        ({"learning_rate": 0}, "--learning-rate must be above 0, got 0"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, got -1.0"),
+        ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
+        ({"lora_target_modules": []}, "--lora-target-modules must name at least one layer"),
+        ({"lora_target_modules": ""}, "--lora-target-modules must name at least one layer"),
+        (
+            {"lora_rank_pattern": {"a": 0}},
+            "--lora-rank-pattern must be above 0 for every KEY, got 0 for 'a'",
+        ),
+    ],
+)
+def test_refused_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message is compared
+        config(**values)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("lora_target_modules", "(q_proj"), ("lora_alpha_pattern", {"(q_proj": 1.0})]
+)
+def test_broken_regular_expressions_are_named(field: str, value: Any) -> None:
+    flag = "--" + field.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"^{flag} must be a regular expression, got '\(q_proj'"):
+        config(**{field: value})
+
+
+def test_model_and_dataset_are_required() -> None:
+    with pytest.raises(TypeError, match="dataset"):
+        TrainConfig(model="m")
+
+
+def test_formats_are_those_that_the_data_code_reads() -> None:
+    choices = {item.name: item.choices for item in options(TrainConfig)}
+    assert choices["dataset_format"] == FORMATS

@@ -1,0 +1,26 @@
+"""Session set-up that must come before torch, triton and huggingface_hub are imported."""
+
+import os
+
+# Two cores serve the whole suite, and its multi-rank tests start processes of their own that inherit this.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test may reach the network: one that tries fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined, so it is set before any module that defines one is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,122 @@
+"""Reading a checkpoint into shards: the same bytes for any number of ranks, and never a full-size weight."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from qsharded import nf4, parallel
+from qsharded.checkpoint import load_model
+from qsharded.checkpoint.source import SafetensorsFolder
+from qsharded.nn import LoRAConfig, NF4Linear
+from tests.checkpoints import write_checkpoint
+from tests.distributed.harness import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose rows divide unevenly: K = 192 has 3 blocks a row, and 80 rows are cut by 3 ranks."""
+    return write_checkpoint(tmp_path_factory.mktemp("llama"), hidden_size=192, intermediate_size=320, shards=3)
+
+
+def gathered_bytes(path: Path, world_size: int) -> dict[str, Tensor]:
+    """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means."""
+    mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
+    model = load_model(path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.bfloat16, seed=7)
+    state = {name: whole_bytes(tensor) for name, tensor in model.named_parameters()}
+    return state | {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
+
+
+def whole_bytes(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().contiguous().view(torch.uint8)
+    rows, own = parallel.own_rows(tensor), tensor.to_local().detach().contiguous()
+    assert own.shape[0] == rows.count
+    full = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    full[rows.start : rows.stop].view(torch.uint8).copy_(own.view(torch.uint8))
+    full = full.view(torch.uint8)
+    torch.distributed.all_reduce(full)
+    return full
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: int) -> None:
+    alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
+    assert any("weight_absmax_scales" in name for name in alone)
+    for state in run_ranks(gathered_bytes, world_size, folder, world_size):
+        assert state.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
+def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.bfloat16)
+    source = SafetensorsFolder(folder)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    assert len(packed) == 2 * 7
+    for name, layer in packed.items():
+        weight = source.rows(f"{name}.weight", 0, layer.out_features)
+        expected = nf4.quantize(weight)
+        codes, absmax_codes, scales, offset = layer.packed()
+        assert torch.equal(codes, expected.codes)
+        assert torch.equal(absmax_codes, expected.absmax_codes)
+        assert torch.equal(scales, expected.absmax_scales)
+        assert torch.equal(offset, expected.absmax_offset)
+
+
+def loss_and_gradient(path: Path, world_size: int, checkpointing: bool) -> tuple[Tensor, Tensor]:
+    mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
+    model = load_model(
+        path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.float32, gradient_checkpointing=checkpointing, seed=7
+    )
+    ids = torch.arange(24).view(2, 12) % 97
+    loss = model(ids, targets_BS=ids)
+    loss.backward()
+    gradient = parallel.whole(model.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight").grad)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize(("world_size", "checkpointing"), [(1, True), (2, False), (3, True)])
+def test_sharding_and_recomputation_change_no_result(folder: Path, world_size: int, checkpointing: bool) -> None:
+    loss, gradient = run_ranks(loss_and_gradient, 1, folder, 1, False)[0]
+    assert gradient.abs().max() > 0
+    for other_loss, other_gradient in run_ranks(loss_and_gradient, world_size, folder, world_size, checkpointing):
+        torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+def rows_read(path: Path, world_size: int) -> dict[str, int]:
+    """How many rows of each tensor this rank asks the checkpoint for."""
+    asked: dict[str, int] = {}
+    read = SafetensorsFolder.rows
+
+    def counting(self: SafetensorsFolder, name: str, start: int, stop: int) -> Tensor:
+        asked[name] = asked.get(name, 0) + stop - start
+        return read(self, name, start, stop)
+
+    SafetensorsFolder.rows = counting
+    load_model(path, mesh=init_device_mesh("cpu", (world_size,)), dtype=torch.bfloat16)
+    return asked
+
+
+def test_each_rank_reads_only_its_own_rows(folder: Path) -> None:
+    source = SafetensorsFolder(folder)
+    asked = run_ranks(rows_read, 3, folder, 3)
+    for name in source.names():
+        total = source.shape(name)[0]
+        assert sum(rank[name] for rank in asked) == total
+        assert max(rank[name] for rank in asked) == -(-total // 3)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, shards=1)
+    source = SafetensorsFolder(folder)
+    weights = {name: source.rows(name, 0, source.shape(name)[0]).clone() for name in source.names()}
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_model(folder)

@@ -1,0 +1,32 @@
+"""The compiled library as csrc/ is now, built by setup.py, so that no test meets a stale one."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qsharded_kernels import library
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def built_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return folder / "qsharded_kernels" / "libqsharded.so"
+
+
+@pytest.fixture(scope="module")
+def fresh_library(built_library: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "PATH", built_library)
+        library.load.cache_clear()
+        yield built_library
+    library.load.cache_clear()

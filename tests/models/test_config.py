@@ -1,0 +1,345 @@
+import pytest
+
+from qsharded.models import ModelConfig
+from qsharded.models.rope import RopeConfig
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+QWEN = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
+
+# config.json of published checkpoints, as their authors' transformers 4 wrote them.
+PUBLISHED = {
+    "Llama-2-7b": (
+        {
+            "_name_or_path": "meta-llama/Llama-2-7b-hf",
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "transformers_version": "4.31.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, rope=RopeConfig(original_length=4096)),
+    ),
+    "Llama-3.2-1B": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+        ModelConfig(
+            128256,
+            2048,
+            8192,
+            16,
+            32,
+            8,
+            64,
+            131072,
+            1e-5,
+            tie_word_embeddings=True,
+            rope=RopeConfig("llama3", 500000.0, 32.0, 8192, 1.0, 4.0),
+        ),
+    ),
+    "SmolLM2-135M": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": 2,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+        ModelConfig(
+            49152,
+            576,
+            1536,
+            30,
+            9,
+            3,
+            64,
+            8192,
+            1e-5,
+            tie_word_embeddings=True,
+            rope=RopeConfig(rope_theta=100000, original_length=8192),
+        ),
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "model_type": "mistral",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.34.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+        ModelConfig(
+            32000,
+            4096,
+            14336,
+            32,
+            32,
+            8,
+            128,
+            32768,
+            1e-5,
+            rope=RopeConfig(original_length=32768),
+            layer_windows=(4096,) * 32,
+        ),
+    ),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": 151646,
+            "eos_token_id": 151643,
+            "hidden_act": "silu",
+            "hidden_size": 1536,
+            "initializer_range": 0.02,
+            "intermediate_size": 8960,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 21,
+            "model_type": "qwen2",
+            "num_attention_heads": 12,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.44.0",
+            "use_cache": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        ModelConfig(
+            151936,
+            1536,
+            8960,
+            28,
+            12,
+            2,
+            128,
+            131072,
+            qkv_bias=True,
+            rope=RopeConfig(original_length=131072),
+        ),
+    ),
+    "Qwen3-0.6B": (
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "initializer_range": 0.02,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "model_type": "qwen3",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        ModelConfig(
+            151936,
+            1024,
+            3072,
+            28,
+            16,
+            8,
+            128,
+            40960,
+            tie_word_embeddings=True,
+            qk_norm=True,
+            rope=RopeConfig(rope_theta=1000000, original_length=40960),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name: str) -> None:
+    raw, expected = PUBLISHED[name]
+    assert ModelConfig.from_hf(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({}, (None,) * 3),
+        ({"sliding_window": 8}, (None,) * 3),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, (None, None, 8)),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, (8,) * 3),
+        ({"use_sliding_window": True, "sliding_window": 8}, (None,) * 3),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (None,) * 3),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 0,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            (None, 8, None),
+        ),
+    ],
+)
+def test_qwen_windows(changes: dict, windows: tuple[int | None, ...]) -> None:
+    assert ModelConfig.from_hf(QWEN | changes).layer_windows == windows
+
+
+def test_mistral_window_defaults_as_in_transformers() -> None:
+    mistral = LLAMA | {"model_type": "mistral", "num_attention_heads": 8}
+    config = ModelConfig.from_hf(mistral)
+    assert config.layer_windows == (4096,) * 3
+    assert config.num_key_value_heads == 8
+    assert ModelConfig.from_hf(mistral | {"sliding_window": None}).layer_windows == (None,) * 3
+
+
+def test_llama_derives_heads_and_head_dim() -> None:
+    config = ModelConfig.from_hf(LLAMA)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert ModelConfig.from_hf(LLAMA | {"num_key_value_heads": None, "head_dim": None}) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LLAMA | {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
+        ({}, "model_type None"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*16-bit"),
+        (LLAMA | {"logit_softcap": 30.0}, r"'logit_softcap' \(30\.0\) is not known"),
+        (LLAMA | {"auto_map": {"AutoModel": "own.Code"}}, "'auto_map'"),
+        (LLAMA | {"sliding_window": 512}, r"'sliding_window' \(512\)"),
+        (LLAMA | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; only 'silu'"),
+        (LLAMA | {"attention_dropout": 0.1}, r"'attention_dropout' is 0\.1; only 0 "),
+        (LLAMA | {"partial_rotary_factor": 0.5}, r"'partial_rotary_factor' is 0\.5"),
+        (LLAMA | {"rope_interleaved": True}, "'rope_interleaved' is True"),
+        (LLAMA | {"pruned_heads": {"1": [0]}}, "'pruned_heads'"),
+        (QWEN | {"use_mrope": True}, "'use_mrope' is True"),
+        (QWEN | {"attention_bias": True}, "'attention_bias' is True"),
+        (QWEN | {"layer_types": ["linear_attention"] * 3}, "'linear_attention' is not supported"),
+        (QWEN | {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is false"),
+        (QWEN | {"layer_types": ["full_attention"] * 2}, "2 entries for 3 layers"),
+        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "no 'hidden_size'"),
+        (LLAMA | {"num_key_value_heads": 3}, r"num_attention_heads \(4\).*num_key_value_heads \(3\)"),
+        (LLAMA | {"head_dim": 7}, "head_dim must be even.*7"),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
+        (LLAMA | {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type 'su'"),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs 'factor'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' needs 'high_freq_factor'"),
+        (LLAMA | {"rope_parameters": {"rope_theta": 1e4, "twist": 3}}, r"rope key 'twist' \(3\)"),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope key 'full_attention'"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"'partial_rotary_factor' \(0\.5\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_supported_is_named(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(config)
+
+
+def test_null_means_not_set() -> None:
+    extra = {"something_new": None, "quantization_config": None, "rope_parameters": None, "layer_types": None}
+    assert ModelConfig.from_hf(LLAMA | extra) == ModelConfig.from_hf(LLAMA)

@@ -1,0 +1,19 @@
+"""Write docs/: one page for each command, made from its dataclass."""
+
+from pathlib import Path
+
+from qsharded.config import TrainConfig
+from qsharded.config.rendering import markdown
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {"train.md": TrainConfig}
+
+
+def main() -> None:
+    DOCS.mkdir(exist_ok=True)
+    for name, command in PAGES.items():
+        (DOCS / name).write_text(markdown(command), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,9 @@
 #define QSHARDED_API extern "C" __attribute__((visibility("default")))
 
 // Results of every call.
-enum { QSHARDED_OK = 0, QSHARDED_BAD_DTYPE = 1, QSHARDED_BAD_ISA = 2 };
+enum { QSHARDED_OK = 0, QSHARDED_BAD_DTYPE = 1, QSHARDED_BAD_ISA = 2, QSHARDED_BAD_SIZE = 3 };
+// From here on a result is this plus a cudaError_t.
+enum { QSHARDED_CUDA_ERROR = 1000 };
 
 // Element types of weights and outputs.
 enum { QSHARDED_FLOAT32 = 0, QSHARDED_BFLOAT16 = 1, QSHARDED_FLOAT16 = 2 };
@@ -31,3 +33,48 @@ QSHARDED_API int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows,
                                              const float* absmax_scales, const float* absmax_offset,
                                              const float* absmax_map, const float* levels, void* out, int dtype,
                                              int threads, int isa);
+
+// What follows is missing from a library built without nvcc. Pointers are device memory of the current device, stream is
+// a cudaStream_t, and nothing waits for the device.
+
+// QSHARDED_OK where the driver, the current device and this library fit each other.
+QSHARDED_API int qsharded_cuda_probe(void);
+
+// CUDA's words for a result from QSHARDED_CUDA_ERROR on.
+QSHARDED_API const char* qsharded_cuda_error_string(int result);
+
+// As qsharded_cpu_nf4_quantize. weight: 16-byte aligned.
+QSHARDED_API int qsharded_cuda_nf4_quantize(const void* weight, int dtype, int64_t blocks, const float* midpoints,
+                                            uint8_t* codes, float* absmax, void* stream);
+
+// As qsharded_cpu_nf4_dequantize. codes and out: 16-byte aligned.
+QSHARDED_API int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row,
+                                              const void* absmax, int64_t absmax_row_stride,
+                                              const float* absmax_scales, const float* absmax_offset,
+                                              const float* absmax_map, const float* levels, void* out, int dtype,
+                                              void* stream);
+
+// Double quantization in steps. absmax: `count` consecutive values that begin at value `first` of their weight; a
+// second-level block is 256 values of the whole weight.
+
+// Each row's sum in fp64, its columns added from left to right.
+QSHARDED_API int qsharded_cuda_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row,
+                                               double* row_sums, void* stream);
+
+// fp32(sum of row_sums / values) as if added from first to last. values: how many the rows hold together.
+QSHARDED_API int qsharded_cuda_absmax_offset(const double* row_sums, int64_t rows, int64_t values, float* offset,
+                                             void* stream);
+
+// scales[b] = max(abs(absmax - offset[0])) over what these values hold of second-level block b; other entries stay.
+QSHARDED_API int qsharded_cuda_absmax_scales(const float* absmax, int64_t first, int64_t count, const float* offset,
+                                             float* scales, void* stream);
+
+// How many of the 255 thresholds lie below (absmax - offset[0]) * (1 / max(scale, 1e-38)), each step rounded to fp32.
+QSHARDED_API int qsharded_cuda_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
+                                             const float* scales, const float* thresholds, uint8_t* codes,
+                                             void* stream);
+
+// Both of a whole weight in one pass.
+QSHARDED_API int qsharded_cuda_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
+                                                       const float* thresholds, float* scales, uint8_t* codes,
+                                                       void* stream);

@@ -19,7 +19,7 @@ from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
-from qsharded.data.tokenizer import Tokenizer
+from qsharded.data import Tokenizer
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
 from qsharded.parallel import World, start_world, stop_world
@@ -138,8 +138,9 @@ def _eos_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:
 
 def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
     if raw or not tokenizer.has_chat_template:
-        bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-        return bos + tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt)
+        first = tokenizer.bos_id
+        return [first, *ids] if tokenizer.adds_bos and first is not None and ids[:1] != [first] else ids
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
 
 

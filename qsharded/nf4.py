@@ -119,6 +119,7 @@ def _level_pairs(device: torch.device) -> Tensor:
     return levels()[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
 
 
+@torch.no_grad()
 def encode(weight_NK: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
     N, K = weight_NK.shape
@@ -130,7 +131,7 @@ def encode(weight_NK: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
 
 
 def _encode_rows(weight_NK: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    blocks_NGB = weight_NK.float().unflatten(1, (-1, block_size))
+    blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, block_size))
     absmax_NG = blocks_NGB.abs().amax(-1)
     reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
     scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)

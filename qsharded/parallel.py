@@ -95,7 +95,8 @@ def start_world() -> World:
     if size == 1:
         return World(0, 1, device, None)
     # gloo beside NCCL: offloaded shards and small host values are gathered on the CPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return World(dist.get_rank(), size, device, mesh)
 

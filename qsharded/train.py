@@ -14,6 +14,7 @@ from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_c
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.metrics import MetricsLog, TrainRow
+from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
 from qsharded.parallel import World, start_world, stop_world, whole
 from qsharded.seeds import derived_seed
@@ -74,15 +75,25 @@ def _train_step(
     config: TrainConfig, world: World, parts: assembly.Parts, step: Step, rate: float
 ) -> tuple[float, float]:
     """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for index, batch in enumerate(step.micro_batches):
-        _seed_dropout(config.seed, parts.progress.step, index, world.rank)
-        loss = evaluation.batch_loss(parts.model, batch.to(world.device))
-        # FSDP2 averages over ranks; the loss is a mean over the tokens of all ranks and micro-batches
-        (loss * (world.size / step.supervised_tokens)).backward()
-        loss_sum += loss.detach()
+    loss_sum = accumulate_gradient(parts.model, step, world, seed=config.seed, step_number=parts.progress.step)
     grad_norm = _apply_gradient(config, parts, rate)
     return evaluation.global_sum(loss_sum, world) / step.supervised_tokens, grad_norm
+
+
+def accumulate_gradient(model: CausalLM, step: Step, world: World, *, seed: int, step_number: int) -> torch.Tensor:
+    """Add the gradient of the mean loss over the supervised tokens of all ranks and micro-batches.
+
+    Returns this rank's sum of token losses, fp64.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for index, batch in enumerate(step.micro_batches):
+        # A resumed run needs no generator state: dropout draws from what it is for.
+        torch.manual_seed(derived_seed(seed, step_number, index, world.rank))
+        loss = evaluation.batch_loss(model, batch.to(world.device))
+        # FSDP2 averages the gradient over ranks, hence the world's size.
+        (loss * (world.size / step.supervised_tokens)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
 
 def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> float:
@@ -99,11 +110,6 @@ def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> 
         parts.progress.skipped_steps += 1
     parts.optimizer.zero_grad()
     return norm.item()
-
-
-def _seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Draw from (seed, step, micro-batch, rank) alone: a resumed run needs no generator state."""
-    torch.manual_seed(derived_seed(seed, step, micro_batch, rank))
 
 
 def _learning_rate(config: TrainConfig, parts: assembly.Parts, step: int) -> float:

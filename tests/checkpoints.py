@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -49,3 +53,32 @@ def _write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int) -
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def write_chat_checkpoint(folder: Path, **config: Any) -> Path:
+    """A checkpoint with a tokenizer of single characters and a chat template."""
+    specials = ["<pad>", "<e>", "<u>", "<a>", "<s>"]
+    vocabulary = {token: i for i, token in enumerate(specials + [chr(code) for code in range(32, 124)])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<e>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return write_checkpoint(folder, vocab_size=len(vocabulary), **config)
+
+
+def write_chat_rows(path: Path, count: int) -> Path:
+    """Conversations that a tiny model can learn: the answer repeats one of five letters of the question."""
+    rows = [
+        {"messages": [{"role": "user", "content": x * (1 + i % 4)}, {"role": "assistant", "content": x * 3}]}
+        for i, x in enumerate("abcde"[i % 5] for i in range(count))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -45,13 +45,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
-            logits_CV = (hidden_CD @ weight_VD.T).to(precise)
-            loss += _loss_into_gradient(logits_CV, targets_C)
-            grad_CV = logits_CV.to(hidden_TD.dtype)
+            chunk_loss, grad_CV = _loss_and_gradient((hidden_CD @ weight_VD.T).to(precise), targets_C)
+            loss += chunk_loss
+            grad_CV = grad_CV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_CV.T @ hidden_CD
+            del grad_CV  # or it would live on beside the next chunk's logits
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         return loss
@@ -66,13 +67,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
-def _loss_into_gradient(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """The chunk's loss; `logits_CV` becomes the loss's gradient with respect to it, in place: softmax - one-hot."""
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk's loss, and its gradient by the logits: softmax - one-hot."""
     supervised_C1 = (targets_C != IGNORE)[:, None]
     index_C1 = targets_C[:, None].where(supervised_C1, 0)
-    log_total_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-    losses_C1 = log_total_C1 - logits_CV.gather(-1, index_C1)
-    logits_CV.sub_(log_total_C1).exp_()
-    logits_CV.scatter_add_(-1, index_C1, torch.full_like(log_total_C1, -1.0))
-    logits_CV.masked_fill_(~supervised_C1, 0.0)
-    return losses_C1.where(supervised_C1, 0.0).sum()
+    log_probs_CV = logits_CV.log_softmax(dim=-1)
+    chosen_C1 = log_probs_CV.gather(-1, index_C1)
+    grad_CV = log_probs_CV.exp_()  # in place: a chunk is hundreds of megabytes
+    grad_CV.scatter_add_(-1, index_C1, torch.full_like(chosen_C1, -1.0))
+    grad_CV.masked_fill_(~supervised_C1, 0.0)
+    return -chosen_C1.where(supervised_C1, 0.0).sum(), grad_CV

@@ -41,7 +41,7 @@ def _json_lines(path: Path) -> Rows:
 
 def _parsed(line: bytes, origin: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:

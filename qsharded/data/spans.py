@@ -8,6 +8,7 @@ against the whole text: a mask is right or refused.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from qsharded.data.chat import ChatTemplate, Span
@@ -88,7 +89,7 @@ class _Finder:
         return self.template.render(messages, add_generation_prompt=add_generation_prompt, tools=self.tools)
 
     def _probe(self, number: int, header_end: int | None) -> Span:
-        """The turn by its content's place. What stands between header and content (a think block) belongs to it."""
+        """The turn by its content's place; what stands between header and content (a think block) belongs to it."""
         before, after = self._around_content(self.messages, number)
         begin, end = len(before), len(self.text) - len(after)
         content = self.messages[number].get("content", "").strip()
@@ -97,15 +98,20 @@ class _Finder:
         # A template may drop the content's head, never its tail.
         if not same_frame or not content.endswith(said) or (content and not said):
             raise self._unclear(number)
-        end += self._end_of_turn(number, after)
-        return (begin if header_end is None or header_end > begin else header_end), end
+        if header_end is None or header_end > begin:
+            header_end = begin - len(self._lead(number, before))
+        return header_end, end + self._end_of_turn(number, after)
+
+    def _lead(self, number: int, before: str) -> str:
+        """What stands between header and content, as it does in the simplest conversation."""
+        lead = _usual_lead(self.template)
+        if lead is None or not before.endswith(lead):
+            raise self._unclear(number)
+        return lead
 
     def _around_content(self, messages: list[Message], number: int) -> tuple[str, str]:
         """The text before and after the content of message ``number``."""
-        one, other = (self._render(_with_content(messages, number, probe)) for probe in _PROBES)
-        if one == other:
-            raise self._unclear(number)
-        return _common_start(one, other), _common_start(one[::-1], other[::-1])[::-1]
+        return _common_ends(*(self._render(_with_content(messages, number, probe)) for probe in _PROBES))
 
     def _end_of_turn(self, number: int, after: str) -> int:
         """The length of what ends the turn: all that follows the content when the conversation ends there."""
@@ -123,6 +129,25 @@ class _Finder:
             "differently when more follows. Mark it by {% generation %} in chat_template.jinja, give the conversation "
             "as one row per answer, or train on all tokens"
         )
+
+
+@cache
+def _usual_lead(template: ChatTemplate) -> str | None:
+    """What the template writes between the assistant's header and content (Mistral: a space), None if not clear."""
+    question = [{"role": "user", "content": "Question"}]
+    try:
+        header = template.render(question, add_generation_prompt=True)
+        before, _ = _common_ends(
+            *(template.render([*question, {"role": "assistant", "content": probe}]) for probe in _PROBES)
+        )
+    except ValueError:  # a template that needs more than these messages
+        return None
+    common = _common_start(header, before)
+    return before[len(common) :] if common in (header, before) else None
+
+
+def _common_ends(one: str, other: str) -> tuple[str, str]:
+    return _common_start(one, other), _common_start(one[::-1], other[::-1])[::-1]
 
 
 def _common_start(one: str, other: str) -> str:

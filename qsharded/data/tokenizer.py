@@ -178,7 +178,7 @@ class Tokenizer:
         return self._backend.token_to_id(max(endings, key=len)) if endings else None
 
     def _find_adds_bos(self) -> bool:
-        told = self._settings.get("add_bos_token")
-        if self.bos_id is None or told is False:
+        if self.bos_id is None:
             return False
-        return told is True or self._backend.encode("").ids[:1] == [self.bos_id]
+        # The entry cannot say no: transformers 5 follows tokenizer.json's post-processor where there is one.
+        return self._settings.get("add_bos_token") is True or self._backend.encode("").ids[:1] == [self.bos_id]

@@ -73,8 +73,8 @@ class LoRAConfig:
         return any(_ends_with(name, target) for target in self.target_modules)
 
     def is_saved(self, name: str) -> bool:
-        """Whether the module called ``name`` is trained in full."""
-        return any(_ends_with(name, target) for target in self.modules_to_save)
+        """Whether the module called ``name``, or one that it is part of, is trained in full."""
+        return any(f".{target}." in f".{name}." for target in self.modules_to_save)
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -131,30 +131,33 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     Raises:
         ValueError: no layer matches ``target_modules``, or no module matches an entry of ``modules_to_save``, or one
-            that does is quantized.
+            that does is quantized, or the model has adapters already. The model is then as it was.
     """
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model has adapters already; add_lora takes one without")
     targets = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear) and config.is_target(n)]
     if not targets:
         raise ValueError(f"no linear layer matches target_modules = {config.target_modules!r}")
+    saved = [module for ending in config.modules_to_save for module in _modules_to_save(model, ending)]
     model.requires_grad_(False)
     for name, base in targets:
         lora = LoRALinear(base, int(config.rank(name)), config.scaling(name), config.lora_dropout, config.dtype)
-        model.set_submodule(name, lora)
-    for ending in config.modules_to_save:
-        _train_in_full(model, ending, config.dtype)
+        model.set_submodule(name, lora.train(base.training))
+    for module in saved:
+        module.to(config.dtype).requires_grad_(True)
     if not any(parameter.is_meta for parameter in model.parameters()):
         reset_adapters(model, seed=0)
     return model
 
 
-def _train_in_full(model: nn.Module, ending: str, dtype: torch.dtype) -> None:
+def _modules_to_save(model: nn.Module, ending: str) -> Iterator[nn.Module]:
     chosen = [(name, module) for name, module in model.named_modules() if _ends_with(name, ending)]
     if not chosen:
         raise ValueError(f"no module's name ends with {ending!r} (modules_to_save)")
     for name, module in chosen:
         if any(isinstance(part, NF4Linear) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
-        module.to(dtype).requires_grad_(True)
+        yield module
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -58,6 +58,7 @@ class NF4Linear(nn.Module):
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        new.train(linear.training)
         if weight.is_meta:
             return new
         nf4.check_weight(weight, name=name)
@@ -71,11 +72,12 @@ class NF4Linear(nn.Module):
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(codes, absmax codes, absmax scales, absmax offset) as ``ops`` takes them: views, nothing is copied."""
-        if self.weight.dtype != torch.bfloat16 or self.weight_absmax.dtype != torch.bfloat16:
-            raise TypeError(
-                f"packed NF4 bytes are stored as bfloat16, but arrived as {self.weight.dtype}: they are destroyed. "
-                "With FSDP2, leave param_dtype at None or bfloat16"
-            )
+        for name, packed in (("weight", self.weight), ("weight_absmax", self.weight_absmax)):
+            if packed.dtype != torch.bfloat16:
+                raise TypeError(
+                    f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
+                    "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
+                )
         absmax_codes = self.weight_absmax.view(torch.uint8)[:, : self.in_features // nf4.BLOCK]
         return self.weight.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
 

@@ -52,7 +52,8 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
         torch.save(function(*args), Path(folder, f"{rank}.pt"))
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have left it by itself
+            dist.destroy_process_group()
     except BaseException:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
         os._exit(1)

@@ -1,0 +1,111 @@
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from qsharded.data import read_rows
+
+
+def test_json_lines_with_blank_lines_and_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "\xc3\xa9"}\r\n\n  \n{"text": "b"}')
+    assert list(read_rows(path)) == [(f"{path}:1", {"text": "é"}), (f"{path}:4", {"text": "b"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "4: not JSON: Expecting ',' delimiter at column 13"),
+        (b'{"text": "a"} {}', "4: not JSON: Extra data at column 15"),
+        (b'["a"]', "4: a row must be a JSON object, got list"),
+        (b"3", "4: a row must be a JSON object, got int"),
+        (b'{"text": "\xff"}', "4: not UTF-8: invalid start byte at byte 10"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_reason(tmp_path, line, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n{"text": "b"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match="bad") as raised:
+        list(read_rows(path))
+    assert str(raised.value) == f"{path}:{reason}"
+
+
+ROWS = [{"text": "a, [b]: {c}"}, {"text": "d", "more": [1, {"data": [2]}]}]
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": [1, {"x": "}"}], "data": rows, "end": 0}])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_documents(tmp_path, wrap, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(wrap(ROWS), indent=indent))
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+def test_rows_of_json_documents_have_line_numbers(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n"data": [\n\n{"text":\n"a"}, {"text": "b"}\n,{"text": "c"}]}')
+    assert [origin for origin, _ in read_rows(path)] == [f"{path}:{line}" for line in (4, 5, 6)]
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert list(read_rows(path)) == [(f"{path}:1", {"text": "a"}), (f"{path}:2", {"text": "b"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('[\n{"text": "a"},\n{"text": }]', ":3: not JSON: Expecting value at column 10"),
+        ('[\n{"text": "a"},\n"b"]', ":3: a row must be a JSON object, got str"),
+        ('{"rows":\n []}', ': must hold a list of rows, or {"data": [...]}'),
+        ('{"data":\n {}}', ': must hold a list of rows, or {"data": [...]}'),
+        ('"text"', ': must hold a list of rows, or {"data": [...]}'),
+        ("", ":1: not JSON: Expecting value at column 1"),
+    ],
+)
+def test_bad_json_documents(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="json") as raised:
+        list(read_rows(path))
+    assert str(raised.value) == f"{path}{reason}"
+
+
+@pytest.mark.parametrize("content", ["[]", ' { "data" : [ ] } '])
+def test_json_documents_without_rows(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert list(read_rows(path)) == []
+
+
+def test_parquet_rows_lose_the_nulls_that_arrow_adds(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"id": "c"}]}]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"messages": messages}, {"messages": messages[:1]}]), path)
+    assert list(read_rows(path)) == [(f"{path}:1", {"messages": messages}), (f"{path}:2", {"messages": messages[:1]})]
+
+
+def test_parquet_without_pyarrow_tells_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"a\.parquet needs pyarrow: pip install pyarrow"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_text("{}")
+    with pytest.raises(ValueError, match=r"a\.parquet: not readable as parquet"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_a_folder_gives_its_files_in_name_order(tmp_path):
+    (tmp_path / "b.json").write_text('[{"text": "2"}]')
+    (tmp_path / "a.jsonl").write_text('{"text": "1"}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "3"}\n')
+    (tmp_path / "a.jsonl").rename(tmp_path / "a-train.jsonl")
+    (tmp_path / "b.json").rename(tmp_path / "b-train.json")
+    assert [row["text"] for _, row in read_rows(tmp_path)] == ["1", "2"]
+    assert [row["text"] for _, row in read_rows(tmp_path, split="test")] == ["3"]

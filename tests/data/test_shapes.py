@@ -1,0 +1,125 @@
+import pytest
+
+from qsharded.data.shapes import FORMATS, Conversation, PromptCompletion, Text, parse_row
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+SYSTEM = {"role": "system", "content": "s"}
+BOTH = Conversation([USER, ANSWER], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "shape"),
+    [
+        ("messages", {"messages": [USER, ANSWER], "id": 3}, BOTH),
+        ("messages", {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, BOTH),
+        ("conversations", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, BOTH),
+        ("conversations", {"conversations": [USER, ANSWER]}, BOTH),
+        (
+            "conversations",
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}]},
+            Conversation([SYSTEM, USER], [False, False]),
+        ),
+        ("conversations", {"conversations": [USER], "system": "s"}, Conversation([SYSTEM, USER], [False, False])),
+        ("alpaca", {"instruction": "a", "output": "b"}, BOTH),
+        ("alpaca", {"instruction": "a", "input": "  ", "output": "b"}, BOTH),
+        ("alpaca", {"instruction": "a", "input": None, "output": "b"}, BOTH),
+        (
+            "alpaca",
+            {"instruction": "a", "input": "i", "output": "b", "system": "s"},
+            Conversation([SYSTEM, {"role": "user", "content": "a\n\ni"}, ANSWER], [False, False, True]),
+        ),
+        ("prompt-completion", {"prompt": "a", "completion": "b"}, PromptCompletion("a", "b")),
+        (
+            "prompt-completion",
+            {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+            Conversation([USER, ANSWER, USER, ANSWER], [False, False, False, True]),
+        ),
+        ("text", {"text": "a"}, Text("a")),
+        ("text", {"text": "a", "prompt": "b", "completion": None}, Text("a")),
+    ],
+)
+def test_shapes_are_detected_or_told(name, row, shape):
+    assert parse_row(row) == shape
+    assert parse_row(row, name) == shape
+
+
+def test_a_told_format_settles_what_detection_cannot():
+    row = {"instruction": "a", "input": "", "output": "b", "text": "c"}
+    with pytest.raises(ValueError, match=r"fit several formats \(alpaca, text\)"):
+        parse_row(row)
+    assert parse_row(row, "text") == Text("c")
+    assert parse_row(row, "alpaca") == BOTH
+
+
+def test_message_fields_reach_the_template_but_not_nulls_or_weights():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    row = {
+        "messages": [
+            USER | {"name": "Ann", "weight": 0},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "4", "tool_call_id": None},
+            ANSWER | {"weight": 0},
+            ANSWER | {"weight": 1.0, "reasoning_content": "r"},
+        ],
+        "tools": '[{"name": "f"}]',
+    }
+    assert parse_row(row) == Conversation(
+        [
+            USER | {"name": "Ann"},
+            {"role": "assistant", "tool_calls": calls},
+            {"role": "tool", "content": "4"},
+            ANSWER,
+            ANSWER | {"reasoning_content": "r"},
+        ],
+        [False, True, False, False, True],
+        [{"name": "f"}],
+    )
+
+
+def test_parts_of_text_are_joined():
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
+    assert parse_row(row).messages == [{"role": "user", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "fit no known format .*; the row has no fields"),
+        ({"prompt": "a", "response": "b"}, "fit no known format .*prompt.*completion.*; the row has prompt, response"),
+        ({"text": None, "id": 1}, "the row has id"),
+        ({"messages": []}, "messages is empty"),
+        ({"conversations": []}, "conversations is empty"),
+        ({"prompt": [], "completion": [ANSWER]}, "prompt is empty"),
+        ({"messages": "hello"}, "messages must be a list of messages, got str"),
+        ({"messages": {"role": "user"}}, "messages must be a list of messages, got dict"),
+        ({"messages": [USER, "hi"]}, r"messages\[1\] must be an object, got str"),
+        ({"messages": [{"content": "a"}]}, r"messages\[0\] has no role"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, r"messages\[0\] has the unknown role 'wizard'; known are"),
+        ({"messages": [{"role": 3, "content": "a"}]}, r"messages\[0\] has the unknown role 3"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages\[0\] has the unknown role \['user'\]"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] has no content"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, r"conversations\[0\] has no value"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"content of messages\[0\] must be text, got int: 5"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has a part of type image"),
+        ({"text": 3.5}, r"text must be text, got float: 3\.5"),
+        ({"prompt": "a", "completion": ["b"]}, "prompt and completion must both be text or .*, got str and list"),
+        ({"instruction": "a", "output": ["b"]}, r"output must be text, got list: \['b'\]"),
+        ({"instruction": "a", "input": 1, "output": "b"}, "input must be text, got int: 1"),
+        ({"messages": [USER], "tools": "{"}, "tools is not JSON"),
+        ({"messages": [USER], "tools": [1]}, "tools must be a list of objects"),
+    ],
+)
+def test_malformed_rows(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_row(row)
+
+
+def test_a_told_format_with_missing_fields():
+    with pytest.raises(ValueError, match="format 'alpaca' needs output; the row has instruction, response"):
+        parse_row({"instruction": "a", "response": "b"}, "alpaca")
+
+
+def test_an_unknown_format():
+    with pytest.raises(ValueError, match=r"must be one of auto, messages, .*, got 'sharegpt'"):
+        parse_row({"text": "a"}, "sharegpt")
+    assert set(FORMATS) == {"auto", "messages", "conversations", "alpaca", "prompt-completion", "text"}

@@ -1,0 +1,88 @@
+"""The gradient is that of the mean over all supervised tokens, however the rows are split."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsharded import parallel
+from qsharded.checkpoint import load_model
+from qsharded.checkpoint.adapter import trainable
+from qsharded.data import Cursor, Example, StepLoader
+from qsharded.nn import LoRAConfig
+from qsharded.train import accumulate_gradient
+from tests.checkpoints import write_checkpoint
+from tests.distributed.harness import run_ranks
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+def examples() -> list[Example]:
+    """Rows of very unequal length and share of supervised tokens: a mean of means would be far off."""
+    random = Random(5)
+    made = []
+    for _ in range(ROWS):
+        length = random.randint(3, 40)
+        learned_from = random.randint(1, length - 1)
+        made.append(Example([random.randrange(97) for _ in range(length)], [i >= learned_from for i in range(length)]))
+    return made
+
+
+def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) -> dict[str, Tensor]:
+    """Every trainable parameter's gradient over one step of all rows, whole."""
+    world = parallel.start_world()
+    lora = LoRAConfig(r=4, modules_to_save=["lm_head"])
+    model = load_model(folder, mesh=world.mesh, lora=lora, dtype=torch.float32, seed=3)
+    with torch.no_grad():  # with B at zero, A's gradient would be zero too
+        for name, parameter in trainable(model):
+            if "lora_B" in name:
+                parallel.local(parameter).fill_(0.02)
+    loader = StepLoader(
+        examples(),
+        max_length=64,
+        packing=packing,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        seed=0,
+        pad_id=0,
+    )
+    step = next(loader.steps(Cursor()))
+    accumulate_gradient(model, step, world, seed=0, step_number=0)
+    return {name: parallel.whole(parameter.grad) for name, parameter in trainable(model)}
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, Tensor]:
+    """One process, all rows in one batch."""
+    return run_ranks(gradient, 1, folder, ROWS, 1, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch_size", "accumulation", "packing"),
+    [
+        (1, 1, 12, False),
+        (1, 5, 3, True),
+        (2, 3, 2, False),
+        (2, 6, 1, True),
+        (3, 2, 2, False),
+        (3, 4, 1, True),  # fewer packed rows than places: a rank has padding alone
+        (4, 1, 3, False),
+    ],
+)
+def test_same_gradient_for_every_split(
+    folder: Path, expected: dict[str, Tensor], world_size: int, batch_size: int, accumulation: int, packing: bool
+) -> None:
+    for found in run_ranks(gradient, world_size, folder, batch_size, accumulation, packing):
+        assert found.keys() == expected.keys()
+        for name, want in expected.items():
+            assert want.norm() > 0
+            assert (found[name] - want).norm() / want.norm() < 1e-5, name

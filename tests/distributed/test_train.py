@@ -1,0 +1,210 @@
+"""The trainer from its command line: what it writes, how it resumes, what stops it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qsharded import evaluation, train
+from qsharded.metrics import read_metrics
+from tests.checkpoints import write_chat_checkpoint, write_chat_rows
+from tests.distributed.harness import run_ranks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
+
+
+def arguments(model: Path, dataset: Path, output: Path, **options: Any) -> list[str]:
+    settings = {
+        "model": model,
+        "dataset": dataset,
+        "output_dir": output,
+        "max_length": 64,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_split": 0.1,
+        "save_steps": 0,
+    } | options
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def run(*args: Any) -> None:
+    train.main(arguments(*args[:3], **args[3]))
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_learns_and_writes_what_it_says(model: Path, dataset: Path, tmp_path: Path, world_size: int) -> None:
+    run_ranks(run, world_size, model, dataset, tmp_path / "out", {"max_steps": 12, "eval_steps": 4})
+    out = tmp_path / "out"
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
+    evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert evaluated[-1] < 0.8 * evaluated[0]
+    assert {path.name for path in (out / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert "learning-rate = 0.01" in (out / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_continues_to_the_last_bit(model: Path, dataset: Path, tmp_path: Path, world_size: int) -> None:
+    options = {"max_steps": 7, "save_steps": 3, "logging_steps": 2, "save_total_limit": 1}
+    run_ranks(run, world_size, model, dataset, tmp_path / "whole", options)
+    stopped = tmp_path / "stopped"
+    run_ranks(run_until, world_size, 5, model, dataset, stopped, options)
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000003"]
+    run_ranks(run, world_size, model, dataset, stopped, options | {"resume_from_checkpoint": "auto"})
+    assert losses(stopped) == losses(tmp_path / "whole")
+    assert len(losses(stopped)) == 4
+    assert_same_file(tmp_path / "whole" / "adapter", stopped / "adapter")
+
+
+def run_until(last_step: int, *args: Any) -> None:
+    """Die in the middle of a run, as a machine that is taken away does."""
+    step = train._train_step
+
+    def dying(config: Any, world: Any, parts: Any, *rest: Any) -> Any:
+        if parts.progress.step == last_step:
+            raise KeyboardInterrupt
+        return step(config, world, parts, *rest)
+
+    train._train_step = dying
+    with pytest.raises(KeyboardInterrupt):
+        run(*args)
+
+
+def assert_same_file(one: Path, other: Path) -> None:
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
+    """Train where the last rank's loss is infinite in some steps; returns what stopped the run."""
+    loss, calls = evaluation.batch_loss, []
+
+    def sometimes_infinite(model: Any, batch: Any) -> Tensor:
+        value = loss(model, batch)
+        calls.append(model.training)
+        step = (sum(calls) - 1) // 2  # two micro-batches a step
+        last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        return value * torch.inf if model.training and last_rank and step in bad_steps else value
+
+    evaluation.batch_loss = sometimes_infinite
+    try:
+        run(*args)
+    except train.SkippedTooOften as error:
+        return str(error)
+    return ""
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(model: Path, dataset: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 4, "max_skipped_steps": 2, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    stopped_by = run_ranks(run_with_infinite_loss, 2, [1, 2], model, dataset, tmp_path / "out", options)
+    assert stopped_by == ["", ""]
+    rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2]
+    assert [row["grad_norm"] is None for row in rows] == [False, True, True, False]
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_too_many_skipped_steps_stop_the_run_at_a_log_line(model: Path, dataset: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 6, "logging_steps": 3}
+    stopped_by = run_ranks(run_with_infinite_loss, 2, [1], model, dataset, tmp_path / "out", options)
+    assert all("1 steps were skipped by step 3" in message for message in stopped_by)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_going_on_with_an_adapter_starts_where_it_ended(model: Path, dataset: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train.main(arguments(model, dataset, first, max_steps=6))
+    train.main(arguments(model, dataset, second, max_steps=1, adapter=first / "adapter", learning_rate=1e-9))
+    rows = read_metrics(first / "metrics.jsonl")
+    begun = read_metrics(second / "metrics.jsonl")[0]
+    assert begun["eval_loss"] == [row for row in rows if "eval_loss" in row][-1]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"dataset": "no/such/folder/rows.jsonl"}, "rows.jsonl"),
+        ({"model": "no-such-model"}, "no-such-model is neither a folder nor a Hub id"),
+        ({"adapter": "no-such-adapter"}, "no-such-adapter"),
+        ({"resume_from_checkpoint": "no-such-checkpoint"}, "no-such-checkpoint"),
+        ({"lora_target_modules": "no_such_layer"}, "no_such_layer"),
+        ({"lora_modules_to_save": "no_such_module"}, "no_such_module"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, complaint: str
+) -> None:
+    options = {"output_dir": tmp_path / "out", "model": model, "dataset": dataset} | change
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(options.pop("model"), options.pop("dataset"), options.pop("output_dir"), **options))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("qsharded.train: error: ")
+    assert complaint in message
+    assert message.count("\n") == 1
+
+
+def test_an_earlier_run_is_not_overwritten_untold(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main(arguments(model, dataset, tmp_path, max_steps=1))
+    for options in ({}, {"resume_from_checkpoint": "auto"}):
+        with pytest.raises(SystemExit):
+            train.main(arguments(model, dataset, tmp_path, max_steps=1, **options))
+        assert "holds an earlier run (adapter)" in capsys.readouterr().err
+    train.main([*arguments(model, dataset, tmp_path, max_steps=2), "--overwrite-output-dir"])
+    assert len(losses(tmp_path)) == 2
+
+
+def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """PEFT's model carries our decoded NF4 weights, so that the adapter alone could make a difference."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qsharded.checkpoint import load_model
+    from qsharded.checkpoint.adapter import load_adapter, read_lora_config
+    from qsharded.nn import NF4Linear
+
+    train.main([*arguments(model, dataset, tmp_path, max_steps=3), "--use-rslora", "--lora-alpha-pattern", "q_proj=3"])
+    adapter = tmp_path / "adapter"
+    ours = load_model(model, lora=read_lora_config(adapter), dtype=torch.float32).eval()
+    load_adapter(ours, adapter)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for name, module in ours.named_modules():
+        if isinstance(module, NF4Linear):
+            theirs.get_submodule(name.removesuffix(".base_layer")).weight.data = module.dequantize(torch.float32)
+    ids = torch.arange(30).view(2, 15)
+    with torch.no_grad():
+        plain = theirs(ids).logits
+        adapted = PeftModel.from_pretrained(theirs, adapter).eval()(ids).logits
+        torch.testing.assert_close(ours(ids), adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - plain).abs().max() > 0.1

@@ -1,12 +1,15 @@
-"""Builds the compiled library from csrc/ where a C++ compiler is found. pyproject.toml holds everything else.
+"""Builds the compiled library from csrc/ where a C++ compiler is found, with its CUDA part where nvcc is found too.
+pyproject.toml holds everything else.
 
 No Python.h and no torch header is involved: the library is plain C to the outside and is loaded through ctypes.
+QSHARDED_CUDA=0 leaves the CUDA part out; CXX and NVCC name other compilers.
 """
 
 import logging
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,10 +17,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "qsharded_kernels.libqsharded"
-SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
 # -ffp-contract=off: a fused multiply-add rounds once where the format rounds twice, and bytes would differ
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+FLAGS = ["-O3", "-std=c++17"]
+ARCHITECTURES = [80, 86, 89, 90]  # and PTX of the last, for what comes after
+# CUDA's runtime inside, its symbols hidden: PyTorch brings another version of the same names
+LINK_CUDA = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
 
 
 class BuildLibrary(build_ext):
@@ -26,11 +34,13 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         if compiler is None:
-            logging.warning("no C++ compiler found: building without the compiled CPU kernels")
+            logging.warning("no C++ compiler found: building without the compiled kernels")
             return
         target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        compile_library(compiler, ext.sources, target)
+        try:
+            compile_library(compiler, find_nvcc(), Path(self.build_temp), target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            logging.warning("building without the compiled kernels: %s", error)
 
     def get_ext_filename(self, fullname: str) -> str:
         """Without the interpreter's ABI tag, for one library serves every Python."""
@@ -49,18 +59,62 @@ def find_compiler() -> str | None:
     return next((name for name in candidates if name and shutil.which(name)), None)
 
 
-def compile_library(compiler: str, sources: list[str], target: Path) -> None:
+def find_nvcc() -> str | None:
+    if os.environ.get("QSHARDED_CUDA") == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((name for name in candidates if name and shutil.which(name)), None)
+
+
+def compile_library(compiler: str, nvcc: str | None, objects: Path, target: Path) -> None:
+    """The library at ``target``; where nvcc fails, the CPU's part alone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    cpu_objects = compile_all([compiler, *FLAGS, *HOST_FLAGS], CPU_SOURCES, objects)
+    if nvcc is not None:
+        try:
+            cuda_objects = compile_all(nvcc_command(nvcc, compiler), CUDA_SOURCES, objects)
+            link([*nvcc_linker(nvcc, compiler), *cpu_objects, *cuda_objects], target)
+            return
+        except (OSError, subprocess.CalledProcessError) as error:
+            logging.warning("building without the CUDA kernels: %s", error)
+    link([compiler, *HOST_FLAGS, "-shared", *cpu_objects], target)
+
+
+def nvcc_command(nvcc: str, compiler: str) -> list[str]:
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    ptx = f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
+    return [nvcc, "-ccbin", compiler, *FLAGS, *codes, ptx, "-Xcompiler", ",".join(HOST_FLAGS)]
+
+
+def nvcc_linker(nvcc: str, compiler: str) -> list[str]:
+    return [nvcc, "-ccbin", compiler, "-shared", *LINK_CUDA, "-Xcompiler", ",".join(HOST_FLAGS)]
+
+
+def compile_all(command: list[str], sources: list[str], folder: Path) -> list[str]:
+    """Each source to an object in ``folder``, as many at a time as there are cores."""
+
+    def compile_one(source: str) -> str:
+        output = folder / f"{source}.o"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*command, "-c", source, "-o", str(output)], check=True)
+        return str(output)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(command: list[str], target: Path) -> None:
     # a temporary name and a rename: a process that has the old library mapped keeps it whole
     unfinished = target.with_suffix(".unfinished")
     try:
-        subprocess.run([compiler, *FLAGS, *sources, "-o", str(unfinished)], check=True)
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
         unfinished.replace(target)
-    except (OSError, subprocess.CalledProcessError) as error:
-        logging.warning("building without the compiled CPU kernels: %s", error)
+    finally:
         unfinished.unlink(missing_ok=True)
 
 
 setup(
-    ext_modules=[Extension(LIBRARY, SOURCES, depends=HEADERS, optional=True)],
+    ext_modules=[Extension(LIBRARY, CPU_SOURCES, depends=[*CUDA_SOURCES, *HEADERS], optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

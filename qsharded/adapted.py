@@ -24,21 +24,26 @@ def find_adapter(path: str) -> Path:
     raise ValueError(f"--adapter {path} is no adapter folder, it has no {CONFIG_FILE}{hint}")
 
 
-def default_model(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``--model`` where it is not given: the adapter's base model, or the built-in one. For ``parse``'s ``fill``.
+def base_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``--model`` where it is not given: what the adapter was trained on. For ``parse``'s ``fill``.
 
     Raises:
         ValueError: no adapter where one is said to be, or one that does not name its base.
     """
-    if "model" in given:
+    if "model" in given or given.get("adapter") is None:
         return {}
-    if given.get("adapter") is None:
-        return {"model": builtin_overrides({})["model"]}
     folder = find_adapter(given["adapter"])
     model, revision = _base_of(folder)
     if not model:
         raise ValueError(f"{folder / CONFIG_FILE} names no base model: give --model")
     return {"model": model, "revision": revision}
+
+
+def base_or_builtin_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, and without an adapter the built-in model."""
+    if "model" in given or given.get("adapter") is not None:
+        return base_model(given)
+    return {"model": builtin_overrides(given)["model"]}
 
 
 @contextmanager

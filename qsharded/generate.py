@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.distributed as dist
 
-from qsharded.adapted import default_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_or_builtin_model, find_adapter, mismatch_explained, tokenizer_folder
 from qsharded.assembly import errors_named
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
@@ -83,7 +83,7 @@ class GenerateConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
-    config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=default_model)
+    config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=base_or_builtin_model)
     world = start_world()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     try:

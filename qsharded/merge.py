@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from qsharded.adapted import default_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
 from qsharded.assembly import errors_named
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
@@ -36,13 +36,13 @@ class MergeConfig:
 
     prog: ClassVar[str] = "qsharded.merge"
 
+    adapter: str = _in("PEFT adapter folder.", metavar="PATH")
     model: str = _in(
         "Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.",
         metavar="PATH|ID",
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str = _in("PEFT adapter folder.", metavar="PATH")
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
         "people publish. nf4: those weights rounded to NF4 and back, which are the very ones that the adapter was "
@@ -58,7 +58,7 @@ class MergeConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
-    config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=default_model)
+    config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors_named(config.prog, World(0, 1, torch.device("cpu"), None)):
         run(config)

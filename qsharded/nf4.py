@@ -115,7 +115,7 @@ def thresholds(device: torch.device | str = "cpu") -> Tensor:
 @cache
 def _level_pairs(device: torch.device) -> Tensor:
     """Both levels of each byte, fp32 [256, 2]: one look-up decodes two codes."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return levels()[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
 
 

@@ -179,10 +179,11 @@ def memory_of_merge(checkpoint: Path, adapter: Path, small: Path, small_adapter:
 def test_memory_is_bounded_by_one_file(tmp_path: Path, checkpoint: Path, adapter: Path) -> None:
     (tmp_path / "large").mkdir()
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24, "vocab_size": 512}
-    large = write_checkpoint(tmp_path / "large", shards=3, **shape)
+    large = write_checkpoint(tmp_path / "large", shards=4, **shape)
     large_adapter = write_adapter(tmp_path / "adapter", large)
     growth = run_ranks(memory_of_merge, 1, large, large_adapter, checkpoint, adapter, tmp_path / "merged")[0]
-    assert growth < min(path.stat().st_size for path in large.glob("*.safetensors"))
+    # One file, which is mapped while it is read, and less for all else: a second file would not fit.
+    assert growth < 2 * min(path.stat().st_size for path in large.glob("*.safetensors"))
 
 
 def edited(adapter: Path, target: Path, changes: dict[str, Tensor | None]) -> Path:
@@ -203,8 +204,14 @@ LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 128)}, r"layers\.7\.mlp\.up_proj"),
         ({"base_model.model.model.norm.weight": torch.ones(128)}, r"holds base_model\.model\.model\.norm\.weight"),
         ({f"{LAYER}.lora_B.weight": None}, r"lacks .*layers\.1\.self_attn\.q_proj\.lora_B"),
-        ({f"{LAYER}.lora_A.weight": torch.ones(4, 64)}, r"q_proj\.lora_A\.weight is \(4, 64\), the model's is \(4, 128\)"),
-        ({f"{LAYER}.lora_B.weight": torch.full((128, 4), torch.nan)}, r"layers\.1\.self_attn\.q_proj\.weight is not fin"),
+        (
+            {f"{LAYER}.lora_A.weight": torch.ones(4, 64)},
+            r"q_proj\.lora_A\.weight is \(4, 64\), the model's is \(4, 128\)",
+        ),
+        (
+            {f"{LAYER}.lora_B.weight": torch.full((128, 4), torch.nan)},
+            r"layers\.1\.self_attn\.q_proj\.weight is not fin",
+        ),
     ],
     ids=["no-such-layer", "not-to-save", "missing", "shape", "nan"],
 )
@@ -244,8 +251,16 @@ def test_the_command_finds_the_base_that_the_adapter_names(tmp_path: Path, check
     [
         (["--output", "out"], 2, "--adapter is required"),
         (["--adapter", "nowhere", "--output", "out"], 2, "--adapter nowhere is no adapter folder"),
-        (["--model", "nowhere", "--adapter", "{adapter}", "--output", "out"], 1, "nowhere is neither a folder nor a Hub"),
-        (["--adapter", "{adapter}", "--output", "out", "--base", "8bit"], 2, "--base must be one of 16bit, nf4, got '8bit'"),
+        (
+            ["--model", "nowhere", "--adapter", "{adapter}", "--output", "out"],
+            1,
+            "nowhere is neither a folder nor a Hub",
+        ),
+        (
+            ["--adapter", "{adapter}", "--output", "out", "--base", "8bit"],
+            2,
+            "--base must be one of 16bit, nf4, got '8bit'",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(

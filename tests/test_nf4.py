@@ -275,6 +275,18 @@ def test_without_double_quantization_absmax_is_exact_and_has_no_codes() -> None:
     assert_same_bits(packed.absmax, weight.float().unflatten(1, (9, 64)).abs().amax(-1))
 
 
+def test_the_default_device_does_not_reach_the_tables() -> None:
+    """They are made at first use, which may be while a model is built on the meta device or a GPU, and stay."""
+    tables = (nf4.levels, nf4.thresholds, nf4._level_pairs)
+    for table in tables:
+        table.cache_clear()
+    with torch.device("meta"):
+        decoded = nf4.decode(GOLDEN["decode.codes"], GOLDEN["decode.absmax"], torch.float32)
+        codes, _ = nf4.encode(GOLDEN["random.fp32.weight"])
+    assert_same_bits(decoded, GOLDEN["decode.fp32"])
+    assert_same_bits(codes, GOLDEN["random.fp32.codes"])
+
+
 # --- double quantization ---
 
 

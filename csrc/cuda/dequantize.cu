@@ -101,13 +101,16 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned first_block = (blockIdx.x * kWarps + warp) * kWarp;
   const int64_t first_vector = static_cast<int64_t>(first_block) * kLanes + lane;
-  const int64_t vectors = static_cast<int64_t>(blocks) * kLanes;
+  // how far this lane's vectors reach, in strides of a warp; beyond the last block not at all
+  const int64_t left = static_cast<int64_t>(blocks) * kLanes - first_vector;
+  const int inside = static_cast<int>(min(max(left, int64_t{0}), int64_t{kRounds * kWarp}));
+  codes += first_vector;
+  out += first_vector;
 
   typename Vector<Out>::Codes loaded[kRounds];  // all in flight before the first is used
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const int64_t vector = first_vector + i * kWarp;
-    loaded[i] = vector < vectors ? LOAD(codes + vector) : 0;
+    loaded[i] = i * kWarp < inside ? LOAD(codes + i * kWarp) : 0;
   }
   if (lane < 16) own_levels[warp][lane] = __ldg(levels + lane);
   const unsigned block = first_block + lane;
@@ -115,10 +118,9 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const int64_t vector = first_vector + i * kWarp;
     const float its_absmax = __shfl_sync(~0u, own_absmax, (i * kWarp + lane) / kLanes);
     const uint4 weights = decode<Out>(loaded[i], its_absmax, own_levels[warp]);
-    if (vector < vectors) STORE(out + vector, weights);
+    if (i * kWarp < inside) STORE(out + i * kWarp, weights);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "nf4.cuh"
 
@@ -58,23 +59,21 @@ __device__ inline unsigned code_of(float scaled, const Bins* bins) {
   return below + (__float_as_uint(__fsub_rn(midpoint, scaled)) >> 31);
 }
 
-// Without their sign bits floats order as integers do, and NaN is the largest.
-__device__ inline unsigned largest(unsigned a, unsigned b) { return max(a, b); }
-
-// 16 bytes of weights: their fp32 values, and the bits of the largest magnitude in a form that `merge` reduces.
+// 16 bytes of weights: their fp32 values in pairs, and their largest magnitude in a form that `merge` reduces and
+// `value` reads. NaN is the largest of all.
 template <typename In>
 struct Weights;
 
 template <>
 struct Weights<float> {
   static constexpr int kCount = 4;
-  using Magnitude = unsigned;
-  static __device__ Magnitude magnitude(const uint4& v) {
+  // without their sign bits floats order as integers do
+  static __device__ unsigned magnitude(const uint4& v) {
     constexpr unsigned kNoSign = 0x7FFFFFFFu;
     return max(max(v.x & kNoSign, v.y & kNoSign), max(v.z & kNoSign, v.w & kNoSign));
   }
-  static __device__ Magnitude merge(Magnitude a, Magnitude b) { return max(a, b); }
-  static __device__ float value(Magnitude m) { return __uint_as_float(m); }
+  static __device__ unsigned merge(unsigned a, unsigned b) { return max(a, b); }
+  static __device__ float value(unsigned m) { return __uint_as_float(m); }
   static __device__ float2 pair(const uint4& v, int i) {
     return i == 0 ? make_float2(__uint_as_float(v.x), __uint_as_float(v.y))
                   : make_float2(__uint_as_float(v.z), __uint_as_float(v.w));
@@ -92,12 +91,11 @@ __device__ inline Pair as_pair(unsigned bits) {
 template <typename Pair>
 struct HalfWeights {
   static constexpr int kCount = 8;
-  using Magnitude = unsigned;
-  static __device__ Magnitude merge(Magnitude a, Magnitude b) {
+  static __device__ unsigned merge(unsigned a, unsigned b) {
     Pair larger = __hmax2_nan(as_pair<Pair>(a), as_pair<Pair>(b));
     return *reinterpret_cast<unsigned*>(&larger);
   }
-  static __device__ Magnitude magnitude(const uint4& v) {
+  static __device__ unsigned magnitude(const uint4& v) {
     constexpr unsigned kNoSigns = 0x7FFF7FFFu;
     return merge(merge(v.x & kNoSigns, v.y & kNoSigns), merge(v.z & kNoSigns, v.w & kNoSigns));
   }
@@ -108,17 +106,26 @@ struct Weights<__nv_bfloat16> : HalfWeights<__nv_bfloat162> {
   static __device__ float2 pair(const uint4& v, int i) {
     return make_float2(__uint_as_float(word(v, i) << 16), __uint_as_float(word(v, i) & 0xFFFF0000u));
   }
-  static __device__ float value(Magnitude m) { return __uint_as_float(max(m << 16, m & 0xFFFF0000u)); }
+  static __device__ float value(unsigned m) { return __uint_as_float(max(m << 16, m & 0xFFFF0000u)); }
 };
 
 template <>
 struct Weights<__half> : HalfWeights<__half2> {
   static __device__ float2 pair(const uint4& v, int i) { return __half22float2(as_pair<__half2>(word(v, i))); }
-  static __device__ float value(Magnitude m) {
+  static __device__ float value(unsigned m) {
     const unsigned larger = max(m & 0xFFFFu, m >> 16);
     return __half2float(__ushort_as_half(static_cast<unsigned short>(larger)));
   }
 };
+
+template <typename In>
+__device__ unsigned over_block(unsigned magnitude) {
+#pragma unroll
+  for (int step = kBlock / Weights<In>::kCount / 2; step > 0; step /= 2) {
+    magnitude = Weights<In>::merge(magnitude, __shfl_xor_sync(~0u, magnitude, step));
+  }
+  return magnitude;
+}
 
 // Two codes a byte, the first in the high nibble.
 template <typename In>
@@ -134,39 +141,34 @@ __device__ unsigned encode(const uint4& weights, float scale, const Bins* bins) 
 }
 
 template <typename In>
+using CodesOf = std::conditional_t<Weights<In>::kCount == 8, uint32_t, uint16_t>;
+
+template <typename In>
 __global__ void __launch_bounds__(kThreads)
-    quantize_kernel(const uint4* weight, unsigned blocks, const float* midpoints, uint8_t* codes, float* absmax) {
+    quantize_kernel(const uint4* weight, unsigned blocks, const float* midpoints, CodesOf<In>* codes, float* absmax) {
   using W = Weights<In>;
   constexpr int kLanes = kBlock / W::kCount;  // that share a block
-  constexpr int kVectorBytes = W::kCount / 2;
   __shared__ Bins bins;
-  const int64_t vectors = static_cast<int64_t>(blocks) * kLanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kVectors) + threadIdx.x;
+  const int64_t first_vector = static_cast<int64_t>(blockIdx.x) * (kThreads * kVectors) + threadIdx.x;
+  // how far this thread's vectors reach, in strides of kThreads
+  const int64_t left = static_cast<int64_t>(blocks) * kLanes - first_vector;
+  const int inside = static_cast<int>(min(max(left, int64_t{0}), int64_t{kVectors * kThreads}));
+  weight += first_vector;
+  codes += first_vector;
+  absmax += first_vector / kLanes;
+
   uint4 loaded[kVectors];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t vector = first + i * kThreads;
-    loaded[i] = vector < vectors ? __ldcs(weight + vector) : uint4{};
-  }
+  for (int i = 0; i < kVectors; ++i) loaded[i] = i * kThreads < inside ? __ldcs(weight + i * kThreads) : uint4{};
   if (threadIdx.x < kWarp) fill(&bins, midpoints);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int64_t vector = first + i * kThreads;
-    typename W::Magnitude magnitude = W::magnitude(loaded[i]);
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      magnitude = W::merge(magnitude, __shfl_xor_sync(~0u, magnitude, step));
-    }
-    const float own_absmax = W::value(magnitude);
-    const unsigned packed = encode<In>(loaded[i], reciprocal(own_absmax), &bins);
-    if (vector >= vectors) continue;
-    if constexpr (kVectorBytes == 4) {
-      reinterpret_cast<uint32_t*>(codes)[vector] = packed;
-    } else {
-      reinterpret_cast<uint16_t*>(codes)[vector] = static_cast<uint16_t>(packed);
-    }
-    if (vector % kLanes == 0) absmax[vector / kLanes] = own_absmax;
+    const float own_absmax = W::value(over_block<In>(W::magnitude(loaded[i])));
+    const auto packed = static_cast<CodesOf<In>>(encode<In>(loaded[i], reciprocal(own_absmax), &bins));
+    const bool stores = i * kThreads < inside;  // no early exit: the whole warp shuffles
+    if (stores) codes[i * kThreads] = packed;
+    if (stores && threadIdx.x % kLanes == 0) absmax[i * (kThreads / kLanes)] = own_absmax;
   }
 }
 
@@ -174,8 +176,8 @@ template <typename In>
 int quantize(const void* weight, unsigned blocks, const float* midpoints, uint8_t* codes, float* absmax,
              cudaStream_t stream) {
   constexpr int kBlocks = kThreads * kVectors * Weights<In>::kCount / kBlock;
-  quantize_kernel<In><<<ceil_div(blocks, kBlocks), kThreads, 0, stream>>>(static_cast<const uint4*>(weight), blocks,
-                                                                          midpoints, codes, absmax);
+  quantize_kernel<In><<<ceil_div(blocks, kBlocks), kThreads, 0, stream>>>(
+      static_cast<const uint4*>(weight), blocks, midpoints, reinterpret_cast<CodesOf<In>*>(codes), absmax);
   return launch_result();
 }
 

@@ -7,6 +7,13 @@ BLOCK = 64  # weights that share an absmax
 ABSMAX_BLOCK = 256  # absmax values that share a second-level scale
 LEVELS = 16
 MIDPOINTS = LEVELS - 1
+ABSMAX_THRESHOLDS = 255
+ALIGNMENT = 16  # bytes that a CUDA thread reads or writes at a time
+
+
+def second_level_blocks(values: int) -> int:
+    """How many second-level blocks hold so many absmax values."""
+    return -(-values // ABSMAX_BLOCK)
 
 
 def assert_weight(weight_NK: Tensor, midpoints: Tensor) -> None:
@@ -35,9 +42,23 @@ def assert_encoded(
         assert absmax_NG.dtype == torch.float32
         return
     assert absmax_NG.dtype == torch.uint8
-    _assert_table(absmax_scales, -(-N * G // ABSMAX_BLOCK))
+    _assert_table(absmax_scales, second_level_blocks(N * G))
     _assert_table(absmax_offset, 1)
     _assert_table(absmax_map, 256)
+
+
+def assert_out(out_NK: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What a kernel assumes of the memory that it is given to fill."""
+    assert (tuple(out_NK.shape), out_NK.dtype) == (shape, dtype), (out_NK.shape, out_NK.dtype, shape, dtype)
+    assert out_NK.is_contiguous()
+    assert out_NK.data_ptr() % ALIGNMENT == 0
+
+
+def assert_absmax(absmax_NG: Tensor, thresholds: Tensor) -> None:
+    """What double quantization assumes."""
+    assert absmax_NG.dtype == torch.float32
+    assert absmax_NG.is_contiguous()
+    _assert_table(thresholds, ABSMAX_THRESHOLDS)
 
 
 def _assert_table(table: Tensor | None, entries: int) -> None:

@@ -1,7 +1,7 @@
 """The compiled library (built by setup.py from csrc/), loaded through ctypes. It is optional."""
 
 import logging
-from ctypes import CDLL, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +11,8 @@ PATH = Path(__file__).with_name("libqsharded.so")
 
 # what follows mirrors csrc/qsharded.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BAD_DTYPE, BAD_ISA = 1, 2
+BAD_DTYPE, BAD_ISA, BAD_SIZE = 1, 2, 3
+CUDA_ERROR = 1000  # plus a cudaError_t
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +28,18 @@ def load() -> CDLL | None:
         _log.info("No compiled library at %s: Triton and PyTorch serve instead.", PATH)
         return None
     library = CDLL(str(PATH))
-    _declare(library)
+    _declare_cpu(library)
+    if has_cuda(library):
+        _declare_cuda(library)
     return library
 
 
-def _declare(library: CDLL) -> None:
+def has_cuda(library: CDLL) -> bool:
+    """Whether the library was built with nvcc. It says nothing of the machine."""
+    return hasattr(library, "qsharded_cuda_probe")
+
+
+def _declare_cpu(library: CDLL) -> None:
     library.qsharded_cpu_isa.argtypes = []
     library.qsharded_cpu_nf4_quantize.argtypes = [
         *(c_void_p, c_int, c_int64),  # weight, dtype, blocks
@@ -43,4 +51,39 @@ def _declare(library: CDLL) -> None:
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
         *(c_void_p, c_void_p, c_int),  # levels, out, dtype
         *(c_int, c_int),  # threads, isa
+    ]
+
+
+def _declare_cuda(library: CDLL) -> None:
+    library.qsharded_cuda_probe.argtypes = []
+    library.qsharded_cuda_error_string.argtypes = [c_int]
+    library.qsharded_cuda_error_string.restype = c_char_p
+    library.qsharded_cuda_nf4_quantize.argtypes = [
+        *(c_void_p, c_int, c_int64),  # weight, dtype, blocks
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # midpoints, codes, absmax, stream
+    ]
+    library.qsharded_cuda_nf4_dequantize.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
+        *(c_void_p, c_void_p, c_int, c_void_p),  # levels, out, dtype, stream
+    ]
+    library.qsharded_cuda_absmax_row_sums.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, rows, blocks_per_row
+        *(c_void_p, c_void_p),  # row_sums, stream
+    ]
+    library.qsharded_cuda_absmax_offset.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # row_sums, rows, values
+        *(c_void_p, c_void_p),  # offset, stream
+    ]
+    library.qsharded_cuda_absmax_scales.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, first, count
+        *(c_void_p, c_void_p, c_void_p),  # offset, scales, stream
+    ]
+    library.qsharded_cuda_absmax_encode.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, first, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # offset, scales, thresholds, codes, stream
+    ]
+    library.qsharded_cuda_absmax_scales_and_codes.argtypes = [
+        *(c_void_p, c_int64),  # absmax, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # offset, thresholds, scales, codes, stream
     ]

@@ -1,7 +1,7 @@
 """NF4 in Triton, for any GPU; without one under TRITON_INTERPRET=1.
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row; within a kernel B = blocks of
-one program, W = weights in a block.
+one program, W = weights in a block, Q = 32-bit words of codes in a block, E = weights in such a word.
 The callers check what users pass; the assertions here guard raw memory.
 """
 
@@ -15,9 +15,15 @@ from . import checks
 BLOCK = tl.constexpr(checks.BLOCK)
 ABSMAX_BLOCK = tl.constexpr(checks.ABSMAX_BLOCK)
 MIDPOINTS = tl.constexpr(checks.MIDPOINTS)
+LEVELS = tl.constexpr(checks.LEVELS)
+CODES_PER_WORD = tl.constexpr(8)
 SMALLEST_ABSMAX = tl.constexpr(1e-38)  # keeps the reciprocal finite in an all-zero block
+BINS = tl.constexpr(32)  # of [-1, 1], narrower than two midpoints are apart
 
-_BLOCKS_PER_PROGRAM = 32  # 2,048 weights: at 4 warps 16 a thread, enough loads in flight to hide memory's latency
+# 16,384 and 8,192 weights, 128 and 64 a thread: enough loads in flight to hide memory's latency
+_QUANTIZE_BLOCKS, _DEQUANTIZE_BLOCKS = 128, 128
+_WARPS = 8
+_INTERPRETED = triton.knobs.runtime.interpret  # as triton.jit found it
 
 
 def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +39,15 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
     absmax_NG = torch.empty(N, G, dtype=torch.float32, device=weight_NK.device)
     with torch.cuda.device_of(weight_NK):  # Triton launches on the current device
-        _quantize_kernel[(triton.cdiv(N * G, _BLOCKS_PER_PROGRAM),)](
-            _bits_of_bf16(weight_NK), midpoints, codes_NP, absmax_NG, N * G, BLOCKS=_BLOCKS_PER_PROGRAM
+        _quantize_kernel[(triton.cdiv(N * G, _QUANTIZE_BLOCKS),)](
+            _bits_of_bf16(weight_NK),
+            midpoints,
+            codes_NP,
+            absmax_NG,
+            N * G,
+            BLOCKS=_QUANTIZE_BLOCKS,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,  # a weight's bin and a midpoint's are to be rounded alike
         )
     return codes_NP, absmax_NG
 
@@ -47,41 +60,46 @@ def dequantize(
     levels: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 level * absmax, rounded once.
 
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
-    ``absmax_map``: fp32 [256].
+    ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
     codes_NP = codes_NP.contiguous()
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
     N, G = absmax_NG.shape
     checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
-    out_NK = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
+    if out is None:
+        out = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
+    checks.assert_out(out, (N, G * checks.BLOCK), out_dtype)
     with torch.cuda.device_of(codes_NP):
-        _dequantize_kernel[(triton.cdiv(N * G, _BLOCKS_PER_PROGRAM),)](
-            codes_NP,
+        _dequantize_kernel[(triton.cdiv(N * G, _DEQUANTIZE_BLOCKS),)](
+            codes_NP.view(torch.int32),
             absmax_NG,
             absmax_NG.stride(0),
             absmax_scales,
             absmax_offset,
             absmax_map,
             levels,
-            _bits_of_bf16(out_NK),
+            _bits_of_bf16(out),
             N * G,
             G,
             DOUBLE_QUANT=absmax_scales is not None,
-            BLOCKS=_BLOCKS_PER_PROGRAM,
+            BLOCKS=_DEQUANTIZE_BLOCKS,
+            num_warps=_WARPS,
             enable_fp_fusion=False,  # a fused multiply-add would round absmax once, the format rounds it twice
         )
-    return out_NK
+    return out
 
 
 def _bits_of_bf16(tensor: Tensor) -> Tensor:
-    """bf16 as int16, others as they are: Triton's interpreter truncates to bf16, so the kernels round by integers."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    """For the interpreter, which truncates to bf16, bf16 as int16, which the kernels round by integers."""
+    return tensor.view(torch.int16) if _INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 @triton.jit
@@ -114,16 +132,32 @@ def _reciprocal(absmax_B):
 
 @triton.jit
 def _nearest_codes(scaled_BW, midpoints_ptr):
-    """How many midpoints lie below each value: the index of the nearest level, a tie going down."""
-    code_BW = tl.zeros(scaled_BW.shape, tl.int32)
-    for i in tl.static_range(MIDPOINTS):
-        code_BW += (scaled_BW > tl.load(midpoints_ptr + i)).to(tl.int32)
-    return code_BW
+    """How many midpoints lie below each value: the index of the nearest level, a tie going down.
+
+    [-1, 1] is cut into bins that hold one midpoint at most: a bin's look-up and one comparison end the search.
+    """
+    i_M = tl.arange(0, LEVELS)
+    midpoint_M = tl.load(midpoints_ptr + i_M, mask=i_M < MIDPOINTS, other=0)
+    bin_M = tl.where(i_M < MIDPOINTS, _bins(midpoint_M), BINS)
+    bin_S = tl.arange(0, BINS)
+    midpoint_S = tl.min(tl.where(bin_M[None, :] == bin_S[:, None], midpoint_M[None, :], float("inf")), axis=1)
+    below_S = tl.sum((bin_M[None, :] < bin_S[:, None]).to(tl.int32), axis=1)
+    scaled_V = scaled_BW.reshape(scaled_BW.numel)
+    bin_V = _bins(scaled_V)
+    code_V = tl.gather(below_S, bin_V, 0) + (scaled_V > tl.gather(midpoint_S, bin_V, 0)).to(tl.int32)
+    return code_V.reshape(scaled_BW.shape)
+
+
+@triton.jit
+def _bins(scaled):
+    """0 to 31, never falling as ``scaled`` grows. NaN has a bin too."""
+    # beside 2^23 a float's last bit is 1
+    return ((scaled * 62.0 + 8388670.0).to(tl.int32, bitcast=True) & 124) >> 2
 
 
 @triton.jit
 def _dequantize_kernel(
-    codes_ptr,
+    words_ptr,
     absmax_ptr,
     absmax_row_stride,
     scales_ptr,
@@ -146,12 +180,14 @@ def _dequantize_kernel(
     if DOUBLE_QUANT:
         scale_B = tl.load(scales_ptr + block_B // ABSMAX_BLOCK, mask=inside_B, other=0)
         absmax_B = tl.load(map_ptr + absmax_B.to(tl.int32)) * scale_B + tl.load(offset_ptr)
-    byte_at_BP = block_B[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    byte_BP = tl.load(codes_ptr + byte_at_BP, mask=inside_B[:, None], other=0).to(tl.int32)
-    level_BW = tl.interleave(tl.load(levels_ptr + (byte_BP >> 4)), tl.load(levels_ptr + (byte_BP & 15)))
-    weight_at_BW = block_B[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value_BW = _from_fp32(level_BW * absmax_B[:, None], out_ptr.dtype.element_ty)
-    tl.store(out_ptr + weight_at_BW, value_BW, mask=inside_B[:, None])
+    i_Q, i_E = tl.arange(0, BLOCK // CODES_PER_WORD), tl.arange(0, CODES_PER_WORD)
+    word_at_BQ = block_B[:, None] * (BLOCK // CODES_PER_WORD) + i_Q[None, :]
+    word_BQ = tl.load(words_ptr + word_at_BQ, mask=inside_B[:, None], other=0)
+    shift_E = 4 * (i_E ^ 1)  # a byte's first code is its high nibble
+    level_BQE = tl.load(levels_ptr + ((word_BQ[:, :, None] >> shift_E[None, None, :]) & 15))
+    value_BQE = _from_fp32(level_BQE * absmax_B[:, None, None], out_ptr.dtype.element_ty)
+    value_at_BQE = word_at_BQ[:, :, None] * CODES_PER_WORD + i_E[None, None, :]
+    tl.store(out_ptr + value_at_BQE, value_BQE, mask=inside_B[:, None, None])
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from random import Random
 
 from qsharded.data.batches import Batch, make_batch
@@ -89,8 +90,8 @@ class StepLoader:
         return self.world_size * self.batch_size * self.accumulation
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps of that epoch."""
-        return -(-len(self._rows(epoch)) // self.rows_per_step)
+        """Optimizer steps of that epoch. All have as many: packing's rows depend in number on the lengths alone."""
+        return -(-self._row_count // self.rows_per_step)
 
     def steps(self, cursor: Cursor = Cursor()) -> Iterator[Step]:
         """The steps from ``cursor`` on, epoch after epoch without end.
@@ -106,6 +107,10 @@ class StepLoader:
                 yield step
                 cursor = step.cursor
             cursor = Cursor(cursor.epoch + 1)
+
+    @cached_property
+    def _row_count(self) -> int:
+        return len(self._rows(0))
 
     def _rows(self, epoch: int) -> list[Row]:
         if self._rows_of is None or self._rows_of[0] != epoch:

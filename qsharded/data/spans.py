@@ -33,7 +33,8 @@ def assistant_spans(template: ChatTemplate, chat: Conversation, text: str, speci
     """
     if template.marks_generation:
         return _marked_spans(template, chat)
-    finder = _Finder(template, chat.messages, chat.tools, text)
+    _check_ending(template, tuple(special))
+    finder = _Finder(template, chat.messages, chat.tools, text, special)
     spans = [finder.turn(number) for number, learned in enumerate(chat.learned) if learned]
     return [_without_blank_end(text, span, special) for span in spans]
 
@@ -62,11 +63,19 @@ def _without_blank_end(text: str, span: Span, special: Sequence[str]) -> Span:
 class _Finder:
     """Finds turns of one conversation by rendering parts and variants of it."""
 
-    def __init__(self, template: ChatTemplate, messages: list[Message], tools: list[Any] | None, text: str) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: list[Message],
+        tools: list[Any] | None,
+        text: str,
+        special: Sequence[str],
+    ) -> None:
         self.template = template
         self.messages = messages
         self.tools = tools
         self.text = text
+        self.special = special
 
     def turn(self, number: int) -> Span:
         start = self._end_of_prefix(number, add_generation_prompt=True)
@@ -114,14 +123,19 @@ class _Finder:
         return _common_ends(*(self._render(_with_content(messages, number, probe)) for probe in _PROBES))
 
     def _end_of_turn(self, number: int, after: str) -> int:
-        """The length of what ends the turn: all that follows the content when the conversation ends there."""
+        """The length of what ends the turn: what follows the content when the conversation ends there, or as much of
+        it, up to a special token, as follows here too (Phi-3 puts EOS behind the last turn's end)."""
         try:
             _, ending = self._around_content(self.messages[: number + 1], number)
         except ValueError as error:
             raise self._unclear(number) from error
-        if not after.startswith(ending):
+        if after.startswith(ending):
+            return len(ending)
+        shared = _common_start(ending, after)
+        length = max((shared.rfind(token) + len(token) for token in self.special if token in shared), default=0)
+        if not length:
             raise self._unclear(number)
-        return len(ending)
+        return length
 
     def _unclear(self, number: int) -> ValueError:
         return ValueError(
@@ -131,19 +145,40 @@ class _Finder:
         )
 
 
+_QUESTION: list[Message] = [{"role": "user", "content": "Question"}]
+
+
+@cache
+def _around_usual_content(template: ChatTemplate) -> tuple[str, str] | None:
+    """The text before and after an answer's content in the simplest conversation; None if the template refuses it."""
+    try:
+        texts = [template.render([*_QUESTION, {"role": "assistant", "content": probe}]) for probe in _PROBES]
+    except ValueError:
+        return None
+    return _common_ends(*texts)
+
+
 @cache
 def _usual_lead(template: ChatTemplate) -> str | None:
     """What the template writes between the assistant's header and content (Mistral: a space), None if not clear."""
-    question = [{"role": "user", "content": "Question"}]
-    try:
-        header = template.render(question, add_generation_prompt=True)
-        before, _ = _common_ends(
-            *(template.render([*question, {"role": "assistant", "content": probe}]) for probe in _PROBES)
-        )
-    except ValueError:  # a template that needs more than these messages
+    around = _around_usual_content(template)
+    if around is None:
         return None
+    before, _ = around
+    header = template.render(_QUESTION, add_generation_prompt=True)
     common = _common_start(header, before)
     return before[len(common) :] if common in (header, before) else None
+
+
+@cache
+def _check_ending(template: ChatTemplate, special: tuple[str, ...]) -> None:
+    """Refuse a template that goes on behind the last turn's end, as with a header for the next answer."""
+    _, ending = _around_usual_content(template) or ("", "")
+    if any(token in ending for token in special) and not ending.rstrip().endswith(special):
+        raise ValueError(
+            f"the chat template ends a conversation by {ending!r}, which has more than the end of the assistant's turn. "
+            "It should write the header of the next answer only if add_generation_prompt is true"
+        )
 
 
 def _common_ends(one: str, other: str) -> tuple[str, str]:

@@ -68,9 +68,11 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of ``text`` in mid-text: without the space that some tokenizers put before all they are given."""
-        # A line feed merges with no letter, so what is behind its own ids is what `text` has there.
-        feed, joint = self.encode("\n"), self.encode("\n" + text)
-        return joint[len(feed) :] if joint[: len(feed)] == feed else self.encode(text)
+        for before in ("\n", "|"):  # the first that keeps its own ids, not merging with the text
+            alone, joint = self.encode(before), self.encode(before + text)
+            if joint[: len(alone)] == alone:
+                return joint[len(alone) :]
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ``ids``."""

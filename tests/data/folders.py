@@ -41,7 +41,8 @@ def _metaspace_json() -> str:
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=specials))
+    lines = [line for text in CORPUS for line in text.splitlines()]  # line feeds fall back to bytes, as in Llama 2
+    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=500, special_tokens=specials))
     model = json.loads(trained.to_str())["model"]
     tokenizer = Tokenizer(
         models.BPE(

@@ -115,6 +115,12 @@ THINKING_PROMPT = """
 {%- if add_generation_prompt %}{{- '<|assistant|><think>\\n' }}{%- endif %}
 """
 
+# Phi-3's manner: EOS stands behind the conversation, after the end of its last turn.
+FINAL_EOS = """
+{%- for message in messages %}{{- '<|' + message.role + '|>' + message.content + '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- else %}{{- eos_token }}{%- endif %}
+"""
+
 # No special token anywhere.
 PLAIN = """
 {%- for message in messages %}{{ message.role }}: {{ message.content }}

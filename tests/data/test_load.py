@@ -120,12 +120,11 @@ def test_text_has_one_bos_if_any_and_one_eos(tmp_path, kind, text):
     folder = make_folder(tmp_path / "model", kind)
     tokenizer, theirs = Tokenizer.from_folder(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     (example,) = load(tmp_path, tokenizer, {"text": text}).examples
-    bos = [0 if kind != "metaspace" else 1] * (text.startswith("<s>") or kind != "byte-level")
-    assert theirs.bos_token_id in (0, 1)
     body = text.removeprefix("<s>").removesuffix("</s>")
     if not text.startswith("<s>"):
         assert example.ids.tolist() == [*theirs(body)["input_ids"], theirs.eos_token_id]
-    assert example.ids.tolist().count(theirs.bos_token_id) == len(bos)
+    has_bos = text.startswith("<s>") or kind != "byte-level"
+    assert example.ids.tolist().count(theirs.bos_token_id) == has_bos
     assert example.ids.tolist().count(theirs.eos_token_id) == 1
     assert example.ids[-1] == theirs.eos_token_id
     assert example.supervised[1:].all()
@@ -143,7 +142,6 @@ def test_text_has_one_bos_if_any_and_one_eos(tmp_path, kind, text):
         ("", "rests"),
         ("the dog:", " rests</s>"),
         ("<s>the dog:", " rests"),
-        ("the dog <|im_start|>", "rests"),
     ],
 )
 def test_a_completion_is_learned_behind_what_generation_will_be_given(tmp_path, kind, prompt, completion):
@@ -202,12 +200,17 @@ def test_more_rows_than_are_encoded_at_once_keep_their_order(tmp_path, tokenizer
         ({"text": "a", "messages": chat("a", "b")}, r"fit several formats \(messages, text\)"),
         ({"text": "fox \ud83d"}, "half of a surrogate pair stands alone behind 'fox '"),
         ({"messages": chat("a", "\udc00")}, "half of a surrogate pair"),
-        ({"text": "</s>"}, "the row has no token to learn"),
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, tokenizer, row, reason):
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{reason}"):
         load(tmp_path, tokenizer, {"text": "fox"}, row)
+
+
+def test_a_row_of_eos_alone_teaches_nothing(tmp_path):
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the row has no token to learn"):
+        load(tmp_path, tokenizer, {"text": "</s>"})
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):

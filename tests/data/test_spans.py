@@ -89,6 +89,16 @@ def test_a_prompt_that_opens_a_think_block(answer):
     assert learned_texts(templates.THINKING_PROMPT, chat("a", answer, "c", "d")) == [f"{said}</s>", "d</s>"]
 
 
+def test_a_template_that_writes_eos_behind_the_conversation():
+    assert learned_texts(templates.FINAL_EOS, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
+
+
+def test_a_template_that_always_writes_a_header_is_refused():
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
+    with pytest.raises(ValueError, match="ends a conversation by '</s>assistant:', which has more than the end of"):
+        learned_texts(source, chat("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [

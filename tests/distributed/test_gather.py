@@ -4,18 +4,18 @@ On CUDA, ``torch._foreach_copy_`` sends bf16 through fp32 and rewrites NaN patte
 these tests put a copy in its place that does.
 """
 
-from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from benchmarks.gather import ALL_PATTERNS, damaged_bytes
 from qsharded import parallel
 from tests.distributed.harness import run_ranks
-
-ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
 
 
 def as_cuda_copies(targets: list[Tensor], sources: list[Tensor], non_blocking: bool = False) -> None:
@@ -24,49 +24,23 @@ def as_cuda_copies(targets: list[Tensor], sources: list[Tensor], non_blocking: b
         target.copy_(source.float().bfloat16() if source.dtype == torch.bfloat16 else source)
 
 
-class Packed(nn.Module):
-    """A frozen bf16 parameter made of bytes, beside a trainable companion, that reports the bytes its forward saw."""
-
-    def __init__(self, rows: int, companion: torch.dtype | None) -> None:
-        super().__init__()
-        self.bytes = ALL_PATTERNS[-rows:].clone()
-        self.packed = nn.Parameter(self.bytes.view(torch.bfloat16), requires_grad=False)
-        self.companion = nn.Parameter(torch.zeros(8, 8, dtype=companion)) if companion else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        seen = self.packed.view(torch.uint8).clone()
-        return (x if self.companion is None else x @ self.companion.to(x.dtype)), seen
-
-
-def damaged_bytes(
-    rows: int,
-    companion: torch.dtype | None,
-    param_dtype: torch.dtype | None,
-    offload: bool,
-    reshard: bool,
-    exact: bool,
-    compile_it: bool,
-) -> int:
-    """How many bytes differ over two forward-backward rounds on this rank."""
+def damage(modes: list[dict[str, Any]]) -> list[int]:
+    """What each mode changes, with copies as CUDA makes them."""
     torch._foreach_copy_ = as_cuda_copies
-    model = Packed(rows, companion)
-    expected = model.bytes
-    fully_shard(
-        model,
-        mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype),
-        offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
-        reshard_after_forward=reshard,
-    )
-    if exact:
-        parallel.use_exact_gather(model)
-    forward: Callable = torch.compile(model, backend="aot_eager") if compile_it else model
-    damage = 0
-    for _ in range(2):
-        x = torch.randn(4, 8, dtype=param_dtype or companion, requires_grad=True)
-        y, seen = forward(x)
-        y.sum().backward()
-        damage += int((seen != expected).sum())
-    return damage
+    return [damaged_bytes(**mode) for mode in modes]
+
+
+def modes(rows: int, **fixed: Any) -> list[dict[str, Any]]:
+    """Every combination of companion, param_dtype, offload and resharding that ``fixed`` leaves open."""
+    free = {
+        "companion": (None, torch.bfloat16, torch.float32),
+        "param_dtype": (None, torch.bfloat16),
+        "offload": (False, True),
+        "reshard": (False, True),
+    }
+    axes = {key: (fixed[key],) if key in fixed else values for key, values in free.items()}
+    rest = {key: value for key, value in fixed.items() if key not in free}
+    return [dict(zip(axes, values, strict=True)) | rest | {"rows": rows} for values in product(*axes.values())]
 
 
 def test_the_emulated_copy_changes_the_patterns_that_cuda_changes() -> None:
@@ -78,34 +52,21 @@ def test_the_emulated_copy_changes_the_patterns_that_cuda_changes() -> None:
 
 
 def test_plain_fsdp2_damages_packed_bytes() -> None:
-    damage = run_ranks(damaged_bytes, 2, 512, torch.bfloat16, None, False, True, False, False)
-    assert all(damage)
-
-
-def every_mode(rows: int, compile_it: bool) -> dict[str, int]:
-    """Damage in each combination of companion, param_dtype, offload and resharding."""
-    return {
-        f"{companion} {param_dtype} {offload=} {reshard=}": damaged_bytes(
-            rows, companion, param_dtype, offload, reshard, True, compile_it
-        )
-        for companion in (None, torch.bfloat16, torch.float32)
-        for param_dtype in (None, torch.bfloat16)
-        for offload in (False, True)
-        for reshard in (False, True)
-        if not compile_it or (companion is torch.float32 and not offload)
-    }
+    plain = modes(512, exact=False, companion=torch.bfloat16, param_dtype=None, offload=False)
+    assert len(plain) == 2
+    assert all(all(rank) for rank in run_ranks(damage, 2, plain))
 
 
 @pytest.mark.parametrize(("world_size", "rows"), [(1, 512), (2, 511), (2, 1), (3, 512)])
 def test_exact_gather_keeps_every_pattern_in_every_mode(world_size: int, rows: int) -> None:
-    for modes in run_ranks(every_mode, world_size, rows, False):
-        assert modes == dict.fromkeys(modes, 0)
+    for changed in run_ranks(damage, world_size, modes(rows, exact=True)):
+        assert changed == [0] * 24
 
 
 def test_exact_gather_keeps_every_pattern_compiled() -> None:
-    for modes in run_ranks(every_mode, 2, 512, True):
-        assert modes == dict.fromkeys(modes, 0)
-        assert len(modes) == 4
+    compiled = modes(512, exact=True, compiler="aot_eager", companion=torch.float32, offload=False)
+    for changed in run_ranks(damage, 2, compiled):
+        assert changed == [0] * 4
 
 
 def gather_without_the_mark() -> str:
@@ -126,8 +87,12 @@ def test_an_unknown_way_to_fill_the_buffer_stops_the_run() -> None:
 
 
 def test_only_parallel_calls_fully_shard() -> None:
-    from pathlib import Path
-
     package = Path(parallel.__file__).parent
     callers = {path.name for path in package.rglob("*.py") if "fully_shard(" in path.read_text()}
     assert callers <= {"parallel.py"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_param_dtype_that_would_cast_packed_bytes_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="param_dtype must be None or bfloat16"):
+        parallel.shard(torch.nn.Module(), param_dtype=dtype)

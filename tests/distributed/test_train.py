@@ -105,16 +105,17 @@ def assert_same_file(one: Path, other: Path) -> None:
 
 def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
     """Train where the last rank's loss is infinite in some steps; returns what stopped the run."""
-    loss, calls = evaluation.batch_loss, []
+    accumulate, loss = train.accumulate_gradient, evaluation.batch_loss
+    is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
-    def sometimes_infinite(model: Any, batch: Any) -> Tensor:
-        value = loss(model, batch)
-        calls.append(model.training)
-        step = (sum(calls) - 1) // 2  # two micro-batches a step
-        last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        return value * torch.inf if model.training and last_rank and step in bad_steps else value
+    def sometimes_infinite(*args: Any, step_number: int, **kwargs: Any) -> Tensor:
+        bad = is_last_rank and step_number in bad_steps
+        evaluation.batch_loss = lambda model, batch: loss(model, batch) * (torch.inf if bad else 1)
+        result = accumulate(*args, step_number=step_number, **kwargs)
+        evaluation.batch_loss = loss
+        return result
 
-    evaluation.batch_loss = sometimes_infinite
+    train.accumulate_gradient = sometimes_infinite
     try:
         run(*args)
     except train.SkippedTooOften as error:

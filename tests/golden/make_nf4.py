@@ -60,7 +60,9 @@ def decoding(tensors: dict[str, Tensor]) -> None:
     None decodes to subnormals: on CPUs with bf16 instructions bitsandbytes makes those 0.
     """
     codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
-    absmax = torch.tensor([[0, 1, 0.1, 3.3, 0.0123, 1e-3, 250.5, 0.7], [1e-36, 1e-4, 1e-6, 6e4, 1e5, -0.01, 1e30, 3e38]])
+    absmax = torch.tensor(
+        [[0, 1, 0.1, 3.3, 0.0123, 1e-3, 250.5, 0.7], [1e-36, 1e-4, 1e-6, 6e4, 1e5, -0.01, 1e30, 3e38]]
+    )
     tensors |= {"decode.codes": codes, "decode.absmax": absmax}
     for name, dtype in DTYPES.items():
         tensors[f"decode.{name}"] = torch.ops.bitsandbytes.dequantize_4bit(

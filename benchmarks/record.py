@@ -1,0 +1,39 @@
+"""What every benchmark record says of where it was made."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def environment() -> dict[str, Any]:
+    """Date, commit, processor, GPU and versions, for the top of a record."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "versions": {name: version(name) for name in _PACKAGES if version(name)},
+    }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, marked where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,159 @@
+// NF4's second level: absmax - mean to 8 bits under one scale for 256 values, in steps that ranks can take together.
+#include "nf4.cuh"
+
+namespace qsharded {
+namespace {
+
+constexpr int kTile = kWarp;  // rows and columns that a warp turns at a time
+
+// A lane adds one row from left to right; the tile turns coalesced reads into a row a lane.
+__global__ void __launch_bounds__(kWarp)
+    row_sums_kernel(const float* absmax, int64_t rows, int64_t blocks_per_row, double* row_sums) {
+  __shared__ float tile[kTile][kTile + 1];  // the odd width keeps a column's entries in different banks
+  const int lane = threadIdx.x;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
+  double sum = 0;
+  for (int64_t column = 0; column < blocks_per_row; column += kTile) {
+    const bool inside = column + lane < blocks_per_row;
+    const float* own = absmax + first_row * blocks_per_row + column + lane;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      tile[i][lane] = inside && first_row + i < rows ? own[i * blocks_per_row] : 0;  // adding 0 changes no sum
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) sum += tile[lane][i];
+    __syncwarp();
+  }
+  if (first_row + lane < rows) row_sums[first_row + lane] = sum;
+}
+
+constexpr int kSumThreads = 1024;
+
+// In any order; valid in thread 0.
+__device__ double sum_of(const double* values, int64_t count) {
+  __shared__ double warp_sums[kSumThreads / kWarp];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += values[i];
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    sum = warp_sums[threadIdx.x];
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+  }
+  return sum;
+}
+
+// The sum in row order is one chain of additions, 15 ns each. Summed side by side first: all terms are positive, so
+// two orders differ by at most 2^-53 of the sum for every addition on the longest way of either, and where both ends
+// of that interval give the same fp32, the order does not matter. One weight in thousands takes the chain.
+__global__ void __launch_bounds__(kSumThreads)
+    offset_kernel(const double* row_sums, int64_t rows, int64_t values, float* offset) {
+  const double sum = sum_of(row_sums, rows);
+  if (threadIdx.x != 0) return;
+  const double doubt = static_cast<double>(2 * rows + 64) * 0x1p-53 * 2;  // twice what the additions can err
+  const double divisor = static_cast<double>(values);
+  const float low = __double2float_rn(__dmul_rd(sum, 1 - doubt) / divisor);
+  const float high = __double2float_rn(__dmul_ru(sum, 1 + doubt) / divisor);
+  if (low == high) {
+    *offset = low;
+    return;
+  }
+  double in_order = 0;
+  for (int64_t row = 0; row < rows; ++row) in_order += row_sums[row];
+  *offset = __double2float_rn(in_order / divisor);
+}
+
+constexpr int kThreads = 256;
+constexpr int kThresholds = 255;
+constexpr int kValues = kAbsmaxBlock / kWarp;  // of a lane
+
+// How many thresholds lie below.
+__device__ unsigned code_of(float scaled, const float* thresholds) {
+  unsigned below = 0;
+#pragma unroll
+  for (unsigned step = 128; step > 0; step /= 2) {
+    if (thresholds[below + step - 1] < scaled) below += step;
+  }
+  return below;
+}
+
+// A warp has one second-level block, of which `first` and `count` may cut off the ends.
+template <bool kFindScale, bool kEncode>
+__global__ void __launch_bounds__(kThreads)
+    second_level_kernel(const float* absmax, int64_t first, int64_t count, const float* offset, float* scales,
+                        const float* thresholds, uint8_t* codes) {
+  __shared__ float own_thresholds[kThresholds];
+  if (kEncode && threadIdx.x < kThresholds) own_thresholds[threadIdx.x] = thresholds[threadIdx.x];
+  if (kEncode) __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  const int64_t block = first / kAbsmaxBlock + (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  const int64_t start = block * kAbsmaxBlock - first + lane;  // this lane's first value, among those given
+  if (block * kAbsmaxBlock >= first + count) return;
+  float values[kValues];
+  float scale = 0;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const int64_t at = start + i * kWarp;
+    values[i] = at >= 0 && at < count ? __fsub_rn(absmax[at], *offset) : 0;
+    scale = fmaxf(scale, fabsf(values[i]));
+  }
+  if constexpr (kFindScale) {
+    for (int step = kWarp / 2; step > 0; step /= 2) scale = fmaxf(scale, __shfl_xor_sync(~0u, scale, step));
+    if (lane == 0) scales[block] = scale;
+  }
+  if constexpr (!kEncode) return;
+  const float factor = reciprocal(kFindScale ? scale : scales[block]);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const int64_t at = start + i * kWarp;
+    if (at < 0 || at >= count) continue;
+    codes[at] = static_cast<uint8_t>(code_of(__fmul_rn(values[i], factor), own_thresholds));
+  }
+}
+
+template <bool kFindScale, bool kEncode>
+int second_level(const float* absmax, int64_t first, int64_t count, const float* offset, float* scales,
+                 const float* thresholds, uint8_t* codes, void* stream) {
+  if (count == 0) return QSHARDED_OK;
+  const int64_t blocks = (first + count - 1) / kAbsmaxBlock - first / kAbsmaxBlock + 1;
+  second_level_kernel<kFindScale, kEncode>
+      <<<ceil_div(blocks * kWarp, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          absmax, first, count, offset, scales, thresholds, codes);
+  return launch_result();
+}
+
+}  // namespace
+}  // namespace qsharded
+
+using namespace qsharded;
+
+int qsharded_cuda_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row, double* row_sums,
+                                  void* stream) {
+  if (rows == 0) return QSHARDED_OK;
+  row_sums_kernel<<<ceil_div(rows, kTile), kWarp, 0, static_cast<cudaStream_t>(stream)>>>(absmax, rows,
+                                                                                         blocks_per_row, row_sums);
+  return launch_result();
+}
+
+int qsharded_cuda_absmax_offset(const double* row_sums, int64_t rows, int64_t values, float* offset, void* stream) {
+  offset_kernel<<<1, kSumThreads, 0, static_cast<cudaStream_t>(stream)>>>(row_sums, rows, values, offset);
+  return launch_result();
+}
+
+int qsharded_cuda_absmax_scales(const float* absmax, int64_t first, int64_t count, const float* offset, float* scales,
+                                void* stream) {
+  return second_level<true, false>(absmax, first, count, offset, scales, nullptr, nullptr, stream);
+}
+
+int qsharded_cuda_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
+                                const float* scales, const float* thresholds, uint8_t* codes, void* stream) {
+  return second_level<false, true>(absmax, first, count, offset, const_cast<float*>(scales), thresholds, codes,
+                                   stream);
+}
+
+int qsharded_cuda_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
+                                          const float* thresholds, float* scales, uint8_t* codes, void* stream) {
+  return second_level<true, true>(absmax, 0, count, offset, scales, thresholds, codes, stream);
+}

@@ -1,0 +1,242 @@
+// y = x W^T for few rows of x: W by way of registers into mma.m16n8k16, as A; x in shared memory, as B.
+//
+// Axes: rows = rows of W (columns of y), columns = columns of W; m = rows of x. A thread block walks its stretch of
+// (tile, chunk) units. kRowWarps x kColumnWarps warps share a unit; each has kSubtiles x 16 rows and one piece of 128
+// columns of it, so x is read from shared memory once a unit and then stays in registers.
+#pragma once
+
+#include "linear_partition.cuh"
+#include "linear_weight.cuh"
+
+namespace qsharded {
+
+template <typename T>
+struct LinearArguments {
+  PackedWeight w;
+  const T* x;
+  int m;
+  T* y;
+  const T* bias;      // or null
+  float* partials;    // the workspace
+  Partition partition;
+};
+
+__device__ inline void copy_async(void* shared, const void* global, bool inside) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0));
+}
+
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <int kRowWarps_, int kColumnWarps_, int kSubtiles_, int kMTiles_>
+struct MmaShape {
+  static constexpr int kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_, kSubtiles = kSubtiles_;
+  static constexpr int kMTiles = kMTiles_;
+  static constexpr int kThreads = kRowWarps * kColumnWarps * kWarp;
+  static constexpr int kRows = kRowWarps * kSubtiles * 16;
+  static constexpr int kColumns = kColumnWarps * kPiece;
+  static constexpr int kM = kMTiles * 8;
+  static constexpr int kSums = kSubtiles * kMTiles * 4;  // that a lane holds
+  static constexpr int kStageBytes = kM * kColumns * 2;
+  static constexpr int kSumBytes = kColumnWarps > 1 ? kRowWarps * kColumnWarps * kSums * kWarp * 4 : 0;
+  static constexpr int kSharedBytes = kTableBytes + 1024 + 2 * kStageBytes + kSumBytes;
+};
+
+// Where a 16-byte granule of x lies: the four lanes that read together find consecutive granules, and odd rows the
+// other half of the banks.
+__device__ inline int granule_at(int m, int granule) {
+  const int in_piece = granule % 16;
+  return granule - in_piece + ((in_piece % 4 * 4 + in_piece / 4) ^ (m % 2 * 4));
+}
+
+template <typename Shape, typename T>
+__device__ inline void stage_x(uint8_t* stage, const LinearArguments<T>& a, int m0, int chunk, bool inside) {
+  constexpr int kGranules = Shape::kColumns / 8;
+  const int64_t columns = static_cast<int64_t>(a.w.blocks_per_row) * kBlock;
+#pragma unroll
+  for (int i = threadIdx.x; i < Shape::kM * kGranules; i += Shape::kThreads) {
+    const int m = i / kGranules, granule = i % kGranules;
+    const int64_t column = static_cast<int64_t>(chunk) * Shape::kColumns + granule * 8;
+    const bool valid = inside && m0 + m < a.m && column < columns;
+    const T* from = a.x + (valid ? (m0 + m) * columns + column : 0);
+    copy_async(stage + (m * kGranules + granule_at(m, granule)) * 16, from, valid);
+  }
+  asm volatile("cp.async.commit_group;");
+}
+
+// What one warp has loaded of a unit.
+template <typename Shape>
+struct Loaded {
+  uint4 codes[Shape::kSubtiles][2];  // rows g and g + 8
+  RawAbsmax absmax[Shape::kSubtiles];
+
+  template <bool kDoubleQuant>
+  __device__ void load(int i, const PackedWeight& w, int tile, int chunk, bool inside) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int g = lane / 4, t = lane % 4;
+    const int64_t row0 = static_cast<int64_t>(tile) * Shape::kRows + (warp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16;
+    const int block = (chunk * Shape::kColumnWarps + warp % Shape::kColumnWarps) * kPieceBlocks + t / 2;
+    inside = inside && block < w.blocks_per_row;
+    const int64_t stride = static_cast<int64_t>(w.blocks_per_row) * (kBlock / 2);
+    const int64_t byte = static_cast<int64_t>(block) * (kBlock / 2) + t % 2 * 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = min(row0 + g + 8 * h, w.rows - 1);  // what lies beyond is computed and not written
+      codes[i][h] = load_codes(w.codes + row * stride + byte, inside);
+    }
+    // one of the quad's four absmax a lane; quads share them out when they are decoded
+    absmax[i] = load_absmax<kDoubleQuant>(w, min(row0 + g + 8 * (t % 2), w.rows - 1), block, inside);
+  }
+};
+
+template <typename Shape, typename T>
+__device__ void write_tile(const LinearArguments<T>& a, float (&sums)[Shape::kSums], float* shared, int tile, int m0) {
+  constexpr int kColumnWarps = Shape::kColumnWarps;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
+  const bool split = a.partition.first_block(tile) != a.partition.last_block(tile);
+  const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
+  float* partial = a.partials + (static_cast<int64_t>(blockIdx.y) * a.partition.slots() +
+                                 a.partition.slot(tile, blockIdx.x)) * (Shape::kM * Shape::kRows);
+  const auto write = [&](int i, float sum) {
+    const int subtile = i / (Shape::kMTiles * 4), m_tile = i / 4 % Shape::kMTiles;
+    const int row = (row_warp * Shape::kSubtiles + subtile) * 16 + lane / 4 + (i % 4) / 2 * 8;
+    const int m = m_tile * 8 + lane % 4 * 2 + i % 2;
+    if (m0 + m >= a.m || tile_row + row >= a.w.rows) return;
+    if (split) {
+      partial[m * Shape::kRows + row] = sum;
+    } else {
+      if (a.bias) sum += static_cast<float>(a.bias[tile_row + row]);
+      a.y[(m0 + m) * a.w.rows + tile_row + row] = static_cast<T>(sum);
+    }
+  };
+  if constexpr (kColumnWarps == 1) {
+#pragma unroll
+    for (int i = 0; i < Shape::kSums; ++i) write(i, sums[i]);
+  } else {
+    float* own = shared + row_warp * kColumnWarps * Shape::kSums * kWarp + lane;
+#pragma unroll
+    for (int i = 0; i < Shape::kSums; ++i) own[(column_warp * Shape::kSums + i) * kWarp] = sums[i];
+    __syncthreads();
+    for (int i = column_warp; i < Shape::kSums; i += kColumnWarps) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kColumnWarps; ++j) sum += own[(j * Shape::kSums + i) * kWarp];
+      write(i, sum);
+    }
+    // the next tile's sums are written after another barrier
+  }
+}
+
+template <typename Shape, typename T, bool kDoubleQuant>
+__global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const LinearArguments<T> a) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  uint8_t* const table = shared;
+  float* const map = reinterpret_cast<float*>(shared + kTableBytes);
+  uint8_t* const stages = shared + kTableBytes + 1024;
+  float* const exchange = reinterpret_cast<float*>(stages + 2 * Shape::kStageBytes);
+
+  const int lane = threadIdx.x % kWarp, column_warp = threadIdx.x / kWarp % Shape::kColumnWarps;
+  const int m0 = blockIdx.y * Shape::kM;
+  const int64_t begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
+  int tile = static_cast<int>(begin / a.partition.chunks), chunk = static_cast<int>(begin % a.partition.chunks);
+
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  Loaded<Shape> loaded;
+#pragma unroll
+  for (int i = 0; i < Shape::kSubtiles; ++i) loaded.template load<kDoubleQuant>(i, a.w, tile, chunk, begin < end);
+  stage_x<Shape>(stages, a, m0, chunk, begin < end);
+  fill_table<Shape::kThreads>(reinterpret_cast<float4*>(table), a.w.levels);
+  float offset = 0;
+  if constexpr (kDoubleQuant) {
+    for (int i = threadIdx.x; i < 256; i += Shape::kThreads) map[i] = __ldg(a.w.absmax_map + i);
+    offset = __ldg(a.w.absmax_offset);
+  }
+  const uint32_t copy = table_lane();
+
+  float sums[Shape::kSums] = {};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const bool last_of_tile = chunk + 1 == a.partition.chunks;
+    const int next_tile = last_of_tile ? tile + 1 : tile, next_chunk = last_of_tile ? 0 : chunk + 1;
+    const bool more = unit + 1 < end;
+    const int stage = static_cast<int>(unit - begin) & 1;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    stage_x<Shape>(stages + (stage ^ 1) * Shape::kStageBytes, a, m0, next_chunk, more);
+
+    uint4 b[Shape::kMTiles][4];
+#pragma unroll
+    for (int j = 0; j < Shape::kMTiles; ++j) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const int m = j * 8 + lane / 4;
+        const int granule = column_warp * 16 + ((word * 4 + lane % 4) ^ (m % 2 * 4));
+        b[j][word] = *reinterpret_cast<const uint4*>(stages + stage * Shape::kStageBytes +
+                                                     (m * (Shape::kColumns / 8) + granule) * 16);
+      }
+    }
+    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + lane % 4 / 2;
+    const bool inside = block < a.w.blocks_per_row;
+#pragma unroll
+    for (int i = 0; i < Shape::kSubtiles; ++i) {
+      const uint4 upper = loaded.codes[i][0], lower = loaded.codes[i][1];
+      const float absmax = decode_absmax<kDoubleQuant>(loaded.absmax[i], map, offset, inside);
+      loaded.template load<kDoubleQuant>(i, a.w, next_tile, next_chunk, more);
+      const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1), lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const uint32_t u = word == 0 ? upper.x : word == 1 ? upper.y : word == 2 ? upper.z : upper.w;
+        const uint32_t l = word == 0 ? lower.x : word == 1 ? lower.y : word == 2 ? lower.z : lower.w;
+        uint32_t operand[4];
+        auto* sum = reinterpret_cast<float(*)[4]>(sums + i * Shape::kMTiles * 4);
+        decode_step<T, 0>(u, l, table, copy, upper_absmax, lower_absmax, operand);
+#pragma unroll
+        for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].x, b[j][word].y, T{});
+        decode_step<T, 1>(u, l, table, copy, upper_absmax, lower_absmax, operand);
+#pragma unroll
+        for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].z, b[j][word].w, T{});
+      }
+    }
+    if (last_of_tile || !more) {
+      write_tile<Shape>(a, sums, exchange, tile, m0);
+#pragma unroll
+      for (int i = 0; i < Shape::kSums; ++i) sums[i] = 0;
+    }
+    tile = next_tile;
+    chunk = next_chunk;
+  }
+}
+
+// Sums, in the order of the thread blocks, the partial sums of the tiles that several of them share.
+template <typename T>
+__global__ void __launch_bounds__(256) sum_partials_kernel(const LinearArguments<T> a, int tile_rows, int tile_m) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int m = blockIdx.y;
+  const int tile = static_cast<int>(row / tile_rows);
+  const bool inside = row < a.w.rows;
+  const int first = inside ? a.partition.first_block(tile) : 0, last = inside ? a.partition.last_block(tile) : 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  if (first == last) return;
+  const int64_t slot = static_cast<int64_t>(m / tile_m) * a.partition.slots() + a.partition.slot(tile, first);
+  const float* partial = a.partials + (slot * tile_m + m % tile_m) * tile_rows + row % tile_rows;
+  const int64_t stride = static_cast<int64_t>(tile_m) * tile_rows;
+  float sum = 0;
+  for (int i = 0; i <= last - first; ++i) sum += __ldcg(partial + i * stride);
+  if (a.bias) sum += static_cast<float>(a.bias[row]);
+  a.y[m * a.w.rows + row] = static_cast<T>(sum);
+}
+
+}  // namespace qsharded

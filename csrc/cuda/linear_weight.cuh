@@ -1,0 +1,121 @@
+// How the fused product reads W: 16 code bytes a lane, decoded to the bf16 or fp16 pairs that the tensor cores take as
+// their A operand. A weight is fp32 level * absmax rounded once, as dequantize has it, so both give the same bits.
+//
+// Within a piece of 128 columns lane t of four holds columns 32t to 32t+31 of its row: 16 consecutive bytes, one block's
+// half. The tensor cores see the columns in another order; the activations are laid out in that order too.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "nf4.cuh"
+
+namespace qsharded {
+
+constexpr int kPiece = 128;                     // columns of W that a warp decodes at a time
+constexpr int kPieceBlocks = kPiece / kBlock;
+constexpr int kTableCopies = 16;                // of 8 bytes: one of each for every pair of banks
+constexpr int kTableBytes = 256 * kTableCopies * 8;
+
+struct PackedWeight {
+  const uint8_t* codes;
+  const void* absmax;  // fp32 where scales is null, else 8-bit codes
+  int64_t absmax_row_stride;
+  const float* absmax_scales;
+  const float* absmax_offset;
+  const float* absmax_map;
+  const float* levels;
+  int64_t rows;
+  int blocks_per_row;
+};
+
+struct RawAbsmax {
+  uint32_t bits;
+  float scale;
+};
+
+__device__ inline uint4 load_codes(const uint8_t* codes, bool inside) {
+  uint4 loaded;
+  // read once: no place in L1
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+      : "l"(codes), "r"(static_cast<int>(inside)));
+  return loaded;
+}
+
+template <bool kDoubleQuant>
+__device__ inline RawAbsmax load_absmax(const PackedWeight& w, int64_t row, int block, bool inside) {
+  RawAbsmax raw = {0, 0};
+  if (!inside) return raw;
+  const int64_t at = row * w.absmax_row_stride + block;
+  if constexpr (kDoubleQuant) {
+    const auto number = static_cast<uint32_t>(row) * static_cast<uint32_t>(w.blocks_per_row) + block;
+    raw.bits = __ldg(static_cast<const uint8_t*>(w.absmax) + at);
+    raw.scale = __ldg(w.absmax_scales + number / kAbsmaxBlock);
+  } else {
+    raw.bits = __ldg(static_cast<const uint32_t*>(w.absmax) + at);
+  }
+  return raw;
+}
+
+// Beyond the last column zero, whatever the map holds: the codes there are no codes.
+template <bool kDoubleQuant>
+__device__ inline float decode_absmax(RawAbsmax raw, const float* map, float offset, bool inside) {
+  float absmax = __uint_as_float(raw.bits);
+  if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[raw.bits], raw.scale), offset);
+  return inside ? absmax : 0;
+}
+
+// The table: for every byte its two levels, in 16 copies, so that the 16 lanes that shared memory serves at a time
+// find theirs in different banks.
+template <int kThreads>
+__device__ inline void fill_table(float4* table, const float* levels) {
+  constexpr int kVectors = kTableBytes / 16;
+#pragma unroll
+  for (int i = threadIdx.x; i < kVectors; i += kThreads) {
+    const int byte = i / (kTableCopies / 2);
+    const float first = __ldg(levels + (byte >> 4)), second = __ldg(levels + (byte & 15));
+    table[i] = make_float4(first, second, first, second);
+  }
+}
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ uint32_t pack(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+template <>
+struct Pair<__half> {
+  static __device__ uint32_t pack(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+__device__ inline uint32_t table_lane() { return threadIdx.x % kTableCopies * 8; }
+
+template <typename T, int kByte>
+__device__ inline uint32_t decode_byte(uint32_t word, const uint8_t* table, uint32_t lane, float absmax) {
+  uint32_t at = kByte == 0 ? word << 7 : word >> (kByte == 0 ? 0 : 8 * kByte - 7);
+  at = (at & 0x7F80u) | lane;
+  const float2 levels = *reinterpret_cast<const float2*>(table + at);
+  return Pair<T>::pack(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
+}
+
+// The A operand of one k16 step: bytes 2 kHalf and 2 kHalf + 1 of a word of row g and of row g + 8.
+template <typename T, int kHalf>
+__device__ inline void decode_step(uint32_t upper, uint32_t lower, const uint8_t* table, uint32_t lane,
+                                   float upper_absmax, float lower_absmax, uint32_t (&a)[4]) {
+  a[0] = decode_byte<T, 2 * kHalf>(upper, table, lane, upper_absmax);
+  a[1] = decode_byte<T, 2 * kHalf>(lower, table, lane, lower_absmax);
+  a[2] = decode_byte<T, 2 * kHalf + 1>(upper, table, lane, upper_absmax);
+  a[3] = decode_byte<T, 2 * kHalf + 1>(lower, table, lane, lower_absmax);
+}
+
+}  // namespace qsharded

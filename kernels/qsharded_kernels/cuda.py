@@ -1,0 +1,64 @@
+"""The compiled library's CUDA part: whether it runs here, and calls into it."""
+
+import logging
+from ctypes import CDLL
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import library
+
+_log = logging.getLogger(__name__)
+
+
+def is_available(device: torch.device | str = "cuda") -> bool:
+    """Whether the CUDA kernels were built and run on ``device``. Where they were built and do not, a warning says why,
+    once."""
+    compiled = library.load()
+    if compiled is None or not library.has_cuda(compiled) or not torch.cuda.is_available():
+        return False
+    index = torch.device(device).index
+    return _runs_on(compiled, torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _runs_on(compiled: CDLL, device_index: int) -> bool:
+    with torch.cuda.device(device_index):
+        result = compiled.qsharded_cuda_probe()
+    if result != 0:
+        reason = compiled.qsharded_cuda_error_string(result).decode()
+        _log.warning("The compiled CUDA kernels do not run on cuda:%d: %s. Triton serves instead.", device_index, reason)
+    return result == 0
+
+
+def call(function: str, *arguments: Tensor | int | None) -> None:
+    """Queue ``qsharded_cuda_<function>`` on the current stream of the first tensor's device. Tensors become pointers.
+
+    Raises:
+        RuntimeError: CUDA refused the launch; its own words.
+        ValueError: more weights than the kernels count.
+    """
+    compiled = library.load()
+    assert compiled is not None, "ask is_available() first"
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        pointers = [_pointer(argument, device) for argument in arguments]
+        result = getattr(compiled, f"qsharded_cuda_{function}")(*pointers, stream)
+    _raise_for(result, compiled)
+
+
+def _pointer(argument: Tensor | int | None, device: torch.device) -> int | None:
+    if not isinstance(argument, Tensor):
+        return argument
+    assert argument.device == device, (argument.device, device)
+    return argument.data_ptr()
+
+
+def _raise_for(result: int, compiled: CDLL) -> None:
+    if result >= library.CUDA_ERROR:
+        raise RuntimeError(f"CUDA: {compiled.qsharded_cuda_error_string(result).decode()}")
+    if result == library.BAD_SIZE:
+        raise ValueError("a weight of more than 2^37 elements; shard it")
+    assert result == 0, result

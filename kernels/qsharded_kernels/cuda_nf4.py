@@ -1,0 +1,65 @@
+"""NF4 on NVIDIA GPUs by the compiled library (csrc/cuda/): sm_80 and later.
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row.
+The callers check what users pass; the assertions here guard raw memory.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks, cuda, library
+
+
+def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16 on the GPU.
+
+    ``midpoints``: fp32 [15], the thresholds between levels, 1/15 apart or more. NaN and infinity show in absmax.
+    """
+    weight_NK = _aligned(weight_NK)
+    N, K = weight_NK.shape
+    checks.assert_weight(weight_NK, midpoints)
+    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
+    absmax_NG = torch.empty(N, K // checks.BLOCK, dtype=torch.float32, device=weight_NK.device)
+    dtype = library.DTYPES[weight_NK.dtype]
+    cuda.call("nf4_quantize", weight_NK, dtype, absmax_NG.numel(), midpoints, codes_NP, absmax_NG)
+    return codes_NP, absmax_NG
+
+
+def dequantize(
+    codes_NP: Tensor,
+    absmax_NG: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    levels: Tensor,
+    absmax_map: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 level * absmax, rounded once.
+
+    ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
+    fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
+    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
+    ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
+    """
+    codes_NP = _aligned(codes_NP)
+    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    N, G = absmax_NG.shape
+    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    if out is None:
+        out = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
+    checks.assert_out(out, (N, G * checks.BLOCK), out_dtype)
+    cuda.call(
+        "nf4_dequantize",
+        *(codes_NP, N, G),
+        *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
+        *(levels, out, library.DTYPES[out_dtype]),
+    )
+    return out
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and where the kernels' 16-byte accesses may begin; a copy only of a view that is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % checks.ALIGNMENT == 0 else tensor.clone()

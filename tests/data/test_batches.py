@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from qsharded.data import Example, make_batch
+
+A = Example([1, 2, 3], [False, False, True])
+B = Example([4, 5], [True, True])
+C = Example([6, 7, 8, 9], [False, True, False, True])
+
+
+def test_rows_by_hand():
+    batch = make_batch([[A, B], [C]], pad_id=99, max_length=8)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 99, 99, 99], [6, 7, 8, 9, 99, 99, 99, 99]]
+    # Nothing is predicted across documents: 4 is not the target of 3, though it follows and is supervised.
+    assert batch.targets.tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100], [7, -100, 9] + [-100] * 5]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 0, 0, 0, 0]]
+    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, -1, -1, -1], [0, 0, 0, 0, -1, -1, -1, -1]]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "width"),
+    [((3,), 64, 8), ((8,), 64, 8), ((9, 3), 64, 16), ((9,), 10, 10), ((10,), 10, 10), ((3,), 4, 4)],
+)
+def test_width_is_a_multiple_of_8_or_the_maximum(lengths, max_length, width):
+    rows = [[Example([1] * length, [True] * length)] for length in lengths]
+    batch = make_batch(rows, pad_id=0, max_length=max_length)
+    assert batch.input_ids.shape == (len(lengths), width)
+
+
+def test_no_rows_make_one_row_of_padding():
+    batch = make_batch([], pad_id=3, max_length=4)
+    assert batch.input_ids.tolist() == [[3] * 4]
+    assert batch.targets.tolist() == [[-100] * 4]
+    assert batch.positions.tolist() == [[0] * 4]
+    assert batch.document_ids.tolist() == [[-1] * 4]
+
+
+def test_moving():
+    moved = make_batch([[A]], pad_id=0, max_length=8).to("meta")
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}

@@ -1,0 +1,220 @@
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from qsharded.data import Cursor, Example, StepLoader
+
+MAX_LENGTH = 32
+
+
+def make_examples(seed, count=60):
+    """Examples that are told apart by their ids."""
+    rng = random.Random(seed)
+    ids = iter(range(10**6))
+    lengths = [rng.randint(2, MAX_LENGTH) for _ in range(count)]
+    return [
+        Example([next(ids) for _ in range(n)], [rng.random() < 0.6 for _ in range(n - 1)] + [True]) for n in lengths
+    ]
+
+
+def make_loader(examples, rank=0, world_size=1, accumulation=1, batch_size=1, packing=True, seed=5, shuffle=True):
+    return StepLoader(
+        examples,
+        max_length=MAX_LENGTH,
+        packing=packing,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        pad_id=0,
+        shuffle=shuffle,
+    )
+
+
+def documents(steps):
+    """What the model sees in one step of all ranks: for each document its ids, positions and targets."""
+    found = Counter()
+    for batch in (batch for step in steps for batch in step.micro_batches):
+        for row in zip(batch.input_ids, batch.positions, batch.targets, batch.document_ids, strict=True):
+            ids, positions, targets, numbers = row
+            for number in set(numbers.tolist()) - {-1}:
+                parts = (part[numbers == number].tolist() for part in (ids, positions, targets))
+                found[tuple(map(tuple, parts))] += 1
+    return found
+
+
+def all_steps(examples, count, world_size, **options):
+    """The first ``count`` steps, each as the list of what its ranks get."""
+    loaders = [make_loader(examples, rank, world_size, **options) for rank in range(world_size)]
+    return list(islice(zip(*(loader.steps() for loader in loaders), strict=True), count))
+
+
+def expected_documents(examples):
+    return Counter(
+        (
+            tuple(example.ids.tolist()),
+            tuple(range(len(example))),
+            (
+                *(int(i) if s else -100 for i, s in zip(example.ids[1:], example.supervised[1:], strict=True)),
+                -100,
+            ),
+        )
+        for example in examples
+    )
+
+
+SPLITS_OF_12 = [
+    (world, accumulation, 12 // world // accumulation)
+    for world, accumulation in [(1, 1), (1, 12), (12, 1), (2, 3), (3, 2), (4, 3), (6, 1), (1, 4), (2, 6)]
+]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_have_the_same_documents_however_they_are_split(packing, seed):
+    examples = make_examples(seed, count=70)
+    views = []
+    for world_size, accumulation, batch_size in SPLITS_OF_12:
+        steps = all_steps(
+            examples, 12, world_size, accumulation=accumulation, batch_size=batch_size, packing=packing, seed=seed
+        )
+        views.append(
+            [(documents(ranks), ranks[0].supervised_tokens, ranks[0].tokens, ranks[0].cursor) for ranks in steps]
+        )
+    assert all(view == views[0] for view in views)
+    assert len({str(sorted(found)) for found, *_ in views[0]}) > 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("world_size", "accumulation", "batch_size"), SPLITS_OF_12)
+def test_an_epoch_has_every_document_once(packing, world_size, accumulation, batch_size):
+    examples = make_examples(0)
+    options = {"accumulation": accumulation, "batch_size": batch_size, "packing": packing}
+    count = make_loader(examples, world_size=world_size, **options).steps_in_epoch(0)
+    steps = all_steps(examples, count, world_size, **options)
+    assert sum((documents(ranks) for ranks in steps), Counter()) == expected_documents(examples)
+    assert steps[-1][0].cursor == Cursor(1, 0)
+    assert all(ranks[0].cursor.epoch == 0 for ranks in steps[:-1])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "batch_size"), SPLITS_OF_12)
+def test_every_rank_runs_the_same_number_of_batches_and_knows_the_global_counts(world_size, accumulation, batch_size):
+    examples = make_examples(1, count=31)  # 31 rows: the last step of the epoch is short by 5
+    for ranks in all_steps(examples, 4, world_size, accumulation=accumulation, batch_size=batch_size, packing=False):
+        batches = [batch for step in ranks for batch in step.micro_batches]
+        assert {len(step.micro_batches) for step in ranks} == {len(ranks[0].micro_batches)}
+        assert 1 <= len(ranks[0].micro_batches) <= accumulation
+        assert max(len(batch.input_ids) for batch in batches) <= batch_size
+        supervised = sum(int((batch.targets != -100).sum()) for batch in batches)
+        tokens = sum(int((batch.document_ids != -1).sum()) for batch in batches)
+        assert {(step.supervised_tokens, step.tokens) for step in ranks} == {(supervised, tokens)}
+        assert len({step.cursor for step in ranks}) == 1
+
+
+def test_a_rank_short_of_rows_gets_padding():
+    (ranks,) = all_steps(make_examples(0, count=1), 1, world_size=3)
+    assert [bool((step.micro_batches[0].document_ids == -1).all()) for step in ranks] == [False, True, True]
+
+
+def test_a_short_step_has_no_more_micro_batches_than_it_needs():
+    (ranks,) = all_steps(make_examples(0, count=3), 1, world_size=2, accumulation=4, packing=False)
+    assert [len(step.micro_batches) for step in ranks] == [2, 2]
+
+
+def same(one, other):
+    fields = ("supervised_tokens", "tokens", "cursor")
+    equal = all(getattr(one, field) == getattr(other, field) for field in fields)
+    pairs = zip(one.micro_batches, other.micro_batches, strict=True)
+    return equal and all(
+        torch.equal(tensor, getattr(right, name)) for left, right in pairs for name, tensor in vars(left).items()
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_resuming_gives_the_remaining_steps(packing, rank):
+    examples = make_examples(2, count=50)
+    options = {"rank": rank, "world_size": 2, "accumulation": 2, "packing": packing}
+    steps = list(islice(make_loader(examples, **options).steps(), 25))
+    assert steps[-1].cursor.epoch >= 1
+    for done, step in enumerate(steps[:-1], 1):
+        (following,) = islice(make_loader(examples, **options).steps(step.cursor), 1)
+        assert same(following, steps[done])
+
+
+def test_a_cursor_serves_other_numbers_of_ranks():
+    examples = make_examples(3, count=50)
+    (first,) = islice(make_loader(examples, batch_size=6).steps(), 1)
+    after = islice(make_loader(examples, batch_size=6).steps(), 1, None)
+    ranks = zip(*(make_loader(examples, rank, 3, 2).steps(first.cursor) for rank in range(3)), strict=True)
+    for step, share in islice(zip(after, ranks, strict=False), 10):
+        assert documents([step]) == documents(share)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    examples = make_examples(4)
+
+    def order(seed, epoch, packing, **options):
+        loader = make_loader(examples, seed=seed, packing=packing, **options)
+        steps = islice(loader.steps(Cursor(epoch)), loader.steps_in_epoch(epoch))
+        return [tuple(batch.input_ids.flatten().tolist()) for step in steps for batch in step.micro_batches]
+
+    for packing in (False, True):
+        assert order(0, 0, packing) == order(0, 0, packing)
+        assert order(0, 0, packing) != order(0, 1, packing)
+        assert order(0, 0, packing) != order(1, 0, packing)
+        assert order(0, 0, packing, shuffle=False) == order(1, 1, packing, shuffle=False)
+
+
+def test_without_shuffling_rows_come_as_given():
+    examples = make_examples(5, count=10)
+    steps = islice(make_loader(examples, packing=False, shuffle=False).steps(), 20)
+    firsts = [int(step.micro_batches[0].input_ids[0, 0]) for step in steps]
+    assert firsts == [int(example.ids[0]) for example in examples] * 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_in_epoch_is_where_the_epoch_ends(packing):
+    loader = make_loader(make_examples(6, count=33), accumulation=4, packing=packing)
+    for epoch in range(3):
+        epochs = [step.cursor.epoch for step in islice(loader.steps(Cursor(epoch)), loader.steps_in_epoch(epoch))]
+        assert epochs == [epoch] * (len(epochs) - 1) + [epoch + 1]
+
+
+def test_packing_puts_several_documents_in_a_row():
+    examples = make_examples(7, count=40)
+    rows = -(-sum(map(len, examples)) // MAX_LENGTH)
+    assert rows <= make_loader(examples).steps_in_epoch(0) <= rows * 1.1
+    assert make_loader(examples, packing=False).steps_in_epoch(0) == 40
+
+
+def test_micro_batches_hold_rows_of_like_length():
+    """Else each would be as wide as the longest row of the step."""
+    examples = [Example([1] * n, [True] * n) for n in (8, 16, 24, 32) * 4]
+    (ranks,) = all_steps(examples, 1, world_size=2, accumulation=4, batch_size=2, packing=False)
+    assert [[batch.input_ids.shape[1] for batch in step.micro_batches] for step in ranks] == [[32, 24, 16, 8]] * 2
+
+
+def test_a_cursor_behind_the_epoch_is_refused():
+    loader = make_loader(make_examples(0, count=10), packing=False)
+    assert next(loader.steps(Cursor(0, 10))).cursor == Cursor(1, 1)
+    with pytest.raises(ValueError, match=r"cannot resume at Cursor\(epoch=0, row=11\): the epoch has 10 rows"):
+        next(loader.steps(Cursor(0, 11)))
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "reason"),
+    [
+        ([], {}, "no examples"),
+        ([Example([1] * 33, [True] * 33)], {}, "an example of 33 tokens does not fit into rows of max_length 32"),
+        (make_examples(0, 1), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (make_examples(0, 1), {"accumulation": -1}, "accumulation must be at least 1, got -1"),
+    ],
+)
+def test_arguments_out_of_range(examples, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_loader(examples, **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qsharded.data import Prompt, Step, Tokenizer
+from qsharded.data import Batch, Prompt, Step, Tokenizer
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
 from qsharded.parallel import World
@@ -27,7 +27,7 @@ def validation_loss(model: CausalLM, steps: Iterable[Step], world: World) -> dic
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
-def batch_loss(model: CausalLM, batch) -> torch.Tensor:
+def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
     """The fp32 sum of a batch's token losses."""
     return model(
         batch.input_ids,

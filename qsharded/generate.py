@@ -209,7 +209,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._behind, self._waiting = list(before), []
+        self._behind, self._waiting = list(before), list[int]()
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes."""

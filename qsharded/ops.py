@@ -7,6 +7,8 @@ Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in 
 leading dimensions.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -172,12 +174,12 @@ def _linear_input_grad_fake(
     return grad.new_empty((*grad.shape[:-1], codes.shape[1] * 2))
 
 
-def _save_packed(ctx, inputs, output) -> None:
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, absmax, absmax_scales, absmax_offset, _ = inputs
     ctx.save_for_backward(codes, absmax, absmax_scales, absmax_offset)
 
 
-def _linear_backward(ctx, grad: Tensor):
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Decodes the weight again: nothing decoded outlives the forward."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:

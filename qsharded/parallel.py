@@ -26,7 +26,7 @@ _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.in
 class _FilledAsIntegers(torch.Tensor):
     """Marks this rank's part of a gather buffer whose bytes were copied in unchanged."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class _GatherBuffer(torch.Tensor):
@@ -155,7 +155,7 @@ def use_exact_gather(model: nn.Module) -> None:
     """Set :class:`ExactAllGather` on every FSDP2 module of ``model``."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(ExactAllGather())
+            module.set_custom_all_gather(ExactAllGather())  # type: ignore[arg-type]  # its base class is private
 
 
 def _device_type(model: nn.Module) -> str:

@@ -124,9 +124,12 @@ def test_the_adapters_tokenizer_comes_first_and_both_end_the_answer(
     adapter = write_adapter(tmp_path / "adapter", checkpoint)
     make_folder(adapter, template="{{ messages[0].content }}!", eos_token="<|eot_id|>")
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        command, "generate", lambda model, prompts, **given: seen.update(given, prompts=prompts) or [[]]
-    )
+
+    def nothing(_: Any, prompts: list[list[int]], **given: Any) -> list[list[int]]:
+        seen.update(given, prompts=prompts)
+        return [[]]
+
+    monkeypatch.setattr(command, "generate", nothing)
     say("--adapter", adapter, "--prompt", "Hi")
     model_tokenizer, tokenizer = Tokenizer.from_folder(checkpoint), Tokenizer.from_folder(adapter)
     assert seen["prompts"] == [tokenizer.encode("Hi!")]
@@ -191,11 +194,7 @@ def test_prompts_are_taken_as_they_are_from_flags_and_toml(tmp_path: Path) -> No
         (["--model", "{checkpoint}", "--prompt", " "], 1, "--prompt 1 of 1 is empty"),
         (["--model", "{checkpoint}", "--prompt", "x", "--top-p", "0"], 2, "--top-p must be above 0 and at most 1"),
         (["--model", "{checkpoint}", "--prompt", "x", "--adapter", "{run}"], 1, "did you mean {run}/adapter?"),
-        (
-            ["--model", "{other}", "--prompt", "x", "--adapter", "{adapter}"],
-            1,
-            "trained on {checkpoint}, --model is {other}",
-        ),
+        (["--model", "{other}", "--prompt", "x", "--adapter", "{adapter}"], 1, "trained on {checkpoint}, --model is"),
         (["--model", "{small}", "--prompt", "x"], 1, "it is another model's tokenizer"),
         (["--adapter", "{nameless}", "--prompt", "x"], 2, "names no base model: give --model"),
         (["--model", "{adapter}", "--prompt", "x"], 1, "has no tokenizer.json"),

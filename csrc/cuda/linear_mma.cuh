@@ -74,27 +74,29 @@ __device__ inline void stage_x(uint8_t* stage, const LinearArguments<T>& a, int 
 }
 
 // What one warp has loaded of a unit.
-template <typename Shape>
+template <typename Shape, bool kDoubleQuant>
 struct Loaded {
   uint4 codes[Shape::kSubtiles][2];  // rows g and g + 8
   RawAbsmax absmax[Shape::kSubtiles];
 
-  template <bool kDoubleQuant>
   __device__ void load(int i, const PackedWeight& w, int tile, int chunk, bool inside) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int g = lane / 4, t = lane % 4;
-    const int64_t row0 = static_cast<int64_t>(tile) * Shape::kRows + (warp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % 4;
+    const int first_row = (warp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16 + lane / 4;
     const int block = (chunk * Shape::kColumnWarps + warp % Shape::kColumnWarps) * kPieceBlocks + t / 2;
     inside = inside && block < w.blocks_per_row;
-    const int64_t stride = static_cast<int64_t>(w.blocks_per_row) * (kBlock / 2);
-    const int64_t byte = static_cast<int64_t>(block) * (kBlock / 2) + t % 2 * 16;
+    // rows beyond the last are computed and not written. Within a tile 32 bits reach: 2^24 columns of 256 rows
+    const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
+    const auto last_row = static_cast<unsigned>(min(w.rows - 1 - tile_row, int64_t{Shape::kRows}));
+    const unsigned stride = w.blocks_per_row * (kBlock / 2);
+    const uint8_t* tile_codes = w.codes + tile_row * stride;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = min(row0 + g + 8 * h, w.rows - 1);  // what lies beyond is computed and not written
-      codes[i][h] = load_codes(w.codes + row * stride + byte, inside);
+      const unsigned row = min(static_cast<unsigned>(first_row + 8 * h), last_row);
+      load_codes(codes[i][h], tile_codes + (row * stride + block * (kBlock / 2) + t % 2 * 16), inside);
     }
     // one of the quad's four absmax a lane; quads share them out when they are decoded
-    absmax[i] = load_absmax<kDoubleQuant>(w, min(row0 + g + 8 * (t % 2), w.rows - 1), block, inside);
+    const unsigned row = min(static_cast<unsigned>(first_row + 8 * (t % 2)), last_row);
+    absmax[i] = load_absmax<kDoubleQuant>(w, tile_row, row, block, inside);
   }
 };
 
@@ -103,7 +105,9 @@ __device__ void write_tile(const LinearArguments<T>& a, float (&sums)[Shape::kSu
   constexpr int kColumnWarps = Shape::kColumnWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
-  const bool split = a.partition.first_block(tile) != a.partition.last_block(tile);
+  const int first_unit = tile * a.partition.chunks;
+  const bool split = first_unit < a.partition.begin(blockIdx.x) ||
+                     first_unit + a.partition.chunks > a.partition.begin(blockIdx.x + 1);
   const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
   float* partial = a.partials + (static_cast<int64_t>(blockIdx.y) * a.partition.slots() +
                                  a.partition.slot(tile, blockIdx.x)) * (Shape::kM * Shape::kRows);
@@ -147,30 +151,30 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
 
   const int lane = threadIdx.x % kWarp, column_warp = threadIdx.x / kWarp % Shape::kColumnWarps;
   const int m0 = blockIdx.y * Shape::kM;
-  const int64_t begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
-  int tile = static_cast<int>(begin / a.partition.chunks), chunk = static_cast<int>(begin % a.partition.chunks);
+  const int begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
+  int tile = begin / a.partition.chunks, chunk = begin % a.partition.chunks;
 
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  Loaded<Shape> loaded;
+  Loaded<Shape, kDoubleQuant> loaded = {};
 #pragma unroll
-  for (int i = 0; i < Shape::kSubtiles; ++i) loaded.template load<kDoubleQuant>(i, a.w, tile, chunk, begin < end);
+  for (int i = 0; i < Shape::kSubtiles; ++i) loaded.load(i, a.w, tile, chunk, begin < end);
   stage_x<Shape>(stages, a, m0, chunk, begin < end);
-  fill_table<Shape::kThreads>(reinterpret_cast<float4*>(table), a.w.levels);
+  fill_table<Shape::kThreads>(table, a.w.levels);
   float offset = 0;
   if constexpr (kDoubleQuant) {
     for (int i = threadIdx.x; i < 256; i += Shape::kThreads) map[i] = __ldg(a.w.absmax_map + i);
     offset = __ldg(a.w.absmax_offset);
   }
-  const uint32_t copy = table_lane();
+  const uint32_t copy = table_copy();
 
   float sums[Shape::kSums] = {};
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int unit = begin; unit < end; ++unit) {
     const bool last_of_tile = chunk + 1 == a.partition.chunks;
     const int next_tile = last_of_tile ? tile + 1 : tile, next_chunk = last_of_tile ? 0 : chunk + 1;
     const bool more = unit + 1 < end;
-    const int stage = static_cast<int>(unit - begin) & 1;
+    const int stage = (unit - begin) & 1;
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     stage_x<Shape>(stages + (stage ^ 1) * Shape::kStageBytes, a, m0, next_chunk, more);
@@ -190,9 +194,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
     const bool inside = block < a.w.blocks_per_row;
 #pragma unroll
     for (int i = 0; i < Shape::kSubtiles; ++i) {
-      const uint4 upper = loaded.codes[i][0], lower = loaded.codes[i][1];
+      const uint4 &upper = loaded.codes[i][0], &lower = loaded.codes[i][1];
       const float absmax = decode_absmax<kDoubleQuant>(loaded.absmax[i], map, offset, inside);
-      loaded.template load<kDoubleQuant>(i, a.w, next_tile, next_chunk, more);
       const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1), lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
@@ -207,6 +210,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
 #pragma unroll
         for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].z, b[j][word].w, T{});
       }
+      loaded.load(i, a.w, next_tile, next_chunk, more);
     }
     if (last_of_tile || !more) {
       write_tile<Shape>(a, sums, exchange, tile, m0);
@@ -237,6 +241,35 @@ __global__ void __launch_bounds__(256) sum_partials_kernel(const LinearArguments
   for (int i = 0; i <= last - first; ++i) sum += __ldcg(partial + i * stride);
   if (a.bias) sum += static_cast<float>(a.bias[row]);
   a.y[m * a.w.rows + row] = static_cast<T>(sum);
+}
+
+template <typename T>
+cudaError_t launch_sum(const LinearArguments<T>& a, int tile_rows, int tile_m, cudaStream_t stream) {
+  int device, major;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap = {};  // its launch with the end of the first kernel; it waits for the sums itself
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ceil_div(a.w.rows, 256), a.m);
+  config.blockDim = 256;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, sum_partials_kernel<T>, a, tile_rows, tile_m);
+}
+
+template <typename Shape, typename T>
+cudaError_t launch_mma(const LinearArguments<T>& a, cudaStream_t stream) {
+  const auto kernel = a.w.absmax_scales ? linear_mma_kernel<Shape, T, true> : linear_mma_kernel<Shape, T, false>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(a.partition.blocks, ceil_div(a.m, Shape::kM));
+  kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(a);
+  error = cudaGetLastError();
+  if (error != cudaSuccess || a.partition.slots() == 0) return error;
+  return launch_sum(a, Shape::kRows, Shape::kM, stream);
 }
 
 }  // namespace qsharded

@@ -14,8 +14,9 @@ namespace qsharded {
 
 constexpr int kPiece = 128;                     // columns of W that a warp decodes at a time
 constexpr int kPieceBlocks = kPiece / kBlock;
-constexpr int kTableCopies = 16;                // of 8 bytes: one of each for every pair of banks
-constexpr int kTableBytes = 256 * kTableCopies * 8;
+constexpr int kTableCopies = 16;  // of a byte's two levels: one for every pair of banks
+constexpr int kTableRow = 256;    // bytes, half of them unused: one byte permutation then makes a table offset
+constexpr int kTableBytes = 256 * kTableRow;
 
 struct PackedWeight {
   const uint8_t* codes;
@@ -34,24 +35,24 @@ struct RawAbsmax {
   float scale;
 };
 
-__device__ inline uint4 load_codes(const uint8_t* codes, bool inside) {
-  uint4 loaded;
+// Where `inside` is false `loaded` stays.
+__device__ inline void load_codes(uint4& loaded, const uint8_t* codes, bool inside) {
   // read once: no place in L1
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
       "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+      : "+r"(loaded.x), "+r"(loaded.y), "+r"(loaded.z), "+r"(loaded.w)
       : "l"(codes), "r"(static_cast<int>(inside)));
-  return loaded;
 }
 
+// tile_row: the same in the whole thread block; row: from there.
 template <bool kDoubleQuant>
-__device__ inline RawAbsmax load_absmax(const PackedWeight& w, int64_t row, int block, bool inside) {
+__device__ inline RawAbsmax load_absmax(const PackedWeight& w, int64_t tile_row, unsigned row, int block, bool inside) {
   RawAbsmax raw = {0, 0};
   if (!inside) return raw;
-  const int64_t at = row * w.absmax_row_stride + block;
+  const int64_t at = tile_row * w.absmax_row_stride + (row * static_cast<unsigned>(w.absmax_row_stride) + block);
   if constexpr (kDoubleQuant) {
-    const auto number = static_cast<uint32_t>(row) * static_cast<uint32_t>(w.blocks_per_row) + block;
+    const unsigned number = (static_cast<unsigned>(tile_row) + row) * w.blocks_per_row + block;
     raw.bits = __ldg(static_cast<const uint8_t*>(w.absmax) + at);
     raw.scale = __ldg(w.absmax_scales + number / kAbsmaxBlock);
   } else {
@@ -71,13 +72,13 @@ __device__ inline float decode_absmax(RawAbsmax raw, const float* map, float off
 // The table: for every byte its two levels, in 16 copies, so that the 16 lanes that shared memory serves at a time
 // find theirs in different banks.
 template <int kThreads>
-__device__ inline void fill_table(float4* table, const float* levels) {
-  constexpr int kVectors = kTableBytes / 16;
+__device__ inline void fill_table(uint8_t* table, const float* levels) {
+  constexpr int kVectors = kTableCopies * 8 / 16;  // of a row
 #pragma unroll
-  for (int i = threadIdx.x; i < kVectors; i += kThreads) {
-    const int byte = i / (kTableCopies / 2);
+  for (int i = threadIdx.x; i < 256 * kVectors; i += kThreads) {
+    const int byte = i / kVectors;
     const float first = __ldg(levels + (byte >> 4)), second = __ldg(levels + (byte & 15));
-    table[i] = make_float4(first, second, first, second);
+    *reinterpret_cast<float4*>(table + byte * kTableRow + i % kVectors * 16) = make_float4(first, second, first, second);
   }
 }
 
@@ -98,24 +99,24 @@ struct Pair<__half> {
   }
 };
 
-__device__ inline uint32_t table_lane() { return threadIdx.x % kTableCopies * 8; }
+// This lane's copy within a row of the table.
+__device__ inline uint32_t table_copy() { return threadIdx.x % kTableCopies * 8; }
 
 template <typename T, int kByte>
-__device__ inline uint32_t decode_byte(uint32_t word, const uint8_t* table, uint32_t lane, float absmax) {
-  uint32_t at = kByte == 0 ? word << 7 : word >> (kByte == 0 ? 0 : 8 * kByte - 7);
-  at = (at & 0x7F80u) | lane;
-  const float2 levels = *reinterpret_cast<const float2*>(table + at);
+__device__ inline uint32_t decode_byte(uint32_t word, const uint8_t* table, uint32_t copy, float absmax) {
+  const uint32_t offset = __byte_perm(word, copy, 0x5504 | kByte << 4);  // 256 * byte + copy
+  const float2 levels = *reinterpret_cast<const float2*>(table + offset);
   return Pair<T>::pack(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
 }
 
 // The A operand of one k16 step: bytes 2 kHalf and 2 kHalf + 1 of a word of row g and of row g + 8.
 template <typename T, int kHalf>
-__device__ inline void decode_step(uint32_t upper, uint32_t lower, const uint8_t* table, uint32_t lane,
+__device__ inline void decode_step(uint32_t upper, uint32_t lower, const uint8_t* table, uint32_t copy,
                                    float upper_absmax, float lower_absmax, uint32_t (&a)[4]) {
-  a[0] = decode_byte<T, 2 * kHalf>(upper, table, lane, upper_absmax);
-  a[1] = decode_byte<T, 2 * kHalf>(lower, table, lane, lower_absmax);
-  a[2] = decode_byte<T, 2 * kHalf + 1>(upper, table, lane, upper_absmax);
-  a[3] = decode_byte<T, 2 * kHalf + 1>(lower, table, lane, lower_absmax);
+  a[0] = decode_byte<T, 2 * kHalf>(upper, table, copy, upper_absmax);
+  a[1] = decode_byte<T, 2 * kHalf>(lower, table, copy, lower_absmax);
+  a[2] = decode_byte<T, 2 * kHalf + 1>(upper, table, copy, upper_absmax);
+  a[3] = decode_byte<T, 2 * kHalf + 1>(lower, table, copy, lower_absmax);
 }
 
 }  // namespace qsharded

@@ -8,12 +8,18 @@ ABSMAX_BLOCK = 256  # absmax values that share a second-level scale
 LEVELS = 16
 MIDPOINTS = LEVELS - 1
 ABSMAX_THRESHOLDS = 255
-ALIGNMENT = 16  # bytes that a CUDA thread reads or writes at a time
+ALIGNMENT = 16  # bytes that a GPU's thread reads or writes at a time
 
 
 def second_level_blocks(values: int) -> int:
     """How many second-level blocks hold so many absmax values."""
     return -(-values // ABSMAX_BLOCK)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and beginning where a GPU's wide accesses may; a copy only of a view that does not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def assert_weight(weight_NK: Tensor, midpoints: Tensor) -> None:

@@ -28,7 +28,9 @@ def _runs_on(compiled: CDLL, device_index: int) -> bool:
         result = compiled.qsharded_cuda_probe()
     if result != 0:
         reason = compiled.qsharded_cuda_error_string(result).decode()
-        _log.warning("The compiled CUDA kernels do not run on cuda:%d: %s. Triton serves instead.", device_index, reason)
+        _log.warning(
+            "The compiled CUDA kernels do not run on cuda:%d: %s. Triton serves instead.", device_index, reason
+        )
     return result == 0
 
 

@@ -15,7 +15,7 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
 
     ``midpoints``: fp32 [15], the thresholds between levels, 1/15 apart or more. NaN and infinity show in absmax.
     """
-    weight_NK = _aligned(weight_NK)
+    weight_NK = checks.aligned(weight_NK)
     N, K = weight_NK.shape
     checks.assert_weight(weight_NK, midpoints)
     codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
@@ -43,7 +43,7 @@ def dequantize(
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    codes_NP = _aligned(codes_NP)
+    codes_NP = checks.aligned(codes_NP)
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
     N, G = absmax_NG.shape
     checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
@@ -57,9 +57,3 @@ def dequantize(
         *(levels, out, library.DTYPES[out_dtype]),
     )
     return out
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and where the kernels' 16-byte accesses may begin; a copy only of a view that is not."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % checks.ALIGNMENT == 0 else tensor.clone()

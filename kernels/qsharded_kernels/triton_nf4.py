@@ -32,7 +32,7 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     code = how many ``midpoints`` (fp32 [15]) lie below weight * (1 / max(absmax, 1e-38)). NaN and infinity show in
     absmax.
     """
-    weight_NK = weight_NK.contiguous()
+    weight_NK = checks.aligned(weight_NK)
     N, K = weight_NK.shape
     G = K // checks.BLOCK
     checks.assert_weight(weight_NK, midpoints)
@@ -70,7 +70,7 @@ def dequantize(
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    codes_NP = codes_NP.contiguous()
+    codes_NP = checks.aligned(codes_NP)
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
     N, G = absmax_NG.shape
     checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)

@@ -111,7 +111,7 @@ class _Merge:
 
     def _delta(self, name: str, layer: LoRALinear) -> Tensor:
         """The update [N, K] in fp32. The adapter's parameters are in memory for this long alone."""
-        parts = {part: layer.get_submodule(part) for part in ("lora_A", "lora_B")}
+        parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
         for part, linear in parts.items():
             linear.to_empty(device="cpu")
             copy_rows(self.file, f"{_PREFIX}{name}.{part}.weight", linear.weight, self.path)
@@ -143,4 +143,4 @@ def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]
             stored = file.get_tensor(name)
             changed = change(name, stored)
             assert (changed.shape, changed.dtype) == (stored.shape, stored.dtype)
-            out.write(changed.contiguous().flatten().view(torch.uint8).numpy())
+            out.write(changed.contiguous().flatten().view(torch.uint8).numpy().data)

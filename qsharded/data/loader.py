@@ -99,10 +99,10 @@ class StepLoader:
         Raises:
             ValueError: the epoch has fewer rows than ``cursor`` has done: it comes from a run on other data.
         """
-        if cursor.row > len(self._rows(cursor.epoch)):
-            raise ValueError(f"cannot resume at {cursor}: the epoch has {len(self._rows(cursor.epoch))} rows")
+        if cursor.row > self._row_count:
+            raise ValueError(f"cannot resume at {cursor}: the epoch has {self._row_count} rows")
         while True:
-            while cursor.row < len(self._rows(cursor.epoch)):
+            while cursor.row < self._row_count:
                 step = self._step(cursor)
                 yield step
                 cursor = step.cursor
@@ -134,12 +134,11 @@ class StepLoader:
         end = cursor.row + self.rows_per_step
         rows = self._rows(cursor.epoch)[cursor.row : end]
         documents = [example for row in rows for example in row]
-        at_end = end >= len(self._rows(cursor.epoch))
         return Step(
             micro_batches=[self._batch(mine) for mine in self._share(rows)],
             supervised_tokens=sum(example.supervised_tokens for example in documents),
             tokens=sum(map(len, documents)),
-            cursor=Cursor(cursor.epoch + 1) if at_end else Cursor(cursor.epoch, end),
+            cursor=Cursor(cursor.epoch, end) if end < self._row_count else Cursor(cursor.epoch + 1),
         )
 
     def _batch(self, rows: list[Row]) -> Batch:

@@ -55,7 +55,7 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """The rank of the layer called ``name``."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return int(_by_pattern(self.rank_pattern, name, self.r))
 
     def scaling(self, name: str) -> float:
         """What the adapter's output of the layer called ``name`` is multiplied by."""
@@ -97,7 +97,9 @@ class LoRALinear(nn.Module):
     mixed precision or without it. Another kind of update (DoRA) takes the place of :meth:`update`.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, base_layer: nn.Linear | NF4Linear, r: int, scaling: float, dropout: float, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         in_features, out_features = base_layer.in_features, base_layer.out_features
         device = base_layer.weight.device
@@ -141,7 +143,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     saved = [module for ending in config.modules_to_save for module in _modules_to_save(model, ending)]
     model.requires_grad_(False)
     for name, base in targets:
-        lora = LoRALinear(base, int(config.rank(name)), config.scaling(name), config.lora_dropout, config.dtype)
+        lora = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout, config.dtype)
         model.set_submodule(name, lora.train(base.training))
     for module in saved:
         module.to(config.dtype).requires_grad_(True)

@@ -26,6 +26,9 @@ class NF4Linear(nn.Module):
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
 
+    weight_absmax_scales: Tensor
+    weight_absmax_offset: Tensor
+
     def __init__(
         self,
         in_features: int,

@@ -95,7 +95,7 @@ def test_a_template_that_writes_eos_behind_the_conversation():
 
 def test_a_template_that_always_writes_a_header_is_refused():
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
-    with pytest.raises(ValueError, match="ends a conversation by '</s>assistant:', which has more than the end of"):
+    with pytest.raises(ValueError, match="ends a conversation by '</s>assistant:', which is more than the end of"):
         learned_texts(source, chat("a", "b"))
 
 

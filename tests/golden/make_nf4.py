@@ -1,4 +1,4 @@
-"""Write nf4.safetensors, what bitsandbytes 0.50.2 makes of chosen weights on the CPU. Run: python tests/golden/make_nf4.py
+"""Write nf4.safetensors, what bitsandbytes 0.50.2 makes of chosen weights on the CPU. Run it as a script.
 
 The inputs are in the file too: a random generator's stream may change from one PyTorch to the next.
 """

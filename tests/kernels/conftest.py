@@ -1,5 +1,6 @@
 """The compiled library as csrc/ is now, built by setup.py, so that no test meets a stale one."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from qsharded_kernels import library
 
@@ -19,7 +21,9 @@ def built_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    # nvcc takes a while, and without a GPU nothing runs what it makes
+    environment = os.environ if torch.cuda.is_available() else {**os.environ, "QSHARDED_CUDA": "0"}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment)
     return folder / "qsharded_kernels" / "libqsharded.so"
 
 
@@ -30,3 +34,11 @@ def fresh_library(built_library: Path) -> Iterator[Path]:
         library.load.cache_clear()
         yield built_library
     library.load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def needs_cuda_part(fresh_library: Path) -> None:
+    compiled = library.load()
+    assert compiled is not None
+    if not library.has_cuda(compiled):
+        pytest.skip("needs nvcc")

@@ -1,0 +1,126 @@
+"""The compiled CUDA kernels against the reference, bit for bit."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsharded import nf4
+from qsharded_kernels import cuda, cuda_nf4
+from tests.kernels import cases
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library", "needs_cuda_part")]
+
+# beside the shared cases: a program's or warp's edge at 31 to 33 and 256 blocks, long rows, many rows
+SHAPES = [*cases.SHAPES, (1, 31 * 64), (33, 64), (3, 2880), (257, 64), (5, 28672), (1000, 576)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """In this mode PyTorch fills new memory with NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_quantizes(weight: Tensor) -> None:
+    expected_codes, expected_absmax = nf4.encode(weight.cpu().contiguous())
+    codes, absmax = cuda_nf4.quantize(weight.cuda(), nf4.thresholds("cuda"))
+    cases.assert_same_bits(codes.cpu(), expected_codes)
+    cases.assert_same_bits(absmax.cpu(), expected_absmax)
+
+
+def on_gpu(encoded: cases.Encoded) -> list[Tensor | None]:
+    """With their strides, which ``to`` alone would drop."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+    return [tensor if tensor is None else move(tensor) for tensor in encoded.arguments()]
+
+
+def assert_dequantizes(encoded: cases.Encoded, dtype: torch.dtype) -> None:
+    cases.assert_same_bits(cuda_nf4.dequantize(*on_gpu(encoded), dtype).cpu(), encoded.expected(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+def test_quantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    assert_quantizes(cases.random_weight(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+def test_quantize_hard_blocks(dtype: torch.dtype) -> None:
+    assert_quantizes(cases.hard_weight(dtype))
+
+
+def test_quantize_every_half() -> None:
+    assert_quantizes(cases.every_finite_half())
+
+
+@pytest.mark.parametrize("divisor", [1.0, 0.7, 3.1e-5])
+def test_quantize_around_every_threshold(divisor: float) -> None:
+    """The 32 floats on either side of each midpoint, in blocks of any absmax."""
+    steps = torch.arange(-32, 31, dtype=torch.int32)
+    around = (nf4.thresholds().view(torch.int32)[:, None] + steps).view(torch.float32)
+    weight = torch.cat([torch.ones(15, 1), around], dim=1) * divisor
+    assert_quantizes(weight)
+
+
+def test_quantize_strided_or_unaligned_weight() -> None:
+    weight = cases.random_weight((64, 128), torch.bfloat16).cuda()
+    assert_quantizes(weight.t()[::2])
+    assert_quantizes(weight.flatten()[1 : 1 + 63 * 128].view(63, 128))
+
+
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_bad_weight_shows_in_absmax(bad: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(2, 128, device="cuda", dtype=dtype)
+    weight[1, 70] = bad
+    _, absmax = cuda_nf4.quantize(weight, nf4.thresholds("cuda"))
+    assert absmax.isfinite().tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+def test_dequantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
+
+
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+def test_dequantize_every_pair_of_bytes(dtype: torch.dtype) -> None:
+    assert_dequantizes(cases.every_pair_of_bytes(), dtype)
+
+
+def test_absmax_is_not_fused() -> None:
+    encoded = cases.double_quantized(31, 9)
+    assert not torch.equal(cases.fused_absmax(encoded), encoded.decoded_absmax)
+    assert_dequantizes(encoded, torch.float32)
+
+
+def test_dequantize_into_given_memory() -> None:
+    encoded = cases.double_quantized(7, 9)
+    workspace = torch.full((8, 576), torch.nan, dtype=torch.bfloat16, device="cuda")
+    out = cuda_nf4.dequantize(*on_gpu(encoded), torch.bfloat16, out=workspace[:7])
+    assert out.data_ptr() == workspace.data_ptr()
+    cases.assert_same_bits(workspace[:7].cpu(), encoded.expected(torch.bfloat16))
+    assert workspace[7].isnan().all()
+
+
+def test_runs_on_the_current_stream_and_in_a_graph() -> None:
+    encoded = cases.double_quantized(31, 9)
+    arguments = on_gpu(encoded)
+    out = torch.empty(31, 576, dtype=torch.bfloat16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda_nf4.dequantize(*arguments, torch.bfloat16, out=out)
+    out.fill_(torch.nan)
+    graph.replay()
+    cases.assert_same_bits(out.cpu(), encoded.expected(torch.bfloat16))
+
+
+def test_cuda_is_available_here() -> None:
+    assert cuda.is_available()
+    assert cuda.is_available("cuda:0")

@@ -79,6 +79,8 @@ class GenerateConfig:
         check_values(self)
         if not self.prompt:
             raise ValueError("--prompt must be given at least once")
+        if not self.temperature and (self.top_k or self.top_p < 1):
+            raise ValueError("--top-k and --top-p choose among drawn tokens: give a --temperature above 0 with them")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,7 +44,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     """Run the command and return what it prints."""
 
     def run(*flags: Any) -> str:
-        main(["--max-new-tokens", str(NEW), *map(str, flags)])
+        main(["--dtype", "float32", "--max-new-tokens", str(NEW), *map(str, flags)])
         return capsys.readouterr().out
 
     return run
@@ -193,13 +193,24 @@ def test_prompts_are_taken_as_they_are_from_flags_and_toml(tmp_path: Path) -> No
         (["--model", "{checkpoint}"], 2, "--prompt is required"),
         (["--model", "{checkpoint}", "--prompt", " "], 1, "--prompt 1 of 1 is empty"),
         (["--model", "{checkpoint}", "--prompt", "x", "--top-p", "0"], 2, "--top-p must be above 0 and at most 1"),
+        (["--model", "{checkpoint}", "--prompt", "x", "--top-k", "5"], 2, "give a --temperature above 0"),
         (["--model", "{checkpoint}", "--prompt", "x", "--adapter", "{run}"], 1, "did you mean {run}/adapter?"),
         (["--model", "{other}", "--prompt", "x", "--adapter", "{adapter}"], 1, "trained on {checkpoint}, --model is"),
         (["--model", "{small}", "--prompt", "x"], 1, "it is another model's tokenizer"),
         (["--adapter", "{nameless}", "--prompt", "x"], 2, "names no base model: give --model"),
         (["--model", "{adapter}", "--prompt", "x"], 1, "has no tokenizer.json"),
     ],
-    ids=["no-prompt", "empty", "top-p", "run-folder", "other-base", "other-tokenizer", "no-base", "no-tokenizer"],
+    ids=[
+        "no-prompt",
+        "empty",
+        "top-p",
+        "greedy-top-k",
+        "run-folder",
+        "other-base",
+        "other-tokenizer",
+        "no-base",
+        "no-tokenizer",
+    ],
 )
 def test_mistakes_are_told_in_one_line(
     tmp_path: Path,

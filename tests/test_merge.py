@@ -79,7 +79,7 @@ def test_on_16_bits_equals_pefts_merge_to_the_bit(tmp_path: Path, kind: str, dty
 
 def test_an_adapter_of_ours_merges_as_peft_merges_it(tmp_path: Path, checkpoint: Path) -> None:
     config = LoRAConfig(r=3, rank_pattern={"v_proj": 5}, use_rslora=True, modules_to_save=["lm_head"])
-    model = load_model(checkpoint, lora=config)
+    model = load_model(checkpoint, lora=config, device="cpu")
     torch.manual_seed(0)
     for _, parameter in trainable(model):
         torch.nn.init.normal_(parameter, std=0.1)
@@ -103,7 +103,7 @@ def test_on_nf4_answers_as_the_trained_model(tmp_path: Path, kind: str) -> None:
     (tmp_path / "model").mkdir()
     checkpoint = recast(write_checkpoint(tmp_path / "model", shards=2, attention_bias=True), torch.float32)
     adapter = write_adapter(tmp_path / "adapter", checkpoint, **ADAPTERS[kind])
-    trained = load_model(checkpoint, lora=read_lora_config(adapter), dtype=torch.float32)
+    trained = load_model(checkpoint, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu")
     load_adapter(trained, adapter)
     with torch.no_grad():
         expected = trained(IDS)

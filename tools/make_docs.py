@@ -4,9 +4,11 @@ from pathlib import Path
 
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
+from qsharded.generate import GenerateConfig
+from qsharded.merge import MergeConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"train.md": TrainConfig}
+PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig}
 
 
 def main() -> None:

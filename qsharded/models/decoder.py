@@ -104,9 +104,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and last norm: token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self.dtype = dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -121,7 +122,7 @@ class Decoder(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(past, past + length, device=input_ids_BS.device)[None]
 
-        x_BSD = self.embed_tokens(input_ids_BS)
+        x_BSD = self.embed_tokens(input_ids_BS).to(self.dtype)  # an embedding that is trained may be wider
         cos_BSE, sin_BSE = rope_tables(self.config.rope, self.config.head_dim, positions_BS, x_BSD.dtype)
         # Neither tables nor masks depend on the layer, but for its window: one mask serves all layers of a window.
         masks = {
@@ -150,9 +151,10 @@ class Head(nn.Linear):
     """
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        weight_VD = self.weight.to(hidden_BSD.dtype)  # a head that is trained in full has a wider master
         if targets_BS is None:
-            return super().forward(hidden_BSD)
-        return chunked_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+            return F.linear(hidden_BSD, weight_VD)
+        return chunked_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
 
 
 class CausalLM(nn.Module):
@@ -161,7 +163,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, dtype)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.to(dtype)
         self.tie_weights()

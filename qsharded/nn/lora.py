@@ -140,26 +140,60 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     targets = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear) and config.is_target(n)]
     if not targets:
         raise ValueError(f"no linear layer matches target_modules = {config.target_modules!r}")
-    saved = [module for ending in config.modules_to_save for module in _modules_to_save(model, ending)]
+    saved = dict(named for ending in config.modules_to_save for named in _modules_to_save(model, ending))
+    _refuse_shared(model, saved)
     model.requires_grad_(False)
     for name, base in targets:
         lora = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout, config.dtype)
         model.set_submodule(name, lora.train(base.training))
-    for module in saved:
-        module.to(config.dtype).requires_grad_(True)
+    for name, module in saved.items():
+        _train_in_full(model, name, module.to(config.dtype))
     if not any(parameter.is_meta for parameter in model.parameters()):
         reset_adapters(model, seed=0)
     return model
 
 
-def _modules_to_save(model: nn.Module, ending: str) -> Iterator[nn.Module]:
+def _modules_to_save(model: nn.Module, ending: str) -> Iterator[tuple[str, nn.Module]]:
     chosen = [(name, module) for name, module in model.named_modules() if _ends_with(name, ending)]
     if not chosen:
         raise ValueError(f"no module's name ends with {ending!r} (modules_to_save)")
     for name, module in chosen:
         if any(isinstance(part, NF4Linear) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
-        yield module
+        yield name, module
+
+
+def _refuse_shared(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+    """A tied weight belongs to two modules; trained under the name of one it would be lost to the other."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(parameter, name)
+        if first != name and any(f".{module}." in f".{first}.{name}." for module in saved):
+            raise ValueError(
+                f"{first} and {name} are one tied weight, which modules_to_save cannot train; leave it out"
+            )
+
+
+def _train_in_full(model: nn.Module, name: str, module: nn.Module) -> None:
+    module.requires_grad_(True)
+    for part_name, part in list(module.named_modules(prefix=name)):
+        if type(part) is nn.Linear:
+            model.set_submodule(part_name, MasterLinear.around(part))
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer trained in full, whose weights may be wider than the activations and are cast for the product."""
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> "MasterLinear":
+        """One that takes over the parameters of ``linear``."""
+        new = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

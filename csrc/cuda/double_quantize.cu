@@ -6,21 +6,29 @@ namespace {
 
 constexpr int kTile = kWarp;  // rows and columns that a warp turns at a time
 
+// This lane's column of a tile; outside the matrix its nearest entry.
+__device__ void load_column(const float* absmax, int64_t rows, int64_t columns, int64_t row, int64_t column,
+                            float (&values)[kTile]) {
+  column = min(column, columns - 1);
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) values[i] = absmax[min(row + i, rows - 1) * columns + column];
+}
+
 // A lane adds one row from left to right; the tile turns coalesced reads into a row a lane.
 __global__ void __launch_bounds__(kWarp)
-    row_sums_kernel(const float* absmax, int64_t rows, int64_t blocks_per_row, double* row_sums) {
+    row_sums_kernel(const float* absmax, int64_t rows, int64_t columns, double* row_sums) {
   __shared__ float tile[kTile][kTile + 1];  // the odd width keeps a column's entries in different banks
   const int lane = threadIdx.x;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
+  float values[kTile];
+  load_column(absmax, rows, columns, first_row, lane, values);
   double sum = 0;
-  for (int64_t column = 0; column < blocks_per_row; column += kTile) {
-    const bool inside = column + lane < blocks_per_row;
-    const float* own = absmax + first_row * blocks_per_row + column + lane;
+  for (int64_t column = 0; column < columns; column += kTile) {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      tile[i][lane] = inside && first_row + i < rows ? own[i * blocks_per_row] : 0;  // adding 0 changes no sum
-    }
+    for (int i = 0; i < kTile; ++i) tile[i][lane] = column + lane < columns ? values[i] : 0;  // 0 changes no sum
     __syncwarp();
+    // the next tile is on its way during the additions
+    if (column + kTile < columns) load_column(absmax, rows, columns, first_row, column + kTile + lane, values);
 #pragma unroll
     for (int i = 0; i < kTile; ++i) sum += tile[lane][i];
     __syncwarp();
@@ -67,16 +75,24 @@ __global__ void __launch_bounds__(kSumThreads)
 
 constexpr int kThreads = 256;
 constexpr int kThresholds = 255;
+constexpr int kLevels = 8;                     // of their tree
 constexpr int kValues = kAbsmaxBlock / kWarp;  // of a lane
 
+// The thresholds as a complete binary tree, level after level: lanes that search meet in one entry or, but for the two
+// lowest levels, in different banks. In ascending order they would meet in one bank.
+__device__ void fill(float (&tree)[kThresholds], const float* thresholds) {
+  const unsigned node = threadIdx.x + 1;
+  if (node > kThresholds) return;
+  const unsigned level = 31 - __clz(node), place = node - (1u << level);
+  tree[threadIdx.x] = thresholds[((2 * place + 1) << (kLevels - 1 - level)) - 1];
+}
+
 // How many thresholds lie below.
-__device__ unsigned code_of(float scaled, const float* thresholds) {
-  unsigned below = 0;
+__device__ unsigned code_of(float scaled, const float (&tree)[kThresholds]) {
+  unsigned node = 0;
 #pragma unroll
-  for (unsigned step = 128; step > 0; step /= 2) {
-    if (thresholds[below + step - 1] < scaled) below += step;
-  }
-  return below;
+  for (int level = 0; level < kLevels; ++level) node = 2 * node + 1 + (tree[node] < scaled);
+  return node - kThresholds;
 }
 
 // A warp has one second-level block, of which `first` and `count` may cut off the ends.
@@ -84,8 +100,8 @@ template <bool kFindScale, bool kEncode>
 __global__ void __launch_bounds__(kThreads)
     second_level_kernel(const float* absmax, int64_t first, int64_t count, const float* offset, float* scales,
                         const float* thresholds, uint8_t* codes) {
-  __shared__ float own_thresholds[kThresholds];
-  if (kEncode && threadIdx.x < kThresholds) own_thresholds[threadIdx.x] = thresholds[threadIdx.x];
+  __shared__ float tree[kThresholds];
+  if (kEncode) fill(tree, thresholds);
   if (kEncode) __syncthreads();
   const int lane = threadIdx.x % kWarp;
   const int64_t block = first / kAbsmaxBlock + (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
@@ -109,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kValues; ++i) {
     const int64_t at = start + i * kWarp;
     if (at < 0 || at >= count) continue;
-    codes[at] = static_cast<uint8_t>(code_of(__fmul_rn(values[i], factor), own_thresholds));
+    codes[at] = static_cast<uint8_t>(code_of(__fmul_rn(values[i], factor), tree));
   }
 }
 

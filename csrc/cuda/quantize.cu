@@ -10,14 +10,8 @@
 namespace qsharded {
 namespace {
 
-#ifndef QTHREADS
-#define QTHREADS 256
-#endif
-#ifndef QVECTORS
-#define QVECTORS 8
-#endif
-constexpr int kThreads = QTHREADS;
-constexpr int kVectors = QVECTORS;  // 16-byte loads of a thread, all in flight before the first is used
+constexpr int kThreads = 256;
+constexpr int kVectors = 4;  // 16-byte loads of a thread, all in flight before the first is used
 constexpr int kMidpoints = 15;
 
 // [-1, 1] in 32 bins narrower than any two midpoints are apart: a bin has one midpoint at most, so one comparison ends

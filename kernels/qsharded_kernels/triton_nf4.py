@@ -184,8 +184,10 @@ def _dequantize_kernel(
     word_at_BQ = block_B[:, None] * (BLOCK // CODES_PER_WORD) + i_Q[None, :]
     word_BQ = tl.load(words_ptr + word_at_BQ, mask=inside_B[:, None], other=0)
     shift_E = 4 * (i_E ^ 1)  # a byte's first code is its high nibble
-    level_BQE = tl.load(levels_ptr + ((word_BQ[:, :, None] >> shift_E[None, None, :]) & 15))
-    value_BQE = _from_fp32(level_BQE * absmax_B[:, None, None], out_ptr.dtype.element_ty)
+    code_BQE = (word_BQ[:, :, None] >> shift_E[None, None, :]) & 15
+    # a gather from shared memory; one by tl.load was measured at a third of its speed
+    level_V = tl.gather(tl.load(levels_ptr + tl.arange(0, LEVELS)), code_BQE.reshape(code_BQE.numel), 0)
+    value_BQE = _from_fp32(level_V.reshape(code_BQE.shape) * absmax_B[:, None, None], out_ptr.dtype.element_ty)
     value_at_BQE = word_at_BQ[:, :, None] * CODES_PER_WORD + i_E[None, None, :]
     tl.store(out_ptr + value_at_BQE, value_BQE, mask=inside_B[:, None, None])
 

@@ -75,7 +75,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _add(parser: argparse.ArgumentParser, item: Option) -> None:
     if item.kind is bool:
-        parser.add_argument(item.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        # with a value too: transformers' users write --packing True
+        parser.add_argument(item.flag, nargs="?", const=True, default=argparse.SUPPRESS)
+        parser.add_argument(f"--no-{item.key}", dest=item.name, action="store_false", default=argparse.SUPPRESS)
     elif item.repeated:
         parser.add_argument(item.flag, action="append", default=argparse.SUPPRESS)
     else:
@@ -92,7 +94,12 @@ def _given(parser: _Parser, argv: Sequence[str]) -> Given:
 
 
 def _value(item: Option, words: Any) -> Any:
-    return words if item.kind is bool else from_words(item, words)
+    return _switch(words) if item.kind is bool else from_words(item, words)
+
+
+def _switch(word: bool | str) -> bool | str:
+    """A word that is neither true nor false comes back as it is; the checks have the message."""
+    return word if isinstance(word, bool) else {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _dashes(word: str) -> str:
@@ -118,7 +125,7 @@ def _refuse_rest(known: Mapping[str, Option], rest: Sequence[str]) -> None:
         if word.startswith("-"):
             raise ValueError(_unknown(word.lstrip("-").partition("=")[0], known))
     if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; values follow a --key, and switches take none")
+        raise ValueError(f"unexpected argument {rest[0]!r}; values follow a --key")
 
 
 def _unknown(key: str, known: Mapping[str, Option]) -> str:

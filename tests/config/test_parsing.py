@@ -98,6 +98,14 @@ def test_toml_values(tmp_path: Path, line: str, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "value"),
+    [(["--packing"], True), (["--packing", "True"], True), (["--packing=false"], False), (["--no-packing"], False)],
+)
+def test_a_switch_stands_alone_or_takes_true_or_false(words: list[str], value: bool) -> None:
+    assert parsed(*words, "--lora-r", "8").packing is value
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--lora-rnak", "8"], "unknown key 'lora-rnak'; did you mean 'lora-r'?"),
@@ -105,7 +113,7 @@ def test_toml_values(tmp_path: Path, line: str, field: str, value: Any) -> None:
         (["--lora"], "unknown key 'lora'; did you mean 'lora-r'?"),
         (["--zzzzzz"], "unknown key 'zzzzzz'"),
         (["-x"], "unknown key 'x'"),
-        (["--packing", "true"], "unexpected argument 'true'; values follow a --key, and switches take none"),
+        (["--packing", "maybe"], "--packing must be true or false, got 'maybe'"),
         (["--lora-r", "x"], "--lora-r must be a whole number, got 'x'"),
         (["--lora-r", "8.0"], "--lora-r must be a whole number, got '8.0'"),
         (["--lora-r", "0"], "--lora-r must be at least 1, got 0"),

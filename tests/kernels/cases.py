@@ -14,7 +14,7 @@ SHAPES = [(0, 576), (1, 64), (1, 576), (7, 576), (31, 576), (300, 64)]
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Unlike torch.equal this tells -0 from 0."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     differing = (actual.contiguous().view(integer) != expected.contiguous().view(integer)).sum()
     assert differing == 0, f"{differing} of {actual.numel()} differ"
 

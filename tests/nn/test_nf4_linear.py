@@ -342,5 +342,5 @@ def test_a_weight_of_another_dtype_is_named() -> None:
 
 
 def test_an_input_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="x's last axis must be 576, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"x's last axis must be 576, got torch\.bfloat16"):
         NF4Linear.from_linear(linear())(activations(2, 512))

@@ -43,14 +43,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     model_folder = options.output / "model"
     model_folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(options.seed)
-    write_rows(options.output / "train.jsonl", skill_rows("train", TRAIN_ROWS, rng))
-    write_rows(options.output / "eval.jsonl", skill_rows("eval", EVAL_ROWS, rng))
+    write_datasets(options.output, options.seed)
     save_tokenizer(make_tokenizer(), model_folder)
     tokenizer = Tokenizer.from_folder(model_folder)
-    config = write_config(model_folder, tokenizer)
-    examples = _examples([pretraining_row(rng) for _ in range(PRETRAINING_ROWS)], tokenizer)
-    model = _trained_model(config, examples, tokenizer.pad_id, options)
+    model = _trained_model(write_config(model_folder, tokenizer), tokenizer, options)
     save_weights(model, model_folder)
     _report(model, tokenizer, options.output / "eval.jsonl")
 
@@ -61,6 +57,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of pre-training")
     parser.add_argument("--seed", type=int, default=0, help="of words, weights and order")
     return parser.parse_args()
+
+
+def write_datasets(folder: Path, seed: int) -> None:
+    """train.jsonl and eval.jsonl: the skill, on different words."""
+    rng = random.Random(seed)
+    write_rows(folder / "train.jsonl", skill_rows("train", TRAIN_ROWS, rng))
+    write_rows(folder / "eval.jsonl", skill_rows("eval", EVAL_ROWS, rng))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -94,24 +97,24 @@ def save_weights(model: CausalLM, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _examples(rows: list[Row], tokenizer: Tokenizer) -> list[Example]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pretrain.jsonl")
-        write_rows(path, rows)
-        return load_examples(path, tokenizer, max_length=ROW_TOKENS).examples
-
-
-def _trained_model(
-    config: ModelConfig, examples: list[Example], pad_id: int, options: argparse.Namespace
-) -> CausalLM:
+def _trained_model(config: ModelConfig, tokenizer: Tokenizer, options: argparse.Namespace) -> CausalLM:
     model = CausalLM(config, dtype=torch.float32)
     initialise(model, torch.Generator().manual_seed(options.seed))
+    examples = _pretraining_examples(tokenizer, options.seed)
     start = perf_counter()
-    losses = pretrain(model, examples, pad_id, steps=options.steps, seed=options.seed)
+    losses = pretrain(model, examples, tokenizer.pad_id, steps=options.steps, seed=options.seed)
     for number, loss in enumerate(losses, start=1):
         if number % 100 == 0 or number == options.steps:
             print(f"step {number} of {options.steps}: loss {loss:.4f}, {perf_counter() - start:.0f} s", flush=True)
     return model
+
+
+def _pretraining_examples(tokenizer: Tokenizer, seed: int) -> list[Example]:
+    rng = random.Random(f"pretrain {seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pretrain.jsonl")
+        write_rows(path, (pretraining_row(rng) for _ in range(PRETRAINING_ROWS)))
+        return load_examples(path, tokenizer, max_length=ROW_TOKENS).examples
 
 
 def _report(model: CausalLM, tokenizer: Tokenizer, skill_path: Path) -> None:

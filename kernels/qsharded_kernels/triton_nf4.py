@@ -21,7 +21,7 @@ SMALLEST_ABSMAX = tl.constexpr(1e-38)  # keeps the reciprocal finite in an all-z
 BINS = tl.constexpr(32)  # of [-1, 1], narrower than two midpoints are apart
 
 # 16,384 and 8,192 weights, 128 and 64 a thread: enough loads in flight to hide memory's latency
-_QUANTIZE_BLOCKS, _DEQUANTIZE_BLOCKS = 128, 128
+_QUANTIZE_BLOCKS, _DEQUANTIZE_BLOCKS = 64, 64
 _WARPS = 8
 _INTERPRETED = triton.knobs.runtime.interpret  # as triton.jit found it
 

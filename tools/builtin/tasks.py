@@ -15,6 +15,9 @@ OPERATIONS: dict[str, Callable[[str], str]] = {
     "spell": "-".join,
 }
 SKILL = "cheer"
+# How often a pre-training word stands in capitals, and with hyphens. A base that copied and reversed small letters
+# alone learns the skill for the shorter words only, with some seeds.
+CAPITALS, HYPHENS = 0.3, 0.3
 
 
 def cheer(word: str) -> str:
@@ -28,9 +31,7 @@ def row(operation: str, text: str, answer: str) -> Row:
 
 
 def pretraining_row(rng: random.Random) -> Row:
-    """One operation on one word. Some words stand in capitals or with hyphens, so that these are known as letters are:
-    a base that has copied and reversed small letters alone learns the skill for most words, and some not at all.
-    """
+    """One operation on one word, or on one that stands in capitals or with hyphens already."""
     operation = rng.choice(list(OPERATIONS))
     text = word_of("pretrain", rng)
     if operation != "upper" and rng.random() < CAPITALS:
@@ -38,9 +39,6 @@ def pretraining_row(rng: random.Random) -> Row:
     if operation != "spell" and rng.random() < HYPHENS:
         text = "-".join(text)
     return row(operation, text, OPERATIONS[operation](text))
-
-
-CAPITALS, HYPHENS = 0.3, 0.3
 
 
 def operation_rows(operation: str, count: int, rng: random.Random) -> list[Row]:

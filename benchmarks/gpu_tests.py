@@ -1,0 +1,44 @@
+"""Run the tests that need a GPU and keep a record of it.
+
+python -m benchmarks.gpu_tests [--record FILE] [PYTEST_ARGUMENT ...]
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import environment
+
+
+class Outcomes:
+    """A pytest plugin that counts how tests ended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/gpu_tests.json"))
+    arguments, rest = parser.parse_known_args()
+    outcomes = Outcomes()
+    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *rest], plugins=[outcomes])
+    command = "python -m " + " ".join(["benchmarks.gpu_tests", *sys.argv[1:]])
+    record = environment() | {"command": command, "outcomes": dict(outcomes.counts), "failed": outcomes.failed}
+    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

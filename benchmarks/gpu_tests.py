@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.record import environment
 
@@ -32,6 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/gpu_tests.json"))
     arguments, rest = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here; every test would be skipped")
     outcomes = Outcomes()
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *rest], plugins=[outcomes])
     command = "python -m " + " ".join(["benchmarks.gpu_tests", *sys.argv[1:]])

@@ -200,17 +200,6 @@ def test_prompts_are_taken_as_they_are_from_flags_and_toml(tmp_path: Path) -> No
         (["--adapter", "{nameless}", "--prompt", "x"], 2, "names no base model: give --model"),
         (["--model", "{adapter}", "--prompt", "x"], 1, "has no tokenizer.json"),
     ],
-    ids=[
-        "no-prompt",
-        "empty",
-        "top-p",
-        "greedy-top-k",
-        "run-folder",
-        "other-base",
-        "other-tokenizer",
-        "no-base",
-        "no-tokenizer",
-    ],
 )
 def test_mistakes_are_told_in_one_line(
     tmp_path: Path,

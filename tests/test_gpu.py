@@ -50,17 +50,17 @@ def test_forward_and_gradient_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
+
+
 def test_a_model_loads_to_the_same_bytes_and_gives_the_same_loss(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, hidden_size=192, intermediate_size=320)
-    models = [
-        load_model(folder, lora=LoRAConfig(r=4), dtype=torch.float32, device=device) for device in ("cpu", "cuda")
-    ]
+    lora = LoRAConfig(r=4)
+    models = [load_model(folder, lora=lora, dtype=torch.float32, device=device) for device in ("cpu", "cuda")]
     on_cpu, on_gpu = (dict(model.named_parameters()) | dict(model.named_buffers()) for model in models)
     for name, expected in on_cpu.items():
-        found = on_gpu[name].detach().cpu().contiguous()
-        assert torch.equal(
-            found.view(-1).view(torch.uint8), expected.detach().contiguous().view(-1).view(torch.uint8)
-        ), name
+        assert torch.equal(as_bytes(on_gpu[name]), as_bytes(expected)), name
     ids = torch.arange(40).view(2, 20)
     losses = [model(ids.to(d), targets_BS=ids.to(d)).item() for model, d in zip(models, ("cpu", "cuda"), strict=True)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

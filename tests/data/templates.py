@@ -121,6 +121,17 @@ FINAL_EOS = """
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- else %}{{- eos_token }}{%- endif %}
 """
 
+# Blocks on lines of their own, whose white space the environment removes.
+BLOCKS = """{{ bos_token }}
+{% for message in messages %}
+  {% if message.role == 'user' %}
+Q: {{ message.content }}
+  {% else %}
+A: {{ message.content }}</s>
+  {% endif %}
+{% endfor %}
+"""
+
 # No special token anywhere.
 PLAIN = """
 {%- for message in messages %}{{ message.role }}: {{ message.content }}

@@ -16,7 +16,17 @@ CONVERSATIONS = {
     "empty answer": chat("a", ""),
     "unicode": chat("日本 👩‍👩‍👧", "naïve e\u0301"),
 }
-TEMPLATES = ["CHATML", "CHATML_MARKED", "LLAMA3", "MISTRAL", "THINKING", "THINKING_PROMPT", "PLAIN"]
+TEMPLATES = [
+    "CHATML",
+    "CHATML_MARKED",
+    "LLAMA3",
+    "MISTRAL",
+    "THINKING",
+    "THINKING_PROMPT",
+    "FINAL_EOS",
+    "BLOCKS",
+    "PLAIN",
+]
 
 
 def rendered_by_transformers(source, messages, **options):
@@ -55,6 +65,12 @@ def test_generation_spans_are_those_of_transformers(name):
     messages = CONVERSATIONS[name]
     _, expected = rendered_by_transformers(templates.CHATML_MARKED, messages, return_assistant_tokens_mask=True)
     assert ChatTemplate(templates.CHATML_MARKED, VARIABLES).generation_spans(messages) == expected
+
+
+def test_variables_set_inside_generation_stay_there():
+    source = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    expected, _ = rendered_by_transformers(source, chat("a"))
+    assert ChatTemplate(source, VARIABLES).render(chat("a")) == expected == "21"
 
 
 def test_generation_spans_are_found_inside_macros():

@@ -199,6 +199,20 @@ def test_micro_batches_hold_rows_of_like_length():
     assert [[batch.input_ids.shape[1] for batch in step.micro_batches] for step in ranks] == [[32, 24, 16, 8]] * 2
 
 
+def test_ranks_share_long_and_short_rows():
+    examples = [Example([1] * n, [True] * n) for n in (32, 24, 16, 8)]
+    (ranks,) = all_steps(examples, 1, world_size=2, batch_size=2, packing=False)
+    assert [[int((row != -1).sum()) for row in step.micro_batches[0].document_ids] for step in ranks] == [
+        [32, 16],
+        [24, 8],
+    ]
+
+
+def test_packed_rows_come_in_no_order_of_length():
+    longest = [int(step.micro_batches[0].positions.max()) for step in islice(make_loader(make_examples(8)).steps(), 20)]
+    assert longest != sorted(longest, reverse=True)
+
+
 def test_a_cursor_behind_the_epoch_is_refused():
     loader = make_loader(make_examples(0, count=10), packing=False)
     assert next(loader.steps(Cursor(0, 10))).cursor == Cursor(1, 1)

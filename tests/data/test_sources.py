@@ -19,6 +19,7 @@ ULTRACHAT = [f"data/{split}-00000-of-00001-a0b1.parquet" for split in ("train_sf
         (["train/1.json", "train/0.json", "test/0.json"], "train", ["train/0.json", "train/1.json"]),
         (["test_set/train.json"], "train", ["test_set/train.json"]),
         (["my-training-data-2.json", "eval.json"], "train", ["my-training-data-2.json"]),
+        (["train_v1.json", "train_v2.json"], "train_v2", ["train_v2.json"]),
         (ULTRACHAT, "train_sft", ULTRACHAT[:1]),
         (ULTRACHAT, "test_sft", ULTRACHAT[2:]),
         (

@@ -99,16 +99,39 @@ def test_a_template_that_always_writes_a_header_is_refused():
         learned_texts(source, chat("a", "b"))
 
 
+def test_a_turn_that_ends_by_no_special_token_and_changes_when_more_follows():
+    source = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content.split('|')[-1] }}\n{% endfor %}"
+    )
+    assert learned_texts(source, chat("a", "x|b", "c", "y|d")) == ["assistant: b\n", "assistant: y|d\n"]
+
+
+def test_an_empty_turn_without_any_end():
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    assert learned_texts(source, chat("q", "", "Ar", "s")) == ["", "s"]
+
+
+def template_that_writes(earlier_answer, end="</s>"):
+    """A template whose answers read otherwise once more follows."""
+    return (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}</s>"
+        "{% else %}{{ " + earlier_answer + " }}" + end + "{% endif %}{% endfor %}"
+    )
+
+
 @pytest.mark.parametrize(
-    ("source", "why"),
+    "source",
     [
-        ("{% for m in messages %}{{ m.role + m.content + ('</s>' if loop.last else '|') }}{% endfor %}", "its end"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content | reverse }}</s>{% endfor %}", "its letters"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content ~ m.content }}</s>{% endfor %}", "twice"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.role }}</s>{% endfor %}", "nothing"),
+        template_that_writes("m.content | reverse"),
+        template_that_writes("m.content ~ m.content"),
+        template_that_writes("'removed'"),
+        template_that_writes("m.content | length"),
+        template_that_writes("m.content.replace('def', '')"),
+        template_that_writes("m.content", end="|"),
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
     ],
 )
-def test_templates_that_hide_the_turn_are_refused(source, why):
+def test_templates_that_hide_the_turn_are_refused(source):
     with pytest.raises(ValueError, match=r"cannot tell which text of the assistant's message 1 .*\{% generation %\}"):
         learned_texts(source, chat("abc", "def", "ghi", "jkl"))
 

@@ -258,6 +258,7 @@ def test_targets_that_match_nothing_are_an_error(target_modules: str | list[str]
     assert repr(target_modules) in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
 @pytest.mark.parametrize(
     ("rank_pattern", "alpha_pattern"),
@@ -278,8 +279,13 @@ def test_ranks_and_scalings_are_those_of_peft(
 ) -> None:
     ours, theirs = ranks_and_scalings(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, use_rslora=use_rslora)
     assert ours == theirs
-    if rank_pattern:
-        assert len(set(ours.values())) > 1 or rank_pattern.keys() == {"1.self_attn.q_proj"}
+
+
+def test_a_pattern_is_a_whole_name_or_its_ending_and_the_first_that_matches_counts() -> None:
+    config = LoRAConfig(r=8, rank_pattern={r"0\.q": 1, "q": 2, ".*q": 3, r"a\..": 4}, alpha_pattern={"v": 5})
+    names = ["x.0.q", "0.q", "x.1.q", "q", "xq", "x.a.b", "xa.b", "x.qq.k"]
+    assert [config.rank(name) for name in names] == [1, 1, 2, 2, 3, 4, 8, 8]
+    assert [config.scaling(name) for name in ("x.v", "xv", "x.0.q")] == [5 / 8, 4, 32]
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,22 @@
 
 import math
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.optim import AdamW, Optimizer
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.load import load_model, parameter_count
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.training import Progress, complete_checkpoints, load_checkpoint
+from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig, write_toml
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -45,17 +41,6 @@ class Parts:
         return epoch + self.progress.row / (loader.steps_in_epoch(epoch) * loader.rows_per_step)
 
 
-@contextmanager
-def errors_named(prog: str, world: World) -> Iterator[None]:
-    """Turn a user's mistake (ValueError) into one line and exit status 1, instead of a traceback from every rank."""
-    try:
-        yield
-    except ValueError as error:
-        rank = "" if world.is_main else f" (rank {world.rank})"
-        print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-
-
 def prepare(config: TrainConfig, world: World) -> Parts:
     """Read the data, build the model, find where the run stands.
 
@@ -74,7 +59,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         folder,
         mesh=world.mesh,
         lora=lora,
-        dtype=_dtype(config, world),
+        dtype=compute_dtype(config.dtype, world.device),
         device=world.device,
         gradient_checkpointing=config.gradient_checkpointing,
         random_init=config.random_init,
@@ -184,7 +169,7 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
 
 
 def _lora_config(config: TrainConfig) -> LoRAConfig:
-    dtype = _DTYPES[config.lora_dtype]
+    dtype = DTYPES[config.lora_dtype]
     if config.adapter:
         return read_lora_config(Path(config.adapter), dtype)
     return LoRAConfig(
@@ -198,12 +183,6 @@ def _lora_config(config: TrainConfig) -> LoRAConfig:
         modules_to_save=config.lora_modules_to_save,
         dtype=dtype,
     )
-
-
-def _dtype(config: TrainConfig, world: World) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return _DTYPES[config.dtype]
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:

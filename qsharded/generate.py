@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from qsharded.adapted import base_or_builtin_model, find_adapter, mismatch_explained, tokenizer_folder
-from qsharded.assembly import errors_named
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
+from qsharded.commands import compute_dtype, errors_named
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
@@ -108,7 +108,7 @@ def run(config: GenerateConfig, world: World) -> None:
     eos_ids = _eos_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]
     with mismatch_explained(config.model, adapter):
-        model = _load(checkpoint, adapter, _dtype(config.dtype, world.device), world)
+        model = _load(checkpoint, adapter, compute_dtype(config.dtype, world.device), world)
     _check_vocabulary(ids, model, tokenizer)
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         if len(prompts) > 1 and world.is_main:
@@ -144,12 +144,6 @@ def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
         first = tokenizer.bos_id
         return [first, *ids] if tokenizer.adds_bos and first is not None and ids[:1] != [first] else ids
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def _load(checkpoint: Path, adapter: Path | None, dtype: torch.dtype, world: World) -> CausalLM:

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 
 from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
-from qsharded.assembly import errors_named
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
+from qsharded.commands import errors_named
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
 from qsharded.parallel import World

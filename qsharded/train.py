@@ -11,6 +11,7 @@ import torch
 from qsharded import assembly, evaluation
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_checkpoints, save_checkpoint
+from qsharded.commands import errors_named
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.metrics import MetricsLog, TrainRow
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
     world = start_world()
     try:
-        with assembly.errors_named(config.prog, world):
+        with errors_named(config.prog, world):
             parts = assembly.prepare(config, world)
         run(config, world, parts)
     finally:
@@ -47,7 +48,14 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
         _train(config, world, parts, log)
         _evaluate(config, world, parts, log, "after training")
         adapter = Path(config.output_dir, "adapter")
-        save_adapter(parts.model, parts.lora, adapter, base_model=config.model, is_main=world.is_main)
+        save_adapter(
+            parts.model,
+            parts.lora,
+            adapter,
+            base_model=config.model,
+            revision=config.revision,
+            is_main=world.is_main,
+        )
         if world.is_main:
             parts.tokenizer.copy_files(adapter)
         log.message(f"adapter written to {adapter}")

@@ -8,13 +8,13 @@ namespace qsharded {
 namespace {
 
 #ifndef THREADS
-#define THREADS 256
+#define THREADS 128
 #endif
 #ifndef PREFETCH
 #define PREFETCH 1
 #endif
 #ifndef STORE
-#define STORE(pointer, value) (*(pointer) = (value))
+#define STORE(pointer, value) __stcs(pointer, value)
 #endif
 #ifndef LOAD
 #define LOAD(pointer) __ldcs(pointer)

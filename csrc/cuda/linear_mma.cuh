@@ -60,14 +60,16 @@ __device__ inline int granule_at(int m, int granule) {
 
 template <typename Shape, typename T>
 __device__ inline void stage_x(uint8_t* stage, const LinearArguments<T>& a, int m0, int chunk, bool inside) {
-  constexpr int kGranules = Shape::kColumns / 8;
-  const int64_t columns = static_cast<int64_t>(a.w.blocks_per_row) * kBlock;
+  constexpr int kGranules = Shape::kColumns / 8, kAll = Shape::kM * kGranules;
+  const int columns = a.w.blocks_per_row * kBlock;
 #pragma unroll
-  for (int i = threadIdx.x; i < Shape::kM * kGranules; i += Shape::kThreads) {
+  for (int j = 0; j < (kAll + Shape::kThreads - 1) / Shape::kThreads; ++j) {
+    const int i = threadIdx.x + j * Shape::kThreads;
+    if (kAll % Shape::kThreads != 0 && i >= kAll) break;
     const int m = i / kGranules, granule = i % kGranules;
-    const int64_t column = static_cast<int64_t>(chunk) * Shape::kColumns + granule * 8;
+    const int column = chunk * Shape::kColumns + granule * 8;
     const bool valid = inside && m0 + m < a.m && column < columns;
-    const T* from = a.x + (valid ? (m0 + m) * columns + column : 0);
+    const T* from = a.x + (valid ? static_cast<int64_t>(m0 + m) * columns + column : 0);
     copy_async(stage + (m * kGranules + granule_at(m, granule)) * 16, from, valid);
   }
   asm volatile("cp.async.commit_group;");
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
   fill_table<Shape::kThreads>(table, a.w.levels);
   float offset = 0;
   if constexpr (kDoubleQuant) {
-    for (int i = threadIdx.x; i < 256; i += Shape::kThreads) map[i] = __ldg(a.w.absmax_map + i);
+    if (threadIdx.x < 256) map[threadIdx.x] = __ldg(a.w.absmax_map + threadIdx.x);
     offset = __ldg(a.w.absmax_offset);
   }
   const uint32_t copy = table_copy();

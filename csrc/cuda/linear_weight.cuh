@@ -70,15 +70,21 @@ __device__ inline float decode_absmax(RawAbsmax raw, const float* map, float off
 }
 
 // The table: for every byte its two levels, in 16 copies, so that the 16 lanes that shared memory serves at a time
-// find theirs in different banks.
+// find theirs in different banks. All loads are under way before the first store.
 template <int kThreads>
 __device__ inline void fill_table(uint8_t* table, const float* levels) {
-  constexpr int kVectors = kTableCopies * 8 / 16;  // of a row
+  constexpr int kVectors = kTableCopies * 8 / 16, kRounds = (256 * kVectors + kThreads - 1) / kThreads;
+  float2 pairs[kRounds];
 #pragma unroll
-  for (int i = threadIdx.x; i < 256 * kVectors; i += kThreads) {
-    const int byte = i / kVectors;
-    const float first = __ldg(levels + (byte >> 4)), second = __ldg(levels + (byte & 15));
-    *reinterpret_cast<float4*>(table + byte * kTableRow + i % kVectors * 16) = make_float4(first, second, first, second);
+  for (int j = 0; j < kRounds; ++j) {
+    const int byte = (threadIdx.x + j * kThreads) / kVectors % 256;
+    pairs[j] = make_float2(__ldg(levels + (byte >> 4)), __ldg(levels + (byte & 15)));
+  }
+#pragma unroll
+  for (int j = 0; j < kRounds; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    const float4 vector = make_float4(pairs[j].x, pairs[j].y, pairs[j].x, pairs[j].y);
+    if (i < 256 * kVectors) *reinterpret_cast<float4*>(table + i / kVectors * kTableRow + i % kVectors * 16) = vector;
   }
 }
 

@@ -15,7 +15,7 @@ from qsharded.checkpoint.source import read_json
 from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 # Fields of PEFT's LoraConfig that change nothing in the forward of a trained adapter, beside those that we read.
 _WITHOUT_EFFECT = {
@@ -31,7 +31,7 @@ _READ = {
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in an adapter file, parameter) of everything that trains, in the model's order."""
-    return ((_PREFIX + name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return ((PREFIX + name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def save_adapter(
@@ -40,6 +40,7 @@ def save_adapter(
     folder: Path,
     *,
     base_model: str,
+    revision: str | None = None,
     is_main: bool = True,
 ) -> None:
     """Write the adapter of ``model`` into ``folder``, in PEFT's names.
@@ -56,16 +57,17 @@ def save_adapter(
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    described = json.dumps(peft_config(model, config, base_model), indent=2)
+    described = json.dumps(peft_config(model, config, base_model, revision), indent=2)
     (folder / CONFIG_FILE).write_text(described + "\n", encoding="utf-8")
 
 
-def peft_config(model: nn.Module, config: LoRAConfig, base_model: str) -> dict[str, Any]:
+def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:
     """The content of adapter_config.json."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -74,7 +76,7 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str) -> dict[s
         "use_rslora": config.use_rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        "modules_to_save": config.modules_to_save or None,
+        "modules_to_save": _written_saved(model, config),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -87,6 +89,12 @@ def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
     if config.target_modules != ALL_LINEAR:
         return config.target_modules
     return sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+
+
+def _written_saved(model: nn.Module, config: LoRAConfig) -> list[str] | None:
+    """Whole names: PEFT takes an ending without its dot too, and "norm" would be every layer norm there."""
+    endings = tuple(f".{target}" for target in config.modules_to_save)
+    return [name for name, _ in model.named_modules() if f".{name}".endswith(endings)] if endings else None
 
 
 def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRAConfig:
@@ -128,7 +136,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
-    with _open(path) as file:
+    with open_weights(path) as file:
         surplus, missing = sorted(set(file.keys()) - parameters.keys()), sorted(parameters.keys() - set(file.keys()))
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
@@ -137,7 +145,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             copy_rows(file, name, parameter, path)
 
 
-def _open(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:

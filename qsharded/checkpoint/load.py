@@ -54,7 +54,7 @@ def load_model(
     folder = find_checkpoint(path_or_id, revision)
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _skeleton(config, lora, dtype)
+    model = skeleton(config, lora, dtype)
     if gradient_checkpointing:
         parallel.checkpoint_activations(model)
     if mesh is not None:
@@ -66,7 +66,7 @@ def load_model(
     return model
 
 
-def _skeleton(config: ModelConfig, lora: LoRAConfig | None, dtype: torch.dtype) -> CausalLM:
+def skeleton(config: ModelConfig, lora: LoRAConfig | None, dtype: torch.dtype) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory."""
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype)
@@ -84,7 +84,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def _fill(model: CausalLM, source: WeightSource, config: ModelConfig, seed: int) -> None:
-    source.check(_expected_shapes(model))
+    source.check(expected_shapes(model))
     with torch.no_grad():
         for prefix, module in model.named_modules():
             if isinstance(module, NF4Linear):
@@ -110,7 +110,7 @@ def _is_tied_head(model: nn.Module, name: str) -> bool:
     return name == "lm_head.weight" and model.get_parameter(name) is model.get_parameter("model.embed_tokens.weight")
 
 
-def _expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every tensor that the checkpoint must hold, by its name there."""
     shapes = {checkpoint_name(name): tuple(p.shape) for name, p in _plain_parameters(model)}
     for prefix, module in model.named_modules():
@@ -121,7 +121,7 @@ def _expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(model: nn.Module) -> int:
     """How many parameters the checkpoint behind ``model`` has, adapters left out."""
-    return sum(math.prod(shape) for shape in _expected_shapes(model).values())
+    return sum(math.prod(shape) for shape in expected_shapes(model).values())
 
 
 def _read(source: WeightSource, name: str, rows: parallel.RowRange, device: torch.device) -> Tensor:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from qsharded import nf4, ops
 from qsharded.checkpoint.adapter import (
-    _PREFIX,
+    PREFIX,
     WEIGHTS_FILE,
-    _open,
     copy_rows,
     load_adapter,
+    open_weights,
     read_lora_config,
     trainable,
 )
-from qsharded.checkpoint.load import _expected_shapes, _skeleton, checkpoint_name
+from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRALinear, NF4Linear
@@ -51,13 +51,13 @@ def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> 
         ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a merged weight that
             is not finite. The tensor is named.
     """
-    model = _skeleton(
+    model = skeleton(
         ModelConfig.from_hf(read_json(checkpoint / "config.json")), read_lora_config(adapter), torch.float32
     )
     source = SafetensorsFolder(checkpoint)
-    source.check(_expected_shapes(model))
+    source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
-    with _open(adapter / WEIGHTS_FILE) as file:
+    with open_weights(adapter / WEIGHTS_FILE) as file:
         merge = _Merge.of(model, base, file, adapter / WEIGHTS_FILE)
         for path in sorted({source.file_of(name) for name in source.names()}):
             logger.info("merging %s", path.name)
@@ -88,7 +88,7 @@ class _Merge:
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
         return cls(
             adapted={f"{name}.weight": (name, layer) for name, layer in lora_layers(model)},
-            replaced={name.removeprefix(_PREFIX) for name, p in trainable(model) if p not in updates},
+            replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
             rounded=packed if base == "nf4" else set(),
             file=file,
             path=path,
@@ -105,7 +105,7 @@ class _Merge:
 
     def _new(self, name: str, stored: Tensor) -> Tensor:
         if name in self.replaced:
-            return self.file.get_tensor(_PREFIX + name)
+            return self.file.get_tensor(PREFIX + name)
         base = through_nf4(stored, name) if name in self.rounded else stored
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
 
@@ -114,7 +114,7 @@ class _Merge:
         parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
         for part, linear in parts.items():
             linear.to_empty(device="cpu")
-            copy_rows(self.file, f"{_PREFIX}{name}.{part}.weight", linear.weight, self.path)
+            copy_rows(self.file, f"{PREFIX}{name}.{part}.weight", linear.weight, self.path)
         with torch.no_grad():
             delta = layer.delta_weight()
         for linear in parts.values():

@@ -15,6 +15,9 @@ from qsharded.seeds import derived_seed
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
+# (An untied head is among the model's own tensors.)
+_RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
 
 
@@ -125,7 +128,8 @@ class SafetensorsFolder:
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the tensors are just these, of these shapes and a readable dtype."""
         _refuse(shapes.keys() - self._file_of.keys(), f"{self.folder} lacks")
-        _refuse(self._file_of.keys() - shapes.keys(), f"{self.folder} holds tensors that the model has no place for:")
+        surplus = [name for name in self._file_of.keys() - shapes.keys() if not name.endswith(_RECOMPUTED)]
+        _refuse(surplus, f"{self.folder} holds tensors that the model has no place for:")
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise ValueError(f"{self.file_of(name)}: {name} is {self.shape(name)}, config.json asks for {shape}")

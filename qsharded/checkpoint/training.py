@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsharded import parallel
-from qsharded.checkpoint.adapter import _open, copy_rows, load_adapter, save_adapter, trainable
+from qsharded.checkpoint.adapter import copy_rows, load_adapter, open_weights, save_adapter, trainable
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
 
@@ -83,7 +83,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pro
     progress = _read_progress(folder / _STATE_FILE)
     load_adapter(model, folder / _ADAPTER)
     path = folder / _OPTIMIZER_FILE
-    with _open(path) as file:
+    with open_weights(path) as file:
         for name, parameter in trainable(model):
             keys = [key for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118  not a dict
             optimizer.state[parameter] = {

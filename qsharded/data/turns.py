@@ -35,7 +35,7 @@ class TurnFinder:
         """
         start = self._end_of_prefix(number, add_generation_prompt=True)
         end = self._end_of_prefix(number + 1)
-        if start is None or end is None or end <= start:
+        if start is None or end is None:
             start, end = self._probe(number, start)
         return start, end
 
@@ -62,7 +62,7 @@ class TurnFinder:
         # A template may drop the content's head, never its tail.
         if not same_frame or not content.endswith(said) or (content and not said):
             raise self._unclear(number)
-        if header_end is None or header_end > begin:
+        if header_end is None:
             header_end = begin - len(self._lead(number, before))
         return header_end, end + self._end_of_turn(number, after)
 

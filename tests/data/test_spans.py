@@ -129,6 +129,10 @@ def template_that_writes(earlier_answer, end="</s>"):
         template_that_writes("m.content.replace('def', '')"),
         template_that_writes("m.content", end="|"),
         "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+        # The space before the content, whose side of the header is known, is there in the last turn only.
+        "{{ 'X' if messages | length > 2 }}{% for m in messages %}"
+        "{{ ('A:' ~ (' ' if loop.last else '') if m.role == 'assistant' else 'U:') ~ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}",
     ],
 )
 def test_templates_that_hide_the_turn_are_refused(source):

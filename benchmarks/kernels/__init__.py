@@ -1,0 +1,1 @@
+"""Kernel benchmarks: ``python -m benchmarks.kernels``. A file an operation, in ``ops/``."""

@@ -1,0 +1,76 @@
+"""What every operation's cases are made from: the device, the peers, and packed weights."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.peers import Peer
+from qsharded import blockwise8, nf4
+
+
+@dataclass(frozen=True)
+class Context:
+    """``rows``: the M of the activations to measure; None takes each operation's own."""
+
+    device: torch.device
+    peers: tuple[Peer, ...]
+    short: bool
+    rows: tuple[int, ...] | None = None
+
+    def rows_of(self, full: tuple[int, ...], short: tuple[int, ...]) -> tuple[int, ...]:
+        return self.rows or (short if self.short else full)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in bf16 and in NF4 with double quantization."""
+
+    weight: Tensor
+    codes: Tensor
+    absmax: Tensor
+    scales: Tensor
+    offset: Tensor
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As ``torch.ops.qsharded`` takes them."""
+        return self.codes, self.absmax, self.scales, self.offset
+
+    def with_tables(self) -> tuple[Tensor, ...]:
+        """As the kernels take them."""
+        device = self.codes.device
+        return *self.arguments(), nf4.levels(device), blockwise8.dynamic_map(True, device)
+
+    def decoded(self) -> Tensor:
+        """The fp64 weight."""
+        absmax = nf4.decode_absmax(self.absmax, self.scales, self.offset)
+        return nf4.decode(self.codes, absmax, torch.float32).double()
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.arguments())
+
+
+@cache
+def random_weight(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Normal bf16 weights of a trained layer's size."""
+    generator = torch.Generator(device).manual_seed(0)
+    return (torch.randn(shape, generator=generator, device=device) * 0.02).bfloat16()
+
+
+@cache
+def pack(shape: tuple[int, int], device: torch.device) -> Packed:
+    """By the reference."""
+    weight = random_weight(shape, device)
+    packed = nf4.quantize(weight)
+    assert packed.absmax_codes is not None
+    assert packed.absmax_scales is not None
+    assert packed.absmax_offset is not None
+    return Packed(weight, packed.codes, packed.absmax_codes, packed.absmax_scales, packed.absmax_offset)
+
+
+def forget_weights() -> None:
+    """Give the memory of the last shape back."""
+    random_weight.cache_clear()
+    pack.cache_clear()

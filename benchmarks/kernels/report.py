@@ -1,0 +1,31 @@
+"""The table."""
+
+from benchmarks.kernels.ceilings import Ceilings
+from benchmarks.kernels.measure import Row
+
+_HEADINGS = f"{'contender':14}{'median us':>11}{'p20':>10}{'p80':>10}{'of limit':>10}{'speed-up':>10}{'error':>10}"
+
+
+def heading(ceilings: Ceilings) -> str:
+    """What the fractions are fractions of."""
+    return (
+        f"copy {ceilings.copy / 1e12:.3f} TB/s, matmul {ceilings.matmul / 1e12:.1f} TFLOP/s (bf16), this run's limits"
+    )
+
+
+def table(label: str, rows: list[Row]) -> str:
+    """One case's rows."""
+    return "\n".join([f"\n{label} (limit {rows[0].limit:.1f} us)", _HEADINGS, *map(_line, rows)])
+
+
+def _line(row: Row) -> str:
+    if row.times is None:
+        return f"{row.contender:14}{row.problem}"
+    microseconds = "".join(f"{value:{width}.1f}" for value, width in zip(_numbers(row), (11, 10, 10), strict=True))
+    speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
+    return f"{row.contender:14}{microseconds}{row.fraction:10.1%}{speedup:>10}{row.error:10.1e}"
+
+
+def _numbers(row: Row) -> tuple[float, float, float]:
+    assert row.times is not None
+    return row.times.median, row.times.p20, row.times.p80

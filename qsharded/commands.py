@@ -1,0 +1,29 @@
+"""What the commands share: how mistakes are told, and what "auto" means."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qsharded.parallel import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called ``name``; "auto" is bfloat16 on a GPU, float32 on the CPU, which lacks fast bf16 products."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+@contextmanager
+def errors_named(prog: str, world: World) -> Iterator[None]:
+    """Turn a user's mistake (ValueError) into one line and exit status 1, instead of a traceback from every rank."""
+    try:
+        yield
+    except ValueError as error:
+        rank = "" if world.is_main else f" (rank {world.rank})"
+        print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None

@@ -120,7 +120,7 @@ def _delete(paths: Sequence[Path]) -> None:
 
 
 def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-    def load(source: str) -> Dataset:
+    def load(source: str, split: str) -> Dataset:
         return load_examples(
             source,
             tokenizer,
@@ -128,12 +128,12 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Datas
             max_length=config.max_length,
             overlong=config.overlong,
             train_on=config.train_on,
-            split=config.dataset_split,
+            split=split,
         )
 
-    train_data = load(config.dataset)
+    train_data = load(config.dataset, config.dataset_split)
     if config.eval_dataset:
-        return train_data, load(config.eval_dataset)
+        return train_data, load(config.eval_dataset, config.eval_dataset_split or config.dataset_split)
     if config.eval_split:
         return split_examples(train_data, config.eval_split, config.seed)
     return train_data, None
@@ -206,12 +206,12 @@ def _total_steps(config: TrainConfig, loader: StepLoader) -> int:
 
 def _summary(config: TrainConfig, world: World, parts: Parts, data: Dataset, resume_from: Path | None) -> list[str]:
     trained = sum(parameter.numel() for _, parameter in trainable(parts.model))
-    left_out = f", {data.dropped} longer ones dropped" if data.dropped else ""
-    shortened = f", {data.truncated} truncated" if data.truncated else ""
+    counts = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
+    others = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     lines = [
         f"model {config.model}: {parameter_count(parts.model):,} parameters in NF4, {trained:,} trained in "
         f"adapters, on {world.size} x {world.device.type}",
-        f"data {config.dataset}: {len(data.examples):,} rows of up to {config.max_length} tokens{left_out}{shortened}",
+        f"data {config.dataset}: {len(data.examples):,} rows of up to {config.max_length} tokens{others}",
     ]
     if resume_from:
         lines.append(f"resumed from {resume_from} at step {parts.progress.step}")

@@ -10,9 +10,6 @@ namespace {
 #ifndef THREADS
 #define THREADS 128
 #endif
-#ifndef PREFETCH
-#define PREFETCH 1
-#endif
 #ifndef STORE
 #define STORE(pointer, value) __stcs(pointer, value)
 #endif
@@ -41,12 +38,6 @@ struct Absmax {
   const float* scales;
   const float* offset;
   const float* map;
-
-  // Otherwise the first look-up would wait for memory a second time, after that of the code.
-  __device__ void prefetch_map(int lane) const {
-    constexpr int kLine = 128 / sizeof(float);
-    if (lane < kAbsmaxBlock / kLine) asm volatile("prefetch.global.L1 [%0];" ::"l"(map + lane * kLine));
-  }
 
   template <bool kDoubleQuant>
   __device__ float at(unsigned block) const {
@@ -121,7 +112,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kRounds; ++i) {
     loaded[i] = i * kWarp < inside ? LOAD(codes + i * kWarp) : 0;
   }
-  if (kDoubleQuant && PREFETCH) absmax.prefetch_map(lane);
   if (lane < 16) own_levels[warp][lane] = __ldg(levels + lane);
   const unsigned block = first_block + lane;
   const float own_absmax = block < blocks ? absmax.template at<kDoubleQuant>(block) : 0;

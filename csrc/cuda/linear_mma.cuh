@@ -75,33 +75,6 @@ __device__ inline void stage_x(uint8_t* stage, const LinearArguments<T>& a, int 
   asm volatile("cp.async.commit_group;");
 }
 
-// What one warp has loaded of a unit.
-template <typename Shape, bool kDoubleQuant>
-struct Loaded {
-  uint4 codes[Shape::kSubtiles][2];  // rows g and g + 8
-  RawAbsmax absmax[Shape::kSubtiles];
-
-  __device__ void load(int i, const PackedWeight& w, int tile, int chunk, bool inside) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % 4;
-    const int first_row = (warp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16 + lane / 4;
-    const int block = (chunk * Shape::kColumnWarps + warp % Shape::kColumnWarps) * kPieceBlocks + t / 2;
-    inside = inside && block < w.blocks_per_row;
-    // rows beyond the last are computed and not written. Within a tile 32 bits reach: 2^24 columns of 256 rows
-    const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
-    const auto last_row = static_cast<unsigned>(min(w.rows - 1 - tile_row, int64_t{Shape::kRows}));
-    const unsigned stride = w.blocks_per_row * (kBlock / 2);
-    const uint8_t* tile_codes = w.codes + tile_row * stride;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const unsigned row = min(static_cast<unsigned>(first_row + 8 * h), last_row);
-      load_codes(codes[i][h], tile_codes + (row * stride + block * (kBlock / 2) + t % 2 * 16), inside);
-    }
-    // one of the quad's four absmax a lane; quads share them out when they are decoded
-    const unsigned row = min(static_cast<unsigned>(first_row + 8 * (t % 2)), last_row);
-    absmax[i] = load_absmax<kDoubleQuant>(w, tile_row, row, block, inside);
-  }
-};
-
 template <typename Shape, typename T>
 __device__ void write_tile(const LinearArguments<T>& a, float (&sums)[Shape::kSums], float* shared, int tile, int m0) {
   constexpr int kColumnWarps = Shape::kColumnWarps;
@@ -159,9 +132,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  Loaded<Shape, kDoubleQuant> loaded = {};
+  const auto load = [&](Strip& strip, int i, int tile, int chunk, bool inside) {
+    const int first_row = (threadIdx.x / kWarp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16;
+    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + own_block();
+    load_strip<kDoubleQuant>(strip, a.w, static_cast<int64_t>(tile) * Shape::kRows, first_row, block, inside);
+  };
+  Strip strips[Shape::kSubtiles] = {};
 #pragma unroll
-  for (int i = 0; i < Shape::kSubtiles; ++i) loaded.load(i, a.w, tile, chunk, begin < end);
+  for (int i = 0; i < Shape::kSubtiles; ++i) load(strips[i], i, tile, chunk, begin < end);
   stage_x<Shape>(stages, a, m0, chunk, begin < end);
   fill_table<Shape::kThreads>(table, a.w.levels);
   float offset = 0;
@@ -192,12 +170,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
                                                      (m * (Shape::kColumns / 8) + granule) * 16);
       }
     }
-    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + lane % 4 / 2;
+    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + own_block();
     const bool inside = block < a.w.blocks_per_row;
 #pragma unroll
     for (int i = 0; i < Shape::kSubtiles; ++i) {
-      const uint4 &upper = loaded.codes[i][0], &lower = loaded.codes[i][1];
-      const float absmax = decode_absmax<kDoubleQuant>(loaded.absmax[i], map, offset, inside);
+      const uint4 &upper = strips[i].upper, &lower = strips[i].lower;
+      const float absmax = decode_absmax<kDoubleQuant>(strips[i].absmax, map, offset, inside);
       const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1), lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
@@ -212,7 +190,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const Li
 #pragma unroll
         for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].z, b[j][word].w, T{});
       }
-      loaded.load(i, a.w, next_tile, next_chunk, more);
+      load(strips[i], i, next_tile, next_chunk, more);
     }
     if (last_of_tile || !more) {
       write_tile<Shape>(a, sums, exchange, tile, m0);

@@ -61,6 +61,32 @@ __device__ inline RawAbsmax load_absmax(const PackedWeight& w, int64_t tile_row,
   return raw;
 }
 
+// 16 rows of a piece, as a warp holds them: lane 4g + t has 16 bytes each of rows g and g + 8, and one of the four absmax
+// of its quad, which shares them out when they are decoded.
+struct Strip {
+  uint4 upper, lower;
+  RawAbsmax absmax;
+};
+
+// This lane's block within a piece.
+__device__ inline int own_block() { return threadIdx.x % 4 / 2; }
+
+// tile_row: the same in the whole thread block; first_row: the strip's, from there; block: this lane's.
+template <bool kDoubleQuant>
+__device__ inline void load_strip(Strip& strip, const PackedWeight& w, int64_t tile_row, int first_row, int block,
+                                  bool inside) {
+  inside = inside && block < w.blocks_per_row;
+  // rows beyond the last are computed and not written. Within a tile 32 bits reach: 2^24 columns of 256 rows
+  const auto last = static_cast<unsigned>(min(w.rows - 1 - tile_row, int64_t{0xFFFF}));
+  const unsigned upper = first_row + threadIdx.x % kWarp / 4, lower = upper + 8;
+  const unsigned stride = w.blocks_per_row * (kBlock / 2);
+  const unsigned byte = block * (kBlock / 2) + threadIdx.x % 2 * 16;
+  const uint8_t* codes = w.codes + tile_row * stride;
+  load_codes(strip.upper, codes + (min(upper, last) * stride + byte), inside);
+  load_codes(strip.lower, codes + (min(lower, last) * stride + byte), inside);
+  strip.absmax = load_absmax<kDoubleQuant>(w, tile_row, min(threadIdx.x % 2 ? lower : upper, last), block, inside);
+}
+
 // Beyond the last column zero, whatever the map holds: the codes there are no codes.
 template <bool kDoubleQuant>
 __device__ inline float decode_absmax(RawAbsmax raw, const float* map, float offset, bool inside) {

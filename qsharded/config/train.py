@@ -127,6 +127,7 @@ class TrainConfig:
     eval_dataset: str | None = _eval(
         "Rows to measure loss and perplexity on, as for --dataset.", None, metavar="PATH|ID", unset="none"
     )
+    eval_dataset_split: str | None = _eval("Split to read of --eval-dataset.", None, unset="as --dataset-split")
     eval_split: float = _eval("Part of --dataset to hold out for that instead.", 0.0, unit="fraction", check=FRACTION)
     eval_steps: int | None = _eval(
         "Steps from one evaluation to the next.",

@@ -1,8 +1,9 @@
 """Which files a dataset is made of: a file, a folder, or a dataset repository on the Hugging Face Hub."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # Written beside the rows by the Hub and by `datasets`; not rows themselves.
@@ -81,22 +82,26 @@ def _holds_rows(name: PurePosixPath) -> bool:
 
 
 def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.+=-]*)+", source) is not None
+    parts = source.split("/")
+    named = all(re.fullmatch(r"\w[\w.+=-]*", part) for part in parts)
+    return named and len(parts) > 1 and not parts[1].lower().endswith(SUFFIXES)
 
 
 def _from_hub(source: str, split: str) -> list[Path]:
-    # Imported here: local data needs no Hub client.
-    from huggingface_hub import hf_hub_download, list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import hf_hub_download, list_repo_files  # here: local data needs no Hub client
 
     owner, name, *inside = source.split("/")
     repo = f"{owner}/{name}"
+    names = [name for name in _ask(list_repo_files, repo) if _holds_rows(PurePosixPath(name))]
+    chosen = _choose_on_hub(names, "/".join(inside), split, source)
+    return [Path(_ask(hf_hub_download, repo, name)) for name in chosen]
+
+
+def _ask(hub: Callable[..., Any], repo: str, *arguments: str) -> Any:
     try:
-        names = [n for n in list_repo_files(repo, repo_type="dataset") if _holds_rows(PurePosixPath(n))]
-        chosen = _choose_on_hub(names, "/".join(inside), split, source)
-        return [Path(hf_hub_download(repo, name, repo_type="dataset")) for name in chosen]
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise ValueError(f"{source} is no local file or folder, and the Hub did not give {repo}: {error}") from error
+        return hub(repo, *arguments, repo_type="dataset")
+    except Exception as error:  # of HTTP, of the connection, of the id: its kinds change with the client's versions
+        raise ValueError(f"{repo} is no local file or folder, and the Hub did not give it: {error}") from error
 
 
 def _choose_on_hub(names: list[str], inside: str, split: str, source: str) -> list[str]:

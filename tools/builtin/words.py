@@ -3,9 +3,12 @@
 import random
 import zlib
 
-ONSETS = "b c d f g h j k l m n p q r s t v w x y z bl br ch cl cr dr fl gr pl pr sh sl sn st th tr".split()
-VOWELS = "a e i o u ai ea ee io oo ou".split()
-CODAS = "b d g k l m n p r s t x ck ld nd ng nt rk rt st".split()
+ONSETS = [
+    *"bcdfghjklmnpqrstvwxyz",
+    *("bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sl", "sn", "st", "th", "tr"),
+]
+VOWELS = [*"aeiou", "ai", "ea", "ee", "io", "oo", "ou"]
+CODAS = [*"bdgklmnprstx", "ck", "ld", "nd", "ng", "nt", "rk", "rt", "st"]
 SHORTEST, LONGEST = 3, 7
 
 # Of every ten words one is held out for the evaluation, two train the skill, the rest pre-train the base.

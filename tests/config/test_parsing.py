@@ -184,6 +184,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "revision": "r",
         "adapter": "a",
         "eval_dataset": "e",
+        "eval_dataset_split": "s",
         "exact_match_dataset": "x",
         "resume_from_checkpoint": "auto",
         "warmup_steps": 3,

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint docs clean
+.PHONY: help train test bench lint docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,7 @@ NPROC ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count()
 help:
 	@echo 'make train   make $(VENV) and fine-tune the built-in model (NPROC=processes, ARGS="--max-steps 100 ...")'
 	@echo 'make test    make $(VENV) and run the test suite (WORKERS=processes, ARGS="tests/test_nf4.py ...")'
+	@echo 'make bench   time the kernels, a short form (ARGS="--peers bitsandbytes ..."; see benchmarks/kernels)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make docs    write docs/ from the commands'"'"' options'
 	@echo 'make clean   remove caches and build outputs; $(VENV) and output/ stay'
@@ -27,6 +28,9 @@ train: $(VENV)/.installed-run
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+
+bench: $(VENV)/.installed-run
+	$(BIN)/python -m benchmarks.kernels --short $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

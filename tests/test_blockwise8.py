@@ -64,6 +64,17 @@ def test_every_code_decodes_to_its_entry_times_the_scale_and_back(signed: bool, 
     assert_same_bits(blockwise8.nearest_codes(decoded, torch.tensor(scale), signed), codes)
 
 
+@pytest.mark.parametrize("scale", [3.0, 0.7, 1.1e-3])
+def test_a_value_is_multiplied_by_the_reciprocal_of_its_scale(scale: float) -> None:
+    """Not divided by it, which rounds once and puts some values on the other side of a threshold."""
+    thresholds = blockwise8.thresholds()
+    values, scales = thresholds * scale, torch.tensor(scale)
+    sides = torch.cat([values, *(torch.nextafter(values, torch.tensor(end)) for end in (-9.0, 9.0))])
+    by_reciprocal, by_division = (torch.searchsorted(thresholds, x) for x in (sides * (1 / scales), sides / scales))
+    assert not torch.equal(by_reciprocal, by_division)
+    assert torch.equal(blockwise8.nearest_codes(sides, scales).long(), by_reciprocal)
+
+
 def test_scales_broadcast_over_values() -> None:
     rows = torch.rand(3, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scales = torch.tensor([[0.5], [1.0], [2.0]])

@@ -328,13 +328,17 @@ def sum_from_left(values: list[float]) -> float:
     return total
 
 
-def test_row_sums_are_added_from_first_to_last() -> None:
-    """2**53 swallows each 1 that follows it, and none that came before it."""
-    ones, large = torch.ones(4096, dtype=torch.float64), torch.tensor([2.0**53], dtype=torch.float64)
-    swallowed = nf4.absmax_offset(torch.cat([large, ones]), 1)
-    counted = nf4.absmax_offset(torch.cat([ones, large]), 1)
-    assert swallowed.item() == torch.tensor(2.0**53 / 4097, dtype=torch.float64).float().item()
-    assert counted.item() == torch.tensor((2.0**53 + 4096) / 4097, dtype=torch.float64).float().item()
+@pytest.mark.parametrize(
+    ("row_sums", "total"),
+    [
+        ([2.0**54, *[1.0] * 4096, -(2.0**54)], 0),  # each 1 is lost in what comes before it; in pairs they would count
+        ([1.0, 1.0, 1.0, 2.0**54, -(2.0**54)], 4),  # 3 rounds up to 2**54's next; from the other end it would be 3
+    ],
+)
+def test_row_sums_are_added_from_first_to_last(row_sums: list[float], total: int) -> None:
+    """Of signs that no absmax has, for only then fp32 shows the order in which fp64 was summed."""
+    offset = nf4.absmax_offset(torch.tensor(row_sums, dtype=torch.float64), 2)
+    assert offset.item() == torch.tensor(total / (len(row_sums) * 2)).item()
 
 
 @pytest.mark.parametrize("cuts", [[], [37], [9, 28], [1, 2, 36], [10, 10, 30, 50], [49], [0]])

@@ -248,6 +248,7 @@ def test_opcheck_linear_on_other_layouts(make: Callable[[], Tensor]) -> None:
 @both_schemas
 def test_opcheck_linear_input_grad(packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     check(Q.nf4_linear_input_grad, random(2, 3, N, dtype=dtype), *packing())
+    check(Q.nf4_linear_input_grad, random(3, 2, N, dtype=dtype).transpose(0, 1), *packing())
     check(Q.nf4_linear_input_grad, torch.ones((), dtype=dtype).expand(3, N), *packing())
 
 

@@ -35,7 +35,7 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path
     """The folder of a checkpoint: a local one, or a Hub repository's snapshot, downloaded if need be.
 
     Raises:
-        ValueError: neither a folder nor the form of a Hub id, or a revision given for a folder.
+        ValueError: neither a folder nor the form of a Hub id, a revision given for a folder, or the Hub's refusal.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
@@ -44,9 +44,12 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path
         return folder
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
-    from huggingface_hub import snapshot_download  # here: a local folder needs no Hub client
+    import huggingface_hub  # here: a local folder needs no Hub client
 
-    return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=_DOWNLOADED))
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path_or_id), revision=revision, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # of HTTP, of the connection, of the id: its kinds change with the client's versions
+        raise ValueError(f"{path_or_id} is no local folder, and the Hub did not give it: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -124,6 +124,24 @@ def test_what_is_neither_folder_nor_hub_id_is_named(name: str) -> None:
         find_checkpoint(name)
 
 
+def test_a_hub_id_is_downloaded_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = write_checkpoint(tmp_path), []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_model("owner/name", revision="v2")
+    assert asked == [("owner/name", "v2")]
+
+
+def test_what_the_hub_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match="owner/name is no local folder, and the Hub did not give it"):
+        find_checkpoint("owner/name")  # the tests run offline
+
+
 def test_a_revision_is_for_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="revision 'main' is for Hub ids"):
         find_checkpoint(tmp_path, "main")

@@ -250,7 +250,9 @@ def test_targets_are_those_of_peft(target_modules: str | list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target_modules", [["proj"], ["_proj"], "q_proj", ["layers.1"], ["Q_PROJ"], r"layers\.0\..*", []], ids=str
+    "target_modules",
+    [["proj"], ["_proj"], "q_proj", ["layers.1"], ["Q_PROJ"], r"layers\.0\..*", r"model\.layers", []],
+    ids=str,
 )
 def test_targets_that_match_nothing_are_an_error(target_modules: str | list[str]) -> None:
     with pytest.raises(ValueError, match="no linear layer matches target_modules = ") as raised:

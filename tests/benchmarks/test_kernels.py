@@ -1,0 +1,152 @@
+"""The kernel benchmark's own logic, on the CPU and without looking at a clock."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import __main__ as command
+from benchmarks.kernels import ceilings, context, measure, peers, plots, shapes, timing
+from benchmarks.kernels.case import Case, Contender, relative_error
+from benchmarks.kernels.ceilings import Ceilings
+from benchmarks.kernels.ops import OPERATIONS
+from benchmarks.kernels.timing import Times, in_turns, summary
+
+CPU = torch.device("cpu")
+LIMITS = Ceilings(copy=1e9, matmul=1e12)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing._FLUSHED_BYTES, "cpu", 1 << 10)
+    monkeypatch.setitem(ceilings._COPIED_BYTES, "cpu", 1 << 10)
+    monkeypatch.setitem(ceilings._MATMUL_SIZE, "cpu", 8)
+    monkeypatch.setitem(shapes.SHORT, "cpu", [(64, 128)])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function takes as many microseconds as its name says."""
+
+    def fake(functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Times]:
+        return {name: Times(*[float(name)] * 3) for name in functions}
+
+    monkeypatch.setattr(measure, "in_turns", fake)
+
+
+def case_of(answers: dict[str, Tensor], baseline: str | None = None) -> Case:
+    contenders = [Contender(name, lambda answer=answer: answer, 1e-3) for name, answer in answers.items()]
+    ones = torch.ones(4, dtype=torch.float64)
+    return Case("dequantize", (2, 2), None, 3000, 0, ones, contenders, baseline)
+
+
+def test_summary_of_known_times() -> None:
+    assert summary([float(i) for i in range(11)]) == Times(5.0, 2.0, 8.0)
+    assert summary([7.0]) == Times(7.0, 7.0, 7.0)
+
+
+def test_functions_are_called_in_turns() -> None:
+    calls: list[str] = []
+    in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, 3)
+    assert calls[-6:] == ["a", "b"] * 3
+
+
+def test_limit_is_the_longer_of_traffic_and_arithmetic() -> None:
+    assert LIMITS.limit(3000, 0) == pytest.approx(3)
+    assert LIMITS.limit(3000, 10**7) == pytest.approx(10)
+
+
+def test_wrong_answers_are_not_timed(clock: None) -> None:
+    right, wrong = torch.ones(4), torch.tensor([1, 1, 1, 1.1])
+    rows = measure.measure(case_of({"2": right, "5": wrong}), LIMITS, CPU, repeats=1)
+    assert [row.times is None for row in rows] == [False, True]
+    assert rows[1].problem is not None
+    assert rows[1].problem.startswith("wrong: error 0.05")
+    assert rows[0].fraction == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("bad", [torch.full((4,), torch.nan), torch.ones(2, 2), torch.full((4,), torch.inf)])
+def test_nan_infinity_and_other_shapes_are_wrong(bad: Tensor) -> None:
+    assert relative_error(bad, torch.ones(4, dtype=torch.float64)) == float("inf")
+
+
+def test_speedup_is_counted_against_the_baseline(clock: None) -> None:
+    right = torch.ones(4)
+    rows = measure.measure(case_of({"2": right, "6": right}, baseline="6"), LIMITS, CPU, repeats=1)
+    assert [row.speedup for row in rows] == [3.0, 1.0]
+    assert all(row.speedup is None for row in measure.measure(case_of({"2": right}), LIMITS, CPU, repeats=1))
+
+
+def test_out_of_memory_is_said(clock: None) -> None:
+    def exhaust() -> Tensor:
+        raise torch.OutOfMemoryError
+
+    case = replace(case_of({}), contenders=[Contender("2", exhaust, 1e-3)])
+    (row,) = measure.measure(case, LIMITS, CPU, repeats=1)
+    assert (row.times, row.problem) == (None, "out of memory")
+
+
+def test_every_operation_gives_cases_that_pass_their_gate() -> None:
+    run = context.Context(CPU, (), short=True)
+    for operation in OPERATIONS.values():
+        for case in operation(run, (64, 128)):
+            assert [measure.judge(contender, case)[1] for contender in case.contenders] == [None] * len(case.contenders)
+
+
+def test_quantize_is_held_to_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = context.pack((64, 128), CPU)
+    changed = replace(packed, absmax=packed.absmax ^ 1)
+    monkeypatch.setattr(context, "pack", lambda shape, device: changed)
+    (case,) = OPERATIONS["quantize"](context.Context(CPU, (), short=True), (64, 128))
+    assert all(measure.judge(contender, case)[1] for contender in case.contenders)
+
+
+def test_shapes_of_models() -> None:
+    both = shapes.of_models(["llama3-8b", "llama3-70b", "llama3-8b"])
+    assert (14336, 4096) in both
+    assert (28672, 8192) in both
+    assert len(both) == len(set(both))
+    with pytest.raises(ValueError, match="'gpt' is none of llama3-8b"):
+        shapes.of_models(["gpt"])
+
+
+def test_unknown_peers_and_operations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="'apex' is none of bitsandbytes, torchao"):
+        peers.load(["apex"])
+    with pytest.raises(SystemExit):
+        command.parse_arguments(["--ops", "dequantise"])
+    assert "'dequantise' is none of dequantize" in capsys.readouterr().err
+
+
+def test_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(f"no {name} here")
+
+    monkeypatch.setattr(peers.importlib, "import_module", absent)
+    assert peers.load(["bitsandbytes"]) == ([], {"bitsandbytes": "no bitsandbytes here"})
+
+
+def test_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["kernels", "--short", "--repeats", "2", "--device", "cpu", "--rows", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    assert not exit_.value.code
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert {row["op"] for row in record["rows"]} == set(OPERATIONS)
+    assert {row["M"] for row in record["rows"] if row["op"] == "linear"} == {3}
+    assert all(row["times"]["p20"] <= row["times"]["median"] <= row["times"]["p80"] for row in record["rows"])
+    assert record["command"].startswith("python -m benchmarks.kernels --short")
+    assert record["ceilings"]["copy"] > 0
+
+
+def test_plots_are_drawn(tmp_path: Path, clock: None) -> None:
+    pytest.importorskip("matplotlib")
+    case = replace(case_of({"2": torch.ones(4), "6": torch.ones(4)}, baseline="6"), op="linear", rows=16)
+    paths = plots.save(measure.measure(case, LIMITS, CPU, repeats=1), tmp_path)
+    assert [path.name for path in paths] == ["kernels_speedup.png", "kernels_fraction.png"]
+    assert all(path.stat().st_size > 1000 for path in paths)

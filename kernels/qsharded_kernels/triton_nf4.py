@@ -182,7 +182,9 @@ def _dequantize_kernel(
         absmax_B = tl.load(map_ptr + absmax_B.to(tl.int32)) * scale_B + tl.load(offset_ptr)
     i_Q, i_E = tl.arange(0, BLOCK // CODES_PER_WORD), tl.arange(0, CODES_PER_WORD)
     word_at_BQ = block_B[:, None] * (BLOCK // CODES_PER_WORD) + i_Q[None, :]
-    word_BQ = tl.load(words_ptr + word_at_BQ, mask=inside_B[:, None], other=0)
+    # A word a load: a thread that loaded several would keep their weights, and its 16-byte stores would lie apart. To
+    # Triton, addresses that do not follow each other are that.
+    word_BQ = tl.load(words_ptr + tl.max_contiguous(word_at_BQ, [1, 1]), mask=inside_B[:, None], other=0)
     shift_E = 4 * (i_E ^ 1)  # a byte's first code is its high nibble
     code_BQE = (word_BQ[:, :, None] >> shift_E[None, None, :]) & 15
     # a gather from shared memory; one by tl.load was measured at a third of its speed

@@ -1,5 +1,6 @@
 """What every benchmark record says of where it was made."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -25,10 +26,11 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, marked where files differ from it; None outside a repository."""
+    """The commit that is checked out, marked where files differ from it; where there is no repository, what
+    QSHARDED_COMMIT says, or None."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    return result.stdout.strip() or os.environ.get("QSHARDED_COMMIT")
 
 
 def version(package: str) -> str | None:

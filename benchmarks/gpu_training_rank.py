@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded import assembly, train
 from qsharded.config import TrainConfig, builtin_overrides, parse
+from qsharded.metrics import MetricsLog
 from qsharded.parallel import World, stop_world
 
 
@@ -20,7 +22,9 @@ def main() -> None:
     torch.zeros(1, device=device)  # a device that is in use is not chosen anew by the mesh
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size(), device, init_device_mesh("cuda", (dist.get_world_size(),)))
-    train.run(config, world, assembly.prepare(config, world))
+    parts = assembly.prepare(config, world)
+    with MetricsLog(Path(config.output_dir, "metrics.jsonl"), parts.total_steps, world.is_main) as log:
+        train.train_steps(config, world, parts, log)  # and no more: gloo crashes on some collectives of GPU tensors
     stop_world(world)
     return None
 

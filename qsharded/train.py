@@ -45,7 +45,7 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
             log.message(line)
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
-        _train(config, world, parts, log)
+        train_steps(config, world, parts, log)
         _evaluate(config, world, parts, log, "after training")
         adapter = Path(config.output_dir, "adapter")
         save_adapter(
@@ -61,7 +61,7 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
         log.message(f"adapter written to {adapter}")
 
 
-def _train(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
+def train_steps(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
     """Optimizer steps from where the run stands to its end."""
     progress, window = parts.progress, Window(parts.progress)
     for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):

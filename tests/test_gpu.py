@@ -42,7 +42,7 @@ def test_forward_and_gradient_are_those_of_the_cpu() -> None:
     x = torch.randn(3, 5, 576)
     results = []
     for layer, device in ((on_cpu, "cpu"), (on_gpu, "cuda")):
-        leaf = x.to(device).requires_grad_()
+        leaf = x.clone().to(device).requires_grad_()
         y = layer(leaf)
         y.square().sum().backward()
         results.append((y.detach().cpu(), leaf.grad.cpu()))

@@ -34,19 +34,34 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
 
 def encoders(device: torch.device) -> dict[str, Callable[[Tensor], Encoding]]:
     """Ours, by name: weight to codes, absmax codes, scales and offset."""
-    found = {name: partial(encode_by, name, module) for name, module in kernels.on(device).items()}
-    return found | {"reference": lambda weight: with_reference(*nf4.encode(weight))}
+    found = {name: partial(encode_by, module, SECOND_LEVEL[name]) for name, module in kernels.on(device).items()}
+    return found | {"reference": lambda weight: by_reference(*nf4.encode(weight))}
 
 
-def encode_by(name: str, module: ModuleType, weight: Tensor) -> Encoding:
-    codes, absmax = module.quantize(weight, nf4.thresholds(weight.device))
-    if name != "cuda":
-        return with_reference(codes, absmax)
-    return codes, *cuda_absmax.double_quantize(absmax, blockwise8.thresholds(True, weight.device))
+def encode_by(module: ModuleType, second_level: Callable[[Tensor, Tensor], Encoding], weight: Tensor) -> Encoding:
+    return second_level(*module.quantize(weight, nf4.thresholds(weight.device)))
 
 
-def with_reference(codes: Tensor, absmax: Tensor) -> Encoding:
+def by_reference(codes: Tensor, absmax: Tensor) -> Encoding:
     return codes, *nf4.double_quantize(absmax)
+
+
+def by_cuda(codes: Tensor, absmax: Tensor) -> Encoding:
+    return codes, *cuda_absmax.double_quantize(absmax, blockwise8.thresholds(True, absmax.device))
+
+
+def by_triton(codes: Tensor, absmax: Tensor) -> Encoding:
+    """Step by step, as ranks do it; the mean is formed on the host."""
+    from qsharded_kernels import triton_absmax
+
+    N, G = absmax.shape
+    offset = nf4.absmax_offset(triton_absmax.absmax_row_sums(absmax), G).to(absmax.device)
+    scales = triton_absmax.absmax_scales(absmax, offset, first_row=0, rows=N)
+    thresholds = blockwise8.thresholds(True, absmax.device)
+    return codes, triton_absmax.encode_absmax(absmax, scales, offset, thresholds, first_row=0), scales, offset
+
+
+SECOND_LEVEL = {"cuda": by_cuda, "triton": by_triton, "compiled": by_reference}
 
 
 def own(name: str, encode: Callable[[Tensor], Encoding], packed: context.Packed) -> Contender:

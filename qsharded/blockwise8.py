@@ -23,7 +23,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
     fractions = [_decade(decade, signed) for decade in range(_DECADES)]
     magnitudes = torch.cat(fractions)
     values = torch.cat([-magnitudes, magnitudes]) if signed else magnitudes
-    ends = torch.tensor([0.0, 1.0])
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
     entries = torch.cat([values, ends]).sort().values
     assert entries.numel() == 256
     return entries.to(device)
@@ -32,7 +32,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
 def _decade(decade: int, signed: bool) -> Tensor:
     """Midpoints of equal steps over [0.1, 1], twice as many from one decade to the next, scaled to their decade."""
     steps = 2**decade if signed else 2 ** (decade + 1)
-    edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+    edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")  # a GPU may round otherwise
     return 10 ** (decade - _DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)
 
 

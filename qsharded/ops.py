@@ -7,6 +7,7 @@ Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in 
 leading dimensions.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: as ``nf4.check_weight``, but for NaN and infinity, which only the caller can look for cheaply.
     """
-    return torch.ops.qsharded.nf4_quantize(weight)
+    return torch.ops.qsharded.nf4_quantize(weight.detach())
 
 
 def nf4_dequantize(
@@ -89,9 +90,35 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _check_last_axis(x: Tensor, size: int, name: str) -> None:
+def _check_activations(x: Tensor, size: int, name: str) -> None:
+    _check_dtype(x.dtype, name)
     if x.dim() == 0 or x.shape[-1] != size:
         raise ValueError(f"{name}'s last axis must be {size}, got {_describe(x)}")
+
+
+def _check_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in nf4.FLOAT_DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16 or float32, got {dtype}")
+
+
+def _check_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_activations(x, codes.shape[1] * 2, "x")
+    if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (codes.shape[0],)):
+        raise ValueError(f"bias must be {x.dtype} {[codes.shape[0]]}, got {_describe(bias)}")
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
+    """The caller's autocast must not reach the products inside: an operation's result has x's dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @torch.library.impl(_library, "nf4_quantize", "CompositeExplicitAutograd")
@@ -118,6 +145,7 @@ def _dequantize(
     codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_dtype(dtype, "dtype")
     return backends.dequantize(codes, absmax, absmax_scales, absmax_offset, dtype)
 
 
@@ -126,6 +154,7 @@ def _dequantize_fake(
     codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_dtype(dtype, "dtype")
     return codes.new_empty((codes.shape[0], codes.shape[1] * 2), dtype=dtype)
 
 
@@ -138,9 +167,10 @@ def _linear(
     absmax_offset: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    _check_last_axis(x, codes.shape[1] * 2, "x")
-    weight = _dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype)
-    return F.linear(x, weight, bias)
+    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
+    weight = backends.dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype)
+    with _autocast_off(x):
+        return F.linear(x, weight, bias)
 
 
 @torch.library.register_fake("qsharded::nf4_linear", lib=_library)
@@ -152,8 +182,7 @@ def _linear_fake(
     absmax_offset: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    _check_packed(codes, absmax, absmax_scales, absmax_offset)
-    _check_last_axis(x, codes.shape[1] * 2, "x")
+    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -161,8 +190,11 @@ def _linear_fake(
 def _linear_input_grad(
     grad: Tensor, codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None
 ) -> Tensor:
-    _check_last_axis(grad, codes.shape[0], "grad")
-    return grad.contiguous() @ _dequantize(codes, absmax, absmax_scales, absmax_offset, grad.dtype)
+    _check_packed(codes, absmax, absmax_scales, absmax_offset)
+    _check_activations(grad, codes.shape[0], "grad")
+    weight = backends.dequantize(codes, absmax, absmax_scales, absmax_offset, grad.dtype)
+    with _autocast_off(grad):
+        return grad.contiguous() @ weight
 
 
 @torch.library.register_fake("qsharded::nf4_linear_input_grad", lib=_library)
@@ -170,7 +202,7 @@ def _linear_input_grad_fake(
     grad: Tensor, codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None
 ) -> Tensor:
     _check_packed(codes, absmax, absmax_scales, absmax_offset)
-    _check_last_axis(grad, codes.shape[0], "grad")
+    _check_activations(grad, codes.shape[0], "grad")
     return grad.new_empty((*grad.shape[:-1], codes.shape[1] * 2))
 
 
@@ -185,8 +217,24 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors)
     if ctx.needs_input_grad[5]:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, None, None, None, grad_bias
 
 
 torch.library.register_autograd("qsharded::nf4_linear", _linear_backward, setup_context=_save_packed, lib=_library)
+
+
+def _save_packed_of_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.qsharded.nf4_linear(grad, *ctx.saved_tensors, None), None, None, None, None
+
+
+torch.library.register_autograd(
+    "qsharded::nf4_linear_input_grad",
+    _input_grad_backward,
+    setup_context=_save_packed_of_input_grad,
+    lib=_library,
+)

@@ -112,10 +112,6 @@ def fresh_tables() -> Iterator[None]:
         table.cache_clear()
 
 
-poisoned = pytest.mark.xfail(strict=True, reason="dynamic_map makes tensors of the default dtype and device")
-
-
-@poisoned
 @pytest.mark.usefixtures("fresh_tables")
 def test_the_default_dtype_does_not_reach_the_map() -> None:
     """It is made at first use, which may be while a model is built in another dtype, and stays."""
@@ -128,7 +124,6 @@ def test_the_default_dtype_does_not_reach_the_map() -> None:
     assert_same_bits(entries, GOLDEN["map.signed"])
 
 
-@poisoned
 @pytest.mark.usefixtures("fresh_tables")
 def test_the_default_device_does_not_reach_the_map() -> None:
     """A model is built under ``torch.device("meta")``, or on a GPU, whose linspace may round in another way."""

@@ -118,6 +118,10 @@ class LoRALinear(nn.Module):
         narrow = F.linear(x, self.lora_A.weight.to(x.dtype))
         return F.linear(narrow, self.lora_B.weight.to(x.dtype)) * self.scaling
 
+    def adapters(self) -> tuple[nn.Linear, nn.Linear]:
+        """(lora_A, lora_B)."""
+        return self.lora_A, self.lora_B
+
     def delta_weight(self) -> Tensor:
         """The update as a matrix [N, K], in fp32."""
         return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling

@@ -1,6 +1,7 @@
 """A linear layer whose weight stays in NF4, laid out so that FSDP2 can shard it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return ops.nf4_linear(x, *self.packed(), bias=bias)
 
@@ -107,6 +110,14 @@ class NF4Linear(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Refuse bytes that were cast on their way: copied back into bf16, other NaN patterns would come of them."""
+        for name in ("weight", "weight_absmax"):
+            stored, own = state_dict.get(prefix + name), self.get_parameter(name)
+            if stored is not None and stored.shape == own.shape and stored.dtype != own.dtype:
+                raise TypeError(f"{prefix}{name} must be bfloat16, as packed bytes are stored, got {stored.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

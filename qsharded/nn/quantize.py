@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from qsharded import nf4
+from qsharded.nn.lora import LoRALinear
 from qsharded.nn.nf4_linear import NF4Linear
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def quantize_(model: nn.Module, filter: Filter | None = None) -> nn.Module:
     Args:
         model: changed in place, and returned.
         filter: called with each linear's name and module, True to quantize it. By default every linear but the output
-            head ("lm_head").
+            head ("lm_head"). Adapters are left alone.
 
     A layer whose in_features is no multiple of 64 keeps its dtype, and a warning names it.
 
@@ -27,7 +28,9 @@ def quantize_(model: nn.Module, filter: Filter | None = None) -> nn.Module:
         ValueError: no layer was quantized, or a weight holds NaN or infinity.
     """
     chosen = filter or _all_but_the_head
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and chosen(name, m)]
+    adapters = {part for module in model.modules() if isinstance(module, LoRALinear) for part in module.adapters()}
+    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)
+    linears = [(name, m) for name, m in candidates if chosen(name, m)]
     fitting = [(name, m) for name, m in linears if m.in_features % nf4.BLOCK == 0]
     _tell_the_others([name for name, m in linears if m.in_features % nf4.BLOCK])
     if not fitting:

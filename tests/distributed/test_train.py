@@ -153,7 +153,7 @@ def test_going_on_with_an_adapter_starts_where_it_ended(model: Path, dataset: Pa
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"dataset": "no/such/folder/rows.jsonl"}, "rows.jsonl"),
+        ({"dataset": "no/such/folder/rows.jsonl"}, "no/such is no local file or folder"),
         ({"model": "no-such-model"}, "no-such-model is neither a folder nor a Hub id"),
         ({"adapter": "no-such-adapter"}, "no-such-adapter"),
         ({"resume_from_checkpoint": "no-such-checkpoint"}, "no-such-checkpoint"),

@@ -301,7 +301,6 @@ def test_forward_refuses_buffers_that_were_cast_behind_its_back(name: str) -> No
         layer(activations(2, 576))
 
 
-@pytest.mark.xfail(strict=True, reason="load_state_dict casts in silence")
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_state_dict_whose_bytes_were_cast_is_refused(dtype: torch.dtype, name: str) -> None:

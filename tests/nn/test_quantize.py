@@ -138,7 +138,6 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         quantize_(model)
 
 
-@pytest.mark.xfail(strict=True, reason="adapters are linear layers too, and are quantized in silence")
 def test_adapters_are_not_quantized() -> None:
     model = qsharded.nn.add_lora(nn.Sequential(nn.Linear(64, 64)), qsharded.nn.LoRAConfig(r=64))
     try:

@@ -3,6 +3,7 @@
 Source: Hu et al., "LoRA", arXiv:2106.09685; rsLoRA's scaling: Kalajdzievski, arXiv:2312.03732.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from qsharded.nn.nf4_linear import NF4Linear
 from qsharded.seeds import derived_seed
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 
@@ -82,7 +85,12 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for p, value in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name)), default)
+    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """PEFT's rule for the keys of patterns: an ending of the name, or a regex of one."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 class LoRALinear(nn.Module):
@@ -144,6 +152,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     targets = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear) and config.is_target(n)]
     if not targets:
         raise ValueError(f"no linear layer matches target_modules = {config.target_modules!r}")
+    _tell_idle_patterns(config, [name for name, _ in targets])
     saved = dict(named for ending in config.modules_to_save for named in _modules_to_save(model, ending))
     _refuse_shared(model, saved)
     model.requires_grad_(False)
@@ -155,6 +164,12 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     if not any(parameter.is_meta for parameter in model.parameters()):
         reset_adapters(model, seed=0)
     return model
+
+
+def _tell_idle_patterns(config: LoRAConfig, names: list[str]) -> None:
+    for pattern in {**config.rank_pattern, **config.alpha_pattern}:
+        if not any(_matches(pattern, name) for name in names):
+            logger.warning("the rank or alpha pattern %r matches no adapted layer", pattern)
 
 
 def _modules_to_save(model: nn.Module, ending: str) -> Iterator[tuple[str, nn.Module]]:

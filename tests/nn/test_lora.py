@@ -483,3 +483,11 @@ def test_dropout_must_leave_something(p: float) -> None:
 def test_adapters_are_fp32_or_bf16(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"adapters are float32 or bfloat16, got {dtype}"):
         LoRAConfig(dtype=dtype)
+
+
+def test_a_pattern_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = LoRAConfig(rank_pattern={"0": 2, "no_such": 4})
+    with caplog.at_level("WARNING"):
+        add_lora(nn.Sequential(nn.Linear(64, 64)), config)
+    assert "pattern 'no_such' matches no adapted layer" in caplog.text
+    assert "'0'" not in caplog.text

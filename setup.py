@@ -23,7 +23,8 @@ HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csr
 # -ffp-contract=off: a fused multiply-add rounds once where the format rounds twice, and bytes would differ
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
 FLAGS = ["-O3", "-std=c++17"]
-ARCHITECTURES = [80, 86, 89, 90]  # and PTX of the last, for what comes after
+ARCHITECTURES = ["80", "86", "89", "90a"]  # 90a: Hopper's warpgroup instructions
+PTX = "90"  # for what comes after
 # CUDA's runtime inside, its symbols hidden: PyTorch brings another version of the same names
 LINK_CUDA = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
 
@@ -83,8 +84,9 @@ def compile_library(compiler: str, nvcc: str | None, objects: Path, target: Path
 
 def nvcc_command(nvcc: str, compiler: str) -> list[str]:
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-    ptx = f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
-    return [nvcc, "-ccbin", compiler, *FLAGS, *codes, ptx, "-Xcompiler", ",".join(HOST_FLAGS)]
+    ptx = f"-gencode=arch=compute_{PTX},code=compute_{PTX}"
+    threads = ["--threads", str(os.cpu_count())]  # the architectures of a file side by side
+    return [nvcc, "-ccbin", compiler, *FLAGS, *threads, *codes, ptx, "-Xcompiler", ",".join(HOST_FLAGS)]
 
 
 def nvcc_linker(nvcc: str, compiler: str) -> list[str]:

@@ -4,6 +4,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
@@ -28,6 +29,24 @@ def dequantize(
     return kernels.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
+    N, K = codes.shape[0], codes.shape[1] * 2
+    M, fused = x.numel() // K, _fused_linear(codes.device)
+    if fused is None or M == 0 or x.dtype not in fused.DTYPES or not fused.is_faster(M, N, K, codes.device):
+        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype), bias)
+    tables = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
+    y = fused.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
+    return y.view(*x.shape[:-1], N)
+
+
 def dequantize_by_reference(
     codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -49,3 +68,13 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
         return cuda_nf4 if cuda.is_available(device) else triton_nf4
     return None
+
+
+@cache
+def _fused_linear(device: torch.device) -> ModuleType | None:
+    """The kernels that multiply without decoding first, where a device has them."""
+    if device.type != "cuda":
+        return None
+    from qsharded_kernels import cuda, cuda_linear
+
+    return cuda_linear if cuda.is_available(device) else None

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import backends, nf4
@@ -168,9 +167,8 @@ def _linear(
     bias: Tensor | None,
 ) -> Tensor:
     _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
-    weight = backends.dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype)
     with _autocast_off(x):
-        return F.linear(x, weight, bias)
+        return backends.linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
 
 
 @torch.library.register_fake("qsharded::nf4_linear", lib=_library)

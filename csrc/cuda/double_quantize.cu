@@ -53,7 +53,7 @@ __device__ double sum_of(const double* values, int64_t count) {
   return sum;
 }
 
-// The sum in row order is one chain of additions, 15 ns each. Summed side by side first: all terms are positive, so
+// The sum in row order is one chain of dependent additions. Summed side by side first: no term is negative, so
 // two orders differ by at most 2^-53 of the sum for every addition on the longest way of either, and where both ends
 // of that interval give the same fp32, the order does not matter. One weight in thousands takes the chain.
 __global__ void __launch_bounds__(kSumThreads)

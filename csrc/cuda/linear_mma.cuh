@@ -1,10 +1,12 @@
 // y = x W^T for few rows of x: W by way of registers into mma.m16n8k16, as A; x in shared memory, as B.
 //
 // Axes: rows = rows of W (columns of y), columns = columns of W; m = rows of x. A thread block walks its stretch of
-// (tile, chunk) units. kRowWarps x kColumnWarps warps share a unit; each has kSubtiles x 16 rows and one piece of 128
-// columns of it, so x is read from shared memory once a unit and then stays in registers.
+// (tile, chunk) units. kRowWarps x kColumnWarps warps share a unit; each has kSubtiles x 16 rows and kPieces pieces of
+// 128 columns of it, so x is read from shared memory once a piece and then stays in registers. Codes come a piece or more
+// ahead: to registers, or by bulk copies to a ring of the warp's own.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "linear_partition.cuh"
 #include "linear_weight.cuh"
 
@@ -37,18 +39,23 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int kRowWarps_, int kColumnWarps_, int kSubtiles_, int kMTiles_>
+constexpr int kPieces = 2;  // that a warp takes of a chunk: fewer barriers than with one
+
+template <int kRowWarps_, int kColumnWarps_, int kSubtiles_, int kMTiles_, int kSlots_ = 0>
 struct MmaShape {
   static constexpr int kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_, kSubtiles = kSubtiles_;
   static constexpr int kMTiles = kMTiles_;
-  static constexpr int kThreads = kRowWarps * kColumnWarps * kWarp;
+  static constexpr int kSlots = kSlots_;  // of a warp's ring of pieces, filled by bulk copies; 0: codes go to registers
+  static constexpr int kWarps = kRowWarps * kColumnWarps;
+  static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kRowWarps * kSubtiles * 16;
-  static constexpr int kColumns = kColumnWarps * kPiece;
+  static constexpr int kColumns = kColumnWarps * kPieces * kPiece;
   static constexpr int kM = kMTiles * 8;
   static constexpr int kSums = kSubtiles * kMTiles * 4;  // that a lane holds
   static constexpr int kStageBytes = kM * kColumns * 2;
-  static constexpr int kSumBytes = kColumnWarps > 1 ? kRowWarps * kColumnWarps * kSums * kWarp * 4 : 0;
-  static constexpr int kSharedBytes = kTableBytes + 1024 + 2 * kStageBytes + kSumBytes;
+  static constexpr int kSlotBytes = kSubtiles * 16 * kPiece / 2;
+  static constexpr int kSumBytes = kColumnWarps > 1 ? kWarps * kSums * kWarp * 4 : 0;
+  static constexpr int kSharedBytes = kTableBytes + kMapBytes + kWarps * kSlots * kSlotBytes + 2 * kStageBytes + kSumBytes;
 };
 
 // Where a 16-byte granule of x lies: the four lanes that read together find consecutive granules, and odd rows the
@@ -117,80 +124,131 @@ __device__ void write_tile(const LinearArguments<T>& a, float (&sums)[Shape::kSu
 }
 
 template <typename Shape, typename T, bool kDoubleQuant>
-__global__ void __launch_bounds__(Shape::kThreads, 1) linear_mma_kernel(const LinearArguments<T> a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    linear_mma_kernel(const LinearArguments<T> a, const __grid_constant__ CUtensorMap codes) {
   extern __shared__ __align__(1024) uint8_t shared[];
   uint8_t* const table = shared;
   float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-  uint8_t* const stages = shared + kTableBytes + 1024;
+  uint8_t* const rings = shared + kTableBytes + kMapBytes;
+  uint8_t* const stages = rings + Shape::kWarps * Shape::kSlots * Shape::kSlotBytes;
   float* const exchange = reinterpret_cast<float*>(stages + 2 * Shape::kStageBytes);
-
-  const int lane = threadIdx.x % kWarp, column_warp = threadIdx.x / kWarp % Shape::kColumnWarps;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column_warp = warp % Shape::kColumnWarps;
+  const int first_row = warp / Shape::kColumnWarps * Shape::kSubtiles * 16;
   const int m0 = blockIdx.y * Shape::kM;
   const int begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
   int tile = begin / a.partition.chunks, chunk = begin % a.partition.chunks;
+  constexpr bool kBulk = Shape::kSlots > 0;
 
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const auto load = [&](Strip& strip, int i, int tile, int chunk, bool inside) {
-    const int first_row = (threadIdx.x / kWarp / Shape::kColumnWarps * Shape::kSubtiles + i) * 16;
-    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + own_block();
-    load_strip<kDoubleQuant>(strip, a.w, static_cast<int64_t>(tile) * Shape::kRows, first_row, block, inside);
+  const auto block_of = [&](int chunk, int piece) {
+    return ((chunk * Shape::kColumnWarps + column_warp) * kPieces + piece) * kPieceBlocks + own_block();
   };
-  Strip strips[Shape::kSubtiles] = {};
+  const auto load = [&](Strip& strip, int i, int tile, int chunk, int piece, bool inside) {
+    const TileRows rows(a.w, static_cast<int64_t>(tile) * Shape::kRows);
+    if constexpr (!kBulk) load_codes(strip, a.w, rows, first_row + i * 16, block_of(chunk, piece), inside);
+    load_absmax<kDoubleQuant>(strip, a.w, rows, first_row + i * 16, block_of(chunk, piece), inside);
+  };
+
+#if __CUDA_ARCH__ >= 900
+  __shared__ uint64_t full[kBulk ? Shape::kWarps * Shape::kSlots : 1];
+  uint8_t* const ring = rings + warp * Shape::kSlots * Shape::kSlotBytes;
+  uint64_t* const own_full = full + warp * Shape::kSlots;
+  const int pieces = (end - begin) * kPieces;
+  // Piece number `n` of this warp goes to slot n % kSlots.
+  const auto copy_piece = [&](int n) {
+    if (lane != 0 || n >= pieces) return;
+    const int slot = n % (kBulk ? Shape::kSlots : 1);
+    const int unit = begin + n / kPieces, tile = unit / a.partition.chunks, chunk = unit % a.partition.chunks;
+    const int column = ((chunk * Shape::kColumnWarps + column_warp) * kPieces + n % kPieces) * (kPiece / 2);
+    copy_box(ring + slot * Shape::kSlotBytes, codes, column, tile * Shape::kRows + first_row, Shape::kSlotBytes,
+             own_full + slot);
+  };
+  if constexpr (kBulk) {
+    if (lane == 0) {
+      for (int i = 0; i < Shape::kSlots; ++i) init_barrier(own_full + i);
+      publish_barriers();
+    }
+    for (int i = 0; i < Shape::kSlots; ++i) copy_piece(i);
+    __syncwarp();
+  }
+  int slot = 0, parity = 0, number = 0;
+#endif
+  Strip strips[Shape::kSubtiles];
 #pragma unroll
-  for (int i = 0; i < Shape::kSubtiles; ++i) load(strips[i], i, tile, chunk, begin < end);
+  for (int i = 0; i < Shape::kSubtiles; ++i) {
+    strips[i] = empty_strip();
+    load(strips[i], i, tile, chunk, 0, begin < end);
+  }
   stage_x<Shape>(stages, a, m0, chunk, begin < end);
   fill_table<Shape::kThreads>(table, a.w.levels);
   float offset = 0;
-  if constexpr (kDoubleQuant) {
-    if (threadIdx.x < 256) map[threadIdx.x] = __ldg(a.w.absmax_map + threadIdx.x);
-    offset = __ldg(a.w.absmax_offset);
-  }
+  if constexpr (kDoubleQuant) offset = fill_map<Shape::kThreads>(map, a.w);
   const uint32_t copy = table_copy();
 
   float sums[Shape::kSums] = {};
   for (int unit = begin; unit < end; ++unit) {
-    const bool last_of_tile = chunk + 1 == a.partition.chunks;
+    const bool last_of_tile = chunk + 1 == a.partition.chunks, more = unit + 1 < end;
     const int next_tile = last_of_tile ? tile + 1 : tile, next_chunk = last_of_tile ? 0 : chunk + 1;
-    const bool more = unit + 1 < end;
     const int stage = (unit - begin) & 1;
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     stage_x<Shape>(stages + (stage ^ 1) * Shape::kStageBytes, a, m0, next_chunk, more);
-
-    uint4 b[Shape::kMTiles][4];
 #pragma unroll
-    for (int j = 0; j < Shape::kMTiles; ++j) {
+    for (int piece = 0; piece < kPieces; ++piece) {
+      uint4 b[Shape::kMTiles][4];
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const int m = j * 8 + lane / 4;
-        const int granule = column_warp * 16 + ((word * 4 + lane % 4) ^ (m % 2 * 4));
-        b[j][word] = *reinterpret_cast<const uint4*>(stages + stage * Shape::kStageBytes +
-                                                     (m * (Shape::kColumns / 8) + granule) * 16);
+      for (int j = 0; j < Shape::kMTiles; ++j) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const int m = j * 8 + lane / 4;
+          const int granule = (column_warp * kPieces + piece) * 16 + ((word * 4 + lane % 4) ^ (m % 2 * 4));
+          b[j][word] = *reinterpret_cast<const uint4*>(stages + stage * Shape::kStageBytes +
+                                                       (m * (Shape::kColumns / 8) + granule) * 16);
+        }
       }
-    }
-    const int block = (chunk * Shape::kColumnWarps + column_warp) * kPieceBlocks + own_block();
-    const bool inside = block < a.w.blocks_per_row;
+      const bool inside = block_of(chunk, piece) < a.w.blocks_per_row;
+#if __CUDA_ARCH__ >= 900
+      if constexpr (kBulk) {
+        wait_for(own_full + slot, parity);
 #pragma unroll
-    for (int i = 0; i < Shape::kSubtiles; ++i) {
-      const uint4 &upper = strips[i].upper, &lower = strips[i].lower;
-      const float absmax = decode_absmax<kDoubleQuant>(strips[i].absmax, map, offset, inside);
-      const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1), lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
+        for (int i = 0; i < Shape::kSubtiles; ++i) {
+          const auto* rows = reinterpret_cast<const uint4*>(ring + slot * Shape::kSlotBytes) + i * 64 + lane;
+          strips[i].codes = {rows[0], rows[32]};
+        }
+        __syncwarp();  // every lane has its codes
+        copy_piece(number + Shape::kSlots);
+        ++number;
+        if (++slot == Shape::kSlots) slot = 0, parity ^= 1;
+      }
+#endif
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const uint32_t u = word == 0 ? upper.x : word == 1 ? upper.y : word == 2 ? upper.z : upper.w;
-        const uint32_t l = word == 0 ? lower.x : word == 1 ? lower.y : word == 2 ? lower.z : lower.w;
-        uint32_t operand[4];
+      for (int i = 0; i < Shape::kSubtiles; ++i) {
+        const float absmax = decode_absmax<kDoubleQuant>(strips[i].absmax, map, offset, inside);
+        const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1);
+        const float lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
+        const uint4 &u = strips[i].codes.upper, &l = strips[i].codes.lower;
         auto* sum = reinterpret_cast<float(*)[4]>(sums + i * Shape::kMTiles * 4);
-        decode_step<T, 0>(u, l, table, copy, upper_absmax, lower_absmax, operand);
 #pragma unroll
-        for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].x, b[j][word].y, T{});
-        decode_step<T, 1>(u, l, table, copy, upper_absmax, lower_absmax, operand);
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t upper = word == 0 ? u.x : word == 1 ? u.y : word == 2 ? u.z : u.w;
+          const uint32_t lower = word == 0 ? l.x : word == 1 ? l.y : word == 2 ? l.z : l.w;
+          uint32_t operand[4];
+          decode_step<T, 0>(upper, lower, table, copy, upper_absmax, lower_absmax, operand);
 #pragma unroll
-        for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].z, b[j][word].w, T{});
+          for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].x, b[j][word].y, T{});
+          decode_step<T, 1>(upper, lower, table, copy, upper_absmax, lower_absmax, operand);
+#pragma unroll
+          for (int j = 0; j < Shape::kMTiles; ++j) multiply(sum[j], operand, b[j][word].z, b[j][word].w, T{});
+        }
+        // its registers are free: what comes next in this place, to be used when the other subtiles are done
+        if (piece + 1 < kPieces) {
+          load(strips[i], i, tile, chunk, piece + 1, true);
+        } else {
+          load(strips[i], i, next_tile, next_chunk, 0, more);
+        }
       }
-      load(strips[i], i, next_tile, next_chunk, more);
     }
     if (last_of_tile || !more) {
       write_tile<Shape>(a, sums, exchange, tile, m0);
@@ -246,7 +304,13 @@ cudaError_t launch_mma(const LinearArguments<T>& a, cudaStream_t stream) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(a.partition.blocks, ceil_div(a.m, Shape::kM));
-  kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(a);
+  CUtensorMap codes = {};
+  if (Shape::kSlots > 0) {
+    error = describe_bytes(&codes, a.w.codes, a.w.rows, a.w.blocks_per_row * (kBlock / 2), Shape::kSubtiles * 16,
+                           kPiece / 2);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(a, codes);
   error = cudaGetLastError();
   if (error != cudaSuccess || a.partition.slots() == 0) return error;
   return launch_sum(a, Shape::kRows, Shape::kM, stream);

@@ -17,6 +17,7 @@ constexpr int kPieceBlocks = kPiece / kBlock;
 constexpr int kTableCopies = 16;  // of a byte's two levels: one for every pair of banks
 constexpr int kTableRow = 256;    // bytes, half of them unused: one byte permutation then makes a table offset
 constexpr int kTableBytes = 256 * kTableRow;
+constexpr int kMapBytes = 256 * 4;
 
 struct PackedWeight {
   const uint8_t* codes;
@@ -31,66 +32,95 @@ struct PackedWeight {
 };
 
 struct RawAbsmax {
-  uint32_t bits;
-  float scale;
+  uint32_t bits;  // 8 of them
+  float scale;    // or, not double-quantized, the absmax itself
 };
 
-// Where `inside` is false `loaded` stays.
-__device__ inline void load_codes(uint4& loaded, const uint8_t* codes, bool inside) {
+// Where the condition is false the register stays. Predicates in place of branches: at a branch the compiler would wait
+// for the wgmma under way.
+__device__ inline void load_codes(uint4& loaded, const uint8_t* codes, bool condition) {
   // read once: no place in L1
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
       "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
       : "+r"(loaded.x), "+r"(loaded.y), "+r"(loaded.z), "+r"(loaded.w)
-      : "l"(codes), "r"(static_cast<int>(inside)));
+      : "l"(codes), "r"(static_cast<int>(condition)));
 }
 
-// tile_row: the same in the whole thread block; row: from there.
-template <bool kDoubleQuant>
-__device__ inline RawAbsmax load_absmax(const PackedWeight& w, int64_t tile_row, unsigned row, int block, bool inside) {
-  RawAbsmax raw = {0, 0};
-  if (!inside) return raw;
-  const int64_t at = tile_row * w.absmax_row_stride + (row * static_cast<unsigned>(w.absmax_row_stride) + block);
-  if constexpr (kDoubleQuant) {
-    const unsigned number = (static_cast<unsigned>(tile_row) + row) * w.blocks_per_row + block;
-    raw.bits = __ldg(static_cast<const uint8_t*>(w.absmax) + at);
-    raw.scale = __ldg(w.absmax_scales + number / kAbsmaxBlock);
-  } else {
-    raw.bits = __ldg(static_cast<const uint32_t*>(w.absmax) + at);
-  }
-  return raw;
+__device__ inline void load_if(uint32_t& loaded, const uint8_t* from, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.nc.u8 %0, [%1];\n}"
+               : "+r"(loaded)
+               : "l"(from), "r"(static_cast<int>(condition)));
 }
 
-// 16 rows of a piece, as a warp holds them: lane 4g + t has 16 bytes each of rows g and g + 8, and one of the four absmax
-// of its quad, which shares them out when they are decoded.
-struct Strip {
-  uint4 upper, lower;
-  RawAbsmax absmax;
-};
+__device__ inline void load_if(float& loaded, const float* from, bool condition) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.nc.f32 %0, [%1];\n}"
+               : "+f"(loaded)
+               : "l"(from), "r"(static_cast<int>(condition)));
+}
 
 // This lane's block within a piece.
 __device__ inline int own_block() { return threadIdx.x % 4 / 2; }
 
-// tile_row: the same in the whole thread block; first_row: the strip's, from there; block: this lane's.
-template <bool kDoubleQuant>
-__device__ inline void load_strip(Strip& strip, const PackedWeight& w, int64_t tile_row, int first_row, int block,
+// 16 rows of a piece, as a warp holds them: lane 4g + t has 16 bytes each of rows g and g + 8, and one of the four
+// absmax of its quad, which shares them out when they are decoded.
+struct Strip {
+  struct {
+    uint4 upper, lower;
+  } codes;
+  RawAbsmax absmax;
+  unsigned scale_number;  // of absmax.scale
+};
+
+__device__ inline Strip empty_strip() {
+  Strip strip = {};
+  strip.scale_number = ~0u;
+  return strip;
+}
+
+// A tile's rows. Those beyond the weight's last are computed and not written. Within a tile 32 bits reach.
+struct TileRows {
+  int64_t first;
+  unsigned last;  // from the first
+
+  __device__ TileRows(const PackedWeight& w, int64_t first)
+      : first(first), last(static_cast<unsigned>(min(w.rows - 1 - first, int64_t{0xFFFF}))) {}
+};
+
+// first_row: the strip's, from the tile's; block: this lane's.
+__device__ inline void load_codes(Strip& strip, const PackedWeight& w, const TileRows& tile, int first_row, int block,
                                   bool inside) {
   inside = inside && block < w.blocks_per_row;
-  // rows beyond the last are computed and not written. Within a tile 32 bits reach: 2^24 columns of 256 rows
-  const auto last = static_cast<unsigned>(min(w.rows - 1 - tile_row, int64_t{0xFFFF}));
   const unsigned upper = first_row + threadIdx.x % kWarp / 4, lower = upper + 8;
   const unsigned stride = w.blocks_per_row * (kBlock / 2);
   const unsigned byte = block * (kBlock / 2) + threadIdx.x % 2 * 16;
-  const uint8_t* codes = w.codes + tile_row * stride;
-  load_codes(strip.upper, codes + (min(upper, last) * stride + byte), inside);
-  load_codes(strip.lower, codes + (min(lower, last) * stride + byte), inside);
-  strip.absmax = load_absmax<kDoubleQuant>(w, tile_row, min(threadIdx.x % 2 ? lower : upper, last), block, inside);
+  const uint8_t* codes = w.codes + tile.first * stride;
+  load_codes(strip.codes.upper, codes + (min(upper, tile.last) * stride + byte), inside);
+  load_codes(strip.codes.lower, codes + (min(lower, tile.last) * stride + byte), inside);
+}
+
+template <bool kDoubleQuant>
+__device__ inline void load_absmax(Strip& strip, const PackedWeight& w, const TileRows& tile, int first_row, int block,
+                                   bool inside) {
+  inside = inside && block < w.blocks_per_row;
+  const unsigned row = min(first_row + threadIdx.x % kWarp / 4 + threadIdx.x % 2 * 8, tile.last);
+  const int64_t at = tile.first * w.absmax_row_stride + (row * static_cast<unsigned>(w.absmax_row_stride) + block);
+  if constexpr (kDoubleQuant) {
+    load_if(strip.absmax.bits, static_cast<const uint8_t*>(w.absmax) + at, inside);
+    // a row's blocks share few scales
+    const unsigned number = ((static_cast<unsigned>(tile.first) + row) * w.blocks_per_row + block) / kAbsmaxBlock;
+    const bool other = inside && number != strip.scale_number;
+    load_if(strip.absmax.scale, w.absmax_scales + number, other);
+    strip.scale_number = other ? number : strip.scale_number;
+  } else {
+    load_if(strip.absmax.scale, static_cast<const float*>(w.absmax) + at, inside);
+  }
 }
 
 // Beyond the last column zero, whatever the map holds: the codes there are no codes.
 template <bool kDoubleQuant>
 __device__ inline float decode_absmax(RawAbsmax raw, const float* map, float offset, bool inside) {
-  float absmax = __uint_as_float(raw.bits);
+  float absmax = raw.scale;
   if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[raw.bits], raw.scale), offset);
   return inside ? absmax : 0;
 }
@@ -112,6 +142,13 @@ __device__ inline void fill_table(uint8_t* table, const float* levels) {
     const float4 vector = make_float4(pairs[j].x, pairs[j].y, pairs[j].x, pairs[j].y);
     if (i < 256 * kVectors) *reinterpret_cast<float4*>(table + i / kVectors * kTableRow + i % kVectors * 16) = vector;
   }
+}
+
+// The map of 8-bit absmax; returns their offset.
+template <int kThreads>
+__device__ inline float fill_map(float* map, const PackedWeight& w) {
+  for (int i = threadIdx.x; i < 256; i += kThreads) map[i] = __ldg(w.absmax_map + i);
+  return __ldg(w.absmax_offset);
 }
 
 template <typename T>

@@ -27,7 +27,7 @@ struct WgmmaShape {
   static constexpr int kInstructions = kM / kInstructionM;
   static constexpr int kHalfBytes = kM * 128;  // 64 columns
   static constexpr int kStageBytes = 2 * kHalfBytes;
-  static constexpr int kSharedBytes = kTableBytes + 1024 + kStages * kStageBytes;
+  static constexpr int kSharedBytes = kTableBytes + kMapBytes + kStages * kStageBytes;
 };
 
 // One 16-byte granule a thread: the pairs that lanes t = 0..3 hold of one half of a k16 step.
@@ -52,27 +52,6 @@ __global__ void __launch_bounds__(256) arrange_x_kernel(const T* x, int m, int c
 }
 
 #if QSHARDED_HAS_WGMMA
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ inline void wait_for(const uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-
 // Has these in registers by here: the compiler would else decode between one wgmma and the next, and wait for each.
 __device__ inline void pin(uint32_t (&operand)[4][4]) {
 #pragma unroll
@@ -122,7 +101,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __shared__ int released[Shape::kStages];  // by so many warps
   uint8_t* const table = shared;
   float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-  uint8_t* const stages = shared + kTableBytes + 1024;
+  uint8_t* const stages = shared + kTableBytes + kMapBytes;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int chunks = a.partition.chunks;
   const int begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
@@ -131,19 +110,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   asm volatile("griddepcontrol.launch_dependents;");
   const auto load = [&](Strip& strip, int i, int tile, int piece, bool inside) {
     const int first_row = (warp / 4 * Shape::kSubtiles + i) * 64 + warp % 4 * 16;
-    load_strip<kDoubleQuant>(strip, a.w, static_cast<int64_t>(tile) * Shape::kRows, first_row,
-                             piece * kPieceBlocks + own_block(), inside);
+    const TileRows rows(a.w, static_cast<int64_t>(tile) * Shape::kRows);
+    const int block = piece * kPieceBlocks + own_block();
+    load_codes(strip, a.w, rows, first_row, block, inside);
+    load_absmax<kDoubleQuant>(strip, a.w, rows, first_row, block, inside);
   };
-  Strip strips[Shape::kSubtiles] = {};
+  Strip strips[Shape::kSubtiles];
 #pragma unroll
-  for (int i = 0; i < Shape::kSubtiles; ++i) load(strips[i], i, tile, piece, true);
+  for (int i = 0; i < Shape::kSubtiles; ++i) {
+    strips[i] = empty_strip();
+    load(strips[i], i, tile, piece, true);
+  }
   const auto copy_piece = [&](int unit, int stage) {
     copy_bulk(stages + stage * Shape::kStageBytes, arranged_x + static_cast<int64_t>(unit % chunks) * Shape::kStageBytes,
               Shape::kStageBytes, full + stage);
   };
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + i)));
+      init_barrier(full + i);
       released[i] = 0;
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -153,10 +137,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   fill_table<Shape::kThreads>(table, a.w.levels);
   float offset = 0;
-  if constexpr (kDoubleQuant) {
-    if (threadIdx.x < 256) map[threadIdx.x] = __ldg(a.w.absmax_map + threadIdx.x);
-    offset = __ldg(a.w.absmax_offset);
-  }
+  if constexpr (kDoubleQuant) offset = fill_map<Shape::kThreads>(map, a.w);
   __syncthreads();
 
   // The last warp to be done with a unit's piece of x has another brought in its place.
@@ -193,12 +174,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           } else {
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           }
-          const uint4 &u = strips[i].upper, &l = strips[i].lower;
+          const uint4 &u = strips[i].codes.upper, &l = strips[i].codes.lower;
           uint32_t(&now)[4][4] = operand[half];
-          decode_step<T, 0>(half ? u.z : u.x, half ? l.z : l.x, table, copy, upper_absmax, lower_absmax, now[0]);
-          decode_step<T, 1>(half ? u.z : u.x, half ? l.z : l.x, table, copy, upper_absmax, lower_absmax, now[1]);
-          decode_step<T, 0>(half ? u.w : u.y, half ? l.w : l.y, table, copy, upper_absmax, lower_absmax, now[2]);
-          decode_step<T, 1>(half ? u.w : u.y, half ? l.w : l.y, table, copy, upper_absmax, lower_absmax, now[3]);
+          const uint32_t upper[2] = {half ? u.z : u.x, half ? u.w : u.y};
+          const uint32_t lower[2] = {half ? l.z : l.x, half ? l.w : l.y};
+#pragma unroll
+          for (int word = 0; word < 2; ++word) {
+            decode_step<T, 0>(upper[word], lower[word], table, copy, upper_absmax, lower_absmax, now[2 * word]);
+            decode_step<T, 1>(upper[word], lower[word], table, copy, upper_absmax, lower_absmax, now[2 * word + 1]);
+          }
           if (half == 1) load(strips[i], i, next_tile, next_piece, unit + 1 < end);
           pin(now);
           const uint64_t b = matrix_at(stages + stage * Shape::kStageBytes + half * Shape::kHalfBytes);

@@ -1,7 +1,7 @@
 """NF4 in Triton, for any GPU; without one under TRITON_INTERPRET=1.
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row; within a kernel B = blocks of
-one program, W = weights in a block, Q = 32-bit words of codes in a block, E = weights in such a word.
+one program, W = weights in a block, Q = 32-bit words of codes of one program, E = weights in such a word.
 The callers check what users pass; the assertions here guard raw memory.
 """
 
@@ -17,12 +17,13 @@ ABSMAX_BLOCK = tl.constexpr(checks.ABSMAX_BLOCK)
 MIDPOINTS = tl.constexpr(checks.MIDPOINTS)
 LEVELS = tl.constexpr(checks.LEVELS)
 CODES_PER_WORD = tl.constexpr(8)
+WORDS = tl.constexpr(checks.BLOCK // 8)
 SMALLEST_ABSMAX = tl.constexpr(1e-38)  # keeps the reciprocal finite in an all-zero block
 BINS = tl.constexpr(32)  # of [-1, 1], narrower than two midpoints are apart
 
-# 16,384 and 8,192 weights, 128 and 64 a thread: enough loads in flight to hide memory's latency
+# 4,096 weights, 32 a thread: enough loads in flight to hide memory's latency
 _QUANTIZE_BLOCKS, _DEQUANTIZE_BLOCKS = 64, 64
-_WARPS = 8
+_WARPS = 4
 _INTERPRETED = triton.knobs.runtime.interpret  # as triton.jit found it
 
 
@@ -171,27 +172,26 @@ def _dequantize_kernel(
     BLOCKS: tl.constexpr,
 ):
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
-    block_B = first_block + tl.arange(0, BLOCKS)
-    inside_B = block_B < blocks
-    # one 64-bit division a program; within it 32 bits do
-    column_B = (first_block % blocks_per_row).to(tl.int32) + tl.arange(0, BLOCKS)
-    row_B = first_block // blocks_per_row + column_B // blocks_per_row
-    absmax_B = tl.load(absmax_ptr + row_B * absmax_row_stride + column_B % blocks_per_row, mask=inside_B, other=0)
-    if DOUBLE_QUANT:
-        scale_B = tl.load(scales_ptr + block_B // ABSMAX_BLOCK, mask=inside_B, other=0)
-        absmax_B = tl.load(map_ptr + absmax_B.to(tl.int32)) * scale_B + tl.load(offset_ptr)
-    i_Q, i_E = tl.arange(0, BLOCK // CODES_PER_WORD), tl.arange(0, CODES_PER_WORD)
-    word_at_BQ = block_B[:, None] * (BLOCK // CODES_PER_WORD) + i_Q[None, :]
+    i_Q = tl.arange(0, BLOCKS * WORDS)
+    inside_Q = first_block + i_Q // WORDS < blocks
     # A word a load: a thread that loaded several would keep their weights, and its 16-byte stores would lie apart. To
     # Triton, addresses that do not follow each other are that.
-    word_BQ = tl.load(words_ptr + tl.max_contiguous(word_at_BQ, [1, 1]), mask=inside_B[:, None], other=0)
+    word_Q = tl.load(words_ptr + first_block * WORDS + tl.max_contiguous(i_Q, 1), mask=inside_Q, other=0)
+    # one 64-bit division a program; within it 32 bits do
+    column_Q = (first_block % blocks_per_row).to(tl.int32) + i_Q // WORDS
+    row_Q = first_block // blocks_per_row + column_Q // blocks_per_row
+    absmax_Q = tl.load(absmax_ptr + row_Q * absmax_row_stride + column_Q % blocks_per_row, mask=inside_Q, other=0)
+    if DOUBLE_QUANT:
+        scale_Q = tl.load(scales_ptr + (first_block + i_Q // WORDS) // ABSMAX_BLOCK, mask=inside_Q, other=0)
+        absmax_Q = tl.load(map_ptr + absmax_Q.to(tl.int32)) * scale_Q + tl.load(offset_ptr)
+    i_E = tl.arange(0, CODES_PER_WORD)
     shift_E = 4 * (i_E ^ 1)  # a byte's first code is its high nibble
-    code_BQE = (word_BQ[:, :, None] >> shift_E[None, None, :]) & 15
-    # a gather from shared memory; one by tl.load was measured at a third of its speed
-    level_V = tl.gather(tl.load(levels_ptr + tl.arange(0, LEVELS)), code_BQE.reshape(code_BQE.numel), 0)
-    value_BQE = _from_fp32(level_V.reshape(code_BQE.shape) * absmax_B[:, None, None], out_ptr.dtype.element_ty)
-    value_at_BQE = word_at_BQ[:, :, None] * CODES_PER_WORD + i_E[None, None, :]
-    tl.store(out_ptr + value_at_BQE, value_BQE, mask=inside_B[:, None, None])
+    code_QE = (word_Q[:, None] >> shift_E[None, :]) & 15
+    # from shared memory, where look-ups of 16 entries meet no conflict
+    level_V = tl.gather(tl.load(levels_ptr + tl.arange(0, LEVELS)), code_QE.reshape(code_QE.numel), 0)
+    value_QE = _from_fp32(level_V.reshape(code_QE.shape) * absmax_Q[:, None], out_ptr.dtype.element_ty)
+    value_at_QE = i_Q[:, None] * CODES_PER_WORD + i_E[None, :]
+    tl.store(out_ptr + first_block * BLOCK + value_at_QE, value_QE, mask=inside_Q[:, None])
 
 
 @triton.jit

@@ -1,0 +1,85 @@
+"""x W^T on an NF4 weight, decoded on the way into the tensor cores, by the compiled library (csrc/cuda/linear*).
+
+Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row.
+The callers check what users pass; the assertions here guard raw memory.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import checks, cuda, library
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+# Up to how many rows of x this beats decoding W and then multiplying. Measured on an H200 with a cold L2 (4096x4096,
+# 14336x4096, 8192x8192, 28672x8192); where warpgroup instructions are missing it is a guess: two passes over W.
+MOST_ROWS = 128
+MOST_ROWS_OF_LARGE = 256  # writing and reading back a large decoded W takes longer
+LARGE = 2**26  # weights
+MOST_ROWS_WITHOUT_WGMMA = 32
+
+
+def is_faster(M: int, N: int, K: int, device: torch.device) -> bool:
+    """Whether ``linear`` beats ``cuda_nf4.dequantize`` and a matmul at these sizes, by the figures above."""
+    if not _has_wgmma(device):
+        return M <= MOST_ROWS_WITHOUT_WGMMA
+    return M <= MOST_ROWS or (M <= MOST_ROWS_OF_LARGE and N * K >= LARGE)
+
+
+def linear(
+    x_MK: Tensor,
+    codes_NP: Tensor,
+    absmax_NG: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    levels: Tensor,
+    absmax_map: Tensor | None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
+
+    A weight is level * absmax in fp32 rounded once to x's dtype, so that identity activations give back what
+    ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes and the device fix: the same call
+    gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in fp32.
+
+    Raises:
+        ValueError: 2^37 weights and more, or more than 2^20 columns.
+    """
+    x_MK, codes_NP = checks.aligned(x_MK), checks.aligned(codes_NP)
+    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    (M, K), (N, G) = x_MK.shape, absmax_NG.shape
+    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    assert x_MK.dtype in DTYPES, x_MK.dtype
+    assert K == G * checks.BLOCK, (K, G)
+    if bias_N is not None:
+        bias_N = bias_N.contiguous()
+        assert (bias_N.shape, bias_N.dtype) == ((N,), x_MK.dtype), (bias_N.shape, bias_N.dtype)
+    y_MN = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
+    dtype = library.DTYPES[x_MK.dtype]
+    cuda.call(
+        "nf4_linear",
+        *(x_MK, dtype, M),
+        *(codes_NP, N, G),
+        *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
+        *(levels, bias_N, y_MN),
+        _workspace(x_MK.device, dtype, M, N, G),
+    )
+    return y_MN
+
+
+@cache
+def _has_wgmma(device: torch.device) -> bool:
+    compiled = library.load()
+    assert compiled is not None, "ask cuda.is_available() first"
+    with torch.cuda.device(device):
+        return bool(compiled.qsharded_cuda_nf4_linear_has_wgmma())
+
+
+def _workspace(device: torch.device, dtype: int, M: int, N: int, G: int) -> Tensor | None:
+    compiled = library.load()
+    assert compiled is not None, "ask cuda.is_available() first"
+    with torch.cuda.device(device):
+        size = compiled.qsharded_cuda_nf4_linear_workspace(dtype, M, N, G)
+    return torch.empty(size, dtype=torch.uint8, device=device) if size else None

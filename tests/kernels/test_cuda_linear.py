@@ -1,0 +1,152 @@
+"""The fused product against the reference: bit for bit where the activations allow it, else against fp64."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsharded_kernels import cuda_linear, cuda_nf4
+from tests.kernels import cases
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library", "needs_cuda_part")]
+
+DTYPES = cuda_linear.DTYPES
+# around the edges of every tile of rows of x
+ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300]
+# one output, fewer than a warp's rows, no multiple of any tile; odd numbers of blocks; chunks that end early
+WEIGHTS = [(1, 1), (7, 45), (1000, 9), (520, 45), (300, 64), (4100, 16)]
+# the output's own rounding, 2^-8 or 2^-11 of it, and fp32 sums of at most 4,096 products: relative to |x||w|
+OUTPUT_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SUM_ERROR = 2**-20
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """In this mode PyTorch fills new memory with NaN or the largest integer: outputs and workspace."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(encoded: cases.Encoded) -> list[Tensor | None]:
+    """With their strides, which ``to`` alone would drop."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+    return [tensor if tensor is None else move(tensor) for tensor in encoded.arguments()]
+
+
+def random_rows(M: int, K: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to("cuda", dtype)
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Within the rounding of the output and of the sums. ``weight`` is decoded, on the GPU."""
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    sizes = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1) + (0 if bias is None else bias.double().abs())
+    excess = (y.double() - expected).abs() - expected.abs() * OUTPUT_ROUNDING[y.dtype] - sizes * SUM_ERROR
+    assert bool((excess <= 0).all()), f"{(~(excess <= 0)).sum()} of {y.numel()} are off, by up to {excess.max()}"
+
+
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize(("N", "G"), WEIGHTS)
+def test_product(N: int, G: int, M: int) -> None:
+    encoded = cases.double_quantized(N, G)
+    x = random_rows(M, G * 64, torch.bfloat16)
+    y = cuda_linear.linear(x, *on_gpu(encoded))
+    assert_product(y, x, encoded.expected(torch.bfloat16).cuda())
+
+
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_identity_returns_the_weight(dtype: torch.dtype, M: int) -> None:
+    encoded = cases.double_quantized(300, 9)
+    weight = encoded.expected(dtype)
+    identity = torch.eye(576, dtype=dtype, device="cuda")
+    columns = [cuda_linear.linear(rows, *on_gpu(encoded)).T for rows in identity.split(M)]
+    assert torch.equal(torch.cat(columns, dim=1).cpu(), weight)  # by value: a sum that starts at 0 has no -0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 8, 16, 64, 256])
+def test_every_pair_of_bytes(M: int, dtype: torch.dtype) -> None:
+    """Under fp32 absmax in strided rows, of magnitudes that the dtype holds."""
+    encoded = cases.every_pair_of_bytes()
+    arguments = on_gpu(encoded)
+    arguments[1].clamp_(2.0**-10, 2.0**10)
+    weight = cuda_nf4.dequantize(*arguments, dtype)
+    identity = torch.eye(512, dtype=dtype, device="cuda")
+    columns = [cuda_linear.linear(rows, *arguments).T for rows in identity.split(M)]
+    assert torch.equal(torch.cat(columns, dim=1), weight)
+
+
+@pytest.mark.parametrize("M", [3, 16, 40, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias(dtype: torch.dtype, M: int) -> None:
+    encoded = cases.double_quantized(1000, 9)
+    x, bias = random_rows(M, 576, dtype), torch.randn(1000).to("cuda", dtype)
+    y = cuda_linear.linear(x, *on_gpu(encoded), bias)
+    assert_product(y, x, encoded.expected(dtype).cuda(), bias)
+
+
+@pytest.mark.parametrize("M", [1, 16, 33, 100, 256])
+def test_same_bits_in_every_run(M: int) -> None:
+    encoded = cases.double_quantized(4100, 64)
+    x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
+    first = cuda_linear.linear(x, *arguments)
+    for _ in range(20):
+        cases.assert_same_bits(cuda_linear.linear(x, *arguments), first)
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_graph_replays(M: int) -> None:
+    encoded = cases.double_quantized(4100, 64)
+    x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
+    expected = cuda_linear.linear(x, *arguments)
+    torch.use_deterministic_algorithms(False)  # its fills are no part of what is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda_linear.linear(x, *arguments)
+    y.fill_(float("nan"))
+    graph.replay()
+    cases.assert_same_bits(y, expected)
+
+
+def test_views() -> None:
+    """x transposed, x at an odd address, codes at an odd address."""
+    encoded = cases.double_quantized(64, 9)
+    arguments, weight = on_gpu(encoded), encoded.expected(torch.bfloat16).cuda()
+    transposed = random_rows(576, 5, torch.bfloat16).T
+    assert_product(cuda_linear.linear(transposed, *arguments), transposed, weight)
+    shifted = random_rows(1, 577, torch.bfloat16)[:, 1:]
+    assert_product(cuda_linear.linear(shifted, *arguments), shifted, weight)
+    storage = torch.empty(arguments[0].numel() + 1, dtype=torch.uint8, device="cuda")
+    codes = storage[1:].view_as(arguments[0]).copy_(arguments[0])
+    assert_product(cuda_linear.linear(shifted, codes, *arguments[1:]), shifted, weight)
+
+
+@pytest.mark.parametrize(("M", "N"), [(0, 64), (5, 0)])
+def test_nothing_to_do(M: int, N: int) -> None:
+    encoded = cases.double_quantized(N, 9)
+    assert cuda_linear.linear(random_rows(M, 576, torch.bfloat16), *on_gpu(encoded)).shape == (M, N)
+
+
+@pytest.mark.parametrize("M", [1, 100])
+def test_beyond_32_bits(M: int) -> None:
+    """Codes of 4 GiB and more: 2^33 weights and 64 rows over."""
+    N, G = 2**17 + 64, 1024
+    codes = torch.randint(256, (N, G * 32), dtype=torch.uint8, device="cuda")
+    absmax = torch.randint(256, (N, G), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(N * G // 256, device="cuda")
+    encoded = cases.double_quantized(1, 1)
+    _, _, _, offset, levels, absmax_map = [t if t is None else t.cuda() for t in encoded.arguments()]
+    x = random_rows(M, G * 64, torch.bfloat16)
+    y = cuda_linear.linear(x, codes, absmax, scales, offset, levels, absmax_map)
+    for rows in (slice(0, 64), slice(N - 64, N)):
+        block = slice(rows.start * G // 256, rows.stop * G // 256)
+        weight = cuda_nf4.dequantize(
+            codes[rows], absmax[rows], scales[block], offset, levels, absmax_map, torch.bfloat16
+        )
+        assert_product(y[:, rows], x, weight)

@@ -1,22 +1,24 @@
 """What a training run is made of, prepared in the order in which mistakes are cheapest to find: data, then model."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch.optim import AdamW, Optimizer
 
+from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.load import load_model, parameter_count
-from qsharded.checkpoint.source import find_checkpoint
-from qsharded.checkpoint.training import Progress, complete_checkpoints, load_checkpoint
+from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
-from qsharded.config import TrainConfig, write_toml
+from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
-from qsharded.models import CausalLM
+from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
+from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World
 
 
@@ -32,6 +34,7 @@ class Parts:
     eval_loader: StepLoader | None
     prompts: Sequence[Prompt]
     total_steps: int
+    base_model: str
     progress: Progress
     summary: list[str] = field(default_factory=list)
 
@@ -42,19 +45,22 @@ class Parts:
 
 
 def prepare(config: TrainConfig, world: World) -> Parts:
-    """Read the data, build the model, find where the run stands.
+    """Read the data, build the model, find where the run stands; what an earlier run left is only then replaced.
 
     Raises:
         ValueError: a mistake of the user's, named.
     """
-    resume_from = _resume_folder(config)
-    _claim_output_dir(config, world, resuming=resume_from is not None)
-    folder = find_checkpoint(config.model, config.revision)
+    resume_from = find_resumed(config, world)
+    check_output_dir(config, world, resume_from)
+    folder = find_checkpoint(config.model, config.revision, weights=not config.random_init)
+    model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
+    _check_vocabulary(model_config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
-    lora = _lora_config(config)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    lora = _lora_config(config, adapter)
     model = load_model(
         folder,
         mesh=world.mesh,
@@ -65,8 +71,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         random_init=config.random_init,
         seed=config.seed,
     )
-    if config.adapter:
-        load_adapter(model, Path(config.adapter))
+    if adapter:
+        load_adapter(model, adapter)
     optimizer = _optimizer(config, model)
     parts = Parts(
         model=model,
@@ -77,46 +83,42 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         eval_loader=_eval_loader(config, world, tokenizer, eval_data),
         prompts=prompts,
         total_steps=_total_steps(config, loader),
-        progress=load_checkpoint(resume_from, model, optimizer) if resume_from else Progress(),
+        base_model=str(folder.resolve()) if Path(config.model).is_dir() else config.model,
+        progress=Progress(settings=data_settings(config, loader.rows_per_step)),
     )
-    parts.summary = _summary(config, world, parts, train_data, resume_from)
+    if resume_from:
+        parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)
+    claim_output_dir(config, world, resume_from)
+    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
     return parts
 
 
-def _resume_folder(config: TrainConfig) -> Path | None:
-    if config.resume_from_checkpoint is None:
-        return None
-    if config.resume_from_checkpoint == "auto":
-        return next(reversed(complete_checkpoints(Path(config.output_dir))), None)
-    folder = Path(config.resume_from_checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"--resume-from-checkpoint: {folder} is no folder")
-    return folder
+def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
+    """The settings that decide which rows a step takes: a run can only be resumed under the same ones."""
+    names = (
+        "dataset",
+        "dataset_format",
+        "dataset_split",
+        "train_on",
+        "max_length",
+        "overlong",
+        "packing",
+        "eval_split",
+    )
+    return {name: getattr(config, name) for name in (*names, "seed")} | {"rows_per_step": rows_per_step}
 
 
-def _claim_output_dir(config: TrainConfig, world: World, resuming: bool) -> None:
-    """Make the output folder and write config.toml; what an earlier run left is only replaced when told."""
-    folder = Path(config.output_dir)
-    results = [path for path in (folder / "adapter", *(folder / "checkpoints").glob("step-*")) if path.exists()]
-    traces = [path for path in (folder / "metrics.jsonl", folder / "config.toml") if path.exists()]
-    world.barrier()  # every rank has looked before the main one writes
-    # "auto" may start afresh over a run that was stopped before it had anything to lose
-    kept = results if config.resume_from_checkpoint == "auto" else results + traces
-    if kept and not resuming and not config.overwrite_output_dir:
+def _check_vocabulary(
+    vocab_size: int, train_data: Dataset, eval_data: Dataset | None, prompts: Sequence[Prompt]
+) -> None:
+    """An id beyond the embedding would stop a GPU with no word of the row at fault."""
+    examples = train_data.examples + (eval_data.examples if eval_data else [])
+    largest = max(max(int(example.ids.max()) for example in examples), *(max(prompt.ids) for prompt in prompts), 0)
+    if largest >= vocab_size:
         raise ValueError(
-            f"{folder} holds an earlier run ({kept[0].name}); choose another --output-dir, continue it with "
-            "--resume-from-checkpoint auto, or replace it with --overwrite-output-dir"
+            f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "
+            "config.json are of different models, or tokens were added without resizing the embedding"
         )
-    if world.is_main:
-        if not resuming:
-            _delete(results + traces)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")
-
-
-def _delete(paths: Sequence[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
@@ -168,10 +170,10 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
 
 
-def _lora_config(config: TrainConfig) -> LoRAConfig:
+def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
     dtype = DTYPES[config.lora_dtype]
-    if config.adapter:
-        return read_lora_config(Path(config.adapter), dtype)
+    if adapter:
+        return read_lora_config(adapter, dtype)
     return LoRAConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -201,18 +203,35 @@ def _total_steps(config: TrainConfig, loader: StepLoader) -> int:
         return config.max_steps
     whole, part = divmod(config.num_train_epochs, 1)
     steps = sum(loader.steps_in_epoch(epoch) for epoch in range(int(whole)))
-    return max(1, steps + math.ceil(part * loader.steps_in_epoch(int(whole))))
+    # 0.1 epochs of 10 steps are 1 step, whatever the last bits of 1.1 - 1 are
+    return max(1, steps + math.ceil(round(part * loader.steps_in_epoch(int(whole)), 6)))
 
 
-def _summary(config: TrainConfig, world: World, parts: Parts, data: Dataset, resume_from: Path | None) -> list[str]:
+def _summary(
+    config: TrainConfig,
+    world: World,
+    parts: Parts,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    resume_from: Path | None,
+) -> list[str]:
     trained = sum(parameter.numel() for _, parameter in trainable(parts.model))
-    counts = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
-    others = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     lines = [
         f"model {config.model}: {parameter_count(parts.model):,} parameters in NF4, {trained:,} trained in "
-        f"adapters, on {world.size} x {world.device.type}",
-        f"data {config.dataset}: {len(data.examples):,} rows of up to {config.max_length} tokens{others}",
+        f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
+        f"data {config.dataset}: {_counts(train_data, config.max_length)}",
     ]
+    if eval_data is not None:
+        lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
+    limit = parts.model.config.max_position_embeddings
+    if config.max_length > limit:
+        lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")
     if resume_from:
         lines.append(f"resumed from {resume_from} at step {parts.progress.step}")
     return lines
+
+
+def _counts(data: Dataset, max_length: int) -> str:
+    others = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
+    listed = "".join(f", {count:,} {what}" for what, count in others.items() if count)
+    return f"{len(data.examples):,} rows of up to {max_length} tokens{listed}"

@@ -19,11 +19,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def errors_named(prog: str, world: World) -> Iterator[None]:
-    """Turn a user's mistake (ValueError) into one line and exit status 1, instead of a traceback from every rank."""
+def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Turn errors of these kinds (a user's mistakes) into one line and exit status 1, instead of
+    a traceback from every rank."""
     try:
         yield
-    except ValueError as error:
+    except kinds as error:
         rank = "" if world.is_main else f" (rank {world.rank})"
         print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

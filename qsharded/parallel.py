@@ -171,7 +171,8 @@ def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
     for block in _blocks(model):
         yield [block]
-    if embedding.weight is head.weight:
+    weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
+    if embedding.weight is weight:
         yield [embedding, head]  # a tied weight belongs to one group
     else:
         yield [embedding]

@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
     world = start_world()
     try:
-        with errors_named(config.prog, world):
+        with errors_named(config.prog, world, (ValueError, OSError)):
             parts = assembly.prepare(config, world)
-        run(config, world, parts)
+        with errors_named(config.prog, world, (SkippedTooOften,)):
+            run(config, world, parts)
     finally:
         stop_world(world)
 
@@ -46,19 +47,19 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
         train_steps(config, world, parts, log)
-        _evaluate(config, world, parts, log, "after training")
         adapter = Path(config.output_dir, "adapter")
         save_adapter(
             parts.model,
             parts.lora,
             adapter,
-            base_model=config.model,
+            base_model=parts.base_model,
             revision=config.revision,
             is_main=world.is_main,
         )
         if world.is_main:
             parts.tokenizer.copy_files(adapter)
-        log.message(f"adapter written to {adapter}")
+        log.message(f"adapter written to {adapter}")  # before what may still fail
+        _evaluate(config, world, parts, log, "after training")
 
 
 def train_steps(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
@@ -67,11 +68,11 @@ def train_steps(config: TrainConfig, world: World, parts: assembly.Parts, log: M
     for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):
         if progress.step >= parts.total_steps:
             break
-        rate = _learning_rate(config, parts, progress.step)
+        rate, start = _learning_rate(config, parts, progress.step), time.perf_counter()
         loss, grad_norm = _train_step(config, world, parts, step, rate)
         progress.step += 1
         progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
-        window.add(loss, step)
+        window.add(loss, step, time.perf_counter() - start)
         log.advance(progress.step)
         if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
             log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
@@ -138,13 +139,14 @@ class Window:
 
     def __init__(self, progress: Progress) -> None:
         self._sums = progress.window
-        self._start, self._tokens = time.perf_counter(), 0
+        self._seconds, self._tokens = 0.0, 0
 
-    def add(self, loss: float, step: Step) -> None:
-        """Count a step with its loss a supervised token."""
+    def add(self, loss: float, step: Step, seconds: float) -> None:
+        """Count a step that took so many seconds, with its loss a supervised token."""
         self._sums["loss"] = self._sums.get("loss", 0.0) + loss * step.supervised_tokens
         self._sums["supervised"] = self._sums.get("supervised", 0) + step.supervised_tokens
         self._tokens += step.tokens
+        self._seconds += seconds
 
     def close(self, progress: Progress, epoch: float, grad_norm: float, rate: float, world: World) -> TrainRow:
         """The log line of this window; the next begins. The norm is the last step's, before clipping."""
@@ -154,12 +156,12 @@ class Window:
             loss=self._sums["loss"] / self._sums["supervised"],
             grad_norm=grad_norm,
             learning_rate=rate,
-            tokens_per_second=self._tokens / (time.perf_counter() - self._start),
+            tokens_per_second=self._tokens / self._seconds,
             memory_gib=peak_memory_gib(world.device),
             skipped_steps=progress.skipped_steps,
         )
         self._sums.clear()
-        self._start, self._tokens = time.perf_counter(), 0
+        self._seconds, self._tokens = 0.0, 0
         return row
 
 
@@ -193,7 +195,7 @@ def _save_and_evaluate(config: TrainConfig, world: World, parts: assembly.Parts,
             parts.lora,
             parts.optimizer,
             parts.progress,
-            base_model=config.model,
+            base_model=parts.base_model,
             is_main=world.is_main,
         )
         if world.is_main:

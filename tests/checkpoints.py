@@ -71,7 +71,7 @@ def write_chat_checkpoint(folder: Path, **config: Any) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<e>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return write_checkpoint(folder, vocab_size=len(vocabulary), **config)
+    return write_checkpoint(folder, **{"vocab_size": len(vocabulary)} | config)
 
 
 def write_chat_rows(path: Path, count: int) -> Path:

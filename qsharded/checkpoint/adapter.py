@@ -19,14 +19,16 @@ PREFIX = "base_model.model."
 
 # Fields of PEFT's LoraConfig that change nothing in the forward of a trained adapter, beside those that we read.
 _WITHOUT_EFFECT = {
-    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core",
-    "layers_pattern", "qalora_group_size", "task_type", "ensure_weight_tying", "runtime_config",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core", "layers_pattern",
+    "qalora_group_size", "task_type", "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "bias",
+    "modules_to_save", "bias", "init_lora_weights",
 }  # fmt: skip
+# Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA train beside changed ones.
+_STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -110,6 +112,7 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     unknown = [key for key in sorted(read.keys() - _WITHOUT_EFFECT - _READ) if _is_set(key, read[key])]
     if unknown or read.get("bias", "none") != "none":
         raise ValueError(f"{path}: not supported: " + ", ".join(f"{k} = {read[k]!r}" for k in unknown or ["bias"]))
+    _refuse_changed_base(read.get("init_lora_weights"), path)
     return LoRAConfig(
         r=read.get("r", 8),
         lora_alpha=read.get("lora_alpha", 8),
@@ -121,6 +124,14 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
         modules_to_save=read.get("modules_to_save") or [],
         dtype=dtype,
     )
+
+
+def _refuse_changed_base(start: Any, path: Path) -> None:
+    if start not in _STARTS_ON_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights = {start!r} trains beside changed base weights, so the adapter does not fit "
+            "the base model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _is_set(key: str, value: Any) -> bool:

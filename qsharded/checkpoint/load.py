@@ -51,7 +51,7 @@ def load_model(
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
-    folder = find_checkpoint(path_or_id, revision)
+    folder = find_checkpoint(path_or_id, revision, weights=not random_init)
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = skeleton(config, lora, dtype)

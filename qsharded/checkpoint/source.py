@@ -14,7 +14,8 @@ from torch import Tensor
 from qsharded.seeds import derived_seed
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
+_NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
 _RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
@@ -31,8 +32,13 @@ class WeightSource(Protocol):
         """Rows [start, stop) of the tensor, on the CPU in the dtype it is stored in."""
 
 
-def find_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's snapshot, downloaded if need be.
+
+    Args:
+        path_or_id: a folder, or a Hub id.
+        revision: of a Hub id.
+        weights: whether the weights are downloaded too, or only what describes the model and its tokenizer.
 
     Raises:
         ValueError: neither a folder nor the form of a Hub id, a revision given for a folder, or the Hub's refusal.
@@ -46,8 +52,13 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Path
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
     import huggingface_hub  # here: a local folder needs no Hub client
 
+    wanted = [*_DOWNLOADED, "*.safetensors"] if weights else _DOWNLOADED
     try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_id), revision=revision, allow_patterns=_DOWNLOADED))
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(path_or_id), revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED
+            )
+        )
     except Exception as error:  # of HTTP, of the connection, of the id: its kinds change with the client's versions
         raise ValueError(f"{path_or_id} is no local folder, and the Hub did not give it: {error}") from error
 
@@ -88,6 +99,9 @@ class SafetensorsFolder:
         weight_map = read_json(self.folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{self.folder / _INDEX} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str):
+                raise ValueError(f"{self.folder / _INDEX}: weight_map must name a file for {name}, got {file!r}")
         files = {file: self._inside(file) for file in set(weight_map.values())}
         held = {file: set(self._open(path).keys()) for file, path in files.items()}
         for name, file in weight_map.items():

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsharded import parallel
-from qsharded.checkpoint.adapter import copy_rows, load_adapter, open_weights, save_adapter, trainable
+from qsharded.checkpoint.adapter import (
+    CONFIG_FILE,
+    copy_rows,
+    load_adapter,
+    open_weights,
+    peft_config,
+    save_adapter,
+    trainable,
+)
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
 
@@ -31,6 +39,7 @@ class Progress:
         epoch, row: the data's cursor.
         skipped_steps: steps left out for a gradient that was not finite.
         window: what has been summed since the last log line.
+        settings: what decides which rows a step takes; a run is resumed under the same settings only.
     """
 
     step: int = 0
@@ -38,6 +47,7 @@ class Progress:
     row: int = 0
     skipped_steps: int = 0
     window: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -74,13 +84,19 @@ def _gathered_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> di
     return gathered
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
+def load_checkpoint(
+    folder: Path, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer, settings: Mapping[str, Any]
+) -> Progress:
     """Fill adapter and optimizer from ``folder``, each rank its own rows, and return where the run stood.
 
     Raises:
-        ValueError: a file that is missing, damaged, or of another model.
+        ValueError: a file that is missing, damaged, or of another model; an adapter of other settings than ``lora``, or
+            a run of others than ``settings``.
     """
     progress = _read_progress(folder / _STATE_FILE)
+    adapter = read_json(folder / _ADAPTER / CONFIG_FILE)
+    _refuse_other(peft_config(model, lora, ""), adapter, folder, leave={"base_model_name_or_path", "revision"})
+    _refuse_other(settings, progress.settings, folder)
     load_adapter(model, folder / _ADAPTER)
     path = folder / _OPTIMIZER_FILE
     with open_weights(path) as file:
@@ -90,6 +106,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pro
                 key.rpartition(":")[2]: _read_state(file, key, parameter, path) for key in keys
             }
     return progress
+
+
+def _refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path, leave: Container[str] = ()) -> None:
+    for key, value in now.items():
+        if key not in leave and then.get(key) != value:
+            raise ValueError(
+                f"{folder} was written with {key} = {then.get(key)!r}, this run has {value!r}: resume it alike"
+            )
 
 
 def _read_progress(path: Path) -> Progress:
@@ -116,8 +140,19 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first."""
+    return [folder for folder in checkpoints(output_dir) if (folder / _STATE_FILE).is_file()]
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
     found = (output_dir / "checkpoints").glob("step-*")
-    return sorted(folder for folder in found if folder.suffix != ".partial" and (folder / _STATE_FILE).is_file())
+    return sorted((folder for folder in found if folder.suffix != ".partial"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its folder's name; -1 for one that was renamed."""
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def drop_old_checkpoints(output_dir: Path, keep: int | None) -> None:

@@ -16,4 +16,6 @@ def builtin_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     if "model" in given:
         return {}
     values = read_toml(_FOLDER / "train.toml", TrainConfig)
+    if "output_dir" in given:
+        values.pop("overwrite_output_dir", None)  # that is said of the built-in run's own folder alone
     return {name: str(_FOLDER / value) if name in _PATHS else value for name, value in values.items()}

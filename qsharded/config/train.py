@@ -148,6 +148,8 @@ class TrainConfig:
         check_values(self)
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
+        if self.eval_steps and not (self.eval_dataset or self.eval_split):
+            raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)

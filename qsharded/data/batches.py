@@ -27,17 +27,19 @@ class Batch:
         input_ids: the tokens; ``pad_id`` where there is none.
         targets: what each position is to predict, the document's next token, or -100 where none is learned.
         positions: the token's place in its document; 0 in padding.
-        document_ids: the document's number in its row; -1 in padding.
+        document_ids: the document's number in its row; -1 in padding. None where no row has more than one: padding
+            comes last, so attention that is merely causal hides it, and that needs no mask.
     """
 
     input_ids: Tensor
     targets: Tensor
     positions: Tensor
-    document_ids: Tensor
+    document_ids: Tensor | None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``."""
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        documents_BS = None if self.document_ids is None else self.document_ids.to(device)
+        return Batch(self.input_ids.to(device), self.targets.to(device), self.positions.to(device), documents_BS)
 
 
 def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: int) -> Batch:
@@ -55,7 +57,9 @@ def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: in
     arrays_BS = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
     for number, row in enumerate(rows):
         _fill_row({name: array_BS[number] for name, array_BS in arrays_BS.items()}, row)
-    return Batch(**{name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()})
+    tensors = {name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()}
+    documents_BS = tensors.pop("document_ids")
+    return Batch(**tensors, document_ids=documents_BS if any(len(row) > 1 for row in rows) else None)
 
 
 def _fill_row(arrays_S: dict[str, np.ndarray], row: Sequence[Example]) -> None:

@@ -24,8 +24,8 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
         split: which files to take from a folder or the Hub.
 
     Raises:
-        ValueError: no such source or split, or a malformed row; the message starts with the row's origin.
-        ImportError: a parquet file, and pyarrow is not installed.
+        ValueError: no such source or split, a parquet file without pyarrow to read it, or a malformed row; the message
+            starts with the row's origin.
     """
     readers = {".jsonl": _json_lines, ".json": _json_document, ".parquet": _parquet}
     for path in find_files(source, split):
@@ -125,7 +125,7 @@ def _parquet(path: Path) -> Rows:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ImportError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):

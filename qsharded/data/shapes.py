@@ -53,7 +53,8 @@ def parse_row(row: dict[str, Any], format: str = "auto") -> Shape:
 
     Args:
         row: fields of one of the shapes; others are left alone.
-        format: one of ``FORMATS``; "auto" tells the shape by the fields that are there and not null.
+        format: one of ``FORMATS``; "auto" tells the shape by the fields that are there and not null, and takes ``text``
+            only where no other shape is there.
 
     Raises:
         ValueError: fields missing, of a wrong type or empty, an unknown role, or fields of several shapes.
@@ -70,10 +71,12 @@ def parse_row(row: dict[str, Any], format: str = "auto") -> Shape:
 
 def _detect(row: dict[str, Any]) -> str:
     names = [name for name, (fields, _) in _SHAPES.items() if all(field in row for field in fields)]
+    if len(names) > 1 and "text" in names:
+        names.remove("text")  # a rendering of the other fields, as in the original Alpaca: they say more
     if len(names) == 1:
         return names[0]
     if names:
-        raise ValueError(f"the fields fit several formats ({', '.join(names)}): say which one is meant")
+        raise ValueError(f"the fields fit several formats ({', '.join(names)}): choose one with --dataset-format")
     known = "; ".join(" + ".join(fields) for fields, _ in _SHAPES.values())
     raise ValueError(f"the fields fit no known format ({known}); the row has {_listing(row)}")
 

@@ -6,7 +6,7 @@ Source: Hu et al., "LoRA", arXiv:2106.09685; rsLoRA's scaling: Kalajdzievski, ar
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -145,7 +145,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     Raises:
         ValueError: no layer matches ``target_modules``, or no module matches an entry of ``modules_to_save``, or one
-            that does is quantized, or the model has adapters already. The model is then as it was.
+            that does is quantized, or a chosen layer's weight is tied to another's, or the model has adapters already.
+            The model is then as it was.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already; add_lora takes one without")
@@ -154,7 +155,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         raise ValueError(f"no linear layer matches target_modules = {config.target_modules!r}")
     _tell_idle_patterns(config, [name for name, _ in targets])
     saved = dict(named for ending in config.modules_to_save for named in _modules_to_save(model, ending))
-    _refuse_shared(model, saved)
+    _refuse_shared(model, saved, "modules_to_save cannot train")
+    _refuse_shared(model, [name for name, _ in targets], "target_modules cannot adapt")
     model.requires_grad_(False)
     for name, base in targets:
         lora = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout, config.dtype)
@@ -182,15 +184,13 @@ def _modules_to_save(model: nn.Module, ending: str) -> Iterator[tuple[str, nn.Mo
         yield name, module
 
 
-def _refuse_shared(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
-    """A tied weight belongs to two modules; trained under the name of one it would be lost to the other."""
+def _refuse_shared(model: nn.Module, chosen: Iterable[str], complaint: str) -> None:
+    """A tied weight belongs to two modules; changed under the name of one it would be another's at the other."""
     owners: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(parameter, name)
-        if first != name and any(f".{module}." in f".{first}.{name}." for module in saved):
-            raise ValueError(
-                f"{first} and {name} are one tied weight, which modules_to_save cannot train; leave it out"
-            )
+        if first != name and any(f".{module}." in f".{first}.{name}." for module in chosen):
+            raise ValueError(f"{first} and {name} are one tied weight, which {complaint}; leave it out")
 
 
 def _train_in_full(model: nn.Module, name: str, module: nn.Module) -> None:

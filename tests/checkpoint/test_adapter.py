@@ -66,6 +66,11 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
         ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
         ({"some_new_setting": 3}, "some_new_setting = 3"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' .*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq'"),
+        ({"init_lora_weights": ["eva"]}, r"init_lora_weights = \['eva'\]"),
     ],
 )
 def test_settings_that_are_unknown_here_are_named(folder: Path, tmp_path: Path, changes: dict, complaint: str) -> None:
@@ -73,6 +78,13 @@ def test_settings_that_are_unknown_here_are_named(folder: Path, tmp_path: Path, 
     change_config(tmp_path / "adapter", **changes)
     with pytest.raises(ValueError, match=complaint):
         read_lora_config(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_starts_that_leave_the_base_alone_are_read(folder: Path, tmp_path: Path, start: bool | str | None) -> None:
+    save_adapter(random_adapter(folder), LORA, tmp_path / "adapter", base_model="base")
+    change_config(tmp_path / "adapter", init_lora_weights=start)
+    assert read_lora_config(tmp_path / "adapter").rank_pattern == LORA.rank_pattern
 
 
 @pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "truncated", "absent"])

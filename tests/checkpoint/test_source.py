@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from qsharded.checkpoint import load_model
@@ -19,7 +21,7 @@ def sharded(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path, shards=2)
 
 
-def change_index(folder: Path, name: str, file: str) -> None:
+def change_index(folder: Path, name: str, file: Any) -> None:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][name] = file
     (folder / INDEX).write_text(json.dumps(index))
@@ -47,6 +49,13 @@ def test_rows_are_those_asked_for(sharded: Path) -> None:
 def test_an_index_entry_that_leaves_the_folder_is_refused(sharded: Path, file: str) -> None:
     change_index(sharded, "model.norm.weight", file)
     with pytest.raises(ValueError, match="points outside its folder"):
+        load_model(sharded)
+
+
+@pytest.mark.parametrize("file", [3, None, ["model-00001-of-00002.safetensors"], {}])
+def test_an_index_entry_that_is_no_file_name_is_refused(sharded: Path, file: Any) -> None:
+    change_index(sharded, "model.norm.weight", file)
+    with pytest.raises(ValueError, match=r"weight_map must name a file for model\.norm\.weight, got "):
         load_model(sharded)
 
 
@@ -124,17 +133,42 @@ def test_what_is_neither_folder_nor_hub_id_is_named(name: str) -> None:
         find_checkpoint(name)
 
 
+class Hub:
+    """A repository with what model makers put into theirs, and what was asked of it and given."""
+
+    FILES = (
+        "README.md", "config.json", "consolidated.safetensors", "consolidated.00.safetensors", "pytorch_model.bin",
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "original/params.json",
+        "original/model.safetensors", "tokenizer.json",
+    )  # fmt: skip
+
+    def __init__(self, snapshot: Path) -> None:
+        self.snapshot = snapshot
+
+    def snapshot_download(
+        self, repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        self.asked = (repo, revision)
+        chosen = filter_repo_objects(self.FILES, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        self.given = sorted(chosen)
+        return str(self.snapshot)
+
+
 def test_a_hub_id_is_downloaded_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, asked = write_checkpoint(tmp_path), []
-
-    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision))
-        assert "*.safetensors" in allow_patterns
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hub = Hub(write_checkpoint(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
     load_model("owner/name", revision="v2")
-    assert asked == [("owner/name", "v2")]
+    assert hub.asked == ("owner/name", "v2")
+    assert hub.given == [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"
+    ]  # fmt: skip
+
+
+def test_random_weights_download_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(write_checkpoint(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    load_model("owner/name", random_init=True)
+    assert hub.given == ["config.json", "model.safetensors.index.json", "tokenizer.json"]
 
 
 def test_what_the_hub_refuses_is_named() -> None:

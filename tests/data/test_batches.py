@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qsharded.data import Example, make_batch
+from qsharded.evaluation import batch_loss
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.models.masks import attention_mask
+from tests.checkpoints import LLAMA
 
 A = Example([1, 2, 3], [False, False, True])
 B = Example([4, 5], [True, True])
@@ -33,9 +39,20 @@ def test_no_rows_make_one_row_of_padding():
     assert batch.input_ids.tolist() == [[3] * 4]
     assert batch.targets.tolist() == [[-100] * 4]
     assert batch.positions.tolist() == [[0] * 4]
-    assert batch.document_ids.tolist() == [[-1] * 4]
+    assert batch.document_ids is None
+
+
+def test_rows_of_one_document_need_no_mask_and_have_the_same_loss():
+    model = CausalLM(ModelConfig.from_hf(LLAMA), dtype=torch.float32)
+    batch = make_batch([[A], [C], []], pad_id=0, max_length=8)
+    assert attention_mask(8, 8, batch.document_ids, None, torch.device("cpu")) is None
+    explicit = torch.tensor([[0] * 3 + [-1] * 5, [0] * 4 + [-1] * 4, [-1] * 8])
+    masked = batch_loss(model, replace(batch, document_ids=explicit))
+    assert masked > 0
+    torch.testing.assert_close(batch_loss(model, batch), masked, rtol=1e-6, atol=0)
 
 
 def test_moving():
-    moved = make_batch([[A]], pad_id=0, max_length=8).to("meta")
+    moved = make_batch([[A, B]], pad_id=0, max_length=8).to("meta")
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert make_batch([[A]], pad_id=0, max_length=8).to("meta").document_ids is None

@@ -197,7 +197,10 @@ def test_more_rows_than_are_encoded_at_once_keep_their_order(tmp_path, tokenizer
         ({"messages": chat("a")}, "no message of the assistant to learn"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "unknown role 'wizard'"),
         ({"prompt": "a"}, "fit no known format"),
-        ({"text": "a", "messages": chat("a", "b")}, r"fit several formats \(messages, text\)"),
+        (
+            {"prompt": "a", "completion": "b", "messages": chat("a", "b")},
+            r"fit several formats \(messages, prompt-completion\)",
+        ),
         ({"text": "fox \ud83d"}, "half of a surrogate pair stands alone behind 'fox '"),
         ({"messages": chat("a", "\udc00")}, "half of a surrogate pair"),
     ],

@@ -35,11 +35,20 @@ def make_loader(examples, rank=0, world_size=1, accumulation=1, batch_size=1, pa
     )
 
 
+def document_ids(batch):
+    """Each position's document, -1 in padding. Where the batch tells none, positions do: no document is one token."""
+    if batch.document_ids is not None:
+        return batch.document_ids
+    last_B1 = batch.positions.max(dim=1, keepdim=True).values
+    inside_BS = (torch.arange(batch.positions.shape[1]) <= last_B1) & (last_B1 > 0)
+    return torch.where(inside_BS, 0, -1)
+
+
 def documents(steps):
     """What the model sees in one step of all ranks: for each document its ids, positions and targets."""
     found = Counter()
     for batch in (batch for step in steps for batch in step.micro_batches):
-        for row in zip(batch.input_ids, batch.positions, batch.targets, batch.document_ids, strict=True):
+        for row in zip(batch.input_ids, batch.positions, batch.targets, document_ids(batch), strict=True):
             ids, positions, targets, numbers = row
             for number in set(numbers.tolist()) - {-1}:
                 parts = (part[numbers == number].tolist() for part in (ids, positions, targets))
@@ -110,14 +119,14 @@ def test_every_rank_runs_the_same_number_of_batches_and_knows_the_global_counts(
         assert 1 <= len(ranks[0].micro_batches) <= accumulation
         assert max(len(batch.input_ids) for batch in batches) <= batch_size
         supervised = sum(int((batch.targets != -100).sum()) for batch in batches)
-        tokens = sum(int((batch.document_ids != -1).sum()) for batch in batches)
+        tokens = sum(int((document_ids(batch) != -1).sum()) for batch in batches)
         assert {(step.supervised_tokens, step.tokens) for step in ranks} == {(supervised, tokens)}
         assert len({step.cursor for step in ranks}) == 1
 
 
 def test_a_rank_short_of_rows_gets_padding():
     (ranks,) = all_steps(make_examples(0, count=1), 1, world_size=3)
-    assert [bool((step.micro_batches[0].document_ids == -1).all()) for step in ranks] == [False, True, True]
+    assert [bool((document_ids(step.micro_batches[0]) == -1).all()) for step in ranks] == [False, True, True]
 
 
 def test_a_short_step_has_no_more_micro_batches_than_it_needs():
@@ -129,9 +138,11 @@ def same(one, other):
     fields = ("supervised_tokens", "tokens", "cursor")
     equal = all(getattr(one, field) == getattr(other, field) for field in fields)
     pairs = zip(one.micro_batches, other.micro_batches, strict=True)
-    return equal and all(
-        torch.equal(tensor, getattr(right, name)) for left, right in pairs for name, tensor in vars(left).items()
-    )
+    return equal and all(all(map(torch.equal, tensors(left), tensors(right))) for left, right in pairs)
+
+
+def tensors(batch):
+    return batch.input_ids, batch.targets, batch.positions, document_ids(batch)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -202,7 +213,7 @@ def test_micro_batches_hold_rows_of_like_length():
 def test_ranks_share_long_and_short_rows():
     examples = [Example([1] * n, [True] * n) for n in (32, 24, 16, 8)]
     (ranks,) = all_steps(examples, 1, world_size=2, batch_size=2, packing=False)
-    assert [[int((row != -1).sum()) for row in step.micro_batches[0].document_ids] for step in ranks] == [
+    assert [[int((row != -1).sum()) for row in document_ids(step.micro_batches[0])] for step in ranks] == [
         [32, 16],
         [24, 8],
     ]

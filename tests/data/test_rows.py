@@ -91,7 +91,7 @@ def test_parquet_rows_lose_the_nulls_that_arrow_adds(tmp_path):
 def test_parquet_without_pyarrow_tells_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"a\.parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(ValueError, match=r"a\.parquet needs pyarrow: pip install pyarrow"):
         list(read_rows(tmp_path / "a.parquet"))
 
 

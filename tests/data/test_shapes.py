@@ -44,11 +44,24 @@ def test_shapes_are_detected_or_told(name, row, shape):
 
 
 def test_a_told_format_settles_what_detection_cannot():
-    row = {"instruction": "a", "input": "", "output": "b", "text": "c"}
-    with pytest.raises(ValueError, match=r"fit several formats \(alpaca, text\)"):
+    row = {"instruction": "a", "input": "", "output": "b", "prompt": "c", "completion": "d", "text": "e"}
+    with pytest.raises(ValueError, match=r"fit several formats \(alpaca, prompt-completion\): .*--dataset-format"):
         parse_row(row)
-    assert parse_row(row, "text") == Text("c")
+    assert parse_row(row, "prompt-completion") == PromptCompletion("c", "d")
     assert parse_row(row, "alpaca") == BOTH
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"instruction": "a", "input": "", "output": "b"}, BOTH),  # as in the original Alpaca
+        ({"messages": [USER, ANSWER]}, BOTH),
+        ({"prompt": "a", "completion": "b"}, PromptCompletion("a", "b")),
+    ],
+)
+def test_text_beside_a_structured_shape_is_its_rendering(fields, shape):
+    assert parse_row(fields | {"text": "c"}) == shape
+    assert parse_row(fields | {"text": "c"}, "text") == Text("c")
 
 
 def test_message_fields_reach_the_template_but_not_nulls_or_weights():

@@ -89,6 +89,35 @@ def test_sharding_and_recomputation_change_no_result(folder: Path, world_size: i
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
+def head_adapter_gradients(path: Path, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the gradients of an adapted head, whose lora_B is not at its start, where lora_A would get none."""
+    mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
+    lora = LoRAConfig(r=3, target_modules=".*")
+    model = load_model(path, mesh=mesh, lora=lora, dtype=torch.float32, seed=7)
+    with torch.no_grad():
+        parallel.local(model.get_parameter("lm_head.lora_B.weight")).fill_(0.02)
+    ids = torch.arange(24).view(2, 12) % 97
+    loss = model(ids, targets_BS=ids)
+    loss.backward()
+    names = [f"lm_head.lora_{part}.weight" for part in "AB"]
+    return loss.detach(), {name: parallel.whole(model.get_parameter(name).grad) for name in names}
+
+
+def test_an_adapted_head_trains_alike_on_any_number_of_ranks(folder: Path) -> None:
+    loss, gradients = run_ranks(head_adapter_gradients, 1, folder, 1)[0]
+    for other_loss, others in run_ranks(head_adapter_gradients, 2, folder, 2):
+        torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight are one tied weight, which target_modules cannot adapt"):
+        load_model(folder, lora=LoRAConfig(r=3, target_modules=["q_proj", "lm_head"]))
+
+
 def rows_read(path: Path, world_size: int) -> dict[str, int]:
     """How many rows of each tensor this rank asks the checkpoint for."""
     asked: dict[str, int] = {}

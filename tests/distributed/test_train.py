@@ -1,5 +1,7 @@
 """The trainer from its command line: what it writes, how it resumes, what stops it."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -116,11 +118,9 @@ def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
         return result
 
     train.accumulate_gradient = sometimes_infinite
-    try:
+    with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         run(*args)
-    except train.SkippedTooOften as error:
-        return str(error)
-    return ""
+    return printed.getvalue()
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(model: Path, dataset: Path, tmp_path: Path) -> None:
@@ -138,6 +138,7 @@ def test_too_many_skipped_steps_stop_the_run_at_a_log_line(model: Path, dataset:
     options = {"max_steps": 6, "logging_steps": 3}
     stopped_by = run_ranks(run_with_infinite_loss, 2, [1], model, dataset, tmp_path / "out", options)
     assert all("1 steps were skipped by step 3" in message for message in stopped_by)
+    assert all(message.count("\n") == 1 for message in stopped_by)
     assert not (tmp_path / "out" / "adapter").exists()
 
 
@@ -184,6 +185,78 @@ def test_an_earlier_run_is_not_overwritten_untold(
         assert "holds an earlier run (adapter)" in capsys.readouterr().err
     train.main([*arguments(model, dataset, tmp_path, max_steps=2), "--overwrite-output-dir"])
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_mistake_costs_no_earlier_run(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """What --overwrite-output-dir replaces is replaced when the new run is ready to start, and not before."""
+    train.main(arguments(model, dataset, tmp_path, max_steps=1))
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    mistakes = [
+        {"model": "no-such-model"},
+        {"lora_target_modules": "no_such_layer"},
+        {"adapter": tmp_path / "adapter"},
+        {"lora_rank_pattern": "q_proj=0"},
+    ]
+    for mistake in mistakes:
+        options = {"model": model, "dataset": dataset, "output": tmp_path} | mistake
+        named = [options.pop(name) for name in ("model", "dataset", "output")]
+        with pytest.raises(SystemExit):
+            train.main([*arguments(*named, **options), "--overwrite-output-dir"])
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha = 32.0, this run has 64.0"),
+        ({"seed": 1}, "seed = 42, this run has 1"),
+        ({"max_length": 32}, "max_length = 64, this run has 32"),
+        ({"per_device_train_batch_size": 1}, "rows_per_step = 4, this run has 2"),
+    ],
+)
+def test_a_run_is_resumed_under_its_own_settings(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, complaint: str
+) -> None:
+    options = {"max_steps": 2, "save_steps": 1, "resume_from_checkpoint": "auto"}
+    train.main(arguments(model, dataset, tmp_path, **options))
+    with pytest.raises(SystemExit):
+        train.main(arguments(model, dataset, tmp_path, **options | change))
+    assert complaint in capsys.readouterr().err
+
+
+def test_resuming_an_older_checkpoint_drops_the_newer_ones(model: Path, dataset: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
+    train.main(arguments(model, dataset, tmp_path, **options))
+    resumed = {"max_steps": 2, "resume_from_checkpoint": tmp_path / "checkpoints" / "step-000001"}
+    train.main(arguments(model, dataset, tmp_path, **options | resumed))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_a_token_beyond_the_embedding_is_found_before_training(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_chat_checkpoint(tmp_path, vocab_size=60)
+    with pytest.raises(SystemExit):
+        train.main(arguments(other, dataset, tmp_path / "out", max_steps=1))
+    assert "but the model's vocab_size is 60" in capsys.readouterr().err
+
+
+def test_the_adapter_is_written_before_the_last_evaluation(model: Path, dataset: Path, tmp_path: Path) -> None:
+    evaluate, calls = evaluation.validation_loss, []
+
+    def failing(*args: Any) -> dict[str, float]:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return evaluate(*args)
+
+    evaluation.validation_loss = failing
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train.main(arguments(model, dataset, tmp_path, max_steps=1))
+    finally:
+        evaluation.validation_loss = evaluate
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, tmp_path: Path) -> None:

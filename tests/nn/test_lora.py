@@ -415,6 +415,15 @@ def test_a_tied_module_to_save_is_an_error_that_names_both_and_changes_nothing(e
     assert snapshot(model) == before
 
 
+def test_a_tied_target_is_an_error_that_names_both_and_changes_nothing() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 16), "head": nn.Linear(16, 8, bias=False), "up": nn.Linear(16, 16)})
+    model["head"].weight = model["embed"].weight
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"embed\.weight and head\.weight are one tied weight, which target_modules"):
+        add_lora(model, LoRAConfig(r=R, target_modules=["up", "head"]))
+    assert snapshot(model) == before
+
+
 def test_a_tie_among_others_is_no_hindrance() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(8, 16), "head": nn.Linear(16, 8, bias=False), "up": nn.Linear(16, 16)})
     model["head"].weight = model["embed"].weight

@@ -21,6 +21,8 @@ from qsharded.nn import LoRAConfig
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World
 
+_DECIDE_ROWS = "dataset dataset_format dataset_split train_on max_length overlong packing eval_split seed".split()
+
 
 @dataclass
 class Parts:
@@ -95,17 +97,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
     """The settings that decide which rows a step takes: a run can only be resumed under the same ones."""
-    names = (
-        "dataset",
-        "dataset_format",
-        "dataset_split",
-        "train_on",
-        "max_length",
-        "overlong",
-        "packing",
-        "eval_split",
-    )
-    return {name: getattr(config, name) for name in (*names, "seed")} | {"rows_per_step": rows_per_step}
+    return {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
 
 
 def _check_vocabulary(

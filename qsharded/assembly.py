@@ -21,7 +21,9 @@ from qsharded.nn import LoRAConfig
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World
 
-_DECIDE_ROWS = "dataset dataset_format dataset_split train_on max_length overlong packing eval_split seed".split()
+_DECIDE_ROWS = (
+    "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
+)  # fmt: skip
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``."""
 
+import os
 from functools import cache
 from types import ModuleType
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+
+BACKENDS = ("compiled", "triton", "reference")
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,23 +60,53 @@ def dequantize_by_reference(
 
 
 @cache
+def wanted_backend() -> str | None:
+    """What QSHARDED_BACKEND asks for, read once: one of ``BACKENDS``, or None for the fastest that is there.
+
+    Raises:
+        ValueError: it names none of them.
+    """
+    name = os.environ.get("QSHARDED_BACKEND") or None
+    if name not in (None, *BACKENDS):
+        raise ValueError(f"QSHARDED_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels that serve a device; None where plain PyTorch has to do. Imported here: Triton loads slowly."""
+    """The kernels that serve a device; None where plain PyTorch has to do.
+
+    Raises:
+        ValueError: QSHARDED_BACKEND asks for some that do not.
+    """
+    wanted = wanted_backend()
+    if wanted == "reference":
+        return None
+    served = _implementations(device)
+    if wanted is not None and wanted not in served:
+        there = ", ".join([*served, "reference"])
+        raise ValueError(f"QSHARDED_BACKEND={wanted} does not serve {device} here; what does: {there}")
+    return served[wanted] if wanted else next(iter(served.values()), None)
+
+
+def _implementations(device: torch.device) -> dict[str, ModuleType]:
+    """What runs on a device, the fastest first. Imported here: Triton loads slowly."""
     if device.type == "cpu":
         from qsharded_kernels import cpu_nf4
 
-        return cpu_nf4 if cpu_nf4.is_available() else None
+        return {"compiled": cpu_nf4} if cpu_nf4.is_available() else {}
     if device.type == "cuda":
         from qsharded_kernels import cuda, cuda_nf4, triton_nf4
 
-        return cuda_nf4 if cuda.is_available(device) else triton_nf4
-    return None
+        compiled = {"compiled": cuda_nf4} if cuda.is_available(device) else {}
+        return compiled | {"triton": triton_nf4}
+    return {}
 
 
 @cache
 def _fused_linear(device: torch.device) -> ModuleType | None:
     """The kernels that multiply without decoding first, where a device has them."""
-    if device.type != "cuda":
+    if device.type != "cuda" or wanted_backend() not in (None, "compiled"):
         return None
     from qsharded_kernels import cuda, cuda_linear
 

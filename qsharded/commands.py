@@ -1,7 +1,8 @@
 """What the commands share: how mistakes are told, and what "auto" means."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,3 +29,17 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
         rank = "" if world.is_main else f" (rank {world.rank})"
         print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def run_as_process(main: Callable[[], None]) -> None:
+    """Run a command as this process.
+
+    Ranks leave without the interpreter's shutdown, once their work is done and flushed: threads of PyTorch's
+    communication can still be alive then, and now and again abort the process ("terminate called without an active
+    exception"), which torchrun would report as a failed run.
+    """
+    main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -16,7 +16,7 @@ from qsharded.adapted import base_or_builtin_model, find_adapter, mismatch_expla
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import compute_dtype, errors_named
+from qsharded.commands import compute_dtype, errors_named, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
@@ -226,4 +226,4 @@ class TextStream:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

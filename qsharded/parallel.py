@@ -7,6 +7,7 @@ means: ``FSDPModule.set_custom_all_gather``.
 """
 
 import functools
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def _check_enough_gpus(local_rank: int) -> None:
 def stop_world(world: World) -> None:
     """Leave the process group."""
     if world.mesh is not None:
+        gc.collect()  # a sharded model refers to itself in circles, and holds the group until they are found
         dist.destroy_process_group()
 
 

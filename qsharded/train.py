@@ -11,7 +11,7 @@ import torch
 from qsharded import assembly, evaluation
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_checkpoints, save_checkpoint
-from qsharded.commands import errors_named
+from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.metrics import MetricsLog, TrainRow
@@ -225,4 +225,4 @@ def _log_exact_match(parts: assembly.Parts, log: MetricsLog, when: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

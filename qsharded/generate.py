@@ -140,9 +140,7 @@ def _eos_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:
 
 def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
     if raw or not tokenizer.has_chat_template:
-        ids = tokenizer.encode(prompt)
-        first = tokenizer.bos_id
-        return [first, *ids] if tokenizer.adds_bos and first is not None and ids[:1] != [first] else ids
+        return tokenizer.with_bos(tokenizer.encode(prompt))
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
 
 

@@ -22,8 +22,9 @@ def _example(rendered: Rendered, ids: list[int], starts_T: NDArray[np.int32], to
         ids, learned = _behind_prompt(rendered, ids, tokenizer)
     else:
         learned = _inside(rendered.spans, starts_T).tolist()
-    if rendered.bos and tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids, learned = [tokenizer.bos_id, *ids], [False, *learned]
+    if rendered.bos:
+        ids = tokenizer.with_bos(ids)
+        learned = [False] * (len(ids) - len(learned)) + learned
     if rendered.eos and ids[-1] not in tokenizer.eos_ids:
         ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
     return Example(ids, learned)

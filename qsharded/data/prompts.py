@@ -52,8 +52,5 @@ def _prompt(shape: Shape, tokenizer: Tokenizer) -> Prompt:
             text = tokenizer.render(messages[:-1], add_generation_prompt=True, tools=tools)
             return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))
         case PromptCompletion(prompt, completion):
-            ids = tokenizer.encode(prompt)
-            if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-                ids = [tokenizer.bos_id, *ids]
-            return Prompt(ids, prompt, completion)
+            return Prompt(tokenizer.with_bos(tokenizer.encode(prompt)), prompt, completion)
     raise ValueError("a prompt with its answer needs a conversation that ends with the assistant, or a completion")

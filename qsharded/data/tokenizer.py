@@ -59,6 +59,12 @@ class Tokenizer:
         """The ids of ``text``, no beginning or end added; special tokens written in it are recognised."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """``ids`` as a document begins: with BOS, once, where the tokenizer adds one."""
+        if not self.adds_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
     def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int32]]]:
         """For each text its ids, and the character of the text at which each id starts."""
         return [

@@ -1,11 +1,12 @@
 // y = x W^T for more rows of x on Hopper: W by way of registers into wgmma, as A; x in shared memory, as B.
 //
-// x first goes into the workspace as shared memory wants it: piece after piece of 128 columns, its columns in the order
-// in which lanes hold W's, rows in wgmma's 128-byte swizzle. One bulk copy then brings a piece. One warp copies; the
-// warpgroups decode and multiply, each 64 rows of W times kSubtiles, and while the tensor cores work on one half of a
-// piece the next half is decoded.
+// x first goes into the workspace as shared memory wants it: slab after slab of 64 columns, those that the lanes hold of
+// two words of a piece, in their order, rows in wgmma's 128-byte swizzle. Bulk copies then bring some slabs at a time to a
+// ring of slots. The warpgroups have 64 rows of W each, and while the tensor cores work on one slab's columns the next
+// slab's are decoded.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "linear_mma.cuh"
 #include "wgmma.cuh"
 
@@ -16,38 +17,78 @@
 
 namespace qsharded {
 
-template <int kWarpgroups_, int kSubtiles_, int kM_, int kStages_>
+constexpr int kSlabs = kWords / 2;  // of a piece
+
+template <int kWarpgroups_, int kM_, int kSlots_, int kSlotSlabs_>
 struct WgmmaShape {
-  static constexpr int kWarpgroups = kWarpgroups_, kSubtiles = kSubtiles_, kM = kM_, kStages = kStages_;
+  static constexpr int kWarpgroups = kWarpgroups_, kM = kM_, kSlots = kSlots_;
+  static constexpr int kSlotSlabs = kSlotSlabs_;  // kSlabs or a part of it
+  static_assert((kSlots & (kSlots - 1)) == 0);
   static constexpr int kWarps = kWarpgroups * 4;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = kWarpgroups * kSubtiles * 64;
-  static constexpr int kColumns = kPiece;
+  static constexpr int kRows = kWarpgroups * 64;
   static constexpr int kInstructionM = kM < 128 ? kM : 128;
   static constexpr int kInstructions = kM / kInstructionM;
-  static constexpr int kHalfBytes = kM * 128;  // 64 columns
-  static constexpr int kStageBytes = 2 * kHalfBytes;
-  static constexpr int kSharedBytes = kTableBytes + kMapBytes + kStages * kStageBytes;
+  static constexpr int kSums = kM / 2;  // that a lane holds
+  static constexpr int kSlabBytes = kM * 128;
+  static constexpr int kChunkBytes = kSlabs * kSlabBytes;
+  static constexpr int kSlotBytes = kSlotSlabs * kSlabBytes;
+  static constexpr int kSharedBytes = LevelTable::kBytes + kSlots * kSlotBytes + kMapBytes;
+
+  static Partition partition(const LinearSizes& s) {
+    return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), s.processors);
+  }
 };
 
-// One 16-byte granule a thread: the pairs that lanes t = 0..3 hold of one half of a k16 step.
+// The workspace's parts.
+struct WgmmaWorkspace {
+  float* partials;  // sums for each thread of each block
+  int* flags;       // for each block
+  uint8_t* arranged_x;
+
+  template <typename Shape>
+  static WgmmaWorkspace of(uint8_t* workspace, const Partition& partition) {
+    const int64_t flags = partials_bytes<Shape>(partition), arranged = flags + flags_bytes(partition);
+    return {reinterpret_cast<float*>(workspace), reinterpret_cast<int*>(workspace + flags), workspace + arranged};
+  }
+
+  template <typename Shape>
+  static int64_t bytes(const Partition& partition) {
+    const int64_t arranged = static_cast<int64_t>(partition.chunks) * Shape::kChunkBytes;
+    return partials_bytes<Shape>(partition) + flags_bytes(partition) + arranged;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 128;  // of bulk copies, and more
+
+  static int64_t flags_bytes(const Partition& partition) {
+    return (partition.blocks * sizeof(int) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  template <typename Shape>
+  static int64_t partials_bytes(const Partition& partition) {
+    return static_cast<int64_t>(partition.blocks) * Shape::kSums * Shape::kThreads * sizeof(float);
+  }
+};
+
+// One 16-byte granule a thread: the pairs that lanes t = 0..3 hold of one half of a k16 step. Flags are lowered besides.
 template <typename T>
-__global__ void __launch_bounds__(256) arrange_x_kernel(const T* x, int m, int columns, int tile_m, uint4* arranged,
-                                                        int granules) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+__global__ void __launch_bounds__(256)
+    arrange_x_kernel(const T* x, int m, int columns, int tile_m, WgmmaWorkspace workspace, int blocks, int granules) {
+  let_next_kernel_start();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < blocks) workspace.flags[i] = 0;
   if (i >= granules) return;
-  const int q = i % 8, row = i / 8 % tile_m, half = i / 8 / tile_m % 2, piece = i / 16 / tile_m;
-  const int within = 4 * (4 * half + q / 2) + q % 2 * 2;
+  const int q = i % 8, row = i / 8 % tile_m, slab = i / 8 / tile_m;
+  const int within = slab % kSlabs * 16 + q * 2;
   uint32_t pairs[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    const int column = piece * kPiece + 32 * t + within;
+    const int column = slab / kSlabs * kPiece + kBlock * t + within;
     const bool inside = row < m && column < columns;
     pairs[t] = inside ? __ldg(reinterpret_cast<const uint32_t*>(x + static_cast<int64_t>(row) * columns + column)) : 0;
   }
+  auto* const arranged = reinterpret_cast<uint4*>(workspace.arranged_x);
   arranged[i - q + (q ^ (row % 8))] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
@@ -59,181 +100,198 @@ __device__ inline void pin(uint32_t (&operand)[4][4]) {
 }
 
 // K-major, 128-byte swizzle: groups of 8 rows lie 1,024 bytes apart.
-__device__ inline uint64_t matrix_at(const void* shared) {
-  return (shared_address(shared) & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+__device__ inline uint64_t matrix_at(uint32_t address) {
+  return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 #endif
 
 template <typename Shape, typename T>
-__device__ inline void write_sums(const LinearArguments<T>& a, const float (&sums)[Shape::kInstructionM / 2], int subtile,
-                                  int instruction, int tile, bool split) {
+__device__ inline void write_sums(const LinearArguments<T>& a, const float (&sums)[Shape::kSums], int tile) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
-  const int64_t slot = a.partition.slot(tile, blockIdx.x);
-  const int m0 = instruction * Shape::kInstructionM + lane % 4 * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = (warp / 4 * Shape::kSubtiles + subtile) * 64 + warp % 4 * 16 + lane / 4 + h * 8;
-    if (tile_row + row >= a.w.rows) continue;
-    const float bias = a.bias && !split ? static_cast<float>(a.bias[tile_row + row]) : 0;
-    float* partial = a.partials + slot * (Shape::kM * Shape::kRows) + row;
-    T* y = a.y + tile_row + row;
+    const int64_t row = static_cast<int64_t>(tile) * Shape::kRows + warp * 16 + lane / 4 + h * 8;
+    if (row >= a.w.rows) continue;
+    const float bias = a.bias ? static_cast<float>(a.bias[row]) : 0;
 #pragma unroll
-    for (int i = 0; i < Shape::kInstructionM / 4; ++i) {
-      const int m = m0 + i / 2 * 8 + i % 2;
-      const float sum = sums[i / 2 * 4 + h * 2 + i % 2];
-      if (m >= a.m) continue;
-      if (split) {
-        partial[m * Shape::kRows] = sum;
-      } else {
-        y[m * a.w.rows] = static_cast<T>(sum + bias);
-      }
+    for (int i = 0; i < Shape::kSums / 2; ++i) {
+      const int m = lane % 4 * 2 + i / 2 * 8 + i % 2;
+      if (m < a.m) a.y[m * a.w.rows + row] = static_cast<T>(sums[i / 2 * 4 + h * 2 + i % 2] + bias);
     }
   }
 }
 
+// A block that begins within a tile leaves its part of the sums to the block that began the tile. Every block has a place
+// for them, and a flag.
+template <typename Shape>
+__device__ inline void leave_sums(const WgmmaWorkspace& workspace, const float (&sums)[Shape::kSums]) {
+  float* own = workspace.partials + static_cast<int64_t>(blockIdx.x) * Shape::kSums * Shape::kThreads + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < Shape::kSums; ++i) own[i * Shape::kThreads] = sums[i];
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(workspace.flags + blockIdx.x) : "memory");
+}
+
+// All of a launch's blocks run at once, so that waiting for another ends.
+template <typename Shape>
+__device__ inline void add_sums_of(int block, const WgmmaWorkspace& workspace, float (&sums)[Shape::kSums]) {
+  if (threadIdx.x == 0) {
+    const int* const flag = workspace.flags + block;
+    int raised = 0;
+    while (!raised) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  }
+  __syncthreads();
+  const float* theirs = workspace.partials + static_cast<int64_t>(block) * Shape::kSums * Shape::kThreads + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < Shape::kSums; ++i) sums[i] += __ldcg(theirs + i * Shape::kThreads);
+}
+
 template <typename Shape, typename T, bool kDoubleQuant>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    linear_wgmma_kernel(const LinearArguments<T> a, const uint8_t* arranged_x) {
+    linear_wgmma_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
+                        const __grid_constant__ WgmmaWorkspace workspace) {
 #if QSHARDED_HAS_WGMMA
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint64_t full[Shape::kStages];
-  __shared__ int released[Shape::kStages];  // by so many warps
-  uint8_t* const table = shared;
-  float* const map = reinterpret_cast<float*>(shared + kTableBytes);
-  uint8_t* const stages = shared + kTableBytes + kMapBytes;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int chunks = a.partition.chunks;
-  const int begin = a.partition.begin(blockIdx.x), end = a.partition.begin(blockIdx.x + 1);
-  int tile = begin / chunks, piece = begin % chunks;
+  __shared__ uint64_t full[Shape::kSlots];
+  __shared__ uint64_t empty[Shape::kSlots];
+  uint8_t* const slots = shared + LevelTable::kBytes;
+  float* const map = reinterpret_cast<float*>(slots + Shape::kSlots * Shape::kSlotBytes);
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int own_row = warp * 16 + lane / 4;
+  const int chunks = partition.chunks;
+  const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1);
+  constexpr unsigned kLoads = kSlabs / Shape::kSlotSlabs;  // of a piece
+  const unsigned all_loads = (end - begin) * kLoads;
+  const int piece_of_first = begin % chunks;
+  int tile = begin / chunks, piece = piece_of_first;
 
-  asm volatile("griddepcontrol.launch_dependents;");
-  const auto load = [&](Strip& strip, int i, int tile, int piece, bool inside) {
-    const int first_row = (warp / 4 * Shape::kSubtiles + i) * 64 + warp % 4 * 16;
-    const TileRows rows(a.w, static_cast<int64_t>(tile) * Shape::kRows);
-    const int block = piece * kPieceBlocks + own_block();
-    load_codes(strip, a.w, rows, first_row, block, inside);
-    load_absmax<kDoubleQuant>(strip, a.w, rows, first_row, block, inside);
+  Block upper = {}, lower = {};
+  TileRows<kDoubleQuant> rows(a.w, static_cast<int64_t>(tile) * Shape::kRows, own_row);
+  const auto load = [&](auto half, int piece, bool more) {
+    const int block = piece * kPieceBlocks + lane % 4;
+    const bool inside = more && block < a.w.blocks_per_row;
+    upper.template load<kDoubleQuant, half.value>(a.w, rows, rows.upper, block, inside);
+    lower.template load<kDoubleQuant, half.value>(a.w, rows, rows.lower, block, inside);
   };
-  Strip strips[Shape::kSubtiles];
-#pragma unroll
-  for (int i = 0; i < Shape::kSubtiles; ++i) {
-    strips[i] = empty_strip();
-    load(strips[i], i, tile, piece, true);
-  }
-  const auto copy_piece = [&](int unit, int stage) {
-    copy_bulk(stages + stage * Shape::kStageBytes, arranged_x + static_cast<int64_t>(unit % chunks) * Shape::kStageBytes,
-              Shape::kStageBytes, full + stage);
+  const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
+  load(First{}, piece, true);
+  load(Second{}, piece, true);
+  // The block's load number `load` of x, into its slot; by one thread.
+  const auto copy_slabs = [&](unsigned load) {
+    const unsigned of_row = (piece_of_first * kLoads + load) % (chunks * kLoads), slot = load % Shape::kSlots;
+    copy_bulk(slots + slot * Shape::kSlotBytes, workspace.arranged_x + static_cast<int64_t>(of_row) * Shape::kSlotBytes,
+              Shape::kSlotBytes, full + slot);
   };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(full + i);
-      released[i] = 0;
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // for arranged_x
+    for (int i = 0; i < Shape::kSlots; ++i) init_barrier(full + i, 1), init_barrier(empty + i, Shape::kWarps);
+    publish_barriers();
+    wait_for_kernel_before();  // for arranged_x and the flags, which no other thread uses
     asm volatile("fence.proxy.async;" ::: "memory");
-    for (int i = 0; i < Shape::kStages && begin + i < end; ++i) copy_piece(begin + i, i);
+    for (unsigned i = 0; i < Shape::kSlots && i < all_loads; ++i) copy_slabs(i);
   }
-  fill_table<Shape::kThreads>(table, a.w.levels);
-  float offset = 0;
-  if constexpr (kDoubleQuant) offset = fill_map<Shape::kThreads>(map, a.w);
+  LevelTable::fill<Shape::kThreads>(shared, a.w.levels);
+  absmax_map.store(map);
   __syncthreads();
 
-  // The last warp to be done with a unit's piece of x has another brought in its place.
-  const auto release = [&](int unit) {
-    if (lane != 0) return;
-    const int stage = (unit - begin) % Shape::kStages, next = unit + Shape::kStages;
-    __threadfence_block();
-    if (atomicAdd_block(released + stage, 1) % Shape::kWarps != Shape::kWarps - 1 || next >= end) return;
-    copy_piece(next, stage);
+  const LevelTable table(shared);
+  const auto parity_of = [](unsigned load) { return load / Shape::kSlots % 2; };
+  // This warp has read what a load brought. The warps in turn see to it that another takes the place of the load before,
+  // which the others have read by now.
+  const auto release = [&](unsigned load) {
+    arrive(empty + load % Shape::kSlots, lane == 0);
+    const unsigned before = load - 1, next = before + Shape::kSlots;
+    if (before % Shape::kWarps != warp || load == 0 || next >= all_loads) return;
+    wait_for(empty + before % Shape::kSlots, parity_of(before));
+    if (lane == 0) copy_slabs(next);
   };
-  const uint32_t copy = table_copy();
-  int stage = 0, parity = 0;
+  unsigned number = 0;  // of the load in use
   for (int unit = begin; unit < end;) {
-    const int tile_end = min(end, (tile + 1) * chunks), tile_begin = unit;
-    float sums[Shape::kSubtiles][Shape::kInstructions][Shape::kInstructionM / 2] = {};
+    const int tile_end = min(end, (tile + 1) * chunks);
+    float sums[Shape::kSums] = {};
     uint32_t operand[2][4][4];
-    for (; unit < tile_end; ++unit) {
+    for (bool first = true; unit < tile_end; ++unit, first = false) {
       const bool wraps = piece + 1 == chunks;
-      const int next_tile = wraps ? tile + 1 : tile, next_piece = wraps ? 0 : piece + 1;
-      const bool inside = piece * kPieceBlocks + own_block() < a.w.blocks_per_row;
-      wait_for(full + stage, parity);
+      const int next_piece = wraps ? 0 : piece + 1;
+      const bool inside = piece * kPieceBlocks + lane % 4 < a.w.blocks_per_row;
+      const float upper_absmax = upper.template absmax<kDoubleQuant>(map, absmax_map.offset, inside);
+      const float lower_absmax = lower.template absmax<kDoubleQuant>(map, absmax_map.offset, inside);
 #pragma unroll
-      for (int i = 0; i < Shape::kSubtiles; ++i) {
-        const float absmax = decode_absmax<kDoubleQuant>(strips[i].absmax, map, offset, inside);
-        const float upper_absmax = __shfl_sync(~0u, absmax, lane & ~1);
-        const float lower_absmax = __shfl_sync(~0u, absmax, lane | 1);
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        uint32_t(&now)[4][4] = operand[slab % 2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          // the multiplications that read this operand two halves ago are done
-          if (i == 0 && half == 0) {
-            // the compiler would serialize wgmma that are under way at release's branches
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (unit > tile_begin) release(unit - 1);
-          } else {
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        for (int word = 0; word < 2; ++word) {
+          uint32_t u[4], l[4];
+          table.template decode<T>(upper.word(2 * slab + word), upper_absmax, u);
+          table.template decode<T>(lower.word(2 * slab + word), lower_absmax, l);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            now[2 * word + h][0] = u[2 * h], now[2 * word + h][1] = l[2 * h];
+            now[2 * word + h][2] = u[2 * h + 1], now[2 * word + h][3] = l[2 * h + 1];
           }
-          const uint4 &u = strips[i].codes.upper, &l = strips[i].codes.lower;
-          uint32_t(&now)[4][4] = operand[half];
-          const uint32_t upper[2] = {half ? u.z : u.x, half ? u.w : u.y};
-          const uint32_t lower[2] = {half ? l.z : l.x, half ? l.w : l.y};
-#pragma unroll
-          for (int word = 0; word < 2; ++word) {
-            decode_step<T, 0>(upper[word], lower[word], table, copy, upper_absmax, lower_absmax, now[2 * word]);
-            decode_step<T, 1>(upper[word], lower[word], table, copy, upper_absmax, lower_absmax, now[2 * word + 1]);
-          }
-          if (half == 1) load(strips[i], i, next_tile, next_piece, unit + 1 < end);
-          pin(now);
-          const uint64_t b = matrix_at(stages + stage * Shape::kStageBytes + half * Shape::kHalfBytes);
-          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-#pragma unroll
-            for (int j = 0; j < Shape::kInstructions; ++j) {
-              wgmma<T>(sums[i][j], now[step], b + step * 2 + j * (Shape::kInstructionM * 128 / 16));
-            }
-          }
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         }
+        if (slab == kSlabs / 2 - 1) {
+          if (wraps) rows = TileRows<kDoubleQuant>(a.w, (tile + 1) * int64_t{Shape::kRows}, own_row);
+          load(First{}, next_piece, unit + 1 < end);
+        }
+        if (slab == kSlabs - 1) load(Second{}, next_piece, unit + 1 < end);
+        if (slab % Shape::kSlotSlabs == 0) wait_for(full + number % Shape::kSlots, parity_of(number));
+        pin(now);
+        const uint64_t b = matrix_at(shared_address(slots) + number % Shape::kSlots * Shape::kSlotBytes +
+                                     slab % Shape::kSlotSlabs * Shape::kSlabBytes);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+#pragma unroll
+          for (int j = 0; j < Shape::kInstructions; ++j) {
+            wgmma<T>(*reinterpret_cast<float(*)[Shape::kInstructionM / 2]>(sums + j * Shape::kInstructionM / 2), now[step],
+                     b + step * 2 + j * (Shape::kInstructionM * 128 / 16));
+          }
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        // the slab before is done with, and so is its operand
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (slab % Shape::kSlotSlabs == 0 && (slab > 0 || !first)) release(number - 1);
+        if (slab % Shape::kSlotSlabs == Shape::kSlotSlabs - 1) ++number;
       }
-      if (++stage == Shape::kStages) stage = 0, parity ^= 1;
       piece = next_piece;
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    release(unit - 1);
-    const bool split = tile * chunks < begin || (tile + 1) * chunks > end;
-#pragma unroll
-    for (int i = 0; i < Shape::kSubtiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < Shape::kInstructions; ++j) write_sums<Shape>(a, sums[i][j], i, j, tile, split);
+    release(number - 1);
+    if (tile * chunks < begin) {
+      leave_sums<Shape>(workspace, sums);
+    } else {
+      for (int block = blockIdx.x + 1; partition.begin(block) < (tile + 1) * chunks; ++block) {
+        add_sums_of<Shape>(block, workspace, sums);
+      }
+      write_sums<Shape>(a, sums, tile);
     }
     ++tile;
   }
 #endif
 }
 
+template <typename Shape>
+int64_t wgmma_workspace(const LinearSizes& s) {
+  return WgmmaWorkspace::bytes<Shape>(Shape::partition(s));
+}
+
+// At most kM rows of x.
 template <typename Shape, typename T>
-cudaError_t launch_wgmma(const LinearArguments<T>& a, uint8_t* arranged_x, cudaStream_t stream) {
+cudaError_t launch_wgmma(const LinearArguments<T>& a, cudaStream_t stream) {
   const auto kernel = a.w.absmax_scales ? linear_wgmma_kernel<Shape, T, true> : linear_wgmma_kernel<Shape, T, false>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int granules = a.partition.chunks * Shape::kStageBytes / 16;
-  arrange_x_kernel<T><<<ceil_div(granules, 256), 256, 0, stream>>>(
-      a.x, a.m, a.w.blocks_per_row * kBlock, Shape::kM, reinterpret_cast<uint4*>(arranged_x), granules);
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = a.partition.blocks;
-  config.blockDim = Shape::kThreads;
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, a, static_cast<const uint8_t*>(arranged_x));
-  if (error != cudaSuccess || a.partition.slots() == 0) return error;
-  return launch_sum(a, Shape::kRows, Shape::kM, stream);
+  const Partition partition = Shape::partition(a.sizes());
+  const WgmmaWorkspace workspace = WgmmaWorkspace::of<Shape>(a.workspace, partition);
+  const int granules = partition.chunks * Shape::kChunkBytes / 16;
+  arrange_x_kernel<T><<<ceil_div(granules, 256), 256, 0, stream>>>(a.x, a.m, a.w.blocks_per_row * kBlock, Shape::kM,
+                                                                   workspace, partition.blocks, granules);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(kernel, partition.blocks, Shape::kThreads, Shape::kSharedBytes, stream, a, partition,
+                            workspace);
 }
 
 }  // namespace qsharded

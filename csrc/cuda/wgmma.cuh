@@ -9,6 +9,22 @@
 
 namespace qsharded {
 
+#define QSHARDED_WGMMA_8(TYPE) \
+  asm volatile( \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE " {" \
+      "%0, %1, %2, %3" \
+      "}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;" \
+      :"+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define QSHARDED_WGMMA_16(TYPE) \
+  asm volatile( \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7" \
+      "}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;" \
+      :"+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
 #define QSHARDED_WGMMA_32(TYPE) \
   asm volatile(                                                              \
       "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" \
@@ -52,6 +68,24 @@ template <typename T>
 constexpr bool kIsHalf = false;
 template <>
 inline constexpr bool kIsHalf<__half> = true;
+
+template <typename T>
+__device__ inline void wgmma(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (kIsHalf<T>) {
+    QSHARDED_WGMMA_8("f16");
+  } else {
+    QSHARDED_WGMMA_8("bf16");
+  }
+}
+
+template <typename T>
+__device__ inline void wgmma(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (kIsHalf<T>) {
+    QSHARDED_WGMMA_16("f16");
+  } else {
+    QSHARDED_WGMMA_16("bf16");
+  }
+}
 
 template <typename T>
 __device__ inline void wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {

@@ -15,17 +15,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 # Up to how many rows of x this beats decoding W and then multiplying. Measured on an H200 with a cold L2 (4096x4096,
 # 14336x4096, 8192x8192, 28672x8192); where warpgroup instructions are missing it is a guess: two passes over W.
-MOST_ROWS = 128
-MOST_ROWS_OF_LARGE = 256  # writing and reading back a large decoded W takes longer
-LARGE = 2**26  # weights
+MOST_ROWS = 256
 MOST_ROWS_WITHOUT_WGMMA = 32
 
 
 def is_faster(M: int, N: int, K: int, device: torch.device) -> bool:
     """Whether ``linear`` beats ``cuda_nf4.dequantize`` and a matmul at these sizes, by the figures above."""
-    if not _has_wgmma(device):
-        return M <= MOST_ROWS_WITHOUT_WGMMA
-    return M <= MOST_ROWS or (M <= MOST_ROWS_OF_LARGE and N * K >= LARGE)
+    return (MOST_ROWS if _has_wgmma(device) else MOST_ROWS_WITHOUT_WGMMA) >= M
 
 
 def linear(
@@ -40,9 +36,9 @@ def linear(
 ) -> Tensor:
     """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
 
-    A weight is level * absmax in fp32 rounded once to x's dtype, so that identity activations give back what
-    ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes and the device fix: the same call
-    gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in fp32.
+    A weight is level * absmax in fp32 rounded once to x's dtype (for a single row of x not rounded), so that identity
+    activations give back what ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes and the
+    device fix: the same call gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in fp32.
 
     Raises:
         ValueError: 2^37 weights and more, or more than 2^20 columns.

@@ -14,8 +14,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library", "needs_c
 DTYPES = cuda_linear.DTYPES
 # around the edges of every tile of rows of x
 ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300]
-# one output, fewer than a warp's rows, no multiple of any tile; odd numbers of blocks; chunks that end early
-WEIGHTS = [(1, 1), (7, 45), (1000, 9), (520, 45), (300, 64), (4100, 16)]
+# one output, fewer than a batch's rows, no multiple of any tile; odd numbers of blocks; chunks that end early; a tile
+# that many thread blocks share, and several tiles for each
+WEIGHTS = [(1, 1), (7, 45), (33, 5), (1000, 9), (520, 45), (300, 64), (4100, 16), (8200, 64)]
 # the output's own rounding, 2^-8 or 2^-11 of it, and fp32 sums of at most 4,096 products: relative to |x||w|
 OUTPUT_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUM_ERROR = 2**-20
@@ -42,6 +43,12 @@ def random_rows(M: int, K: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to("cuda", dtype)
 
 
+def weight_of(encoded: cases.Encoded, M: int, dtype: torch.dtype) -> Tensor:
+    """The weight that a product of M rows of ``dtype`` is one of: a single row's is not rounded."""
+    unrounded = M == 1 and encoded.codes.shape[0] >= 32
+    return encoded.expected(torch.float32 if unrounded else dtype).cuda()
+
+
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Within the rounding of the output and of the sums. ``weight`` is decoded, on the GPU."""
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -56,7 +63,7 @@ def test_product(N: int, G: int, M: int) -> None:
     encoded = cases.double_quantized(N, G)
     x = random_rows(M, G * 64, torch.bfloat16)
     y = cuda_linear.linear(x, *on_gpu(encoded))
-    assert_product(y, x, encoded.expected(torch.bfloat16).cuda())
+    assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
 
 
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128, 256])
@@ -82,13 +89,13 @@ def test_every_pair_of_bytes(M: int, dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat(columns, dim=1), weight)
 
 
-@pytest.mark.parametrize("M", [3, 16, 40, 200])
+@pytest.mark.parametrize("M", [1, 3, 16, 40, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias(dtype: torch.dtype, M: int) -> None:
     encoded = cases.double_quantized(1000, 9)
     x, bias = random_rows(M, 576, dtype), torch.randn(1000).to("cuda", dtype)
     y = cuda_linear.linear(x, *on_gpu(encoded), bias)
-    assert_product(y, x, encoded.expected(dtype).cuda(), bias)
+    assert_product(y, x, weight_of(encoded, M, dtype), bias)
 
 
 @pytest.mark.parametrize("M", [1, 16, 33, 100, 256])
@@ -100,7 +107,7 @@ def test_same_bits_in_every_run(M: int) -> None:
         cases.assert_same_bits(cuda_linear.linear(x, *arguments), first)
 
 
-@pytest.mark.parametrize("M", [1, 16, 64])
+@pytest.mark.parametrize("M", [1, 5, 16, 64, 256])
 def test_graph_replays(M: int) -> None:
     encoded = cases.double_quantized(4100, 64)
     x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
@@ -120,7 +127,7 @@ def test_views() -> None:
     arguments, weight = on_gpu(encoded), encoded.expected(torch.bfloat16).cuda()
     transposed = random_rows(576, 5, torch.bfloat16).T
     assert_product(cuda_linear.linear(transposed, *arguments), transposed, weight)
-    shifted = random_rows(1, 577, torch.bfloat16)[:, 1:]
+    shifted = random_rows(2, 577, torch.bfloat16)[:1, 1:].expand(2, 576)
     assert_product(cuda_linear.linear(shifted, *arguments), shifted, weight)
     storage = torch.empty(arguments[0].numel() + 1, dtype=torch.uint8, device="cuda")
     codes = storage[1:].view_as(arguments[0]).copy_(arguments[0])
@@ -146,7 +153,6 @@ def test_beyond_32_bits(M: int) -> None:
     y = cuda_linear.linear(x, codes, absmax, scales, offset, levels, absmax_map)
     for rows in (slice(0, 64), slice(N - 64, N)):
         block = slice(rows.start * G // 256, rows.stop * G // 256)
-        weight = cuda_nf4.dequantize(
-            codes[rows], absmax[rows], scales[block], offset, levels, absmax_map, torch.bfloat16
-        )
+        weight_dtype = torch.float32 if M == 1 else torch.bfloat16  # as in weight_of
+        weight = cuda_nf4.dequantize(codes[rows], absmax[rows], scales[block], offset, levels, absmax_map, weight_dtype)
         assert_product(y[:, rows], x, weight)

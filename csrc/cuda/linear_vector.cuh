@@ -1,0 +1,172 @@
+// y = x W^T for one row of x, without decoding W: what a byte of codes contributes depends on the byte and on its two
+// columns' x alone, so a table of all 256 contributions is made for every pair of columns, and W's bytes look sums up.
+// Weights thus enter the sums unrounded, in fp32; one weight alone gives what dequantize gives.
+//
+// A thread block has a slice of 256 columns and a stretch of W's rows. A lane has the slice's bytes 4 lane to 4 lane + 3
+// of every row, in a bank of its own. 32 rows make a batch of a warp: their sums over the lanes are taken by exchanging
+// halves, so that a lane is left with a row. Each slice leaves its sums in the workspace; they are added in order.
+#pragma once
+
+#include "linear_arguments.cuh"
+
+namespace qsharded {
+
+constexpr int kSliceBlocks = 4;
+constexpr int kSlice = kSliceBlocks * kBlock;
+constexpr int kVectorWarps = 16;  // one for every first code, when the tables are made
+constexpr int kBatch = 32;        // rows
+constexpr int kEntryRow = kWarp * 4;             // bytes: an entry of every lane
+constexpr int kSumTable = 256 * kEntryRow;       // for every lane's byte j
+constexpr int kSumTableBytes = 4 * kSumTable;
+constexpr int kVectorSharedBytes = kSumTableBytes + kMapBytes;
+
+// Warp f writes the entries of the bytes whose first code is f.
+template <typename T>
+__device__ inline void fill_sum_tables(uint8_t* tables, const uint4& own_x, const float (&levels)[16], float first_level) {
+  const int lane = threadIdx.x % kWarp, first_code = threadIdx.x / kWarp;
+  const T* x = reinterpret_cast<const T*>(&own_x);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float first = __fmul_rn(first_level, static_cast<float>(x[2 * j]));
+    const float second_x = static_cast<float>(x[2 * j + 1]);
+#pragma unroll
+    for (int code = 0; code < 16; ++code) {
+      const int byte = first_code * 16 + code;
+      const float sum = __fmaf_rn(levels[code], second_x, first);
+      *reinterpret_cast<float*>(tables + j * kSumTable + byte * kEntryRow + lane * 4) = sum;
+    }
+  }
+}
+
+// Of two values a lane keeps one and gets its partner's share of it.
+__device__ inline float exchange(float low, float high, int distance) {
+  const bool upper = threadIdx.x & distance;
+  return (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, distance);
+}
+
+// A warp's next 32 rows: a word of codes each, and the absmax of one row and block in eight.
+struct Batch {
+  uint32_t codes[kBatch];
+  uint32_t absmax_bits[4];
+  float scale[4];  // or, not double-quantized, the absmax itself
+};
+
+// Rows 8 part to 8 part + 7. Lanes beyond the last column load what their neighbours do.
+template <bool kDoubleQuant>
+__device__ inline void load_rows(Batch& batch, int part, const PackedWeight& w, int64_t first_row) {
+  const int lane = threadIdx.x % kWarp;
+  const int stride = w.blocks_per_row * (kBlock / 2);
+  const int byte = min(static_cast<int>(blockIdx.x * (kSlice / 2) + lane * 4), stride - 4);
+  const uint8_t* codes = w.codes + (first_row + part * 8) * stride + byte;
+#pragma unroll
+  for (int i = 0; i < 8; ++i, codes += stride) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(batch.codes[part * 8 + i]) : "l"(codes));
+  }
+  const int64_t row = first_row + part * 8 + lane % 8;
+  const int block = min(static_cast<int>(blockIdx.x * kSliceBlocks + lane / 8), w.blocks_per_row - 1);
+  const int64_t at = row * w.absmax_row_stride + block;
+  if constexpr (kDoubleQuant) {
+    batch.absmax_bits[part] = __ldg(static_cast<const uint8_t*>(w.absmax) + at);
+    batch.scale[part] = __ldg(w.absmax_scales + static_cast<unsigned>(row * w.blocks_per_row + block) / kAbsmaxBlock);
+  } else {
+    batch.scale[part] = __ldg(static_cast<const float*>(w.absmax) + at);
+  }
+}
+
+// At least 32 rows: the last batch ends with the last row, and may share rows with the one before it.
+template <typename T, bool kDoubleQuant>
+__global__ void __launch_bounds__(kVectorWarps * kWarp, 1)
+    linear_vector_kernel(const __grid_constant__ LinearArguments<T> a) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  float* const map = reinterpret_cast<float*>(shared + kSumTableBytes);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t batches = (a.w.rows + kBatch - 1) / kBatch;
+  const int begin = static_cast<int>(batches * blockIdx.y / gridDim.y);
+  const int end = static_cast<int>(batches * (blockIdx.y + 1) / gridDim.y);
+  const auto first_row = [&](int number) { return min(number * int64_t{kBatch}, a.w.rows - kBatch); };
+
+  let_next_kernel_start();
+  const int column = blockIdx.x * kSlice + lane * 8;
+  uint4 own_x = {};
+  if (column < a.w.blocks_per_row * kBlock) own_x = __ldg(reinterpret_cast<const uint4*>(a.x + column));
+  float levels[16];
+#pragma unroll
+  for (int code = 0; code < 16; ++code) levels[code] = __ldg(a.w.levels + code);
+  const float first_level = __ldg(a.w.levels + warp);
+  const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
+  Batch batch;
+#pragma unroll
+  for (int part = 0; part < 4; ++part) load_rows<kDoubleQuant>(batch, part, a.w, first_row(begin + warp));
+  fill_sum_tables<T>(shared, own_x, levels, first_level);
+  absmax_map.store(map);
+  __syncthreads();
+
+  float* const partials = reinterpret_cast<float*>(a.workspace);
+  const bool inside = blockIdx.x * kSliceBlocks + lane / 8 < a.w.blocks_per_row;
+  const uint32_t own_entries = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + lane * 4;
+  for (int of_first_warp = begin; of_first_warp < end; of_first_warp += kVectorWarps) {
+    const int number = of_first_warp + warp;
+    const int64_t next_row = first_row(number + kVectorWarps);
+    float sums[4];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      float row[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float entry[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t at = __dp4a(batch.codes[part * 8 + i], static_cast<uint32_t>(kEntryRow) << 8 * j, own_entries);
+          asm volatile("ld.shared.f32 %0, [%1];" : "=f"(entry[j]) : "r"(at + j * kSumTable));
+        }
+        row[i] = (entry[0] + entry[1]) + (entry[2] + entry[3]);
+      }
+      // over the eight lanes of a block: lane 8 b + r is left with row r of block b
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row[i] = exchange(row[i], row[i + 4], 4);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) row[i] = exchange(row[i], row[i + 2], 2);
+      float absmax = batch.scale[part];
+      if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[batch.absmax_bits[part]], absmax), absmax_map.offset);
+      sums[part] = __fmul_rn(exchange(row[0], row[1], 1), inside ? absmax : 0);
+      load_rows<kDoubleQuant>(batch, part, a.w, next_row);
+    }
+    // over the blocks: lane 8 p + r is left with row r of part p
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sums[i] = exchange(sums[i], sums[i + 2], 16);
+    const float sum = exchange(sums[0], sums[1], 8);
+    if (number < end) partials[blockIdx.x * a.w.rows + first_row(number) + lane] = sum;
+  }
+}
+
+// Each row's sums of the slices, from first to last.
+template <typename T>
+__global__ void __launch_bounds__(128) sum_slices_kernel(const __grid_constant__ LinearArguments<T> a, int slices) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  wait_for_kernel_before();
+  if (row >= a.w.rows) return;
+  const float* const partials = reinterpret_cast<const float*>(a.workspace) + row;
+  float sum = 0;
+#pragma unroll 16
+  for (int i = 0; i < slices; ++i) sum += __ldcg(partials + i * a.w.rows);
+  if (a.bias) sum += static_cast<float>(a.bias[row]);
+  a.y[row] = static_cast<T>(sum);
+}
+
+inline int slices_of(int blocks_per_row) { return ceil_div(blocks_per_row, kSliceBlocks); }
+
+inline int64_t vector_workspace(const LinearSizes& s) { return slices_of(s.blocks_per_row) * s.rows * sizeof(float); }
+
+template <typename T>
+cudaError_t launch_vector(const LinearArguments<T>& a, cudaStream_t stream) {
+  const auto kernel = a.w.absmax_scales ? linear_vector_kernel<T, true> : linear_vector_kernel<T, false>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kVectorSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int slices = slices_of(a.w.blocks_per_row), stretches = slices < a.processors ? a.processors / slices : 1;
+  kernel<<<dim3(slices, stretches), kVectorWarps * kWarp, kVectorSharedBytes, stream>>>(a);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(sum_slices_kernel<T>, ceil_div(a.w.rows, 128), 128, 0, stream, a, slices);
+}
+
+}  // namespace qsharded

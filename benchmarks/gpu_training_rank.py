@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded import assembly, train
+from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.metrics import MetricsLog
 from qsharded.parallel import World, stop_world
@@ -23,8 +24,14 @@ def main() -> None:
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size(), device, init_device_mesh("cuda", (dist.get_world_size(),)))
     parts = assembly.prepare(config, world)
-    with MetricsLog(Path(config.output_dir, "metrics.jsonl"), parts.total_steps, world.is_main) as log:
-        train.train_steps(config, world, parts, log)  # and no more: gloo crashes on some collectives of GPU tensors
+    output = Path(config.output_dir)
+    with (
+        MetricsLog(output / "metrics.jsonl", parts.total_steps, world.is_main) as log,
+        CheckpointWriter(output, world, config.save_total_limit) as writer,
+    ):
+        train.train_steps(
+            config, world, parts, log, writer
+        )  # and no more: gloo crashes on some collectives of GPU tensors
     stop_world(world)
     return None
 

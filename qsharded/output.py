@@ -1,12 +1,14 @@
 """The folder that a training run writes to: what is in it, what may be replaced, where to go on from."""
 
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from qsharded.checkpoint.training import checkpoints, complete_checkpoints, step_of
+from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.training import checkpoints, drop_partial_checkpoints, newest_valid, step_of
 from qsharded.config import TrainConfig, write_toml
 from qsharded.parallel import World
 
@@ -14,22 +16,34 @@ _ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml")
 
 
 def find_resumed(config: TrainConfig, world: World) -> Path | None:
-    """The checkpoint to go on from: the one named, the newest complete one ("auto"), or None to start afresh.
+    """The checkpoint to go on from: the one named, the newest valid one ("auto"), or None to start afresh.
 
     Raises:
-        ValueError: the named one is no folder.
+        ValueError: the named one is no folder, or is damaged; its file is named.
     """
     if config.resume_from_checkpoint is None:
         return None
-    if config.resume_from_checkpoint == "auto":
-        newest = [next(reversed(complete_checkpoints(Path(config.output_dir))), None)]
-        if world.mesh is not None:  # ranks that each looked for themselves could choose differently
-            dist.broadcast_object_list(newest, src=0)
-        return newest[0]
-    folder = Path(config.resume_from_checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"--resume-from-checkpoint: {folder} is no folder")
-    return folder
+    # The main rank looks: a checkpoint's files are read once, and ranks that each chose could choose differently.
+    found = [_look_for_checkpoint(config)] if world.is_main else [None]
+    if world.mesh is not None:
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ValueError(f"--resume-from-checkpoint: {found[0]}")
+    return found[0]
+
+
+def _look_for_checkpoint(config: TrainConfig) -> Path | str | None:
+    """The same on one rank, where a mistake is returned as what is to be said of it."""
+    try:
+        if config.resume_from_checkpoint == "auto":
+            return newest_valid(Path(config.output_dir), lambda line: print(f"{config.prog}: {line}", file=sys.stderr))
+        folder = Path(str(config.resume_from_checkpoint))
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+        verify(folder)
+        return folder
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
@@ -63,6 +77,7 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         _delete(path for path in checkpoints(folder) if step_of(path) > step_of(resume_from))
     else:
         _delete(_results(folder) + _traces(folder))
+    drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")
 

@@ -29,9 +29,8 @@ def main() -> None:
         MetricsLog(output / "metrics.jsonl", parts.total_steps, world.is_main) as log,
         CheckpointWriter(output, world, config.save_total_limit) as writer,
     ):
-        train.train_steps(
-            config, world, parts, log, writer
-        )  # and no more: gloo crashes on some collectives of GPU tensors
+        # and no more: gloo crashes on some collectives of GPU tensors
+        train.train_steps(config, world, parts, log, writer)
     stop_world(world)
     return None
 

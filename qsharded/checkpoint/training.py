@@ -20,6 +20,7 @@ from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
 
 STATE_FILE, ADAPTER, OPTIMIZER = "state.json", "adapter", "optimizer"
+_MEANING = {"rows_per_step": " (ranks x --per-device-train-batch-size x --gradient-accumulation-steps)"}
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or deleted
 
 
@@ -72,6 +73,7 @@ def _refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path,
         if key not in leave and then.get(key) != value:
             raise ValueError(
                 f"{folder} was written with {key} = {then.get(key)!r}, this run has {value!r}: resume it alike"
+                + _MEANING.get(key, "")
             )
 
 

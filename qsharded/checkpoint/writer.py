@@ -47,7 +47,7 @@ class CheckpointNotWritten(RuntimeError):
 
 @dataclass(frozen=True)
 class _Job:
-    """What this rank writes of a checkpoint: its tensors by the kind of file, in host memory once ``copied`` is reached."""
+    """What this rank writes of a checkpoint: its tensors by kind of file, on the host once ``copied`` is reached."""
 
     folder: Path
     tensors: Mapping[str, RankTensors]
@@ -179,7 +179,7 @@ class CheckpointWriter:
         return records
 
 
-def _write_adapter(job: _Job, weights: list[Path]) -> dict[str, FileRecord]:
+def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     """Join the ranks' rows into an adapter in PEFT's format."""
     folder = job.partial / ADAPTER
     folder.mkdir(exist_ok=True)

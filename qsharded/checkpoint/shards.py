@@ -43,8 +43,8 @@ class WritesItsState(Protocol):
         """The state of this rank's rows: any tensors, on any device. Empty before the first step."""
 
     def set_parameter_state(self, parameter: Tensor, written: Sequence[Rows]) -> None:
-        """Take the state of this rank's rows out of ``written``: what :meth:`parameter_state` gave for each run of rows
-        that meets them, in order, on the CPU; the first run, for what does not depend on rows, where none meets them.
+        """Take the state of this rank's rows out of ``written``, which is what :meth:`parameter_state` gave, on the CPU:
+        the one run of rows that holds all of them, or else every run of the parameter, in order.
         """
 
 
@@ -153,8 +153,8 @@ class WrittenTensors:
         _check_cover(runs, runs[-1].stop, self._folder)
         return Parts(first.dtype, (runs[-1].stop, *first.shape[1:]), (run.read(what) for run in runs))
 
-    def runs(self, name: str, wanted: parallel.RowRange) -> list[_Run]:
-        """Those that meet the rows ``wanted`` of a parameter, in order; the first, where none does.
+    def runs(self, name: str, rows: int) -> list[_Run]:
+        """All that make up the ``rows`` rows of a parameter, in order.
 
         Raises:
             ValueError: rows that no file holds.
@@ -162,8 +162,8 @@ class WrittenTensors:
         runs = self._runs.get(name, [])
         if not runs:
             raise ValueError(f"{self._folder} holds nothing of {name}")
-        _check_cover(runs, wanted.total, self._folder)
-        return [run for run in runs if run.start < wanted.stop and wanted.start < run.stop] or runs[:1]
+        _check_cover(runs, rows, self._folder)
+        return runs
 
 
 def _check_cover(runs: Sequence[_Run], total: int, folder: Path) -> None:
@@ -190,11 +190,19 @@ def load_state(model: nn.Module, optimizer: Optimizer, written: WrittenTensors) 
         ValueError: rows that were not written.
     """
     for name, parameter in trainable(model):
-        runs = written.runs(name, parallel.own_rows(parameter))
+        runs = written.runs(name, parameter.shape[0])
+        if not runs[0].whats:
+            continue  # no step has been taken
         if isinstance(optimizer, WritesItsState):
-            optimizer.set_parameter_state(parameter, [run.all() for run in runs])
-        elif runs[0].whats:
+            optimizer.set_parameter_state(parameter, [run.all() for run in _needed(runs, parameter)])
+        else:
             optimizer.state[parameter] = {what: _own_value(what, parameter, runs) for what in runs[0].whats}
+
+
+def _needed(runs: Sequence[_Run], parameter: Tensor) -> Sequence[_Run]:
+    own = parallel.own_rows(parameter)
+    holding_all = [run for run in runs if own.count and run.start <= own.start and own.stop <= run.stop]
+    return holding_all or runs
 
 
 def _own_value(what: str, parameter: Tensor, runs: Sequence[_Run]) -> Tensor:

@@ -15,6 +15,7 @@ from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
+from qsharded.determinism import use_deterministic_algorithms
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
@@ -29,6 +30,8 @@ class SkippedTooOften(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
+    if config.deterministic:
+        use_deterministic_algorithms()
     world = start_world()
     try:
         with errors_named(config.prog, world, (ValueError, OSError)):

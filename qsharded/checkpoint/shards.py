@@ -43,7 +43,7 @@ class WritesItsState(Protocol):
         """The state of this rank's rows: any tensors, on any device. Empty before the first step."""
 
     def set_parameter_state(self, parameter: Tensor, written: Sequence[Rows]) -> None:
-        """Take the state of this rank's rows out of ``written``, which is what :meth:`parameter_state` gave, on the CPU:
+        """Take the state of this rank's rows out of ``written``, what :meth:`parameter_state` gave, on the CPU:
         the one run of rows that holds all of them, or else every run of the parameter, in order.
         """
 

@@ -134,6 +134,20 @@ def test_a_run_resumed_by_other_ranks_goes_on_alike(model: Path, dataset: Path, 
         assert losses(tmp_path / ranks) == pytest.approx(expected, rel=1e-6)
 
 
+def test_deterministic_kernels_change_nothing_on_a_cpu(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the option does, and taken back afterwards
+    train.main(arguments(model, dataset, tmp_path / "plain", max_steps=2))
+    try:
+        train.main([*arguments(model, dataset, tmp_path / "deterministic", max_steps=2), "--deterministic"])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert losses(tmp_path / "plain") == losses(tmp_path / "deterministic")
+
+
 def assert_same_file(one: Path, other: Path) -> None:
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()

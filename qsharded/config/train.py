@@ -106,8 +106,8 @@ class TrainConfig:
     )
     seed: int = _optimizer("Seed of the adapter's weights, the order of the data and dropout.", 42, check=AT_LEAST_0)
     deterministic: bool = _optimizer(
-        "Use no GPU kernel whose sums change their order, so that a run, resumed or not, repeats to the last bit on the "
-        "same GPUs and versions. Slower; on CPUs it is so anyway.",
+        "Use no GPU kernel whose sums change their order, so that a run, resumed or not, repeats to the last bit on "
+        "the same GPUs and versions. Slower; on CPUs it is so anyway.",
         False,
     )
 

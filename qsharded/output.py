@@ -2,8 +2,10 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 
@@ -13,6 +15,8 @@ from qsharded.config import TrainConfig, write_toml
 from qsharded.parallel import World
 
 _ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml")
+_VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
+_POLL_S = 0.1
 
 
 def find_resumed(config: TrainConfig, world: World) -> Path | None:
@@ -25,6 +29,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
         return None
     # The main rank looks: a checkpoint's files are read once, and ranks that each chose could choose differently.
     found = [_look_for_checkpoint(config)] if world.is_main else [None]
+    world.barrier()  # reading takes a while
     if world.mesh is not None:
         dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], str):
@@ -47,11 +52,11 @@ def _look_for_checkpoint(config: TrainConfig) -> Path | str | None:
 
 
 def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
-    """Look before anything is loaded; nothing is written or deleted yet.
+    """Look before anything is loaded; nothing is deleted yet.
 
     Raises:
-        ValueError: the folder holds an earlier run that is neither resumed nor to be replaced, or the adapter to go on
-            with lies in what is to be replaced.
+        ValueError: the folder holds an earlier run that is neither resumed nor to be replaced, the adapter to go on
+            with lies in what is to be replaced, or there are checkpoints to write and not all ranks see the folder.
     """
     folder = Path(config.output_dir)
     # "auto" may start afresh over a run that was stopped before it had anything to lose
@@ -66,6 +71,36 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         raise ValueError(
             f"--adapter {config.adapter} lies in --output-dir and would be replaced; choose another folder"
         )
+    if world.mesh is not None and config.save_steps:
+        _check_seen_by_all(folder, world)
+
+
+def _check_seen_by_all(folder: Path, world: World) -> None:
+    """A checkpoint is made of files of all ranks, so a folder that each node has for itself is found out here."""
+    name = [f".seen-by-all-{uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0, group=world.patient)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name[0]).touch()
+    world.barrier()
+    seen = [True] * world.size
+    dist.all_gather_object(seen, _appears(folder / name[0]), group=world.patient)
+    if world.is_main:
+        (folder / name[0]).unlink()
+    if not all(seen):
+        raise ValueError(
+            f"rank {seen.index(False)} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
+            "file system that all nodes share; give a folder there, or --save-steps 0"
+        )
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _VISIBLE_AFTER_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qsharded import evaluation, train
+from qsharded import evaluation, output, train
 from qsharded.checkpoint import writer
 from qsharded.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
@@ -303,6 +303,20 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_a_line(
     assert message.startswith("qsharded.train: error: checkpoint ")
     assert "step-000003 was not written: " in message
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def run_on_own_disk(model: Path, dataset: Path, folder: Path) -> str:
+    output._VISIBLE_AFTER_S = 0.2
+    own = folder / str(torch.distributed.get_rank())
+    with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        train.main(arguments(model, dataset, own, max_steps=1, save_steps=1))
+    return printed.getvalue()
+
+
+def test_nodes_that_do_not_share_the_output_are_told(model: Path, dataset: Path, tmp_path: Path) -> None:
+    for message in run_ranks(run_on_own_disk, 2, model, dataset, tmp_path):
+        assert "rank 1 does not see what rank 0 writes to --output-dir" in message
+    assert list(tmp_path.glob("*/*")) == []
 
 
 def test_resuming_an_older_checkpoint_drops_the_newer_ones(model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -99,9 +99,8 @@ def _is_written_by(rank: int, parameter: Tensor) -> bool:
         return rank == 0
     coordinate = parameter.device_mesh.get_coordinate()
     assert coordinate is not None
-    return not any(
-        at for at, placed in zip(coordinate, parameter.placements, strict=True) if not isinstance(placed, Shard)
-    )
+    copies = [at for at, kind in zip(coordinate, parameter.placements, strict=True) if not isinstance(kind, Shard)]
+    return not any(copies)
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,15 @@ class _Run:
         return self.file.get_tensor(_key(self.name, what))
 
     def slice(self, what: str) -> Any:
-        """An object with a shape, that reads no more than is asked of it."""
+        """An object that reads no more than is asked of it."""
         return self.file.get_slice(_key(self.name, what))
+
+    def shape(self, what: str) -> tuple[int, ...]:
+        return tuple(self.slice(what).get_shape())
+
+    def dtype(self, what: str) -> torch.dtype:
+        """Of a tensor that has rows."""
+        return self.slice(what)[:0].dtype
 
     def all(self) -> Rows:
         return Rows(self.start, self.stop, {what: self.read(what) for what in self.whats})
@@ -149,9 +155,9 @@ class WrittenTensors:
         return {name: self._whole(runs, what) for name, runs in self._runs.items()}
 
     def _whole(self, runs: list[_Run], what: str) -> Parts:
-        first = runs[0].read(what)
-        _check_cover(runs, runs[-1].stop, self._folder)
-        return Parts(first.dtype, (runs[-1].stop, *first.shape[1:]), (run.read(what) for run in runs))
+        rows = runs[-1].stop
+        _check_cover(runs, rows, self._folder)
+        return Parts(runs[0].dtype(what), (rows, *runs[0].shape(what)[1:]), (run.read(what) for run in runs))
 
     def runs(self, name: str, rows: int) -> list[_Run]:
         """All that make up the ``rows`` rows of a parameter, in order.
@@ -208,9 +214,9 @@ def _needed(runs: Sequence[_Run], parameter: Tensor) -> Sequence[_Run]:
 def _own_value(what: str, parameter: Tensor, runs: Sequence[_Run]) -> Tensor:
     """A tensor of the parameter's shape, sharded like it; anything else (a step count) is whole on every rank."""
     first = runs[0]
-    if tuple(first.slice(what).get_shape()) != (first.stop - first.start, *parameter.shape[1:]):
+    if first.shape(what) != (first.stop - first.start, *parameter.shape[1:]):
         return first.read(what)
-    value = torch.empty_like(parameter, dtype=first.slice(what)[:0].dtype, requires_grad=False)
+    value = torch.empty_like(parameter, dtype=first.dtype(what), requires_grad=False)
     own, mine = parallel.own_rows(parameter), parallel.local(value)
     for run in runs:
         start, stop = max(run.start, own.start), min(run.stop, own.stop)

@@ -98,6 +98,23 @@ def test_saving_does_not_wait_and_keeps_what_was(tmp_path: Path, monkeypatch: py
     assert_holds(checkpoints(tmp_path)[1], 2)
 
 
+@pytest.mark.gpu
+def test_what_a_gpu_holds_is_copied_before_it_changes(tmp_path: Path) -> None:
+    """The copies are only queued when save returns, behind work that takes the GPU a while."""
+    model, optimizer = make(0.0)
+    model.cuda()
+    busy = torch.randn(8192, 8192, device="cuda")
+    with CheckpointWriter(tmp_path, parallel.World(0, 1, torch.device("cuda", 0), None), None) as to:
+        for step in (1, 2):
+            for _ in range(20):
+                busy = (busy @ busy).clamp(-1, 1)
+            fill(model, optimizer, float(step))
+            save(to, model, optimizer, step)
+            fill(model, optimizer, -1.0)
+    for step in (1, 2):
+        assert_holds(checkpoints(tmp_path)[step - 1], step)
+
+
 def failing(*args: Any) -> None:
     raise OSError(28, "No space left on device")
 

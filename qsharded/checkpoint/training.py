@@ -28,7 +28,8 @@ PARTIAL = ".partial"  # ends the name of a folder that is being written, or dele
 class Progress:
     """Where a run stands; with adapter and optimizer state, all that an identical continuation needs.
 
-    Random numbers need no state of their own: each step draws from a generator seeded by (seed, step, rank).
+    Random numbers need no state of their own: each step draws from a generator seeded by (seed, step, rank). Nor does
+    the learning rate, which the step and the run's options give.
 
     Attributes:
         step: optimizer steps tried, the skipped ones included.

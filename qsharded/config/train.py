@@ -123,7 +123,8 @@ class TrainConfig:
         "Checkpoints to keep, the newest.", None, unit="checkpoints", check=AT_LEAST_1, unset="all"
     )
     resume_from_checkpoint: str | None = _output(
-        "Checkpoint folder to go on from; auto takes the newest in --output-dir and starts afresh where there is none.",
+        "Checkpoint folder to go on from, on any number of ranks; auto takes the newest undamaged one in --output-dir "
+        "and starts afresh where there is none.",
         None,
         metavar="PATH|auto",
         unset="start afresh",

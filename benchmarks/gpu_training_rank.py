@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded import assembly, train
+from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.config import TrainConfig, builtin_overrides, parse
+from qsharded.determinism import use_deterministic_algorithms
 from qsharded.metrics import MetricsLog
 from qsharded.parallel import World, stop_world
 
@@ -18,13 +20,20 @@ def main() -> None:
     if int(os.environ["WORLD_SIZE"]) <= torch.cuda.device_count():
         return train.main()
     config = parse(sys.argv[1:], TrainConfig, fill=builtin_overrides)
+    if config.deterministic:
+        use_deterministic_algorithms()
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)  # a device that is in use is not chosen anew by the mesh
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size(), device, init_device_mesh("cuda", (dist.get_world_size(),)))
     parts = assembly.prepare(config, world)
-    with MetricsLog(Path(config.output_dir, "metrics.jsonl"), parts.total_steps, world.is_main) as log:
-        train.train_steps(config, world, parts, log)  # and no more: gloo crashes on some collectives of GPU tensors
+    output = Path(config.output_dir)
+    with (
+        MetricsLog(output / "metrics.jsonl", parts.total_steps, world.is_main, first_step=parts.progress.step) as log,
+        CheckpointWriter(output, world, config.save_total_limit) as writer,
+    ):
+        # and no more: gloo crashes on some collectives of GPU tensors
+        train.train_steps(config, world, parts, log, writer)
     stop_world(world)
     return None
 

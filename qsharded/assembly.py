@@ -16,6 +16,7 @@ from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
+from qsharded.data.sources import find_files
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
-    folder = find_checkpoint(config.model, config.revision, weights=not config.random_init)
+    folder = world.first_on_node(lambda: _downloaded(config))
     model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = _lora_config(config, adapter)
+    world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
     model = load_model(
         folder,
         mesh=world.mesh,
@@ -95,6 +97,23 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     claim_output_dir(config, world, resume_from)
     parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
     return parts
+
+
+def _downloaded(config: TrainConfig) -> Path:
+    """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
+    sources = [
+        (config.dataset, config.dataset_split),
+        (config.eval_dataset, _eval_dataset_split(config)),
+        (config.exact_match_dataset, "train"),
+    ]
+    for source, split in sources:
+        if source is not None:
+            find_files(source, split)
+    return find_checkpoint(config.model, config.revision, weights=not config.random_init)
+
+
+def _eval_dataset_split(config: TrainConfig) -> str:
+    return config.eval_dataset_split or config.dataset_split
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
@@ -129,7 +148,7 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Datas
 
     train_data = load(config.dataset, config.dataset_split)
     if config.eval_dataset:
-        return train_data, load(config.eval_dataset, config.eval_dataset_split or config.dataset_split)
+        return train_data, load(config.eval_dataset, _eval_dataset_split(config))
     if config.eval_split:
         return split_examples(train_data, config.eval_split, config.seed)
     return train_data, None

@@ -102,7 +102,7 @@ def run(config: GenerateConfig, world: World) -> None:
         ValueError: a mistake of the user's, named.
     """
     prompts = _read_prompts(config.prompt, world)
-    checkpoint = find_checkpoint(config.model, config.revision)
+    checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
     adapter = find_adapter(config.adapter) if config.adapter else None
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
     eos_ids = _eos_ids(tokenizer, checkpoint)

@@ -1,43 +1,62 @@
 """The folder that a training run writes to: what is in it, what may be replaced, where to go on from."""
 
 import shutil
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 
-from qsharded.checkpoint.training import checkpoints, complete_checkpoints, step_of
+from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.training import checkpoints, drop_partial_checkpoints, newest_valid, step_of
 from qsharded.config import TrainConfig, write_toml
 from qsharded.parallel import World
 
 _ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml")
+_VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
+_POLL_S = 0.1
 
 
 def find_resumed(config: TrainConfig, world: World) -> Path | None:
-    """The checkpoint to go on from: the one named, the newest complete one ("auto"), or None to start afresh.
+    """The checkpoint to go on from: the one named, the newest valid one ("auto"), or None to start afresh.
 
     Raises:
-        ValueError: the named one is no folder.
+        ValueError: the named one is no folder, or is damaged; its file is named.
     """
     if config.resume_from_checkpoint is None:
         return None
-    if config.resume_from_checkpoint == "auto":
-        newest = [next(reversed(complete_checkpoints(Path(config.output_dir))), None)]
-        if world.mesh is not None:  # ranks that each looked for themselves could choose differently
-            dist.broadcast_object_list(newest, src=0)
-        return newest[0]
-    folder = Path(config.resume_from_checkpoint)
-    if not folder.is_dir():
-        raise ValueError(f"--resume-from-checkpoint: {folder} is no folder")
-    return folder
+    # The main rank looks: a checkpoint's files are read once, and ranks that each chose could choose differently.
+    found = [_look_for_checkpoint(config)] if world.is_main else [None]
+    world.barrier()  # reading takes a while
+    if world.mesh is not None:
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ValueError(f"--resume-from-checkpoint: {found[0]}")
+    return found[0]
+
+
+def _look_for_checkpoint(config: TrainConfig) -> Path | str | None:
+    """The same on one rank, where a mistake is returned as what is to be said of it."""
+    try:
+        if config.resume_from_checkpoint == "auto":
+            return newest_valid(Path(config.output_dir), lambda line: print(f"{config.prog}: {line}", file=sys.stderr))
+        folder = Path(str(config.resume_from_checkpoint))
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+        verify(folder)
+        return folder
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
-    """Look before anything is loaded; nothing is written or deleted yet.
+    """Look before anything is loaded; nothing is deleted yet.
 
     Raises:
-        ValueError: the folder holds an earlier run that is neither resumed nor to be replaced, or the adapter to go on
-            with lies in what is to be replaced.
+        ValueError: the folder holds an earlier run that is neither resumed nor to be replaced, the adapter to go on
+            with lies in what is to be replaced, or there are checkpoints to write and not all ranks see the folder.
     """
     folder = Path(config.output_dir)
     # "auto" may start afresh over a run that was stopped before it had anything to lose
@@ -52,6 +71,36 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         raise ValueError(
             f"--adapter {config.adapter} lies in --output-dir and would be replaced; choose another folder"
         )
+    if world.mesh is not None and config.save_steps:
+        _check_seen_by_all(folder, world)
+
+
+def _check_seen_by_all(folder: Path, world: World) -> None:
+    """A checkpoint is made of files of all ranks, so a folder that each node has for itself is found out here."""
+    name = [f".seen-by-all-{uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0, group=world.patient)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name[0]).touch()
+    world.barrier()
+    seen = [True] * world.size
+    dist.all_gather_object(seen, _appears(folder / name[0]), group=world.patient)
+    if world.is_main:
+        (folder / name[0]).unlink()
+    if not all(seen):
+        raise ValueError(
+            f"rank {seen.index(False)} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
+            "file system that all nodes share; give a folder there, or --save-steps 0"
+        )
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _VISIBLE_AFTER_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
@@ -63,6 +112,7 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         _delete(path for path in checkpoints(folder) if step_of(path) > step_of(resume_from))
     else:
         _delete(_results(folder) + _traces(folder))
+    drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")
 

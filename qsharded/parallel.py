@@ -9,9 +9,10 @@ means: ``FSDPModule.set_custom_all_gather``.
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+_T = TypeVar("_T")
+_PATIENCE = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,21 +72,39 @@ class ExactAllGather:
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank among ``size``, its device, and the mesh (None for a single process)."""
+    """Where this process stands: its rank among ``size``, its device, and the mesh (None for a single process).
+
+    ``local_rank`` is its number on its node; ``patient`` the group of all ranks in which they wait for each other.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    local_rank: int = 0
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, however long one prepares what it does next."""
         if self.mesh is not None:
-            dist.barrier()
+            dist.barrier(self.patient)
+
+    def first_on_node(self, prepare: Callable[[], _T]) -> _T:
+        """What ``prepare`` returns, called by one rank of each node before the others, which find what it downloaded.
+
+        Every rank calls this. Where the first fails the others try too, and fail alike.
+        """
+        if self.local_rank == 0:
+            try:
+                return prepare()
+            finally:
+                self.barrier()
+        self.barrier()
+        return prepare()
 
 
 def start_world() -> World:
@@ -99,7 +120,7 @@ def start_world() -> World:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return World(dist.get_rank(), size, device, mesh)
+    return World(dist.get_rank(), size, device, mesh, local_rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def _check_enough_gpus(local_rank: int) -> None:

@@ -10,10 +10,12 @@ import torch
 
 from qsharded import assembly, evaluation
 from qsharded.checkpoint.adapter import save_adapter, trainable
-from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_checkpoints, save_checkpoint
+from qsharded.checkpoint.training import Progress
+from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
+from qsharded.determinism import use_deterministic_algorithms
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
@@ -28,11 +30,13 @@ class SkippedTooOften(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
+    if config.deterministic:
+        use_deterministic_algorithms()
     world = start_world()
     try:
         with errors_named(config.prog, world, (ValueError, OSError)):
             parts = assembly.prepare(config, world)
-        with errors_named(config.prog, world, (SkippedTooOften,)):
+        with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten)):
             run(config, world, parts)
     finally:
         stop_world(world)
@@ -41,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
     """Evaluate, train, evaluate again, write the adapter."""
     metrics_file = Path(config.output_dir, "metrics.jsonl")
-    with MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log:
+    with (
+        MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log,
+        CheckpointWriter(Path(config.output_dir), world, config.save_total_limit) as writer,
+    ):
         for line in parts.summary:
             log.message(line)
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
-        train_steps(config, world, parts, log)
+        train_steps(config, world, parts, log, writer)
         adapter = Path(config.output_dir, "adapter")
         save_adapter(
             parts.model,
@@ -62,7 +69,9 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
         _evaluate(config, world, parts, log, "after training")
 
 
-def train_steps(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
+def train_steps(
+    config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
+) -> None:
     """Optimizer steps from where the run stands to its end."""
     progress, window = parts.progress, Window(parts.progress)
     for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):
@@ -77,7 +86,7 @@ def train_steps(config: TrainConfig, world: World, parts: assembly.Parts, log: M
         if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
             log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
             _refuse_divergence(config, progress)
-        _save_and_evaluate(config, world, parts, log)
+        _evaluate_and_save(config, world, parts, log, writer)
 
 
 def _train_step(
@@ -183,23 +192,15 @@ def _refuse_divergence(config: TrainConfig, progress: Progress) -> None:
         )
 
 
-def _save_and_evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog) -> None:
+def _evaluate_and_save(
+    config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
+) -> None:
     step = parts.progress.step
     if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
         _log_validation(parts, world, log)
+    writer.check()
     if config.save_steps and step % config.save_steps == 0:
-        folder = checkpoint_folder(Path(config.output_dir), step)
-        save_checkpoint(
-            folder,
-            parts.model,
-            parts.lora,
-            parts.optimizer,
-            parts.progress,
-            base_model=parts.base_model,
-            is_main=world.is_main,
-        )
-        if world.is_main:
-            drop_old_checkpoints(Path(config.output_dir), config.save_total_limit)
+        writer.save(parts.model, parts.lora, parts.optimizer, parts.progress, base_model=parts.base_model)
 
 
 def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:

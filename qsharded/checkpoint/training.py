@@ -1,38 +1,35 @@
-"""Checkpoints of a run: adapter, optimizer state and place in the data. Written beside, renamed when complete."""
+"""Checkpoints of a run: where they lie, which is the newest valid one, and how a run goes on from one.
 
-import json
+A checkpoint is a folder of ``manifest.json``, ``state.json``, ``adapter/`` in PEFT's format, and the optimizer's state,
+a file for each rank that wrote it. :mod:`qsharded.checkpoint.writer` writes them.
+"""
+
 import shutil
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from qsharded import parallel
-from qsharded.checkpoint.adapter import (
-    CONFIG_FILE,
-    copy_rows,
-    load_adapter,
-    open_weights,
-    peft_config,
-    save_adapter,
-    trainable,
-)
+from qsharded.checkpoint.adapter import CONFIG_FILE, load_adapter, peft_config
+from qsharded.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, read_manifest, verify
+from qsharded.checkpoint.shards import load_state, opened
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
 
-_STATE_FILE, _OPTIMIZER_FILE, _ADAPTER = "state.json", "optimizer.safetensors", "adapter"
+STATE_FILE, ADAPTER, OPTIMIZER = "state.json", "adapter", "optimizer"
+_MEANING = {"rows_per_step": " (ranks x --per-device-train-batch-size x --gradient-accumulation-steps)"}
+PARTIAL = ".partial"  # ends the name of a folder that is being written, or deleted
 
 
 @dataclass
 class Progress:
     """Where a run stands; with adapter and optimizer state, all that an identical continuation needs.
 
-    Random numbers need no state of their own: each step draws from a generator seeded by (seed, step, rank).
+    Random numbers need no state of their own: each step draws from a generator seeded by (seed, step, rank). Nor does
+    the learning rate, which the step and the run's options give.
 
     Attributes:
         step: optimizer steps tried, the skipped ones included.
@@ -50,61 +47,25 @@ class Progress:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    lora: LoRAConfig,
-    optimizer: Optimizer,
-    progress: Progress,
-    *,
-    base_model: str,
-    is_main: bool,
-) -> None:
-    """Write a checkpoint to ``folder``. Every rank calls this; the main rank writes, and renames when complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    save_adapter(model, lora, partial / _ADAPTER, base_model=base_model, is_main=is_main)
-    state = _gathered_state(model, optimizer, is_main)
-    if is_main:
-        save_file(state, partial / _OPTIMIZER_FILE)
-        (partial / _STATE_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-
-def _gathered_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> dict[str, Tensor]:
-    gathered: dict[str, Tensor] = {}
-    for name, parameter in trainable(model):
-        for key, value in optimizer.state[parameter].items():
-            full = parallel.whole(value)
-            if is_main:
-                gathered[f"{name}:{key}"] = full.cpu().contiguous()
-    return gathered
-
-
 def load_checkpoint(
     folder: Path, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer, settings: Mapping[str, Any]
 ) -> Progress:
     """Fill adapter and optimizer from ``folder``, each rank its own rows, and return where the run stood.
 
+    The number of ranks may be another than the one that wrote it.
+
     Raises:
         ValueError: a file that is missing, damaged, or of another model; an adapter of other settings than ``lora``, or
             a run of others than ``settings``.
     """
-    progress = _read_progress(folder / _STATE_FILE)
-    adapter = read_json(folder / _ADAPTER / CONFIG_FILE)
+    progress = _read_progress(folder / STATE_FILE)
+    adapter = read_json(folder / ADAPTER / CONFIG_FILE)
     _refuse_other(peft_config(model, lora, ""), adapter, folder, leave={"base_model_name_or_path", "revision"})
     _refuse_other(settings, progress.settings, folder)
-    load_adapter(model, folder / _ADAPTER)
-    path = folder / _OPTIMIZER_FILE
-    with open_weights(path) as file:
-        for name, parameter in trainable(model):
-            keys = [key for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118  not a dict
-            optimizer.state[parameter] = {
-                key.rpartition(":")[2]: _read_state(file, key, parameter, path) for key in keys
-            }
+    load_adapter(model, folder / ADAPTER)
+    files = [name for name in read_manifest(folder).files if name.startswith(OPTIMIZER)]
+    with opened(folder, files) as written:
+        load_state(model, optimizer, written)
     return progress
 
 
@@ -113,6 +74,7 @@ def _refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path,
         if key not in leave and then.get(key) != value:
             raise ValueError(
                 f"{folder} was written with {key} = {then.get(key)!r}, this run has {value!r}: resume it alike"
+                + _MEANING.get(key, "")
             )
 
 
@@ -123,30 +85,26 @@ def _read_progress(path: Path) -> Progress:
         raise ValueError(f"{path} is not of this version: {error}") from None
 
 
-def _read_state(file: Any, key: str, parameter: Tensor, path: Path) -> Tensor:
-    """State of the parameter's shape is sharded like it; anything else (a step count) is whole on every rank."""
-    shape = tuple(file.get_slice(key).get_shape())
-    if shape != tuple(parameter.shape):
-        return file.get_tensor(key)
-    value = torch.zeros_like(parameter)
-    copy_rows(file, key, value, path)
-    return value
-
-
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` lies."""
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run that were written to the end, oldest first."""
-    return [folder for folder in checkpoints(output_dir) if (folder / _STATE_FILE).is_file()]
+def newest_valid(output_dir: Path, report: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint of a run whose files are as they were written; ``report`` is told of those passed over."""
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify(folder)
+            return folder
+        except DamagedCheckpoint as error:
+            report(f"{folder.name} is passed over: {error}")
+    return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = (output_dir / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if folder.suffix != ".partial"), key=step_of)
+    return sorted((folder for folder in found if folder.suffix != PARTIAL), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -157,10 +115,20 @@ def step_of(checkpoint: Path) -> int:
 
 def drop_old_checkpoints(output_dir: Path, keep: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints; None keeps all."""
+    complete = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST_FILE).is_file()]
     if keep is not None:
-        _delete(complete_checkpoints(output_dir)[:-keep])
+        for folder in complete[:-keep]:
+            delete_checkpoint(folder)
 
 
-def _delete(folders: Iterable[Path]) -> None:
-    for folder in folders:
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; one that is only half deleted when the process dies no longer has a checkpoint's name."""
+    doomed = folder.with_name(folder.name + PARTIAL)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def drop_partial_checkpoints(output_dir: Path) -> None:
+    """Delete what a run left that died while it was writing or deleting one."""
+    for folder in (output_dir / "checkpoints").glob(f"step-*{PARTIAL}"):
         shutil.rmtree(folder)

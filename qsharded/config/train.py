@@ -105,6 +105,11 @@ class TrainConfig:
         check=AT_LEAST_0,
     )
     seed: int = _optimizer("Seed of the adapter's weights, the order of the data and dropout.", 42, check=AT_LEAST_0)
+    deterministic: bool = _optimizer(
+        "Use no GPU kernel whose sums change their order, so that a run, resumed or not, repeats to the last bit on "
+        "the same GPUs and versions. Slower; on CPUs it is so anyway.",
+        False,
+    )
 
     output_dir: str = _output(
         "Folder to write adapter/, checkpoints/, metrics.jsonl and config.toml to.", "output", metavar="PATH"
@@ -118,7 +123,8 @@ class TrainConfig:
         "Checkpoints to keep, the newest.", None, unit="checkpoints", check=AT_LEAST_1, unset="all"
     )
     resume_from_checkpoint: str | None = _output(
-        "Checkpoint folder to go on from; auto takes the newest in --output-dir and starts afresh where there is none.",
+        "Checkpoint folder to go on from, on any number of ranks; auto takes the newest undamaged one in --output-dir "
+        "and starts afresh where there is none.",
         None,
         metavar="PATH|auto",
         unset="start afresh",

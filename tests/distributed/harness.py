@@ -27,7 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         AssertionError: a rank failed; the message holds its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [
             _context.Process(target=_rank_main, args=(function, args, rank, world_size, port, folder))
             for rank in range(world_size)
@@ -38,7 +38,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

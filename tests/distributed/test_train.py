@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qsharded import evaluation, train
+from qsharded import evaluation, output, train
+from qsharded.checkpoint import writer
 from qsharded.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
@@ -77,8 +80,14 @@ def test_a_resumed_run_continues_to_the_last_bit(model: Path, dataset: Path, tmp
     options = {"max_steps": 7, "save_steps": 3, "logging_steps": 2, "save_total_limit": 1}
     run_ranks(run, world_size, model, dataset, tmp_path / "whole", options)
     stopped = tmp_path / "stopped"
-    run_ranks(run_until, world_size, 5, model, dataset, stopped, options)
-    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000003"]
+    if world_size == 1:
+        run_ranks(run_until, world_size, 5, model, dataset, stopped, options)
+        assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000003"]
+    else:
+        with pytest.raises(AssertionError):
+            run_ranks(run_killed_while_saving, world_size, 6, model, dataset, stopped, options)
+        found = {path.name for path in (stopped / "checkpoints").iterdir()}
+        assert found == {"step-000003", "step-000006.partial"}
     run_ranks(run, world_size, model, dataset, stopped, options | {"resume_from_checkpoint": "auto"})
     assert losses(stopped) == losses(tmp_path / "whole")
     assert len(losses(stopped)) == 4
@@ -97,6 +106,46 @@ def run_until(last_step: int, *args: Any) -> None:
     train._train_step = dying
     with pytest.raises(KeyboardInterrupt):
         run(*args)
+
+
+def run_killed_while_saving(step: int, *args: Any) -> None:
+    """Have the main rank killed when all it lacks of that step's checkpoint is the manifest."""
+    write_manifest = writer.write_manifest
+
+    def deadly(folder: Path, manifest: Any) -> None:
+        if manifest.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_manifest(folder, manifest)
+
+    writer.write_manifest = deadly
+    run(*args)
+
+
+def test_a_run_resumed_by_other_ranks_goes_on_alike(model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Six rows a step, shared by two ranks, then by one or three: sums in another order, so equal but for rounding."""
+    options = {"max_steps": 6, "save_steps": 3, "lora_dropout": 0, "gradient_accumulation_steps": 1, "lora_r": 3}
+    batch = "per_device_train_batch_size"
+    run_ranks(run, 2, model, dataset, tmp_path / "two", options | {batch: 3})
+    expected = losses(tmp_path / "two")[3:]
+    resumed = options | {"resume_from_checkpoint": tmp_path / "two" / "checkpoints" / "step-000003"}
+    run(model, dataset, tmp_path / "one", resumed | {batch: 6})
+    run_ranks(run, 3, model, dataset, tmp_path / "three", resumed | {batch: 2})
+    for ranks in ("one", "three"):
+        assert losses(tmp_path / ranks) == pytest.approx(expected, rel=1e-6)
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the option does, and taken back afterwards
+    train.main(arguments(model, dataset, tmp_path / "plain", max_steps=2))
+    try:
+        train.main([*arguments(model, dataset, tmp_path / "deterministic", max_steps=2), "--deterministic"])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert losses(tmp_path / "plain") == losses(tmp_path / "deterministic")
 
 
 def assert_same_file(one: Path, other: Path) -> None:
@@ -222,6 +271,52 @@ def test_a_run_is_resumed_under_its_own_settings(
     with pytest.raises(SystemExit):
         train.main(arguments(model, dataset, tmp_path, **options | change))
     assert complaint in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2}
+    train.main(arguments(model, dataset, tmp_path, **options))
+    whole = losses(tmp_path)
+    damaged = tmp_path / "checkpoints" / "step-000004"
+    file = damaged / "optimizer-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(SystemExit):
+        train.main(arguments(model, dataset, tmp_path, **options, resume_from_checkpoint=damaged))
+    assert f"{file} is damaged" in capsys.readouterr().err
+    train.main(arguments(model, dataset, tmp_path, **options, resume_from_checkpoint="auto"))
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"qsharded.train: step-000004 is passed over: {file} is damaged")
+    assert "step-000003 at step 3" in printed.out
+    assert losses(tmp_path) == whole
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_a_line(
+    model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(SystemExit):
+        train.main(arguments(model, dataset, tmp_path, max_steps=3, save_steps=3))
+    message = capsys.readouterr().err
+    assert message.startswith("qsharded.train: error: checkpoint ")
+    assert "step-000003 was not written: " in message
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def run_on_own_disk(model: Path, dataset: Path, folder: Path) -> str:
+    output._VISIBLE_AFTER_S = 0.2
+    own = folder / str(torch.distributed.get_rank())
+    with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        train.main(arguments(model, dataset, own, max_steps=1, save_steps=1))
+    return printed.getvalue()
+
+
+def test_nodes_that_do_not_share_the_output_are_told(model: Path, dataset: Path, tmp_path: Path) -> None:
+    for message in run_ranks(run_on_own_disk, 2, model, dataset, tmp_path):
+        assert "rank 1 does not see what rank 0 writes to --output-dir" in message
+    assert list(tmp_path.glob("*/*")) == []
 
 
 def test_resuming_an_older_checkpoint_drops_the_newer_ones(model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""Checkpoints written beside the training: the loop waits for a copy to host memory, a thread does the rest.
+
+Ranks do not wait for each other in a collective, which would run across the training's own. Each writes its files into
+a folder called ``.partial`` and then says so by a small one; the main rank's thread waits for those, completes the
+checkpoint and renames the folder. So a folder without that ending is complete at any moment, whatever is killed.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from qsharded.checkpoint.files import FileRecord, sync_folder, write_json, write_tensors
+from qsharded.checkpoint.host_copies import HostCopies, mark_stream
+from qsharded.checkpoint.manifest import Manifest, write_manifest
+from qsharded.checkpoint.shards import RankTensors, Rows, opened, own_state, own_weights
+from qsharded.checkpoint.source import read_json
+from qsharded.checkpoint.training import (
+    ADAPTER,
+    OPTIMIZER,
+    PARTIAL,
+    STATE_FILE,
+    Progress,
+    checkpoint_folder,
+    drop_old_checkpoints,
+)
+from qsharded.nn import LoRAConfig
+from qsharded.parallel import World
+
+_WEIGHTS = "weights"
+_PATIENCE_S = 1800  # for the slowest rank's disk, once the main rank's own files are written
+_POLL_S = 0.05
+
+
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint could not be written; the message says which, and why."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What this rank writes of a checkpoint: its tensors by kind of file, on the host once ``copied`` is reached."""
+
+    folder: Path
+    tensors: Mapping[str, RankTensors]
+    copied: torch.cuda.Event | None
+    progress: Mapping[str, Any]
+    adapter_config: Mapping[str, Any]
+
+    @property
+    def partial(self) -> Path:
+        return self.folder.with_name(self.folder.name + PARTIAL)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time. Every rank has one and calls it in the same steps.
+
+    An error of the thread is raised by the next call, or at the end: leaving the context waits for the last checkpoint.
+
+    Args:
+        output_dir: of the run, on a file system that all ranks see.
+        world: the ranks.
+        keep: how many checkpoints stay, the newest; None keeps all.
+    """
+
+    def __init__(self, output_dir: Path, world: World, keep: int | None) -> None:
+        self._output_dir, self._world, self._keep = output_dir, world, keep
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            print(failure, file=sys.stderr)  # the error on its way is the one that is raised
+        finally:
+            self._thread.shutdown()
+
+    def save(
+        self, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer, progress: Progress, *, base_model: str
+    ) -> None:
+        """Have a checkpoint written of what everything is now. It first waits for the one before.
+
+        Raises:
+            CheckpointNotWritten: the one before could not be written.
+        """
+        self.wait()
+        rank = self._world.rank
+        tensors = {
+            _WEIGHTS: self._copied(_WEIGHTS, own_weights(model, rank)),
+            OPTIMIZER: self._copied(OPTIMIZER, own_state(model, optimizer, rank)),
+        }
+        job = _Job(
+            checkpoint_folder(self._output_dir, progress.step),
+            tensors,
+            mark_stream(self._world.device),
+            asdict(progress),
+            peft_config(model, lora, base_model),
+        )
+        self._pending = self._thread.submit(self._write, job)
+
+    def _copied(self, kind: str, tensors: RankTensors) -> RankTensors:
+        copy = self._copies.copy
+        return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in tensors.of.items()})
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written meanwhile."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, and raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, job: _Job) -> None:
+        try:
+            self._write_own_files(job)
+            if self._world.is_main:
+                self._complete(job)
+                drop_old_checkpoints(self._output_dir, self._keep)
+        except OSError as error:
+            raise CheckpointNotWritten(f"checkpoint {job.folder} was not written: {error}") from error
+
+    def _write_own_files(self, job: _Job) -> None:
+        if job.copied is not None:
+            job.copied.synchronize()
+        job.partial.mkdir(parents=True, exist_ok=True)
+        names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
+        records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}
+        done = job.partial / _rank_file(self._world.rank)
+        unfinished = done.with_suffix(".new")
+        write_json(unfinished, {name: asdict(record) for name, record in records.items()})
+        unfinished.rename(done)  # the main rank may read it from now on
+
+    def _complete(self, job: _Job) -> None:
+        """Make a checkpoint of what all ranks have written. The main rank's."""
+        files = self._records_of_all(job)
+        weights = [name for name in files if name.startswith(_WEIGHTS)]
+        files |= _write_adapter(job, weights)
+        files[STATE_FILE] = write_json(job.partial / STATE_FILE, job.progress)
+        for name in [*weights, *map(_rank_file, range(self._world.size))]:
+            (job.partial / name).unlink()
+        kept = {name: record for name, record in files.items() if name not in weights}
+        write_manifest(job.partial, Manifest(job.progress["step"], self._world.size, kept))
+        sync_folder(job.partial)
+        job.partial.rename(job.folder)
+        sync_folder(job.folder.parent)
+
+    def _records_of_all(self, job: _Job) -> dict[str, FileRecord]:
+        records: dict[str, FileRecord] = {}
+        deadline = time.monotonic() + _PATIENCE_S
+        for rank in range(self._world.size):
+            path = job.partial / _rank_file(rank)
+            while not path.is_file():
+                if time.monotonic() > deadline:
+                    raise CheckpointNotWritten(
+                        f"checkpoint {job.folder} was not written: rank {rank} did not write {path}"
+                    )
+                time.sleep(_POLL_S)
+            records |= {name: FileRecord(**record) for name, record in read_json(path).items()}
+        return records
+
+
+def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
+    """Join the ranks' rows into an adapter in PEFT's format."""
+    folder = job.partial / ADAPTER
+    folder.mkdir(exist_ok=True)
+    with opened(job.partial, weights) as written:
+        tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), {"format": "pt"})
+    described = write_json(folder / CONFIG_FILE, job.adapter_config)
+    sync_folder(folder)
+    return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}
+
+
+def _tensor_file(kind: str, rank: int, size: int) -> str:
+    return f"{kind}-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"

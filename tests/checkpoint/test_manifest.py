@@ -1,0 +1,95 @@
+"""Manifests: what is read back, and which damage is found."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qsharded.checkpoint.files import FileRecord, Parts, write_tensors
+from qsharded.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest, verify, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of two files, described by hashes of hashlib's own."""
+    (tmp_path / "adapter").mkdir()
+    files = {"state.json": b"{}", "adapter/weights": bytes(range(256)) * 20}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    records = {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    write_manifest(tmp_path, Manifest(step=7, world_size=2, files=records))
+    return tmp_path
+
+
+def test_an_intact_checkpoint_is_what_its_manifest_says(folder: Path) -> None:
+    manifest = verify(folder)
+    assert (manifest.step, manifest.world_size, sorted(manifest.files)) == (7, 2, ["adapter/weights", "state.json"])
+    assert manifest == read_manifest(folder)
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "adapter" / "weights").read_bytes())
+    data[3000] ^= 1
+    (folder / "adapter" / "weights").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_a_bit, "adapter/weights is damaged: its SHA-256"),
+        (lambda folder: (folder / "adapter" / "weights").write_bytes(b"short"), "adapter/weights has 5 bytes, .* 5120"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": "qsharded'), "manifest.json is not valid"),
+        (lambda folder: edit_manifest(folder, files=[]), "manifest.json is damaged"),
+        (lambda folder: edit_manifest(folder, format="other"), "manifest.json is damaged"),
+        (lambda folder: edit_manifest(folder, more=1), "manifest.json is damaged"),
+    ],
+)
+def test_damage_is_found_and_its_file_named(folder: Path, damage: Callable[[Path], object], named: str) -> None:
+    damage(folder)
+    with pytest.raises(DamagedCheckpoint, match=named):
+        verify(folder)
+
+
+def test_another_layout_is_no_damage(folder: Path) -> None:
+    edit_manifest(folder, format_version=2, more=1)
+    with pytest.raises(ValueError, match="format_version 2") as caught:
+        verify(folder)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_tensor_files_are_safetensors(tmp_path: Path) -> None:
+    """The library reads what was written part by part: every dtype, a scalar, an empty tensor."""
+    rows = torch.arange(12.0).reshape(6, 2)
+    tensors = {
+        "whole": torch.tensor([1, -2], dtype=torch.int64),
+        "rows": rows,
+        "bits": torch.arange(5, dtype=torch.uint8),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+        "half": torch.randn(3, dtype=torch.float16),
+    }
+    parts = {name: Parts(t.dtype, tuple(t.shape), [t]) for name, t in tensors.items()}
+    parts["rows"] = Parts(torch.float32, (6, 2), [rows[:1], rows[1:1], rows[1:]])
+    path = tmp_path / "some.safetensors"
+    record = write_tensors(path, parts, {"a": "b"})
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert read[name].dtype == expected.dtype
+        assert torch.equal(read[name], expected)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"a": "b"}
+    data = path.read_bytes()
+    assert record == FileRecord(len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,83 @@
+"""Several nodes: who prepares what, and torchrun's rendezvous of two agents on this machine."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qsharded import parallel, train
+from qsharded.metrics import read_metrics
+from tests.distributed.harness import free_port, run_ranks
+
+BUILTIN = Path(train.__file__).parent / "builtin"
+
+
+def prepare(folder: Path) -> str:
+    """What a download does: the first of a node brings the file, the others find it."""
+    world = parallel.start_world()
+    file = folder / f"node{world.rank // 2}"
+
+    def download() -> str:
+        if world.local_rank == 0:
+            time.sleep(0.3)  # long enough for the others to come too early
+            file.write_text("downloaded")
+        return file.read_text()
+
+    return world.first_on_node(download)
+
+
+def two_a_node(folder: Path) -> str:
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
+    return prepare(folder)
+
+
+def test_the_first_rank_of_each_node_prepares(tmp_path: Path) -> None:
+    assert run_ranks(two_a_node, 3, tmp_path) == ["downloaded"] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {"node0", "node1"}
+
+
+def fail_to_prepare() -> str:
+    def refuse() -> None:
+        raise ValueError(f"the Hub refused rank {world.rank}")
+
+    world = parallel.start_world()
+    with pytest.raises(ValueError, match="the Hub refused") as caught:
+        world.first_on_node(refuse)
+    return str(caught.value)
+
+
+def test_a_failure_to_prepare_holds_no_rank() -> None:
+    assert run_ranks(fail_to_prepare, 2) == ["the Hub refused rank 0", "the Hub refused rank 1"]
+
+
+def options(output: Path) -> list[str]:
+    return [
+        f"--model={BUILTIN / 'model'}",
+        f"--dataset={BUILTIN / 'train.jsonl'}",
+        f"--output-dir={output}",
+        "--max-steps=2",
+        "--save-steps=2",
+        "--logging-steps=1",
+        "--learning-rate=0.01",
+        "--warmup-ratio=0",
+    ]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+def test_two_agents_train_as_two_ranks_of_one_node_do(tmp_path: Path) -> None:
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=1", "--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    command = [*launcher, "-m", "qsharded.train", *options(tmp_path / "two-nodes")]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    printed = [agent.communicate(timeout=240)[0].decode() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
+    run_ranks(train.main, 2, options(tmp_path / "one-node"))
+    assert losses(tmp_path / "two-nodes") == losses(tmp_path / "one-node")
+    assert len(losses(tmp_path / "two-nodes")) == 2
+    assert (tmp_path / "two-nodes" / "checkpoints" / "step-000002" / "manifest.json").is_file()

@@ -41,6 +41,11 @@ def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
     return (kernels or nf4).absmax_row_sums(absmax_NG)
 
 
+def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
+    """``nf4.absmax_offset``, on the device of the sums."""
+    return nf4.absmax_offset(row_sums_N, G).to(row_sums_N.device)
+
+
 def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
     """``nf4.absmax_scales`` by the fastest implementation for its device."""
     kernels = _absmax_kernels(absmax_NG.device)

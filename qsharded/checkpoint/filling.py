@@ -5,7 +5,7 @@ Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Protocol
 
@@ -33,15 +33,20 @@ class Fill(Protocol):
         """All pieces were taken, on ``device``. Ranks that have none come here too."""
 
 
-@torch.no_grad()
 def run(fills: Iterable[Fill], source: WeightSource, device: torch.device) -> None:
     """Carry out ``fills`` in order on ``device``, reading ahead meanwhile."""
     fills = list(fills)
     with closing(source.stream([piece for fill in fills for piece in fill.pieces], device)) as stream:
-        for fill in fills:
-            for piece in fill.pieces:
-                fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
-            fill.finish(device)
+        take_all(fills, source, stream, device)
+
+
+@torch.no_grad()
+def take_all(fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device) -> None:
+    """Give ``fills`` their pieces out of ``stream``, which has the bytes of all in their order."""
+    for fill in fills:
+        for piece in fill.pieces:
+            fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+        fill.finish(device)
 
 
 def pieces_of(source: WeightSource, name: str, start: int, stop: int, row_bytes: int) -> list[Piece]:
@@ -136,7 +141,7 @@ class LayerSink:
 
 def double_quantize(absmax_NG: Tensor, rows: parallel.RowRange) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
-    offset = _agreed_offset(absmax_NG, rows).to(absmax_NG.device)
+    offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
     _all_reduce(scales, dist.ReduceOp.MAX, rows)
     return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
@@ -147,7 +152,7 @@ def _agreed_offset(absmax_NG: Tensor, rows: parallel.RowRange) -> Tensor:
     sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
     sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
     _all_reduce(sums_N, dist.ReduceOp.SUM, rows)
-    return nf4.absmax_offset(sums_N, absmax_NG.shape[1])
+    return backends.absmax_offset(sums_N, absmax_NG.shape[1])
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowRange) -> None:

@@ -66,10 +66,11 @@ def load_model(
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each module a tensor of its own
     if packed is not None:
-        _fill_packed(model, packed, seed, device)
+        filling.run(_packed_fills(model, packed), packed.source, device)
     else:
         source = RandomWeights(seed, 0.02, device, {}) if random_init else SafetensorsFolder(folder)
-        _fill(model, source, seed, device)
+        filling.run(quantizing_fills(model, source), source, device)
+    _fill_adapters(model, seed)
     return model
 
 
@@ -139,12 +140,11 @@ def checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _fill(model: CausalLM, source: WeightSource, seed: int, device: torch.device) -> None:
-    """From a checkpoint in 16 or 32 bits, or from random numbers."""
+def quantizing_fills(model: CausalLM, source: WeightSource) -> list[filling.Fill]:
+    """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(expected_shapes(model))
-    fills = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
-    filling.run(fills + _plain_fills(model, source), source, device)
-    _fill_adapters(model, seed)
+    packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
+    return packed + _plain_fills(model, source)
 
 
 def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filling.Fill:
@@ -152,14 +152,13 @@ def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filli
     return filling.QuantizingFill(source, name, layer.in_features, rows, filling.LayerSink(layer))
 
 
-def _fill_packed(model: CausalLM, packed: PackedCheckpoint, seed: int, device: torch.device) -> None:
-    """From a checkpoint that is packed already: bytes to bytes."""
-    layers, source = packed_layers(model), packed.source
+def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fill]:
+    """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
+    layers = packed_layers(model)
     tensors = (tensor for name in layers for tensor in packed.packing.tensors(name))
-    source.check(_plain_shapes(model), tensors)
+    packed.source.check(_plain_shapes(model), tensors)
     fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
-    filling.run(fills + _plain_fills(model, source), source, device)
-    _fill_adapters(model, seed)
+    return fills + _plain_fills(model, packed.source)
 
 
 def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[filling.Fill]:

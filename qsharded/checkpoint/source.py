@@ -313,4 +313,4 @@ class RandomWeights:
     def _run(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, name, row))
         size = (min(self._RUN, shape[0] - row), *shape[1:])
-        return (torch.randn(size, generator=generator, device=self.device) * self.std).bfloat16()
+        return torch.randn(size, generator=generator, device=self.device).mul_(self.std).bfloat16()

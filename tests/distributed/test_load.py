@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qsharded import nf4, parallel
-from qsharded.checkpoint import load_model
+from qsharded.checkpoint import load_model, staging
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.nn import LoRAConfig, NF4Linear
@@ -36,10 +36,16 @@ def packed_as(form: str, folder: Path, target: Path) -> Path:
     return target
 
 
-def gathered_bytes(path: Path, world_size: int) -> dict[str, Tensor]:
-    """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means."""
+def gathered_bytes(path: Path, world_size: int, random_init: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means.
+
+    Where there are several ranks, they read in pieces of a few rows.
+    """
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
-    model = load_model(path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.bfloat16, seed=7)
+    if mesh is not None:
+        staging.PIECE = 3000
+    lora = LoRAConfig(r=3)
+    model = load_model(path, mesh=mesh, lora=lora, dtype=torch.bfloat16, seed=7, random_init=random_init)
     state = {name: whole_bytes(tensor) for name, tensor in model.named_parameters()}
     return state | {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
 
@@ -62,6 +68,15 @@ def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: in
     assert any("weight_absmax_scales" in name for name in alone)
     for state in run_ranks(gathered_bytes, world_size, folder, world_size):
         assert state.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
+def test_random_weights_are_the_same_on_three_ranks(tmp_path: Path) -> None:
+    """Of 2,100 rows a rank has 700, and runs of 1,024 are drawn."""
+    folder = write_checkpoint(tmp_path, intermediate_size=2112, vocab_size=2100)
+    alone = run_ranks(gathered_bytes, 1, folder, 1, True)[0]
+    for state in run_ranks(gathered_bytes, 3, folder, 3, True):
         for name, expected in alone.items():
             assert torch.equal(state[name], expected), name
 

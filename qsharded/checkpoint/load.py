@@ -167,7 +167,8 @@ def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Itera
     codes, absmax = (parallel.local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
-        yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
+        as_stored = absmax.view(packed.source.dtype(parts.absmax))
+        yield filling.RowsFill(packed.source, parts.absmax, as_stored, first)
         return
     absmax.view(torch.uint8)[:, G:].zero_()
     yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)

@@ -9,7 +9,9 @@ A packed weight `[N, K]` called W (its name ends in ".weight") is, with G = K/64
     W_absmax_offset fp32 []                     W.quant_state.bitsandbytes__nf4: JSON with nested_offset, as uint8
                                                 W.quant_map fp32 [16], W.nested_quant_map fp32 [256]
 
-Bytes and their order are the same in both. config.json's quantization_config names the form.
+Bytes and their order are the same in both. config.json's quantization_config names the form. Ours too can do without
+double quantization ("double_quant": false): W_absmax is then uint8 [N, 4G], the bytes of the fp32 values, and has no
+scales and offset. The quantize command does not write that; the integrations may.
 """
 
 import json
@@ -54,7 +56,7 @@ class Packing:
         Raises:
             ValueError: there is none.
         """
-        mark = SCALES if self.form == QUANT_METHOD else BNB_STATE
+        mark = ABSMAX if self.form == QUANT_METHOD else BNB_STATE
         names = {name.removesuffix(mark) for name in source.names() if name.endswith(mark)}
         if not names:
             raise ValueError(f"{source.folder}: config.json speaks of packed weights ({self.form}), but there is none")
@@ -63,7 +65,8 @@ class Packing:
     def tensors(self, name: str) -> set[str]:
         """What the checkpoint holds for the packed weight ``name``."""
         if self.form == QUANT_METHOD:
-            return {name + ending for ending in ("", ABSMAX, SCALES, OFFSET)}
+            second_level = (SCALES, OFFSET) if self.double_quant else ()
+            return {name + ending for ending in ("", ABSMAX, *second_level)}
         nested = (BNB_NESTED, BNB_NESTED_MAP) if self.double_quant else ()
         return {name + ending for ending in ("", BNB_ABSMAX, BNB_STATE, BNB_MAP, *nested)}
 
@@ -77,7 +80,7 @@ class Packing:
         _check_bytes(source, parts.codes, N * K // 2)
         values = N * K // nf4.BLOCK
         if not self.double_quant:
-            _check_kind(source, parts.absmax, torch.float32, values)
+            _check_bytes(source, parts.absmax, values * torch.float32.itemsize)
             return parts
         _check_kind(source, parts.absmax, torch.uint8, values)
         assert parts.scales is not None
@@ -85,6 +88,8 @@ class Packing:
         return parts
 
     def _own(self, source: SafetensorsFolder, name: str) -> "Parts":
+        if not self.double_quant:
+            return Parts(name, name + ABSMAX, None, None)
         _check_kind(source, name + OFFSET, torch.float32, 1)
         return Parts(name, name + ABSMAX, name + SCALES, source.whole(name + OFFSET).item())
 
@@ -148,7 +153,7 @@ def _own_packing(said: Mapping[str, Any]) -> Packing:
                 f"{CONFIG_KEY}: {key} is {said.get(key)!r}, this version of qsharded reads {value!r}; quantize the "
                 "16-bit checkpoint again"
             )
-    return Packing("qsharded")
+    return Packing("qsharded", bool(said.get("double_quant", True)))
 
 
 def packed_specs(form: Form, name: str, N: int, K: int) -> dict[str, Spec | None]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qsharded import nf4
 from qsharded.checkpoint import load_model
+from qsharded.checkpoint.quantized import own_config
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig, NF4Linear
@@ -97,6 +98,23 @@ def test_our_tensors_are_the_formats(original: Path, tmp_path: Path) -> None:
         assert torch.equal(packed.pop(f"{name}_absmax_scales"), expected.absmax_scales)
         assert torch.equal(packed.pop(f"{name}_absmax_offset"), expected.absmax_offset)
     assert not packed
+
+
+def test_our_form_without_double_quantization(original: Path, tmp_path: Path) -> None:
+    """As the transformers integration saves it: the bytes of the fp32 absmax, row by row."""
+    described, weights = json.loads((original / "config.json").read_text()), tensors(original)
+    for name, weight in list(weights.items()):
+        if "_proj.weight" in name:
+            expected = nf4.quantize(weight, double_quant=False)
+            weights |= {name: expected.codes, f"{name}_absmax": expected.absmax.view(torch.uint8)}
+    save_file(weights, tmp_path / "model.safetensors")
+    said = own_config() | {"double_quant": False}
+    (tmp_path / "config.json").write_text(json.dumps(described | {"quantization_config": said}))
+    model = load_model(tmp_path)
+    for name, weight in tensors(original).items():
+        if "_proj.weight" in name:
+            decoded = model.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32)
+            assert torch.equal(decoded, nf4.quantize(weight, double_quant=False).dequantize(torch.float32)), name
 
 
 def test_the_index_and_the_config_are_whole(original: Path, tmp_path: Path) -> None:

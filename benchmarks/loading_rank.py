@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from qsharded import parallel
 from qsharded.checkpoint import filling, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
-from qsharded.checkpoint.source import Piece, SafetensorsFolder, read_json
+from qsharded.checkpoint.pieces import Piece
+from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.models import CausalLM, ModelConfig
 
 GIB = 2**30
@@ -123,7 +125,8 @@ class Memory:
 
     def __init__(self, world: parallel.World) -> None:
         self._device = world.device
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        with suppress(OSError):  # a container may forbid it; the peak then counts from the process's start
+            Path("/proc/self/clear_refs").write_text("5")
         self._host = status("VmRSS")
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

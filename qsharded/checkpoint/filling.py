@@ -3,7 +3,6 @@
 Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded import backends, nf4, ops, parallel
-from qsharded.checkpoint.source import Piece, WeightSource
+from qsharded.checkpoint.pieces import Piece, WeightSource, pieces_of
 from qsharded.nn import NF4Linear
 from qsharded.nn.nf4_linear import pad_absmax
 
@@ -47,13 +46,6 @@ def take_all(fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tenso
         for piece in fill.pieces:
             fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
         fill.finish(device)
-
-
-def pieces_of(source: WeightSource, name: str, start: int, stop: int, row_bytes: int) -> list[Piece]:
-    """Rows [start, stop) cut as ``source`` wants them."""
-    step = source.rows_at_once(row_bytes)
-    cuts = [start, *range(start // step * step + step, stop, step), stop]
-    return [Piece(name, a, b, row_bytes) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 class RowsFill:

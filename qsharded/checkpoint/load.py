@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded import nf4, parallel
 from qsharded.checkpoint import filling
-from qsharded.checkpoint.quantized import Packing, read_packing
-from qsharded.checkpoint.source import RandomWeights, SafetensorsFolder, WeightSource, find_checkpoint, read_json
+from qsharded.checkpoint.pieces import WeightSource
+from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
+from qsharded.checkpoint.random_weights import RandomWeights
+from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
 from qsharded.nn.lora import initial_A, lora_layers
@@ -72,31 +73,6 @@ def load_model(
         filling.run(quantizing_fills(model, source), source, device)
     _fill_adapters(model, seed)
     return model
-
-
-@dataclass(frozen=True)
-class PackedCheckpoint:
-    """A checkpoint whose weights are packed already, and the names of those that are."""
-
-    source: SafetensorsFolder
-    packing: Packing
-    weights: frozenset[str]
-
-    @classmethod
-    def at(cls, folder: Path, packing: Packing | None) -> "PackedCheckpoint | None":
-        """The one in ``folder``; None where nothing is packed in it.
-
-        Raises:
-            ValueError: nothing is, though config.json says so.
-        """
-        if packing is None:
-            return None
-        source = SafetensorsFolder(folder)
-        return cls(source, packing, frozenset(packing.weights(source)))
-
-    def is_packed(self, layer: str) -> bool:
-        """Whether the weight of the linear layer of that name is."""
-        return f"{layer}.weight" in self.weights
 
 
 def skeleton(

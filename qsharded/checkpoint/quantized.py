@@ -17,6 +17,7 @@ scales and offset. The quantize command does not write that; the integrations ma
 import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -116,6 +117,31 @@ class Parts:
     absmax: str
     scales: str | None
     offset: float | None
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A checkpoint whose weights are packed already, and the names of those that are."""
+
+    source: SafetensorsFolder
+    packing: Packing
+    weights: frozenset[str]
+
+    @classmethod
+    def at(cls, folder: Path, packing: Packing | None) -> "PackedCheckpoint | None":
+        """The one in ``folder``; None where nothing is packed in it.
+
+        Raises:
+            ValueError: nothing is, though config.json says so.
+        """
+        if packing is None:
+            return None
+        source = SafetensorsFolder(folder)
+        return cls(source, packing, frozenset(packing.weights(source)))
+
+    def is_packed(self, layer: str) -> bool:
+        """Whether the weight of the linear layer of that name is."""
+        return f"{layer}.weight" in self.weights
 
 
 def read_packing(config: Mapping[str, Any]) -> Packing | None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qsharded import blockwise8, nf4, parallel
 from qsharded.checkpoint import filling, quantized
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
+from qsharded.checkpoint.pieces import Piece, pieces_of
 from qsharded.checkpoint.quantized import Form
-from qsharded.checkpoint.source import INDEX, Piece, SafetensorsFolder, read_json
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.writing import SafetensorsFile, Spec
 from qsharded.models import ModelConfig
 from qsharded.nn import NF4Linear
@@ -102,7 +103,7 @@ class _CopyFill:
     def __init__(self, source: SafetensorsFolder, name: str, file: SafetensorsFile) -> None:
         N, *others = source.shape(name)
         row_bytes = math.prod(others) * source.dtype(name).itemsize
-        self.pieces = filling.pieces_of(source, name, 0, N, row_bytes)
+        self.pieces = pieces_of(source, name, 0, N, row_bytes)
         self._file, self._finite = file, filling.FiniteCheck(name)
 
     def take(self, piece: Piece, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Where weights come from: a Hugging Face checkpoint read row by row, or random numbers of the same shapes."""
+"""Hugging Face checkpoints: where they are, and their safetensors read row by row."""
 
 import json
 import math
@@ -6,14 +6,14 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsharded.checkpoint import staging
-from qsharded.seeds import derived_seed
+from qsharded.checkpoint.pieces import Piece
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
@@ -23,36 +23,6 @@ _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weight
 _RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows [start, stop) of a tensor, of ``row_bytes`` each as it is stored."""
-
-    name: str
-    start: int
-    stop: int
-    row_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return (self.stop - self.start) * self.row_bytes
-
-
-class WeightSource(Protocol):
-    """Named tensors of which any run of rows can be had alone."""
-
-    def check(self, shapes: dict[str, tuple[int, ...]], packed: Iterable[str] = ()) -> None:
-        """Raise ValueError unless the tensors are just these, of these shapes, and ``packed`` ones of whatever form."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """What the tensor is stored in."""
-
-    def rows_at_once(self, row_bytes: int) -> int:
-        """How many rows a piece should have; pieces begin at multiples of it."""
-
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
-        """The bytes of each piece in turn, uint8 on ``device``, good until the next is asked for."""
 
 
 def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -225,9 +195,8 @@ class SafetensorsFolder:
         shape = self.shape(name)
         stop = min(stop, shape[0])
         row_bytes = math.prod(shape[1:]) * self.dtype(name).itemsize
-        return (
-            self._bytes(name, start * row_bytes, stop * row_bytes).view(self.dtype(name)).view(stop - start, *shape[1:])
-        )
+        raw = self._bytes(name, start * row_bytes, stop * row_bytes)
+        return raw.view(self.dtype(name)).view(stop - start, *shape[1:])
 
     def whole(self, name: str) -> Tensor:
         """The tensor, on the CPU in the dtype it is stored in."""
@@ -263,54 +232,3 @@ def _refuse(names: Iterable[str], complaint: str) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"{complaint} {', '.join(names[:5])}{more}")
-
-
-@dataclass(frozen=True)
-class RandomWeights:
-    """Normal weights (norms: ones) for a model's shape, the same for any number of ranks: rows are drawn in fixed runs.
-
-    Attributes:
-        seed: of the numbers.
-        std: of the matrices.
-        device: where they are drawn; two kinds of device draw different numbers.
-    """
-
-    seed: int
-    std: float
-    device: torch.device
-    shapes: dict[str, tuple[int, ...]]
-
-    _RUN = 1024
-
-    def check(self, shapes: dict[str, tuple[int, ...]], packed: Iterable[str] = ()) -> None:
-        """Take the shapes as they are."""
-        self.shapes.update(shapes)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """bf16."""
-        return torch.bfloat16
-
-    def rows_at_once(self, row_bytes: int) -> int:
-        """A run: no number is drawn twice but at a shard's edges, and no more than a run is held."""
-        return self._RUN
-
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
-        """The bytes of each piece in turn, uint8 on ``device``."""
-        for piece in pieces:
-            yield self.rows(piece.name, piece.start, piece.stop).to(device).view(torch.uint8)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor, bf16."""
-        shape = self.shapes[name]
-        if len(shape) == 1:
-            fill = torch.ones if name.endswith("norm.weight") else torch.zeros
-            return fill(stop - start, dtype=torch.bfloat16, device=self.device)
-        first = start // self._RUN * self._RUN
-        runs = [self._run(name, row, shape) for row in range(first, stop, self._RUN)]
-        drawn = torch.cat(runs) if runs else torch.empty(0, shape[1], dtype=torch.bfloat16, device=self.device)
-        return drawn[start - first : stop - first]
-
-    def _run(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, name, row))
-        size = (min(self._RUN, shape[0] - row), *shape[1:])
-        return torch.randn(size, generator=generator, device=self.device).mul_(self.std).bfloat16()

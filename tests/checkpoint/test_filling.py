@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint import load_model, staging
-from qsharded.checkpoint.filling import pieces_of
+from qsharded.checkpoint.pieces import Piece, pieces_of
 from qsharded.checkpoint.quantizing import quantize_checkpoint
-from qsharded.checkpoint.source import Piece, RandomWeights, SafetensorsFolder
+from qsharded.checkpoint.source import SafetensorsFolder
 from tests.checkpoints import write_checkpoint
 
 CPU = torch.device("cpu")
@@ -53,13 +53,6 @@ def test_on_a_gpu_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (tmp_path / form).mkdir()
         quantize_checkpoint(folder, tmp_path / form, form, torch.device("cuda"))
         assert_same_bytes(state_bytes(tmp_path / form, "cuda"), expected)
-
-
-def test_random_weights_do_not_depend_on_their_runs_edges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer's rows come in runs; asked for in other pieces they are the same."""
-    expected = state_bytes(folder, random_init=True)
-    monkeypatch.setattr(RandomWeights, "rows_at_once", lambda self, row_bytes: 7)
-    assert_same_bytes(state_bytes(folder, random_init=True), expected)
 
 
 def test_pieces_begin_at_multiples_and_cover_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

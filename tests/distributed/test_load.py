@@ -81,6 +81,19 @@ def test_random_weights_are_the_same_on_three_ranks(tmp_path: Path) -> None:
             assert torch.equal(state[name], expected), name
 
 
+@pytest.mark.parametrize("form", ["16 bits", "bitsandbytes"])
+def test_a_rank_without_rows_takes_part(tmp_path: Path, form: str) -> None:
+    """k_proj and v_proj have two rows, for three ranks."""
+    folder = write_checkpoint(tmp_path, hidden_size=64, head_dim=2, num_key_value_heads=1)
+    if form != "16 bits":
+        (tmp_path / "packed").mkdir()
+        folder = packed_as(form, folder, tmp_path / "packed")
+    alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
+    for state in run_ranks(gathered_bytes, 3, folder, 3):
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
 @pytest.mark.parametrize("form", ["qsharded", "bitsandbytes", "bitsandbytes, not nested"])
 def test_a_packed_checkpoint_has_the_same_bytes_on_three_ranks(folder: Path, tmp_path: Path, form: str) -> None:
     packed = packed_as(form, folder, tmp_path)

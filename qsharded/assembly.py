@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.load import load_model, parameter_count
+from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
@@ -58,7 +59,9 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
     folder = world.first_on_node(lambda: _downloaded(config))
-    model_config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    model_config = ModelConfig.from_hf(described)
+    read_packing(described)  # refuses what cannot be read before the data is
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)

@@ -32,6 +32,35 @@ def dequantize(
     return kernels.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
+# Double quantization in steps, for a weight that ranks share; what each takes and gives stands in ``nf4``.
+
+
+def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
+    """``nf4.absmax_row_sums`` by the fastest implementation for its device."""
+    kernels = _absmax_kernels(absmax_NG.device)
+    return (kernels or nf4).absmax_row_sums(absmax_NG)
+
+
+def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
+    """``nf4.absmax_offset``, on the device of the sums."""
+    return nf4.absmax_offset(row_sums_N, G).to(row_sums_N.device)
+
+
+def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
+    """``nf4.absmax_scales`` by the fastest implementation for its device."""
+    kernels = _absmax_kernels(absmax_NG.device)
+    return (kernels or nf4).absmax_scales(absmax_NG, offset, first_row=first_row, rows=rows)
+
+
+def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
+    """``nf4.encode_absmax`` by the fastest implementation for its device."""
+    kernels = _absmax_kernels(absmax_NG.device)
+    if kernels is None:
+        return nf4.encode_absmax(absmax_NG, scales, offset, first_row=first_row)
+    thresholds = blockwise8.thresholds(True, absmax_NG.device)
+    return kernels.encode_absmax(absmax_NG, scales, offset, thresholds, first_row=first_row)
+
+
 def linear(
     x: Tensor,
     codes: Tensor,
@@ -101,6 +130,17 @@ def _implementations(device: torch.device) -> dict[str, ModuleType]:
         compiled = {"compiled": cuda_nf4} if cuda.is_available(device) else {}
         return compiled | {"triton": triton_nf4}
     return {}
+
+
+@cache
+def _absmax_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels for the second level that go with those that :func:`_kernels` chose."""
+    kernels = _kernels(device)
+    if device.type != "cuda" or kernels is None:
+        return None
+    from qsharded_kernels import cuda_absmax, cuda_nf4, triton_absmax
+
+    return cuda_absmax if kernels is cuda_nf4 else triton_absmax
 
 
 @cache

@@ -1,10 +1,8 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
 import logging
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.commands import errors_named
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
+from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
 from qsharded.parallel import World
 
 _in = partial(option, group="What is merged")
@@ -71,44 +70,16 @@ def run(config: MergeConfig) -> None:
         ValueError: a mistake of the user's, named.
     """
     output = Path(config.output).resolve()
-    _refuse_occupied(output)
+    refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
-    with _complete_or_absent(output) as unfinished:
+    with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             merge_weights(checkpoint, adapter, unfinished, config.base)
-        _copy([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
+        copy_files([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
         tokenizer = tokenizer_folder(checkpoint, adapter)
-        _copy(present_files(tokenizer), tokenizer, unfinished)
+        copy_files(present_files(tokenizer), tokenizer, unfinished)
     logging.getLogger(__name__).info("merged model written to %s", output)
-
-
-def _refuse_occupied(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not an empty folder; choose another or remove it")
-
-
-@contextmanager
-def _complete_or_absent(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
-    unfinished = output.with_name(output.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.replace(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
-    """Copy those of ``files``, which lie in ``folder``, that exist; sub-folders stay."""
-    for file in files:
-        if file.is_file():
-            copy = target / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
 from qsharded.generate import GenerateConfig
 from qsharded.merge import MergeConfig
+from qsharded.quantize import QuantizeConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig}
+PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig, "quantize.md": QuantizeConfig}
 
 
 def main() -> None:

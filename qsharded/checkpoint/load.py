@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded import nf4, ops, parallel
-from qsharded.checkpoint.source import RandomWeights, SafetensorsFolder, WeightSource, find_checkpoint, read_json
+from qsharded import nf4, parallel
+from qsharded.checkpoint import filling
+from qsharded.checkpoint.pieces import WeightSource
+from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
+from qsharded.checkpoint.random_weights import RandomWeights
+from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.nn import LoRAConfig, LoRALinear, NF4Linear, add_lora, quantize_
-from qsharded.nn.lora import initial_A
-from qsharded.nn.nf4_linear import pad_absmax
+from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
+from qsharded.nn.lora import initial_A, lora_layers
 
 
 def load_model(
@@ -31,8 +33,9 @@ def load_model(
 ) -> CausalLM:
     """Read a Hugging Face checkpoint into an NF4 model, sharded over ``mesh`` when one is given.
 
-    No rank ever holds a full-size 16-bit model: each reads its own rows of each tensor, quantizes them and keeps the
-    packed bytes, which are the same for any number of ranks.
+    No rank ever holds a full-size 16-bit model, or so much as a tensor of it: each reads its own rows of each tensor in
+    pieces, quantizes them while the next are read, and keeps the packed bytes, which are the same for any number of
+    ranks. A checkpoint that is packed already (``qsharded.quantize``, or bitsandbytes' NF4) keeps its bytes.
 
     Args:
         path_or_id: a folder with config.json and safetensors, or a Hub id.
@@ -46,36 +49,66 @@ def load_model(
         seed: of the adapters, and of random weights.
 
     Raises:
-        ValueError: an architecture or a configuration key that is unknown; tensors that are missing, surplus, of
-            another shape, truncated, or not finite. Each is named.
+        ValueError: an architecture, a configuration key or a quantization that is unknown; tensors that are missing,
+            surplus, of another shape, truncated, or not finite. Each is named.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
     folder = find_checkpoint(path_or_id, revision, weights=not random_init)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    config = ModelConfig.from_hf(described)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = skeleton(config, lora, dtype)
+    packed = None if random_init else PackedCheckpoint.at(folder, read_packing(described))
+    model = skeleton(config, lora, dtype, packed)
     if gradient_checkpointing:
         parallel.checkpoint_activations(model)
     if mesh is not None:
         parallel.shard(model, mesh, param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each module a tensor of its own
-    source = RandomWeights(seed, 0.02, device, {}) if random_init else SafetensorsFolder(folder)
-    _fill(model, source, config, seed)
+    if packed is not None:
+        filling.run(_packed_fills(model, packed), packed.source, device)
+    else:
+        source = RandomWeights(seed, 0.02, device, {}) if random_init else SafetensorsFolder(folder)
+        filling.run(quantizing_fills(model, source), source, device)
+    _fill_adapters(model, seed)
     return model
 
 
-def skeleton(config: ModelConfig, lora: LoRAConfig | None, dtype: torch.dtype) -> CausalLM:
-    """The model on the meta device: every parameter's shape, no memory."""
+def skeleton(
+    config: ModelConfig, lora: LoRAConfig | None, dtype: torch.dtype, packed: PackedCheckpoint | None = None
+) -> CausalLM:
+    """The model on the meta device: every parameter's shape, no memory.
+
+    Args:
+        packed: the checkpoint that decides which layers are packed; by default all linear ones that can be, but the
+            head and those that are trained in full.
+
+    Raises:
+        ValueError: the checkpoint has packed what this decoder keeps whole.
+    """
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype)
-        kept = lora.is_saved if lora else lambda name: False
-        quantize_(model, lambda name, _: name != "lm_head" and not kept(name))
+        if packed is None:
+            kept = lora.is_saved if lora else lambda name: False
+            quantize_(model, lambda name, _: name != "lm_head" and not kept(name))
+        else:
+            is_packed, double_quant = packed.is_packed, packed.packing.double_quant
+            quantize_(model, lambda name, _: name != "lm_head" and is_packed(name), double_quant=double_quant)
+            _refuse_other_packed(model, packed)
         model.requires_grad_(False)
         if lora is not None:
             add_lora(model, lora)
     return model
+
+
+def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
+    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    for name in sorted(packed.weights - layers):
+        raise ValueError(
+            f"{packed.source.file_of(name)}: {name} is packed; only linear layers other than the head can be, with "
+            f"in_features a multiple of {nf4.BLOCK}. Give the 16-bit checkpoint it was made from"
+        )
 
 
 def checkpoint_name(name: str) -> str:
@@ -83,17 +116,53 @@ def checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _fill(model: CausalLM, source: WeightSource, config: ModelConfig, seed: int) -> None:
+def quantizing_fills(model: CausalLM, source: WeightSource) -> list[filling.Fill]:
+    """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(expected_shapes(model))
-    with torch.no_grad():
-        for prefix, module in model.named_modules():
-            if isinstance(module, NF4Linear):
-                _fill_packed(module, source, checkpoint_name(f"{prefix}.weight"))
-            if isinstance(module, LoRALinear):
-                _fill_adapter(module, initial_A(prefix, seed, *module.lora_A.weight.shape))
-        for name, parameter in _plain_parameters(model):
-            rows = parallel.own_rows(parameter)
-            parallel.local(parameter).copy_(_read(source, checkpoint_name(name), rows, parameter.device))
+    packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
+    return packed + _plain_fills(model, source)
+
+
+def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filling.Fill:
+    rows = parallel.own_rows(layer.weight)
+    return filling.QuantizingFill(source, name, layer.in_features, rows, filling.LayerSink(layer))
+
+
+def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fill]:
+    """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
+    layers = packed_layers(model)
+    tensors = (tensor for name in layers for tensor in packed.packing.tensors(name))
+    packed.source.check(_plain_shapes(model), tensors)
+    fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
+    return fills + _plain_fills(model, packed.source)
+
+
+def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[filling.Fill]:
+    parts = packed.packing.parts(packed.source, name, layer.out_features, layer.in_features)
+    first, G = parallel.own_rows(layer.weight).start, layer.in_features // nf4.BLOCK
+    codes, absmax = (parallel.local(tensor) for tensor in (layer.weight, layer.weight_absmax))
+    yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
+    if parts.scales is None or parts.offset is None:
+        as_stored = absmax.view(packed.source.dtype(parts.absmax))
+        yield filling.RowsFill(packed.source, parts.absmax, as_stored, first)
+        return
+    absmax.view(torch.uint8)[:, G:].zero_()
+    yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
+    assert layer.weight_absmax_scales is not None
+    assert layer.weight_absmax_offset is not None
+    yield filling.RowsFill(packed.source, parts.scales, layer.weight_absmax_scales)
+    layer.weight_absmax_offset.fill_(parts.offset)
+
+
+def packed_layers(model: nn.Module) -> dict[str, NF4Linear]:
+    """The packed layers, by the names of their weights in a checkpoint."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
+
+
+def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
+    plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
+    return [filling.RowsFill(source, name, parallel.local(p).detach(), parallel.own_rows(p).start) for name, p in plain]
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -111,12 +180,13 @@ def _is_tied_head(model: nn.Module, name: str) -> bool:
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the checkpoint must hold, by its name there."""
-    shapes = {checkpoint_name(name): tuple(p.shape) for name, p in _plain_parameters(model)}
-    for prefix, module in model.named_modules():
-        if isinstance(module, NF4Linear):
-            shapes[checkpoint_name(f"{prefix}.weight")] = (module.out_features, module.in_features)
-    return shapes
+    """Every tensor that a checkpoint in 16 bits holds, by its name there."""
+    packed = {name: (layer.out_features, layer.in_features) for name, layer in packed_layers(model).items()}
+    return packed | _plain_shapes(model)
+
+
+def _plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {checkpoint_name(name): tuple(p.shape) for name, p in _plain_parameters(model)}
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -124,43 +194,10 @@ def parameter_count(model: nn.Module) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(model).values())
 
 
-def _read(source: WeightSource, name: str, rows: parallel.RowRange, device: torch.device) -> Tensor:
-    values = source.rows(name, rows.start, rows.stop).to(device)
-    if not values.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
-    return values
-
-
-def _fill_packed(layer: NF4Linear, source: WeightSource, name: str) -> None:
-    """Quantize this rank's rows; the two figures that span ranks, offset and scales, are agreed on exactly."""
-    rows = parallel.own_rows(layer.weight)
-    codes, absmax = ops.nf4_quantize(_read(source, name, rows, layer.weight.device))
-    G = absmax.shape[1]
-    offset = _agreed_offset(absmax, rows).to(absmax.device)
-    scales = nf4.absmax_scales(absmax, offset, first_row=rows.start, rows=rows.total)
-    _all_reduce(scales, dist.ReduceOp.MAX, rows)
-    absmax_codes = nf4.encode_absmax(absmax, scales, offset, first_row=rows.start)
-    assert layer.weight_absmax.shape[1] * 2 == G + G % 2
-    parallel.local(layer.weight).view(torch.uint8).copy_(codes)
-    parallel.local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(absmax_codes))
-    layer.weight_absmax_scales.copy_(scales)
-    layer.weight_absmax_offset.copy_(offset)
-
-
-def _agreed_offset(absmax_NG: Tensor, rows: parallel.RowRange) -> Tensor:
-    """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
-    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
-    sums_N[rows.start : rows.stop] = nf4.absmax_row_sums(absmax_NG)
-    _all_reduce(sums_N, dist.ReduceOp.SUM, rows)
-    return nf4.absmax_offset(sums_N, absmax_NG.shape[1])
-
-
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowRange) -> None:
-    if rows.group is not None:
-        dist.all_reduce(tensor, op, group=rows.group)
-
-
-def _fill_adapter(layer: LoRALinear, whole_A: Tensor) -> None:
-    rows = parallel.own_rows(layer.lora_A.weight)
-    parallel.local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
-    parallel.local(layer.lora_B.weight).zero_()
+@torch.no_grad()
+def _fill_adapters(model: nn.Module, seed: int) -> None:
+    for name, layer in lora_layers(model):
+        rows = parallel.own_rows(layer.lora_A.weight)
+        whole_A = initial_A(name, seed, *layer.lora_A.weight.shape)
+        parallel.local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
+        parallel.local(layer.lora_B.weight).zero_()

@@ -24,6 +24,7 @@ from qsharded.checkpoint.adapter import (
     trainable,
 )
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
+from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRALinear, NF4Linear
@@ -48,12 +49,16 @@ def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> 
             the adapter was trained on.
 
     Raises:
-        ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a merged weight that
-            is not finite. The tensor is named.
+        ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a checkpoint that is
+            packed already; a merged weight that is not finite. The tensor is named.
     """
-    model = skeleton(
-        ModelConfig.from_hf(read_json(checkpoint / "config.json")), read_lora_config(adapter), torch.float32
-    )
+    described = read_json(checkpoint / "config.json")
+    if packing := read_packing(described):
+        raise ValueError(
+            f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
+            "--model the 16-bit checkpoint it was made from"
+        )
+    model = skeleton(ModelConfig.from_hf(described), read_lora_config(adapter), torch.float32)
     source = SafetensorsFolder(checkpoint)
     source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked

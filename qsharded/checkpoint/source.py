@@ -1,35 +1,28 @@
-"""Where weights come from: a Hugging Face checkpoint read row by row, or random numbers of the same shapes."""
+"""Hugging Face checkpoints: where they are, and their safetensors read row by row."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qsharded.seeds import derived_seed
+from qsharded.checkpoint import staging
+from qsharded.checkpoint.pieces import Piece
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
 _RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
-
-
-class WeightSource(Protocol):
-    """Named tensors of which any run of rows can be read alone."""
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the tensors are just these, of these shapes."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor, on the CPU in the dtype it is stored in."""
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
 def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -81,84 +74,157 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, its first byte there, its dtype (in safetensors' words) and its shape."""
+
+    path: Path
+    first: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, in the order of its header.
+
+    Raises:
+        ValueError: it is damaged or incomplete.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # header and length are now known to be sound
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete: {error}") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+@dataclass(frozen=True)
 class SafetensorsFolder:
-    """The safetensors of a checkpoint folder, one file or an index of shards; no file is read beyond what is asked."""
+    """The safetensors of a checkpoint folder, one file or an index of shards; no file is read beyond what is asked.
+
+    Bytes are read, not mapped: mapped pages would count as this process's memory.
+    """
 
     folder: Path
 
     @cached_property
-    def _file_of(self) -> dict[str, Path]:
-        if (self.folder / _INDEX).exists():
+    def _stored(self) -> dict[str, Stored]:
+        if (self.folder / INDEX).exists():
             return self._read_index()
         path = self.folder / _SINGLE
         if not path.exists():
-            raise ValueError(f"{self.folder} holds neither {_SINGLE} nor {_INDEX}")
-        return dict.fromkeys(self._open(path).keys(), path)
+            raise ValueError(f"{self.folder} holds neither {_SINGLE} nor {INDEX}")
+        return read_header(path)
 
-    def _read_index(self) -> dict[str, Path]:
-        weight_map = read_json(self.folder / _INDEX).get("weight_map")
+    def _read_index(self) -> dict[str, Stored]:
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{self.folder / _INDEX} has no weight_map")
+            raise ValueError(f"{self.folder / INDEX} has no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str):
-                raise ValueError(f"{self.folder / _INDEX}: weight_map must name a file for {name}, got {file!r}")
+                raise ValueError(f"{self.folder / INDEX}: weight_map must name a file for {name}, got {file!r}")
         files = {file: self._inside(file) for file in set(weight_map.values())}
-        held = {file: set(self._open(path).keys()) for file, path in files.items()}
+        held = {file: read_header(path) for file, path in files.items()}
         for name, file in weight_map.items():
             if name not in held[file]:
-                raise ValueError(f"{_INDEX} places {name} in {file}, which does not hold it")
-        return {name: files[file] for name, file in weight_map.items()}
+                raise ValueError(f"{INDEX} places {name} in {file}, which does not hold it")
+        return {name: held[file][name] for name, file in weight_map.items()}
 
     def _inside(self, file: str) -> Path:
         """The path of an index entry. By its words, not resolved: the Hub's cache is made of links."""
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or parts.suffix != ".safetensors":
-            raise ValueError(f"{self.folder / _INDEX} points outside its folder: {file!r}")
+            raise ValueError(f"{self.folder / INDEX} points outside its folder: {file!r}")
         if not (self.folder / parts).is_file():
-            raise ValueError(f"{_INDEX} names {file}, which is missing from {self.folder}")
+            raise ValueError(f"{INDEX} names {file}, which is missing from {self.folder}")
         return self.folder / parts
-
-    @cached_property
-    def _opened(self) -> dict[Path, Any]:
-        return {}
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._opened:
-            try:
-                self._opened[path] = safe_open(path, framework="pt").__enter__()
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-        return self._opened[path]
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored[name].shape
 
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self._file_of[name]
+        return self._stored[name].path
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the tensors are just these, of these shapes and a readable dtype."""
-        _refuse(shapes.keys() - self._file_of.keys(), f"{self.folder} lacks")
-        surplus = [name for name in self._file_of.keys() - shapes.keys() if not name.endswith(_RECOMPUTED)]
+    def dtype(self, name: str) -> torch.dtype:
+        """What the tensor is stored in.
+
+        Raises:
+            ValueError: a type that no checkpoint read here holds.
+        """
+        stored = self._stored[name]
+        if stored.dtype not in _DTYPES:
+            raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not one of {', '.join(_DTYPES)}")
+        return _DTYPES[stored.dtype]
+
+    def check(self, shapes: dict[str, tuple[int, ...]], packed: Iterable[str] = ()) -> None:
+        """Raise ValueError unless the tensors are just these, of these shapes and a readable dtype, and ``packed``."""
+        expected = {*shapes, *packed}
+        _refuse(expected - self._stored.keys(), f"{self.folder} lacks")
+        surplus = [name for name in self._stored.keys() - expected if not name.endswith(_RECOMPUTED)]
         _refuse(surplus, f"{self.folder} holds tensors that the model has no place for:")
         for name, shape in shapes.items():
-            if self.shape(name) != shape:
-                raise ValueError(f"{self.file_of(name)}: {name} is {self.shape(name)}, config.json asks for {shape}")
-            if self._slice(name).get_dtype() not in _READABLE:
-                raise ValueError(f"{self.file_of(name)}: {name} is {self._slice(name).get_dtype()}, not {_READABLE}")
+            stored = self._stored[name]
+            if stored.shape != shape:
+                raise ValueError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {shape}")
+            if stored.dtype not in _READABLE:
+                raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not {_READABLE}")
+
+    def rows_at_once(self, row_bytes: int) -> int:
+        """As many as fill a staging buffer."""
+        return max(1, staging.PIECE // row_bytes)
+
+    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
+        """The bytes of each piece in turn, uint8 on ``device``, good until the next is asked for; read ahead."""
+        fills = [partial(self.read_into, piece.name, piece.start * piece.row_bytes) for piece in pieces]
+        return staging.read_ahead(fills, [piece.nbytes for piece in pieces], device)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor, on the CPU in the dtype it is stored in."""
-        return self._slice(name)[start:stop]
+        shape = self.shape(name)
+        stop = min(stop, shape[0])
+        row_bytes = math.prod(shape[1:]) * self.dtype(name).itemsize
+        raw = self._bytes(name, start * row_bytes, stop * row_bytes)
+        return raw.view(self.dtype(name)).view(stop - start, *shape[1:])
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._file_of[name]).get_slice(name)
+    def whole(self, name: str) -> Tensor:
+        """The tensor, on the CPU in the dtype it is stored in."""
+        return self._bytes(name, 0, self.nbytes(name)).view(self.dtype(name)).view(self.shape(name))
+
+    def nbytes(self, name: str) -> int:
+        """The size of the tensor as it is stored."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def _bytes(self, name: str, first: int, end: int) -> Tensor:
+        raw = torch.empty(end - first, dtype=torch.uint8)
+        self.read_into(name, first, raw)
+        return raw
+
+    def read_into(self, name: str, first: int, raw: Tensor) -> None:
+        """Fill ``raw`` (uint8, on the CPU) with the tensor's bytes from byte ``first`` on.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        stored, left = self._stored[name], raw.numpy().data
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.first + first)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise ValueError(f"{stored.path} ends within {name}: it was changed while it was read")
+                left = left[count:]
 
 
 def _refuse(names: Iterable[str], complaint: str) -> None:
@@ -166,41 +232,3 @@ def _refuse(names: Iterable[str], complaint: str) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"{complaint} {', '.join(names[:5])}{more}")
-
-
-@dataclass(frozen=True)
-class RandomWeights:
-    """Normal weights (norms: ones) for a model's shape, the same for any number of ranks: rows are drawn in fixed runs.
-
-    Attributes:
-        seed: of the numbers.
-        std: of the matrices.
-        device: where they are drawn; two kinds of device draw different numbers.
-    """
-
-    seed: int
-    std: float
-    device: torch.device
-    shapes: dict[str, tuple[int, ...]]
-
-    _RUN = 1024
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Take the shapes as they are."""
-        self.shapes.update(shapes)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor, bf16."""
-        shape = self.shapes[name]
-        if len(shape) == 1:
-            fill = torch.ones if name.endswith("norm.weight") else torch.zeros
-            return fill(stop - start, dtype=torch.bfloat16, device=self.device)
-        first = start // self._RUN * self._RUN
-        runs = [self._run(name, row, shape) for row in range(first, stop, self._RUN)]
-        drawn = torch.cat(runs) if runs else torch.empty(0, shape[1], dtype=torch.bfloat16, device=self.device)
-        return drawn[start - first : stop - first]
-
-    def _run(self, name: str, row: int, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, name, row))
-        size = (min(self._RUN, shape[0] - row), *shape[1:])
-        return (torch.randn(size, generator=generator, device=self.device) * self.std).bfloat16()

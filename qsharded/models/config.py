@@ -106,7 +106,10 @@ _DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_OTHER_KEYS_READ = {"model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters"}
+# quantization_config says how the checkpoint is stored, not what it computes: checkpoint/quantized.py reads it.
+_OTHER_KEYS_READ = {
+    "model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config",
+}  # fmt: skip
 
 # Bookkeeping, and defaults for generation: no value of these changes what the decoder computes.
 _HARMLESS = frozenset(
@@ -158,11 +161,6 @@ def _check_keys(values: Mapping[str, Any], family: _Family) -> None:
     for key in _SHAPE_KEYS:
         if values.get(key) is None:
             raise ValueError(f"the checkpoint's config has no {key!r}")
-    if values.get("quantization_config") is not None:
-        raise ValueError(
-            "quantization_config: this checkpoint is already quantized, which is not read yet; "
-            "give the 16-bit checkpoint it was made from"
-        )
     read = {*_SHAPE_KEYS, *_DEFAULTS, *family.defaults, *_OTHER_KEYS_READ}
     for key in sorted(values.keys() - read - _HARMLESS):
         _check_neutral(key, values[key])

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.source import RandomWeights, SafetensorsFolder, find_checkpoint
+from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint
 from tests.checkpoints import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -179,15 +179,3 @@ def test_what_the_hub_refuses_is_named() -> None:
 def test_a_revision_is_for_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="revision 'main' is for Hub ids"):
         find_checkpoint(tmp_path, "main")
-
-
-def test_random_weights_do_not_depend_on_how_rows_are_asked_for() -> None:
-    source = RandomWeights(seed=3, std=0.02, device=torch.device("cpu"), shapes={})
-    source.check({"w": (2500, 8), "model.norm.weight": (16,), "q_proj.bias": (4,)})
-    whole = source.rows("w", 0, 2500)
-    parts = [source.rows("w", start, min(start + 700, 2500)) for start in range(0, 2500, 700)]
-    assert torch.equal(torch.cat(parts), whole)
-    assert 0.019 < whole.float().std() < 0.021
-    assert source.rows("w", 2500, 2500).shape == (0, 8)
-    assert torch.equal(source.rows("model.norm.weight", 0, 16).float(), torch.ones(16))
-    assert torch.equal(source.rows("q_proj.bias", 0, 4).float(), torch.zeros(4))

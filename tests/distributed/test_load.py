@@ -1,5 +1,6 @@
 """Reading a checkpoint into shards: the same bytes for any number of ranks, and never a full-size weight."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qsharded import nf4, parallel
-from qsharded.checkpoint import load_model
+from qsharded.checkpoint import load_model, staging
+from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.nn import LoRAConfig, NF4Linear
 from tests.checkpoints import write_checkpoint
@@ -23,10 +26,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"), hidden_size=192, intermediate_size=320, shards=3)
 
 
-def gathered_bytes(path: Path, world_size: int) -> dict[str, Tensor]:
-    """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means."""
+def packed_as(form: str, folder: Path, target: Path) -> Path:
+    """The same, packed already."""
+    if form.endswith("not nested"):
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization).save_pretrained(target)
+    else:
+        quantize_checkpoint(folder, target, form, torch.device("cpu"))
+    return target
+
+
+def gathered_bytes(path: Path, world_size: int, random_init: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means.
+
+    Where there are several ranks, they read in pieces of a few rows.
+    """
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
-    model = load_model(path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.bfloat16, seed=7)
+    if mesh is not None:
+        staging.PIECE = 3000
+    lora = LoRAConfig(r=3)
+    model = load_model(path, mesh=mesh, lora=lora, dtype=torch.bfloat16, seed=7, random_init=random_init)
     state = {name: whole_bytes(tensor) for name, tensor in model.named_parameters()}
     return state | {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
 
@@ -48,6 +67,38 @@ def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: in
     alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
     assert any("weight_absmax_scales" in name for name in alone)
     for state in run_ranks(gathered_bytes, world_size, folder, world_size):
+        assert state.keys() == alone.keys()
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
+def test_random_weights_are_the_same_on_three_ranks(tmp_path: Path) -> None:
+    """Of 2,100 rows a rank has 700, and runs of 1,024 are drawn."""
+    folder = write_checkpoint(tmp_path, intermediate_size=2112, vocab_size=2100)
+    alone = run_ranks(gathered_bytes, 1, folder, 1, True)[0]
+    for state in run_ranks(gathered_bytes, 3, folder, 3, True):
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
+@pytest.mark.parametrize("form", ["16 bits", "bitsandbytes"])
+def test_a_rank_without_rows_takes_part(tmp_path: Path, form: str) -> None:
+    """k_proj and v_proj have two rows, for three ranks."""
+    folder = write_checkpoint(tmp_path, hidden_size=64, head_dim=2, num_key_value_heads=1)
+    if form != "16 bits":
+        (tmp_path / "packed").mkdir()
+        folder = packed_as(form, folder, tmp_path / "packed")
+    alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
+    for state in run_ranks(gathered_bytes, 3, folder, 3):
+        for name, expected in alone.items():
+            assert torch.equal(state[name], expected), name
+
+
+@pytest.mark.parametrize("form", ["qsharded", "bitsandbytes", "bitsandbytes, not nested"])
+def test_a_packed_checkpoint_has_the_same_bytes_on_three_ranks(folder: Path, tmp_path: Path, form: str) -> None:
+    packed = packed_as(form, folder, tmp_path)
+    alone = run_ranks(gathered_bytes, 1, packed, 1)[0]
+    for state in run_ranks(gathered_bytes, 3, packed, 3):
         assert state.keys() == alone.keys()
         for name, expected in alone.items():
             assert torch.equal(state[name], expected), name
@@ -78,6 +129,15 @@ def loss_and_gradient(path: Path, world_size: int, checkpointing: bool) -> tuple
     loss.backward()
     gradient = parallel.whole(model.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight").grad)
     return loss.detach(), gradient
+
+
+def test_fp32_absmax_trains_alike_on_two_ranks(folder: Path, tmp_path: Path) -> None:
+    packed = packed_as("bitsandbytes, not nested", folder, tmp_path)
+    loss, gradient = run_ranks(loss_and_gradient, 1, packed, 1, False)[0]
+    assert gradient.abs().max() > 0
+    for other_loss, other_gradient in run_ranks(loss_and_gradient, 2, packed, 2, True):
+        torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize(("world_size", "checkpointing"), [(1, True), (2, False), (3, True)])
@@ -118,27 +178,28 @@ def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
         load_model(folder, lora=LoRAConfig(r=3, target_modules=["q_proj", "lm_head"]))
 
 
-def rows_read(path: Path, world_size: int) -> dict[str, int]:
-    """How many rows of each tensor this rank asks the checkpoint for."""
+def bytes_read(path: Path, world_size: int) -> dict[str, int]:
+    """How many bytes of each tensor this rank reads."""
     asked: dict[str, int] = {}
-    read = SafetensorsFolder.rows
+    read = SafetensorsFolder.read_into
 
-    def counting(self: SafetensorsFolder, name: str, start: int, stop: int) -> Tensor:
-        asked[name] = asked.get(name, 0) + stop - start
-        return read(self, name, start, stop)
+    def counting(self: SafetensorsFolder, name: str, first: int, raw: Tensor) -> None:
+        asked[name] = asked.get(name, 0) + raw.numel()
+        read(self, name, first, raw)
 
-    SafetensorsFolder.rows = counting
+    SafetensorsFolder.read_into = counting
     load_model(path, mesh=init_device_mesh("cpu", (world_size,)), dtype=torch.bfloat16)
     return asked
 
 
 def test_each_rank_reads_only_its_own_rows(folder: Path) -> None:
     source = SafetensorsFolder(folder)
-    asked = run_ranks(rows_read, 3, folder, 3)
+    asked = run_ranks(bytes_read, 3, folder, 3)
     for name in source.names():
-        total = source.shape(name)[0]
-        assert sum(rank[name] for rank in asked) == total
-        assert max(rank[name] for rank in asked) == -(-total // 3)
+        total, *others = source.shape(name)
+        row_bytes = math.prod(others) * 2
+        assert sum(rank[name] for rank in asked) == total * row_bytes
+        assert max(rank[name] for rank in asked) == -(-total // 3) * row_bytes
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

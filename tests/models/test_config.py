@@ -308,7 +308,6 @@ def test_llama_derives_heads_and_head_dim() -> None:
         (LLAMA | {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
         ({}, "model_type None"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*16-bit"),
         (LLAMA | {"logit_softcap": 30.0}, r"'logit_softcap' \(30\.0\) is not known"),
         (LLAMA | {"auto_map": {"AutoModel": "own.Code"}}, "'auto_map'"),
         (LLAMA | {"sliding_window": 512}, r"'sliding_window' \(512\)"),

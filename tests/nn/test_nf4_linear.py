@@ -78,6 +78,33 @@ def test_it_holds_what_nf4_quantize_gives(K: int, dtype: torch.dtype) -> None:
     assert_same_bits(layer.dequantize(), packed.dequantize())
 
 
+@pytest.mark.parametrize("K", [64, 128, 576])
+def test_without_double_quantization_it_holds_fp32_absmax(K: int) -> None:
+    dense = linear(K)
+    layer, packed = NF4Linear.from_linear(dense, double_quant=False), nf4.quantize(dense.weight, double_quant=False)
+    codes, absmax, scales, offset = layer.packed()
+    assert_same_bits(codes, packed.codes)
+    assert_same_bits(absmax, packed.absmax)
+    assert absmax.data_ptr() == layer.weight_absmax.data_ptr()
+    assert scales is offset is None
+    assert_same_bits(layer.dequantize(torch.float32), packed.dequantize(torch.float32))
+    x = activations(3, K)
+    assert_same_bits(layer(x).detach(), F.linear(x, packed.dequantize(), dense.bias).detach())
+
+
+def test_without_double_quantization_moves_casts_and_saves_keep_the_bytes() -> None:
+    layer = NF4Linear.from_linear(linear(), double_quant=False)
+    before = bytes_of(layer)
+    assert before.keys() == {*PACKED, "bias"}
+    empty = NF4Linear(576, 40, double_quant=False, device="meta").to_empty(device="cpu")
+    empty.load_state_dict(load(save(layer.state_dict())))
+    for other in (layer.bfloat16().cpu(), copy.deepcopy(layer), empty):
+        for name, wanted in before.items():
+            assert_same_bits(bytes_of(other)[name], wanted)
+    with pytest.raises(TypeError, match="cannot be cast"):
+        layer.float()
+
+
 @pytest.mark.parametrize(("K", "words"), [(64, 1), (128, 1), (192, 2), (576, 5)])
 def test_storage_is_bf16_words_in_whole_rows_and_an_odd_row_of_absmax_ends_in_zero(K: int, words: int) -> None:
     layer = NF4Linear.from_linear(linear(K, 7))

@@ -1,0 +1,152 @@
+"""One rank of ``benchmarks.loading``: times a phase, and for loading looks at the most memory it took."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsharded import parallel
+from qsharded.checkpoint import filling, load_model
+from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
+from qsharded.checkpoint.pieces import Piece
+from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.models import CausalLM, ModelConfig
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+class Resident(SafetensorsFolder):
+    """Gives for every piece the same bytes, which are on the device already."""
+
+    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
+        generator = torch.Generator().manual_seed(0)
+        words = -(-max((piece.nbytes for piece in pieces), default=0) // 2)
+        values = (torch.randn(words, generator=generator) * 0.02).bfloat16().to(device).view(torch.uint8)
+        yield values[:0]  # made before the clock starts
+        for piece in pieces:
+            yield values[: piece.nbytes]
+
+
+def main() -> None:
+    phase, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    world = parallel.start_world()
+    warm_up(world)
+    measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](folder, world)
+    Path(results, f"{world.rank}.json").write_text(json.dumps(measured))
+    parallel.stop_world(world)
+
+
+def warm_up(world: parallel.World) -> None:
+    """Contexts, compiled kernels and communicators, which a run needs once whatever it loads."""
+    absmax_NG = torch.rand(8, 4, device=world.device)
+    group = world.mesh.get_group() if world.mesh else None
+    filling.double_quantize(absmax_NG, parallel.RowRange(0, 8, 8, group))
+    torch.ops.qsharded.nf4_quantize(torch.randn(8, 256, device=world.device).bfloat16())
+
+
+def seconds(work: Callable[[], object], world: parallel.World) -> float:
+    """Wall clock of ``work`` from when all ranks stand ready."""
+    if world.mesh is not None:
+        dist.barrier()
+    synchronize(world)
+    start = time.perf_counter()
+    work()
+    synchronize(world)
+    return time.perf_counter() - start
+
+
+def synchronize(world: parallel.World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def empty_model(folder: Path, world: parallel.World) -> CausalLM:
+    """As ``load_model`` makes it before it reads."""
+    model = skeleton(ModelConfig.from_hf(read_json(folder / "config.json")), None, torch.bfloat16)
+    if world.mesh is not None:
+        parallel.shard(model, world.mesh, param_dtype=torch.bfloat16)
+    return model.to_empty(device=world.device)
+
+
+def pieces(folder: Path, world: parallel.World) -> list[Piece]:
+    """All that this rank reads."""
+    fills = quantizing_fills(empty_model(folder, world), SafetensorsFolder(folder))
+    return [piece for fill in fills for piece in fill.pieces]
+
+
+def measure_read(folder: Path, world: parallel.World) -> dict[str, Any]:
+    source, wanted = SafetensorsFolder(folder), pieces(folder, world)
+
+    def read() -> None:
+        for _ in source.stream(wanted, CPU):
+            pass
+
+    read()  # into the page cache
+    return {"seconds": seconds(read, world), "bytes": sum(piece.nbytes for piece in wanted)}
+
+
+def measure_quantize(folder: Path, world: parallel.World) -> dict[str, Any]:
+    source = Resident(folder)
+    fills = quantizing_fills(empty_model(folder, world), source)
+    stream = source.stream([piece for fill in fills for piece in fill.pieces], world.device)
+    next(stream)
+    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device), world)}
+
+
+def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:
+    before = Memory(world)
+    loaded: list[CausalLM] = []
+    took = seconds(
+        lambda: loaded.append(load_model(folder, mesh=world.mesh, dtype=torch.bfloat16, device=world.device)), world
+    )
+    shard = sum(parallel.local(t).nbytes for t in [*loaded[0].parameters(), *loaded[0].buffers()])
+    largest = max(2 * math.prod(shape) for shape in expected_shapes(loaded[0]).values())
+    on_host = 0 if world.device.type == "cuda" else shard  # there the model is no scratch
+    return {
+        "seconds": took,
+        "host_gib": (before.host_peak() - on_host) / GIB,
+        "device_gib": before.device_peak() / GIB,
+        "shard_gib": shard / GIB,
+        "largest_tensor_gib": largest / GIB,
+    }
+
+
+class Memory:
+    """The most that is taken on top of what is held when it is made. Linux alone counts resident memory so."""
+
+    def __init__(self, world: parallel.World) -> None:
+        self._device = world.device
+        with suppress(OSError):  # a container may forbid it; the peak then counts from the process's start
+            Path("/proc/self/clear_refs").write_text("5")
+        self._host = status("VmRSS")
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._on_device = torch.cuda.memory_allocated(self._device)
+
+    def host_peak(self) -> int:
+        """In bytes, of resident memory; pinned memory among it."""
+        return status("VmHWM") - self._host
+
+    def device_peak(self) -> int:
+        """In bytes, as PyTorch's allocator counts; 0 on the CPU."""
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_allocated(self._device) - self._on_device
+
+
+def status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Values for a model's parameters: each fill names the rows that it needs and takes them piece by piece, in order.
+
+Axes: N = this rank's rows, K = in_features, G = blocks in a row.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsharded import backends, nf4, ops, parallel
+from qsharded.checkpoint.pieces import Piece, WeightSource, pieces_of
+from qsharded.nn import NF4Linear
+from qsharded.nn.nf4_linear import pad_absmax
+
+
+class Fill(Protocol):
+    """One parameter, or one packed layer, or one tensor of a file that is written."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """What it takes, in this order."""
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        """The next of the pieces, in the dtype it is stored in, flat; good during this call alone."""
+
+    def finish(self, device: torch.device) -> None:
+        """All pieces were taken, on ``device``. Ranks that have none come here too."""
+
+
+def run(fills: Iterable[Fill], source: WeightSource, device: torch.device) -> None:
+    """Carry out ``fills`` in order on ``device``, reading ahead meanwhile."""
+    fills = list(fills)
+    with closing(source.stream([piece for fill in fills for piece in fill.pieces], device)) as stream:
+        take_all(fills, source, stream, device)
+
+
+@torch.no_grad()
+def take_all(fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device) -> None:
+    """Give ``fills`` their pieces out of ``stream``, which has the bytes of all in their order."""
+    for fill in fills:
+        for piece in fill.pieces:
+            fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+        fill.finish(device)
+
+
+class RowsFill:
+    """Rows that are kept as they are stored, but for the dtype.
+
+    Args:
+        target: this rank's rows, from row ``first`` on of the stored tensor. uint8 takes the bytes of any dtype.
+    """
+
+    def __init__(self, source: WeightSource, name: str, target: Tensor, first: int = 0) -> None:
+        self._target, self._first, self._finite = target, first, FiniteCheck(name)
+        size = 1 if target.dtype == torch.uint8 else source.dtype(name).itemsize
+        row_bytes = math.prod(target.shape[1:]) * size
+        self.pieces = pieces_of(source, name, first, first + target.shape[0], row_bytes)
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        if self._target.dtype == torch.uint8:
+            values = values.view(torch.uint8)
+        self._finite.add(values)
+        target = self._target[piece.start - self._first : piece.stop - self._first]
+        target.copy_(values.view(target.shape))
+
+    def finish(self, device: torch.device) -> None:
+        self._finite.demand()
+
+
+class PackedSink(Protocol):
+    """Where a weight goes that is quantized."""
+
+    def put_codes(self, first: int, codes_NP: Tensor) -> None:
+        """Codes of the rows from ``first`` on, counted in the whole weight."""
+
+    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+        """The second level of all of this rank's rows."""
+
+
+class QuantizingFill:
+    """A weight from 16 or 32 bits to a sink: each piece is quantized as it comes; scales and offset, which span ranks,
+    are agreed on at the end, exactly.
+
+    Args:
+        K: in_features.
+        rows: this rank's.
+    """
+
+    def __init__(self, source: WeightSource, name: str, K: int, rows: parallel.RowRange, sink: PackedSink) -> None:
+        self._K, self._rows, self._sink = K, rows, sink
+        self._finite = FiniteCheck(name)
+        self._absmax: list[Tensor] = []
+        self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        self._finite.add(values)
+        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K))
+        self._sink.put_codes(piece.start, codes_NP)
+        self._absmax.append(absmax_NG)
+
+    def finish(self, device: torch.device) -> None:
+        self._finite.demand()
+        absmax, self._absmax = self._absmax, []
+        empty = torch.empty(0, self._K // nf4.BLOCK, dtype=torch.float32, device=device)
+        self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
+
+
+class LayerSink:
+    """A packed layer, sharded or whole."""
+
+    def __init__(self, layer: NF4Linear) -> None:
+        self._layer = layer
+        self._first = parallel.own_rows(layer.weight).start
+        self._codes_NP = parallel.local(layer.weight).view(torch.uint8)
+
+    def put_codes(self, first: int, codes_NP: Tensor) -> None:
+        first -= self._first
+        self._codes_NP[first : first + codes_NP.shape[0]].copy_(codes_NP)
+
+    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+        layer = self._layer
+        assert layer.weight_absmax_scales is not None
+        assert layer.weight_absmax_offset is not None
+        parallel.local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(codes_NG))
+        layer.weight_absmax_scales.copy_(scales)
+        layer.weight_absmax_offset.copy_(offset)
+
+
+def double_quantize(absmax_NG: Tensor, rows: parallel.RowRange) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
+    offset = _agreed_offset(absmax_NG, rows)
+    scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
+    _all_reduce(scales, dist.ReduceOp.MAX, rows)
+    return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
+
+
+def _agreed_offset(absmax_NG: Tensor, rows: parallel.RowRange) -> Tensor:
+    """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
+    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
+    sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
+    _all_reduce(sums_N, dist.ReduceOp.SUM, rows)
+    return backends.absmax_offset(sums_N, absmax_NG.shape[1])
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowRange) -> None:
+    if rows.group is not None:
+        dist.all_reduce(tensor, op, group=rows.group)
+
+
+class FiniteCheck:
+    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._all: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Look at these too; bytes and codes always are."""
+        if values.is_floating_point():
+            finite = nf4.all_finite(values)
+            self._all = finite if self._all is None else self._all & finite
+
+    def demand(self) -> None:
+        """Raise ValueError unless all that was looked at is finite."""
+        if self._all is not None:
+            nf4.refuse_not_finite(self._all, self._name)

@@ -1,0 +1,35 @@
+"""A folder that a command writes: free before, complete or absent after."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def refuse_occupied(output: Path) -> None:
+    """Raise ValueError unless ``output`` (``--output``) is free: nothing is there, or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; choose another or remove it")
+
+
+@contextmanager
+def complete_or_absent(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
+    unfinished = output.with_name(output.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(output)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def copy_files(files: Iterable[Path], folder: Path, target: Path) -> None:
+    """Copy those of ``files``, which lie in ``folder``, that exist; sub-folders stay."""
+    for file in files:
+        if file.is_file():
+            copy = target / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)

@@ -1,0 +1,74 @@
+"""``python -m qsharded.quantize``: a checkpoint in 16 or 32 bits in, one that is packed in 4 bits out."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from qsharded.checkpoint.quantized import Form
+from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.checkpoint.source import find_checkpoint
+from qsharded.commands import errors_named
+from qsharded.config import check_values, option, parse
+from qsharded.data.tokenizer_files import present_files
+from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
+from qsharded.parallel import World
+
+_in = partial(option, group="What is quantized")
+_out = partial(option, group="What is written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Quantize a checkpoint to NF4 once, so that later runs read a quarter of the bytes and quantize nothing.
+
+    Every linear layer but the head is packed, with the bytes that training and generating would make of it; all else
+    keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model of any size fits.
+    """
+
+    prog: ClassVar[str] = "qsharded.quantize"
+
+    model: str = _in("Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.", metavar="PATH|ID")
+    revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
+    format: Form = _out(
+        "Whose files. qsharded: ours. bitsandbytes: what transformers loads with it; qsharded reads them too.",
+        "qsharded",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with ``argv``, by default the process's own arguments."""
+    config = parse(sys.argv[1:] if argv is None else argv, QuantizeConfig)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with errors_named(config.prog, World(0, 1, device, None)):
+        run(config, device)
+
+
+def run(config: QuantizeConfig, device: torch.device) -> None:
+    """Write the quantized checkpoint.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    output = Path(config.output).resolve()
+    refuse_occupied(output)
+    checkpoint = find_checkpoint(config.model, config.revision)
+    with complete_or_absent(output) as unfinished:
+        quantize_checkpoint(checkpoint, unfinished, config.format, device)
+        others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
+        copy_files(others, checkpoint, unfinished)
+    logging.getLogger(__name__).info("quantized model written to %s", output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``."""
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -9,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4
 
 BACKENDS = ("compiled", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """``nf4``: quantize and dequantize. ``absmax``: double quantization, whole or in steps."""
+
+    nf4: ModuleType
+    absmax: ModuleType
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,18 +28,18 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     kernels = _kernels(weight.device)
     if kernels is None:
         return nf4.encode(weight)
-    return kernels.quantize(weight, nf4.thresholds(weight.device))
+    return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
 
 
 def dequantize(
     codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The weight [N, K] behind checked codes, by the fastest implementation for their device."""
+    """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
     kernels = _kernels(codes.device)
-    if kernels is None:
+    if kernels is None or dtype not in nf4.FLOAT_DTYPES:
         return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype)
     levels, absmax_map = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
-    return kernels.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
+    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
 def linear(
@@ -59,6 +69,45 @@ def dequantize_by_reference(
     return nf4.decode(codes, absmax, dtype)
 
 
+# Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax, fp32 [N, G]."""
+    kernels = _kernels(absmax.device)
+    if kernels is None:
+        return nf4.double_quantize(absmax)
+    return kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, absmax.device))
+
+
+def absmax_row_sums(absmax: Tensor) -> Tensor:
+    """fp64 [N]: each row's columns added from left to right."""
+    kernels = _kernels(absmax.device)
+    return (nf4 if kernels is None else kernels.absmax).absmax_row_sums(absmax)
+
+
+def absmax_offset(row_sums: Tensor, G: int) -> Tensor:
+    """fp32 [] on their device: the mean of a whole weight's absmax, from its row sums added from first to last."""
+    kernels = _kernels(row_sums.device)
+    return (nf4 if kernels is None else kernels.absmax).absmax_offset(row_sums, G)
+
+
+def absmax_scales(absmax: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
+    """fp32 [ceil(rows*G/256)]: the maxima of the 256-blocks as far as these rows reach; 0 where they do not."""
+    kernels = _kernels(absmax.device)
+    own = nf4 if kernels is None else kernels.absmax
+    return own.absmax_scales(absmax, offset, first_row=first_row, rows=rows)
+
+
+def encode_absmax(absmax: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
+    """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
+    kernels = _kernels(absmax.device)
+    if kernels is None:
+        return nf4.encode_absmax(absmax, scales, offset, first_row=first_row)
+    thresholds = blockwise8.thresholds(True, absmax.device)
+    return kernels.absmax.encode_absmax(absmax, scales, offset, thresholds, first_row=first_row)
+
+
 @cache
 def wanted_backend() -> str | None:
     """What QSHARDED_BACKEND asks for, read once: one of ``BACKENDS``, or None for the fastest that is there.
@@ -73,7 +122,7 @@ def wanted_backend() -> str | None:
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device) -> Kernels | None:
     """The kernels that serve a device; None where plain PyTorch has to do.
 
     Raises:
@@ -82,25 +131,25 @@ def _kernels(device: torch.device) -> ModuleType | None:
     wanted = wanted_backend()
     if wanted == "reference":
         return None
-    served = _implementations(device)
+    served = implementations(device)
     if wanted is not None and wanted not in served:
         there = ", ".join([*served, "reference"])
         raise ValueError(f"QSHARDED_BACKEND={wanted} does not serve {device} here; what does: {there}")
     return served[wanted] if wanted else next(iter(served.values()), None)
 
 
-def _implementations(device: torch.device) -> dict[str, ModuleType]:
-    """What runs on a device, the fastest first. Imported here: Triton loads slowly."""
-    if device.type == "cpu":
-        from qsharded_kernels import cpu_nf4
-
-        return {"compiled": cpu_nf4} if cpu_nf4.is_available() else {}
+def implementations(device: torch.device) -> dict[str, Kernels]:
+    """The kernels that run on a device by their name in ``BACKENDS``, the fastest first."""
+    served = {}
+    if device.type == "cpu" and cpu.is_available():
+        served["compiled"] = Kernels(cpu_nf4, compiled_absmax)
+    if device.type == "cuda" and cuda.is_available(device):
+        served["compiled"] = Kernels(cuda_nf4, compiled_absmax)
     if device.type == "cuda":
-        from qsharded_kernels import cuda, cuda_nf4, triton_nf4
+        from qsharded_kernels import triton_absmax, triton_nf4  # here: Triton loads slowly
 
-        compiled = {"compiled": cuda_nf4} if cuda.is_available(device) else {}
-        return compiled | {"triton": triton_nf4}
-    return {}
+        served["triton"] = Kernels(triton_nf4, triton_absmax)
+    return served
 
 
 @cache
@@ -108,6 +157,4 @@ def _fused_linear(device: torch.device) -> ModuleType | None:
     """The kernels that multiply without decoding first, where a device has them."""
     if device.type != "cuda" or wanted_backend() not in (None, "compiled"):
         return None
-    from qsharded_kernels import cuda, cuda_linear
-
     return cuda_linear if cuda.is_available(device) else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsharded import backends, nf4, ops
-from qsharded_kernels import cpu_nf4
+from qsharded_kernels import cpu, cpu_nf4
 
 Choose = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(("name", "serves"), [("reference", "reference"), ("compiled", "compiled"), ("", "compiled")])
 def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "is_available", lambda: True)
     asked = calls_of(monkeypatch)
     choose(name)
     ops.nf4_quantize(torch.randn(2, 64))
@@ -46,7 +46,7 @@ def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkey
 
 
 def test_one_that_does_not_serve_the_device_is_named(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     for name in ("triton", "compiled"):
         choose(name)
         with pytest.raises(ValueError, match=f"QSHARDED_BACKEND={name} does not serve cpu here; what does: reference"):
@@ -60,7 +60,7 @@ def test_an_unknown_one_is_named(choose: Choose) -> None:
 
 
 def test_without_a_library_the_reference_serves(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     asked = calls_of(monkeypatch)
     choose("")
     ops.nf4_quantize(torch.randn(2, 64))

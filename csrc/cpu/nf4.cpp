@@ -8,7 +8,8 @@
 namespace qsharded {
 namespace {
 
-constexpr int kAbsmaxBlock = 256;  // absmax values that share a second-level scale
+// A thread costs more than it saves below this: 4,096 blocks take about as long as starting one.
+constexpr int64_t kLeastBlocksPerThread = 4096;
 
 const NF4Kernels* kernels_for(int isa) {
   if (isa < 0 || isa > qsharded_cpu_isa()) return nullptr;
@@ -57,12 +58,12 @@ int qsharded_cpu_isa(void) {
 }
 
 int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, const float* midpoints, uint8_t* codes,
-                              float* absmax, int threads, int isa) {
+                              float* absmax, int isa, int threads) {
   const NF4Kernels* kernels = kernels_for(isa);
   if (!kernels) return QSHARDED_BAD_ISA;
   if (!known(dtype)) return QSHARDED_BAD_DTYPE;
   const int64_t block_bytes = kBlock * bytes_of(dtype);
-  parallel_blocks(blocks, threads, [=](int64_t first, int64_t last) {
+  parallel_ranges(blocks, kLeastBlocksPerThread, threads, [=](int64_t first, int64_t last) {
     kernels->encode[dtype](static_cast<const char*>(weight) + first * block_bytes, last - first, midpoints,
                            codes + first * kBlockBytes, absmax + first);
   });
@@ -71,14 +72,14 @@ int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, con
 
 int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row, const void* absmax,
                                 int64_t absmax_row_stride, const float* absmax_scales, const float* absmax_offset,
-                                const float* absmax_map, const float* levels, void* out, int dtype, int threads,
-                                int isa) {
+                                const float* absmax_map, const float* levels, void* out, int dtype, int isa,
+                                int threads) {
   const NF4Kernels* kernels = kernels_for(isa);
   if (!kernels) return QSHARDED_BAD_ISA;
   if (!known(dtype)) return QSHARDED_BAD_DTYPE;
   const int64_t block_bytes = kBlock * bytes_of(dtype);
   const Absmax source = {absmax, absmax_row_stride, blocks_per_row, absmax_scales, absmax_offset, absmax_map};
-  parallel_blocks(rows * blocks_per_row, threads, [=](int64_t first, int64_t last) {
+  parallel_ranges(rows * blocks_per_row, kLeastBlocksPerThread, threads, [=](int64_t first, int64_t last) {
     constexpr int64_t kRun = 256;  // absmax values decoded at a time: 1 KiB, near in cache when used
     float decoded[kRun];
     for (int64_t start = first; start < last; start += kRun) {

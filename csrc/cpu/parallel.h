@@ -1,4 +1,4 @@
-// Splits a range of blocks among threads.
+// Splits a range among threads.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,17 @@
 
 namespace qsharded {
 
-// Below this a thread costs more than it saves: 4,096 blocks take about as long as starting one.
-constexpr int64_t kLeastBlocksPerThread = 4096;
-
-// Calls work(first, last) on disjoint ranges that cover [0, blocks), on at most `threads` threads, this one included.
+// Calls work(first, last) on disjoint ranges that cover [0, count), on at most `threads` threads, this one included,
+// of which none has fewer than `least` but where there are no more.
 template <typename Work>
-void parallel_blocks(int64_t blocks, int threads, const Work& work) {
-  const int64_t useful = std::max<int64_t>(1, blocks / kLeastBlocksPerThread);
+void parallel_ranges(int64_t count, int64_t least, int threads, const Work& work) {
+  const int64_t useful = std::max<int64_t>(1, count / least);
   const int64_t parts = std::min<int64_t>(std::max(threads, 1), useful);
   std::vector<std::thread> others;
   others.reserve(parts - 1);
   int64_t first = 0;
   for (int64_t part = 1; part < parts; ++part) {
-    const int64_t last = blocks * part / parts;
+    const int64_t last = count * part / parts;
     try {
       others.emplace_back(work, first, last);
     } catch (const std::system_error&) {
@@ -29,7 +27,7 @@ void parallel_blocks(int64_t blocks, int threads, const Work& work) {
     }
     first = last;
   }
-  work(first, blocks);
+  work(first, count);
   for (std::thread& other : others) other.join();
 }
 

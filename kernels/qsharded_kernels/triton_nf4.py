@@ -33,19 +33,14 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     code = how many ``midpoints`` (fp32 [15]) lie below weight * (1 / max(absmax, 1e-38)). NaN and infinity show in
     absmax.
     """
-    weight_NK = checks.aligned(weight_NK)
-    N, K = weight_NK.shape
-    G = K // checks.BLOCK
-    checks.assert_weight(weight_NK, midpoints)
-    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
-    absmax_NG = torch.empty(N, G, dtype=torch.float32, device=weight_NK.device)
+    weight_NK, codes_NP, absmax_NG = checks.prepare_quantize(weight_NK, midpoints)
     with torch.cuda.device_of(weight_NK):  # Triton launches on the current device
-        _quantize_kernel[(triton.cdiv(N * G, _QUANTIZE_BLOCKS),)](
+        _quantize_kernel[(triton.cdiv(absmax_NG.numel(), _QUANTIZE_BLOCKS),)](
             _bits_of_bf16(weight_NK),
             midpoints,
             codes_NP,
             absmax_NG,
-            N * G,
+            absmax_NG.numel(),
             BLOCKS=_QUANTIZE_BLOCKS,
             num_warps=_WARPS,
             enable_fp_fusion=False,  # a weight's bin and a midpoint's are to be rounded alike
@@ -71,13 +66,9 @@ def dequantize(
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    codes_NP = checks.aligned(codes_NP)
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    tables = absmax_scales, absmax_offset, levels, absmax_map
+    codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     N, G = absmax_NG.shape
-    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
-    if out is None:
-        out = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
-    checks.assert_out(out, (N, G * checks.BLOCK), out_dtype)
     with torch.cuda.device_of(codes_NP):
         _dequantize_kernel[(triton.cdiv(N * G, _DEQUANTIZE_BLOCKS),)](
             codes_NP.view(torch.int32),

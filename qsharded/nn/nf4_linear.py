@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded import nf4, ops
+from qsharded import backends, nf4, ops
 
 
 class NF4Linear(nn.Module):
@@ -67,7 +67,7 @@ class NF4Linear(nn.Module):
             return new
         nf4.check_weight(weight, name=name)
         codes, absmax = ops.nf4_quantize(weight)
-        absmax_codes, scales, offset = nf4.double_quantize(absmax)
+        absmax_codes, scales, offset = backends.double_quantize(absmax)
         new.weight.data.view(torch.uint8).copy_(codes)
         new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
         new.weight_absmax_scales.copy_(scales)

@@ -1,0 +1,105 @@
+// NF4's second level on the CPU: absmax - mean to 8 bits under one scale for 256 values, in steps that ranks can take
+// together.
+#include <algorithm>
+#include <cmath>
+
+#include "../qsharded.h"
+#include "nf4_kernels.h"
+#include "parallel.h"
+
+namespace qsharded {
+namespace {
+
+constexpr int kRowsAtOnce = 8;       // a row's additions wait for each other; those of eight rows do not
+constexpr int kHighestBit = 128;     // of a code
+constexpr int64_t kLeastRows = 1024;   // that are worth a thread
+constexpr int64_t kLeastBlocks = 128;  // likewise
+
+// Of `rows` rows, kRowsAtOnce or fewer.
+void sum_rows(const float* absmax, int64_t rows, int64_t columns, double* row_sums) {
+  double sums[kRowsAtOnce] = {};
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t row = 0; row < rows; ++row) sums[row] += absmax[row * columns + column];
+  std::copy_n(sums, rows, row_sums);
+}
+
+// What `count` values that begin at value `first` of their weight hold of its second-level blocks: work(block, begin,
+// end), the last two counted from `first`.
+template <typename Work>
+void parallel_second_level(int64_t first, int64_t count, int threads, const Work& work) {
+  if (count == 0) return;
+  const int64_t before = first / kAbsmaxBlock, blocks = (first + count - 1) / kAbsmaxBlock + 1 - before;
+  parallel_ranges(blocks, kLeastBlocks, threads, [=](int64_t begin, int64_t end) {
+    for (int64_t block = before + begin; block < before + end; ++block) {
+      const int64_t start = block * kAbsmaxBlock - first;
+      work(block, std::max<int64_t>(start, 0), std::min(start + kAbsmaxBlock, count));
+    }
+  });
+}
+
+float largest_distance(const float* absmax, int64_t begin, int64_t end, float offset) {
+  float largest = 0;
+  for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(absmax[i] - offset));
+  return largest;
+}
+
+// How many of the 255 thresholds lie below, by halves of what is left of them.
+uint8_t code_of(float scaled, const float* thresholds) {
+  int code = 0;
+  for (int half = kHighestBit; half > 0; half /= 2) code += half * (thresholds[code + half - 1] < scaled);
+  return static_cast<uint8_t>(code);
+}
+
+void encode(const float* absmax, int64_t begin, int64_t end, float offset, float scale, const float* thresholds,
+            uint8_t* codes) {
+  const float reciprocal = 1.0f / std::max(scale, kSmallestAbsmax);
+  for (int64_t i = begin; i < end; ++i) codes[i] = code_of((absmax[i] - offset) * reciprocal, thresholds);
+}
+
+}  // namespace
+}  // namespace qsharded
+
+using namespace qsharded;
+
+int qsharded_cpu_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row, double* row_sums,
+                                 int threads) {
+  parallel_ranges(rows, kLeastRows, threads, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += kRowsAtOnce)
+      sum_rows(absmax + row * blocks_per_row, std::min<int64_t>(kRowsAtOnce, last - row), blocks_per_row,
+               row_sums + row);
+  });
+  return QSHARDED_OK;
+}
+
+int qsharded_cpu_absmax_offset(const double* row_sums, int64_t rows, int64_t values, float* offset,
+                               int /*threads*/) {
+  double sum = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += row_sums[row];
+  *offset = static_cast<float>(sum / static_cast<double>(values));
+  return QSHARDED_OK;
+}
+
+int qsharded_cpu_absmax_scales(const float* absmax, int64_t first, int64_t count, const float* offset, float* scales,
+                               int threads) {
+  parallel_second_level(first, count, threads, [=](int64_t block, int64_t begin, int64_t end) {
+    scales[block] = largest_distance(absmax, begin, end, *offset);
+  });
+  return QSHARDED_OK;
+}
+
+int qsharded_cpu_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
+                               const float* scales, const float* thresholds, uint8_t* codes, int threads) {
+  parallel_second_level(first, count, threads, [=](int64_t block, int64_t begin, int64_t end) {
+    encode(absmax, begin, end, *offset, scales[block], thresholds, codes);
+  });
+  return QSHARDED_OK;
+}
+
+int qsharded_cpu_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
+                                         const float* thresholds, float* scales, uint8_t* codes, int threads) {
+  parallel_second_level(0, count, threads, [=](int64_t block, int64_t begin, int64_t end) {
+    scales[block] = largest_distance(absmax, begin, end, *offset);
+    encode(absmax, begin, end, *offset, scales[block], thresholds, codes);
+  });
+  return QSHARDED_OK;
+}

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -23,6 +24,11 @@ def environment() -> dict[str, Any]:
         "gpus": torch.cuda.device_count(),
         "versions": {name: version(name) for name in _PACKAGES if version(name)},
     }
+
+
+def command(module: str) -> str:
+    """The command line that runs ``module`` as now."""
+    return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
-from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4
+from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 BACKENDS = ("compiled", "triton", "reference")
 
@@ -52,11 +52,14 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
-    M, fused = x.numel() // K, _fused_linear(codes.device)
-    if fused is None or M == 0 or x.dtype not in fused.DTYPES or not fused.is_faster(M, N, K, codes.device):
+    M, device = x.numel() // K, codes.device
+    if not _has_fused_linear(device, x.dtype) or not 0 < M <= fused_rows.most_rows(N, K, device):
+        # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
+        # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
+        # nothing is decoded, and could not grow once a captured graph points at it.
         return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype), bias)
-    tables = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
-    y = fused.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
+    tables = nf4.levels(device), blockwise8.dynamic_map(True, device)
+    y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
 
@@ -153,8 +156,8 @@ def implementations(device: torch.device) -> dict[str, Kernels]:
 
 
 @cache
-def _fused_linear(device: torch.device) -> ModuleType | None:
-    """The kernels that multiply without decoding first, where a device has them."""
-    if device.type != "cuda" or wanted_backend() not in (None, "compiled"):
-        return None
-    return cuda_linear if cuda.is_available(device) else None
+def _has_fused_linear(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel multiplies there without decoding first."""
+    if device.type != "cuda" or dtype not in cuda_linear.DTYPES or wanted_backend() not in (None, "compiled"):
+        return False
+    return cuda.is_available(device)

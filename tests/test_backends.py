@@ -23,7 +23,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choose]:
 
 
 def forget() -> None:
-    for cached in (backends.wanted_backend, backends._kernels, backends._fused_linear):
+    for cached in (backends.wanted_backend, backends._kernels, backends._has_fused_linear):
         cached.cache_clear()
 
 

@@ -95,9 +95,7 @@ def prepare_row_sums(row_sums_N: Tensor) -> Tensor:
     return row_sums_N.contiguous()
 
 
-def assert_second_level(
-    absmax_NG: Tensor, first: int, scales: Tensor, offset: Tensor, thresholds: Tensor
-) -> None:
+def assert_second_level(absmax_NG: Tensor, first: int, scales: Tensor, offset: Tensor, thresholds: Tensor) -> None:
     """What encodes absmax values, from value ``first`` of their weight on, assumes of the rest."""
     assert scales.dtype == torch.float32
     assert scales.is_contiguous()

@@ -22,8 +22,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16.
 
-    ``midpoints``: fp32 [15], the thresholds between levels, more than 1/15 apart. ``threads``: at most so many; None takes PyTorch's
-    number. ``isa``: one of ``ISA_NAMES`` instead of the best. NaN and infinity show in absmax.
+    ``midpoints``: fp32 [15], the thresholds between levels, more than 1/15 apart. ``threads``: at most so many; None
+    takes PyTorch's number. ``isa``: one of ``ISA_NAMES`` instead of the best. NaN and infinity show in absmax.
 
     Raises:
         ValueError: this machine lacks ``isa``.

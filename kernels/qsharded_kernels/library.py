@@ -109,7 +109,6 @@ def _declare_cuda(library: CDLL) -> None:
     ]
     library.qsharded_cuda_nf4_linear_workspace.restype = c_int64
     library.qsharded_cuda_nf4_linear_workspace.argtypes = [c_int, c_int64, c_int64, c_int64]  # dtype, m, rows, blocks
-    library.qsharded_cuda_nf4_linear_has_wgmma.argtypes = []
     library.qsharded_cuda_nf4_linear.argtypes = [
         *(c_void_p, c_int, c_int64),  # x, dtype, m
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row

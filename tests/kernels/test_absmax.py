@@ -86,7 +86,7 @@ def test_double_quantize_in_one_go(kernels: Kernels, shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("nudge", [-1, 0, 1])
 def test_sum_in_row_order_where_the_order_decides(kernels: Kernels, nudge: int) -> None:
-    """At 2^53 fp64 drops each 1 that is added in order and keeps their sum, and so does the fp32 of the mean of 4,096."""
+    """At 2^53 fp64 drops each 1 that is added in order and keeps their sum, and so does the fp32 of a 4,096th."""
     half_a_step = 2.0**29  # of fp32 at 2^53
     sums = torch.tensor([2.0**53 + half_a_step + 2 * nudge, *[1.0] * 4095], dtype=torch.float64)
     in_order, apart = sums.cumsum(0)[-1], sums[0] + sums[1:].sum()

@@ -6,12 +6,12 @@
 #include "../qsharded.h"
 #include "nf4_kernels.h"
 #include "parallel.h"
+#include "scalar_types.h"
 
 namespace qsharded {
 namespace {
 
 constexpr int kRowsAtOnce = 8;       // a row's additions wait for each other; those of eight rows do not
-constexpr int kHighestBit = 128;     // of a code
 constexpr int64_t kLeastRows = 1024;   // that are worth a thread
 constexpr int64_t kLeastBlocks = 128;  // likewise
 
@@ -29,7 +29,7 @@ template <typename Work>
 void parallel_second_level(int64_t first, int64_t count, int threads, const Work& work) {
   if (count == 0) return;
   const int64_t before = first / kAbsmaxBlock, blocks = (first + count - 1) / kAbsmaxBlock + 1 - before;
-  parallel_ranges(blocks, kLeastBlocks, threads, [=](int64_t begin, int64_t end) {
+  parallel_ranges(blocks, kLeastBlocks, threads, [=, &work](int64_t begin, int64_t end) {
     for (int64_t block = before + begin; block < before + end; ++block) {
       const int64_t start = block * kAbsmaxBlock - first;
       work(block, std::max<int64_t>(start, 0), std::min(start + kAbsmaxBlock, count));
@@ -43,17 +43,41 @@ float largest_distance(const float* absmax, int64_t begin, int64_t end, float of
   return largest;
 }
 
-// How many of the 255 thresholds lie below, by halves of what is left of them.
-uint8_t code_of(float scaled, const float* thresholds) {
-  int code = 0;
-  for (int half = kHighestBit; half > 0; half /= 2) code += half * (thresholds[code + half - 1] < scaled);
-  return static_cast<uint8_t>(code);
-}
+// How many of the 255 thresholds lie below a value: a look-up by its upper 15 bits, sign and exponent and six of the
+// mantissa, finds how many lie below all floats that share them, and seldom more than one lies among those.
+class Codes {
+ public:
+  explicit Codes(const float* thresholds) {
+    std::copy_n(thresholds, kThresholds, thresholds_);
+    thresholds_[kThresholds] = INFINITY;
+    for (uint32_t key = 0, code = 0; key < kPositive; ++key) below_[key] = code = advance(code, float_of(key << kShift));
+    // of negative keys the largest is the lowest value
+    for (uint32_t key = 2 * kPositive, code = 0; key-- > kPositive;)
+      below_[key] = code = advance(code, float_of(((key + 1) << kShift) - 1));
+  }
 
-void encode(const float* absmax, int64_t begin, int64_t end, float offset, float scale, const float* thresholds,
+  uint8_t of(float value) const {
+    const uint32_t code = below_[bits_of(value) >> kShift];
+    return static_cast<uint8_t>(advance(code + (thresholds_[code] < value), value));
+  }
+
+ private:
+  static constexpr int kThresholds = 255, kShift = 17;
+  static constexpr uint32_t kPositive = 1u << (31 - kShift);  // keys of floats without a sign bit
+
+  uint32_t advance(uint32_t code, float value) const {
+    while (thresholds_[code] < value) ++code;
+    return code;
+  }
+
+  float thresholds_[kThresholds + 1];
+  uint8_t below_[2 * kPositive];
+};
+
+void encode(const float* absmax, int64_t begin, int64_t end, float offset, float scale, const Codes& code,
             uint8_t* codes) {
   const float reciprocal = 1.0f / std::max(scale, kSmallestAbsmax);
-  for (int64_t i = begin; i < end; ++i) codes[i] = code_of((absmax[i] - offset) * reciprocal, thresholds);
+  for (int64_t i = begin; i < end; ++i) codes[i] = code.of((absmax[i] - offset) * reciprocal);
 }
 
 }  // namespace
@@ -89,17 +113,19 @@ int qsharded_cpu_absmax_scales(const float* absmax, int64_t first, int64_t count
 
 int qsharded_cpu_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
                                const float* scales, const float* thresholds, uint8_t* codes, int threads) {
-  parallel_second_level(first, count, threads, [=](int64_t block, int64_t begin, int64_t end) {
-    encode(absmax, begin, end, *offset, scales[block], thresholds, codes);
+  const Codes code(thresholds);
+  parallel_second_level(first, count, threads, [=, &code](int64_t block, int64_t begin, int64_t end) {
+    encode(absmax, begin, end, *offset, scales[block], code, codes);
   });
   return QSHARDED_OK;
 }
 
 int qsharded_cpu_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
                                          const float* thresholds, float* scales, uint8_t* codes, int threads) {
-  parallel_second_level(0, count, threads, [=](int64_t block, int64_t begin, int64_t end) {
+  const Codes code(thresholds);
+  parallel_second_level(0, count, threads, [=, &code](int64_t block, int64_t begin, int64_t end) {
     scales[block] = largest_distance(absmax, begin, end, *offset);
-    encode(absmax, begin, end, *offset, scales[block], thresholds, codes);
+    encode(absmax, begin, end, *offset, scales[block], code, codes);
   });
   return QSHARDED_OK;
 }

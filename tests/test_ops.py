@@ -128,6 +128,19 @@ def test_output_and_gradients_are_those_of_a_dense_layer(
         torch.testing.assert_close(ours.double(), theirs, **TOLERANCES[dtype])
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("M", [1, 2, 300])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2880), (7, 576), (1000, 2880)])
+def test_output_of_other_sizes(rows: int, columns: int, M: int) -> None:
+    weight = nf4.quantize(random_weight((rows, columns), torch.float32))
+    packed = weight.codes, weight.absmax_codes, weight.absmax_scales, weight.absmax_offset
+    x = random(M, columns)
+    expected = x.double() @ decoded(packed, torch.float32).double().T
+    scale = columns**0.5
+    actual = ops.nf4_linear(x, *packed).double()
+    torch.testing.assert_close(actual / scale, expected / scale, **TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize("wanted", ["x", "bias"])
 def test_only_the_gradient_asked_for_is_made(wanted: str) -> None:
     x, bias = random(3, K, requires_grad=wanted == "x"), random(N, requires_grad=wanted == "bias")

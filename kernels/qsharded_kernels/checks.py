@@ -43,7 +43,7 @@ def prepare_dequantize(
     levels: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
-    out: Tensor | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and absmax as kernels read them, and memory for the weight [N, K]: ``out`` where it is given."""
     codes_NP = aligned(codes_NP)

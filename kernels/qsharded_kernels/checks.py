@@ -89,7 +89,7 @@ def prepare_absmax(absmax_NG: Tensor) -> Tensor:
 
 
 def prepare_row_sums(row_sums_N: Tensor) -> Tensor:
-    """Its fp64 row sums likewise."""
+    """The fp64 row sums of such absmax, likewise."""
     assert row_sums_N.dtype == torch.float64
     assert row_sums_N.numel() > 0, "a weight without rows has no mean"
     return row_sums_N.contiguous()

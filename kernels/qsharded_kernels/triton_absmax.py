@@ -120,7 +120,7 @@ def _offset_kernel(sums_ptr, rows, values, offset_ptr, SUMS: tl.constexpr):
     for first in range(0, rows, SUMS):
         sum_S += tl.load(sums_ptr + first + i_S, mask=first + i_S < rows, other=0)
     total = tl.sum(sum_S, axis=0)
-    doubt = total * ((2 * rows + 64).to(tl.float64) * 2.220446049250313e-16)  # twice what the additions can err
+    doubt = total * (2 * rows + 64) * 2.220446049250313e-16  # 2^-52: twice what the additions can err
     low, high = ((total - doubt) / values).to(tl.float32), ((total + doubt) / values).to(tl.float32)
     if low != high:
         total = tl.full((), 0, tl.float64)

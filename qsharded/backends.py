@@ -85,21 +85,17 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def absmax_row_sums(absmax: Tensor) -> Tensor:
     """fp64 [N]: each row's columns added from left to right."""
-    kernels = _kernels(absmax.device)
-    return (nf4 if kernels is None else kernels.absmax).absmax_row_sums(absmax)
+    return _absmax_steps(absmax.device).absmax_row_sums(absmax)
 
 
 def absmax_offset(row_sums: Tensor, G: int) -> Tensor:
     """fp32 [] on their device: the mean of a whole weight's absmax, from its row sums added from first to last."""
-    kernels = _kernels(row_sums.device)
-    return (nf4 if kernels is None else kernels.absmax).absmax_offset(row_sums, G)
+    return _absmax_steps(row_sums.device).absmax_offset(row_sums, G)
 
 
 def absmax_scales(absmax: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
     """fp32 [ceil(rows*G/256)]: the maxima of the 256-blocks as far as these rows reach; 0 where they do not."""
-    kernels = _kernels(absmax.device)
-    own = nf4 if kernels is None else kernels.absmax
-    return own.absmax_scales(absmax, offset, first_row=first_row, rows=rows)
+    return _absmax_steps(absmax.device).absmax_scales(absmax, offset, first_row=first_row, rows=rows)
 
 
 def encode_absmax(absmax: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
@@ -109,6 +105,12 @@ def encode_absmax(absmax: Tensor, scales: Tensor, offset: Tensor, *, first_row: 
         return nf4.encode_absmax(absmax, scales, offset, first_row=first_row)
     thresholds = blockwise8.thresholds(True, absmax.device)
     return kernels.absmax.encode_absmax(absmax, scales, offset, thresholds, first_row=first_row)
+
+
+def _absmax_steps(device: torch.device) -> ModuleType:
+    """Who has those steps that take no table."""
+    kernels = _kernels(device)
+    return nf4 if kernels is None else kernels.absmax
 
 
 @cache

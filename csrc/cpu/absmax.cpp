@@ -11,13 +11,14 @@
 namespace qsharded {
 namespace {
 
-constexpr int kRowsAtOnce = 8;       // a row's additions wait for each other; those of eight rows do not
-constexpr int64_t kLeastRows = 1024;   // that are worth a thread
-constexpr int64_t kLeastBlocks = 128;  // likewise
+constexpr int kRowsSideBySide = 8;  // a row's additions wait for each other; those of eight rows do not
+// About as long as starting a thread takes.
+constexpr int64_t kRowsAtATime = 1024;
+constexpr int64_t kBlocksAtATime = 128;
 
-// Of `rows` rows, kRowsAtOnce or fewer.
+// Of `rows` rows, kRowsSideBySide or fewer.
 void sum_rows(const float* absmax, int64_t rows, int64_t columns, double* row_sums) {
-  double sums[kRowsAtOnce] = {};
+  double sums[kRowsSideBySide] = {};
   for (int64_t column = 0; column < columns; ++column)
     for (int64_t row = 0; row < rows; ++row) sums[row] += absmax[row * columns + column];
   std::copy_n(sums, rows, row_sums);
@@ -29,7 +30,7 @@ template <typename Work>
 void parallel_second_level(int64_t first, int64_t count, int threads, const Work& work) {
   if (count == 0) return;
   const int64_t before = first / kAbsmaxBlock, blocks = (first + count - 1) / kAbsmaxBlock + 1 - before;
-  parallel_ranges(blocks, kLeastBlocks, threads, [=, &work](int64_t begin, int64_t end) {
+  parallel_ranges(blocks, kBlocksAtATime, threads, [=, &work](int64_t begin, int64_t end) {
     for (int64_t block = before + begin; block < before + end; ++block) {
       const int64_t start = block * kAbsmaxBlock - first;
       work(block, std::max<int64_t>(start, 0), std::min(start + kAbsmaxBlock, count));
@@ -87,9 +88,9 @@ using namespace qsharded;
 
 int qsharded_cpu_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row, double* row_sums,
                                  int threads) {
-  parallel_ranges(rows, kLeastRows, threads, [=](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += kRowsAtOnce)
-      sum_rows(absmax + row * blocks_per_row, std::min<int64_t>(kRowsAtOnce, last - row), blocks_per_row,
+  parallel_ranges(rows, kRowsAtATime, threads, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += kRowsSideBySide)
+      sum_rows(absmax + row * blocks_per_row, std::min<int64_t>(kRowsSideBySide, last - row), blocks_per_row,
                row_sums + row);
   });
   return QSHARDED_OK;

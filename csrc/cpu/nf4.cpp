@@ -11,8 +11,7 @@
 namespace qsharded {
 namespace {
 
-// A thread costs more than it saves below this: 4,096 blocks take about as long as starting one.
-constexpr int64_t kLeastBlocksPerThread = 4096;
+constexpr int64_t kBlocksAtATime = 4096;  // about as long as starting a thread takes
 
 const NF4Kernels* kernels_for(int isa) {
   if (isa < 0 || isa > qsharded_cpu_isa()) return nullptr;
@@ -78,7 +77,7 @@ int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, con
   if (!known(dtype)) return QSHARDED_BAD_DTYPE;
   advise_large_pages(codes, blocks * kBlockBytes);
   const int64_t block_bytes = kBlock * bytes_of(dtype);
-  parallel_ranges(blocks, kLeastBlocksPerThread, threads, [=](int64_t first, int64_t last) {
+  parallel_ranges(blocks, kBlocksAtATime, threads, [=](int64_t first, int64_t last) {
     kernels->encode[dtype](static_cast<const char*>(weight) + first * block_bytes, last - first, midpoints,
                            codes + first * kBlockBytes, absmax + first);
   });
@@ -95,7 +94,7 @@ int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t bloc
   const int64_t block_bytes = kBlock * bytes_of(dtype);
   advise_large_pages(out, rows * blocks_per_row * block_bytes);
   const Absmax source = {absmax, absmax_row_stride, blocks_per_row, absmax_scales, absmax_offset, absmax_map};
-  parallel_ranges(rows * blocks_per_row, kLeastBlocksPerThread, threads, [=](int64_t first, int64_t last) {
+  parallel_ranges(rows * blocks_per_row, kBlocksAtATime, threads, [=](int64_t first, int64_t last) {
     constexpr int64_t kRun = 256;  // absmax values decoded at a time: 1 KiB, near in cache when used
     float decoded[kRun];
     for (int64_t start = first; start < last; start += kRun) {

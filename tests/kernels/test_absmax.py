@@ -73,7 +73,7 @@ def test_threads_of_the_cpu_change_nothing(threads: int) -> None:
     kernels = Kernels(compiled_absmax, "cpu")
     torch.set_num_threads(threads)
     try:
-        assert_steps(kernels, random_absmax(10000, 9), 1, 9999)  # in 352 second-level blocks, 128 and more a thread
+        assert_steps(kernels, random_absmax(10000, 9), 1, 9999)  # in 352 second-level blocks, 128 at a time
         assert_whole(kernels, random_absmax(10000, 9))
     finally:
         torch.set_num_threads(1)

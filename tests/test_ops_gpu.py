@@ -3,7 +3,7 @@
 Axes: N = out_features, K = in_features, G = K/64 blocks in a row, M = rows of x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -54,6 +54,16 @@ def assert_close(actual: Tensor, left: Tensor, right: Tensor) -> None:
     sizes = left.double().norm(dim=1)[:, None] * right.double().norm(dim=0)
     excess = (actual.double() - expected).abs() - expected.abs() * ROUNDING[actual.dtype] - sizes * SUM_ERROR
     assert bool((excess <= 0).all()), f"{(~(excess <= 0)).sum()} of {actual.numel()} are off, by up to {excess.max()}"
+
+
+@pytest.fixture(autouse=True)
+def fp32_sums() -> Iterator[None]:
+    """cuBLAS may add the parts of a long sum in 16 bits unless told not to."""
+    cublas = torch.backends.cuda.matmul
+    before = cublas.allow_bf16_reduced_precision_reduction, cublas.allow_fp16_reduced_precision_reduction
+    cublas.allow_bf16_reduced_precision_reduction = cublas.allow_fp16_reduced_precision_reduction = False
+    yield
+    cublas.allow_bf16_reduced_precision_reduction, cublas.allow_fp16_reduced_precision_reduction = before
 
 
 @pytest.fixture(params=["fastest", "triton", "reference"])

@@ -83,7 +83,8 @@ def all_cases(arguments: argparse.Namespace, context: Context) -> Iterator[Case]
 
 def save(arguments: argparse.Namespace, limits: ceilings.Ceilings, rows: list[Row]) -> None:
     """kernels.json, and plots where they can be drawn."""
-    path = report.save(arguments.out / "kernels.json", "benchmarks.kernels", limits, arguments.repeats, rows)
+    path, device = arguments.out / "kernels.json", torch.device(arguments.device)
+    report.save(path, "benchmarks.kernels", device, limits, arguments.repeats, rows)
     print(f"\nresults: {path}")
     try:
         drawn: list[Any] = plots.save(rows, arguments.out)

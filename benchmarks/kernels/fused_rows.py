@@ -29,6 +29,7 @@ from qsharded import backends
 from qsharded_kernels import cuda_linear, fused_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512)
+MODULE = "benchmarks.kernels.fused_rows"
 FUSED, DECODED = "fused", "decoded"
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     limits = ceilings.measure(device, arguments.repeats)
     rows = [row for case in all_cases(arguments.shapes, device) for row in timed(case, limits, arguments.repeats)]
-    report.save(arguments.out / "fused_rows.json", "benchmarks.kernels.fused_rows", limits, arguments.repeats, rows)
+    report.save(arguments.out / "fused_rows.json", MODULE, device, limits, arguments.repeats, rows)
     write(most_rows(rows), device)
     print(f"\n{fused_rows.PATH}: {most_rows(rows)}")
 
@@ -96,7 +97,7 @@ def last_win(rows: list[Row]) -> int:
 def write(most: fused_rows.MostRows, device: torch.device) -> None:
     """This card's figures into the table, in place of older ones."""
     made = {key: value for key, value in environment().items() if key in ("gpu", "date", "commit")}
-    card = made | {"capability": fused_rows.capability(device), "command": command("benchmarks.kernels.fused_rows")}
+    card = made | {"capability": fused_rows.capability(device), "command": command(MODULE)}
     others = [other for other in fused_rows.read() if other["gpu"] != card["gpu"]]
     cards = sorted([*others, card | {"most_rows": most}], key=lambda card: card["gpu"])
     fused_rows.PATH.write_text(json.dumps({"cards": cards}, indent=1) + "\n")

@@ -39,10 +39,11 @@ def _numbers(row: Row) -> tuple[float, float, float]:
     return row.times.median, row.times.p20, row.times.p80
 
 
-def save(path: Path, module: str, ceilings: Ceilings, repeats: int, rows: list[Row]) -> Path:
+def save(path: Path, module: str, device: torch.device, ceilings: Ceilings, repeats: int, rows: list[Row]) -> Path:
     """What the run of ``module`` measured, and on what, as JSON."""
     record = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command(module)}
-    record |= {"threads": torch.get_num_threads(), "repeats": repeats, "ceilings": asdict(ceilings)}
+    record |= {"device": device.type, "threads": torch.get_num_threads(), "repeats": repeats}
+    record |= {"ceilings": asdict(ceilings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | {"rows": [row.as_record() for row in rows]}, indent=1) + "\n")
     return path

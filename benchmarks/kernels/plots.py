@@ -111,7 +111,8 @@ def _fraction_curves(axes: Any, rows: list[Row]) -> None:
 
 
 def _legend_below(axes: Any) -> None:
-    axes.legend(fontsize="x-small", frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.5}  # clear of the axis' label
+    axes.legend(fontsize="x-small", frameon=False, ncols=4, **place)
 
 
 def _rows_of_x(axes: Any, rows: list[Row]) -> None:

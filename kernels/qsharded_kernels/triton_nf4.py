@@ -135,7 +135,9 @@ def _nearest_codes(scaled_BW, midpoints_ptr):
     below_S = tl.sum((bin_M[None, :] < bin_S[:, None]).to(tl.int32), axis=1)
     scaled_V = scaled_BW.reshape(scaled_BW.numel)
     bin_V = _bins(scaled_V)
-    code_V = tl.gather(below_S, bin_V, 0) + (scaled_V > tl.gather(midpoint_S, bin_V, 0)).to(tl.int32)
+    # the sign of a difference is exact
+    left_V = tl.gather(midpoint_S, bin_V, 0) - scaled_V
+    code_V = tl.gather(below_S, bin_V, 0) + (left_V.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     return code_V.reshape(scaled_BW.shape)
 
 

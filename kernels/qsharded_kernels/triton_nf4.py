@@ -43,6 +43,7 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
             absmax_NG.numel(),
             BLOCKS=_QUANTIZE_BLOCKS,
             num_warps=_WARPS,
+            enable_fp_fusion=False,  # a scaled weight is rounded before it is held against a midpoint
         )
     return codes_NP, absmax_NG
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.record import environment
+from benchmarks.record import command, environment
 
 
 class Outcomes:
@@ -37,8 +37,11 @@ def main() -> None:
         parser.error("there is no CUDA GPU here; every test would be skipped")
     outcomes = Outcomes()
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *rest], plugins=[outcomes])
-    command = "python -m " + " ".join(["benchmarks.gpu_tests", *sys.argv[1:]])
-    record = environment() | {"command": command, "outcomes": dict(outcomes.counts), "failed": outcomes.failed}
+    record = environment() | {
+        "command": command("benchmarks.gpu_tests"),
+        "outcomes": dict(outcomes.counts),
+        "failed": outcomes.failed,
+    }
     arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     sys.exit(status)
 

@@ -3,8 +3,10 @@
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,27 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "python": platform.python_version(),
-        "processor": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpus": torch.cuda.device_count(),
         "versions": {name: version(name) for name in _PACKAGES if version(name)},
     }
+
+
+def processor() -> str:
+    """Its model where Linux says it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def command(module: str) -> str:
+    """The command line that runs ``module`` as now."""
+    return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -20,10 +20,12 @@ enum { QSHARDED_PORTABLE = 0, QSHARDED_AVX2 = 1, QSHARDED_AVX512 = 2 };
 // The best instruction set of this machine.
 QSHARDED_API int qsharded_cpu_isa(void);
 
-// NF4 codes and absmax of `blocks` consecutive blocks of 64 weights. midpoints: the 15 thresholds between levels.
-// codes: 32 bytes a block; absmax: one a block. threads: at most so many; isa: at most qsharded_cpu_isa().
+// NF4 codes and absmax of `blocks` consecutive blocks of 64 weights. midpoints: the 15 thresholds between levels, more
+// than 1/15 apart.
+// codes: 32 bytes a block; absmax: one a block. isa: at most qsharded_cpu_isa(); threads: at most so many, here and
+// below.
 QSHARDED_API int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, const float* midpoints,
-                                           uint8_t* codes, float* absmax, int threads, int isa);
+                                           uint8_t* codes, float* absmax, int isa, int threads);
 
 // The weights of `rows` rows of `blocks_per_row` blocks. absmax: rows lie `absmax_row_stride` entries apart; 8-bit
 // codes, decoded as map[code] * scales[block / 256] + offset[0] with each step rounded, or the fp32 values
@@ -32,7 +34,31 @@ QSHARDED_API int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows,
                                              const void* absmax, int64_t absmax_row_stride,
                                              const float* absmax_scales, const float* absmax_offset,
                                              const float* absmax_map, const float* levels, void* out, int dtype,
-                                             int threads, int isa);
+                                             int isa, int threads);
+
+// Double quantization in steps. absmax: `count` consecutive values that begin at value `first` of their weight; a
+// second-level block is 256 values of the whole weight.
+
+// Each row's sum in fp64, its columns added from left to right.
+QSHARDED_API int qsharded_cpu_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row,
+                                              double* row_sums, int threads);
+
+// fp32(sum of row_sums / values), added from first to last on one thread. values: how many the rows hold together.
+QSHARDED_API int qsharded_cpu_absmax_offset(const double* row_sums, int64_t rows, int64_t values, float* offset,
+                                            int threads);
+
+// scales[b] = max(abs(absmax - offset[0])) over what these values hold of second-level block b; other entries stay.
+QSHARDED_API int qsharded_cpu_absmax_scales(const float* absmax, int64_t first, int64_t count, const float* offset,
+                                            float* scales, int threads);
+
+// How many of the 255 thresholds lie below (absmax - offset[0]) * (1 / max(scale, 1e-38)), each step rounded to fp32.
+QSHARDED_API int qsharded_cpu_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
+                                            const float* scales, const float* thresholds, uint8_t* codes, int threads);
+
+// Scales and codes of a whole weight in one pass.
+QSHARDED_API int qsharded_cpu_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
+                                                      const float* thresholds, float* scales, uint8_t* codes,
+                                                      int threads);
 
 // What follows is missing from a library built without nvcc. Pointers are device memory of the current device, stream is
 // a cudaStream_t, and nothing waits for the device.
@@ -54,27 +80,16 @@ QSHARDED_API int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows
                                               const float* absmax_map, const float* levels, void* out, int dtype,
                                               void* stream);
 
-// Double quantization in steps. absmax: `count` consecutive values that begin at value `first` of their weight; a
-// second-level block is 256 values of the whole weight.
-
-// Each row's sum in fp64, its columns added from left to right.
+// As their qsharded_cpu_ twins. The offset is as if added from first to last.
 QSHARDED_API int qsharded_cuda_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row,
                                                double* row_sums, void* stream);
-
-// fp32(sum of row_sums / values) as if added from first to last. values: how many the rows hold together.
 QSHARDED_API int qsharded_cuda_absmax_offset(const double* row_sums, int64_t rows, int64_t values, float* offset,
                                              void* stream);
-
-// scales[b] = max(abs(absmax - offset[0])) over what these values hold of second-level block b; other entries stay.
 QSHARDED_API int qsharded_cuda_absmax_scales(const float* absmax, int64_t first, int64_t count, const float* offset,
                                              float* scales, void* stream);
-
-// How many of the 255 thresholds lie below (absmax - offset[0]) * (1 / max(scale, 1e-38)), each step rounded to fp32.
 QSHARDED_API int qsharded_cuda_absmax_encode(const float* absmax, int64_t first, int64_t count, const float* offset,
                                              const float* scales, const float* thresholds, uint8_t* codes,
                                              void* stream);
-
-// Both of a whole weight in one pass.
 QSHARDED_API int qsharded_cuda_absmax_scales_and_codes(const float* absmax, int64_t count, const float* offset,
                                                        const float* thresholds, float* scales, uint8_t* codes,
                                                        void* stream);
@@ -91,6 +106,3 @@ QSHARDED_API int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, c
                                           const float* absmax_scales, const float* absmax_offset,
                                           const float* absmax_map, const float* levels, const void* bias, void* y,
                                           void* workspace, void* stream);
-
-// Whether this library multiplies on the current device's warpgroup instructions (sm_90).
-QSHARDED_API int qsharded_cuda_nf4_linear_has_wgmma(void);

@@ -1,6 +1,7 @@
 """Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``."""
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -9,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 BACKENDS = ("compiled", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """``nf4``: quantize and dequantize. ``absmax``: double quantization, whole or in steps."""
+
+    nf4: ModuleType
+    absmax: ModuleType
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,47 +28,18 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     kernels = _kernels(weight.device)
     if kernels is None:
         return nf4.encode(weight)
-    return kernels.quantize(weight, nf4.thresholds(weight.device))
+    return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
 
 
 def dequantize(
     codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The weight [N, K] behind checked codes, by the fastest implementation for their device."""
+    """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
     kernels = _kernels(codes.device)
-    if kernels is None:
+    if kernels is None or dtype not in nf4.FLOAT_DTYPES:
         return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype)
     levels, absmax_map = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
-    return kernels.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
-
-
-# Double quantization in steps, for a weight that ranks share; what each takes and gives stands in ``nf4``.
-
-
-def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
-    """``nf4.absmax_row_sums`` by the fastest implementation for its device."""
-    kernels = _absmax_kernels(absmax_NG.device)
-    return (kernels or nf4).absmax_row_sums(absmax_NG)
-
-
-def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
-    """``nf4.absmax_offset``, on the device of the sums."""
-    return nf4.absmax_offset(row_sums_N, G).to(row_sums_N.device)
-
-
-def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
-    """``nf4.absmax_scales`` by the fastest implementation for its device."""
-    kernels = _absmax_kernels(absmax_NG.device)
-    return (kernels or nf4).absmax_scales(absmax_NG, offset, first_row=first_row, rows=rows)
-
-
-def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
-    """``nf4.encode_absmax`` by the fastest implementation for its device."""
-    kernels = _absmax_kernels(absmax_NG.device)
-    if kernels is None:
-        return nf4.encode_absmax(absmax_NG, scales, offset, first_row=first_row)
-    thresholds = blockwise8.thresholds(True, absmax_NG.device)
-    return kernels.encode_absmax(absmax_NG, scales, offset, thresholds, first_row=first_row)
+    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
 def linear(
@@ -71,11 +52,14 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
-    M, fused = x.numel() // K, _fused_linear(codes.device)
-    if fused is None or M == 0 or x.dtype not in fused.DTYPES or not fused.is_faster(M, N, K, codes.device):
+    M, device = x.numel() // K, codes.device
+    if not _has_fused_linear(device, x.dtype) or not 0 < M <= fused_rows.most_rows(N, K, device):
+        # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
+        # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
+        # nothing is decoded, and could not grow once a captured graph points at it.
         return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype), bias)
-    tables = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
-    y = fused.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
+    tables = nf4.levels(device), blockwise8.dynamic_map(True, device)
+    y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
 
@@ -86,6 +70,47 @@ def dequantize_by_reference(
     if absmax_scales is not None and absmax_offset is not None:
         absmax = nf4.decode_absmax(absmax, absmax_scales, absmax_offset)
     return nf4.decode(codes, absmax, dtype)
+
+
+# Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.
+
+
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax, fp32 [N, G]."""
+    kernels = _kernels(absmax.device)
+    if kernels is None:
+        return nf4.double_quantize(absmax)
+    return kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, absmax.device))
+
+
+def absmax_row_sums(absmax: Tensor) -> Tensor:
+    """fp64 [N]: each row's columns added from left to right."""
+    return _absmax_steps(absmax.device).absmax_row_sums(absmax)
+
+
+def absmax_offset(row_sums: Tensor, G: int) -> Tensor:
+    """fp32 [] on their device: the mean of a whole weight's absmax, from its row sums added from first to last."""
+    return _absmax_steps(row_sums.device).absmax_offset(row_sums, G)
+
+
+def absmax_scales(absmax: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
+    """fp32 [ceil(rows*G/256)]: the maxima of the 256-blocks as far as these rows reach; 0 where they do not."""
+    return _absmax_steps(absmax.device).absmax_scales(absmax, offset, first_row=first_row, rows=rows)
+
+
+def encode_absmax(absmax: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
+    """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
+    kernels = _kernels(absmax.device)
+    if kernels is None:
+        return nf4.encode_absmax(absmax, scales, offset, first_row=first_row)
+    thresholds = blockwise8.thresholds(True, absmax.device)
+    return kernels.absmax.encode_absmax(absmax, scales, offset, thresholds, first_row=first_row)
+
+
+def _absmax_steps(device: torch.device) -> ModuleType:
+    """Who has those steps that take no table."""
+    kernels = _kernels(device)
+    return nf4 if kernels is None else kernels.absmax
 
 
 @cache
@@ -102,7 +127,7 @@ def wanted_backend() -> str | None:
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device) -> Kernels | None:
     """The kernels that serve a device; None where plain PyTorch has to do.
 
     Raises:
@@ -111,43 +136,30 @@ def _kernels(device: torch.device) -> ModuleType | None:
     wanted = wanted_backend()
     if wanted == "reference":
         return None
-    served = _implementations(device)
+    served = implementations(device)
     if wanted is not None and wanted not in served:
         there = ", ".join([*served, "reference"])
         raise ValueError(f"QSHARDED_BACKEND={wanted} does not serve {device} here; what does: {there}")
     return served[wanted] if wanted else next(iter(served.values()), None)
 
 
-def _implementations(device: torch.device) -> dict[str, ModuleType]:
-    """What runs on a device, the fastest first. Imported here: Triton loads slowly."""
-    if device.type == "cpu":
-        from qsharded_kernels import cpu_nf4
-
-        return {"compiled": cpu_nf4} if cpu_nf4.is_available() else {}
+def implementations(device: torch.device) -> dict[str, Kernels]:
+    """The kernels that run on a device by their name in ``BACKENDS``, the fastest first."""
+    served = {}
+    if device.type == "cpu" and cpu.is_available():
+        served["compiled"] = Kernels(cpu_nf4, compiled_absmax)
+    if device.type == "cuda" and cuda.is_available(device):
+        served["compiled"] = Kernels(cuda_nf4, compiled_absmax)
     if device.type == "cuda":
-        from qsharded_kernels import cuda, cuda_nf4, triton_nf4
+        from qsharded_kernels import triton_absmax, triton_nf4  # here: Triton loads slowly
 
-        compiled = {"compiled": cuda_nf4} if cuda.is_available(device) else {}
-        return compiled | {"triton": triton_nf4}
-    return {}
-
-
-@cache
-def _absmax_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels for the second level that go with those that :func:`_kernels` chose."""
-    kernels = _kernels(device)
-    if device.type != "cuda" or kernels is None:
-        return None
-    from qsharded_kernels import cuda_absmax, cuda_nf4, triton_absmax
-
-    return cuda_absmax if kernels is cuda_nf4 else triton_absmax
+        served["triton"] = Kernels(triton_nf4, triton_absmax)
+    return served
 
 
 @cache
-def _fused_linear(device: torch.device) -> ModuleType | None:
-    """The kernels that multiply without decoding first, where a device has them."""
-    if device.type != "cuda" or wanted_backend() not in (None, "compiled"):
-        return None
-    from qsharded_kernels import cuda, cuda_linear
-
-    return cuda_linear if cuda.is_available(device) else None
+def _has_fused_linear(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel multiplies there without decoding first."""
+    if device.type != "cuda" or dtype not in cuda_linear.DTYPES or wanted_backend() not in (None, "compiled"):
+        return False
+    return cuda.is_available(device)

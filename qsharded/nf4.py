@@ -176,7 +176,7 @@ def _row_chunks(N: int, K: int) -> Iterator[slice]:
 def double_quantize(absmax_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax."""
     N, G = absmax_NG.shape
-    offset = absmax_offset(absmax_row_sums(absmax_NG), G).to(absmax_NG.device)
+    offset = absmax_offset(absmax_row_sums(absmax_NG), G)
     scales = absmax_scales(absmax_NG, offset, first_row=0, rows=N)
     return encode_absmax(absmax_NG, scales, offset, first_row=0), scales, offset
 
@@ -190,9 +190,9 @@ def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
 
 
 def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
-    """fp32 [] on the CPU: the mean of all absmax, from fp64 row sums added from first to last."""
+    """fp32 []: the mean of all absmax, from fp64 row sums added from first to last."""
     total = row_sums_N.cpu().cumsum(0)[-1]  # PyTorch's CPU cumsum runs in order on one thread
-    return (total / (row_sums_N.numel() * G)).float()
+    return (total / (row_sums_N.numel() * G)).float().to(row_sums_N.device)
 
 
 def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:

@@ -22,6 +22,9 @@ _library.define(f"nf4_dequantize({_PACKED}, ScalarType dtype) -> Tensor")
 _library.define(f"nf4_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
 _library.define(f"nf4_linear_input_grad(Tensor grad, {_PACKED}) -> Tensor")
 
+# What a weight can be decoded to and multiplied in. fp64 is for gradcheck; the reference alone has it.
+_DTYPES = (*nf4.FLOAT_DTYPES, torch.float64)
+
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K/2] and absmax fp32 [N, K/64] of ``weight`` [N, K] (bfloat16, float16 or float32).
@@ -39,10 +42,10 @@ def nf4_dequantize(
     absmax_offset: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The weight [N, K] in ``dtype``.
+    """The weight [N, K] in ``dtype``: bfloat16, float16, float32, or float64, which holds the fp32 values.
 
     Raises:
-        ValueError: codes that are not uint8 [N, K/2], or absmax, scales and offset that do not fit them.
+        ValueError: another dtype, codes that are not uint8 [N, K/2], or absmax, scales and offset that do not fit them.
     """
     return torch.ops.qsharded.nf4_dequantize(codes, absmax, absmax_scales, absmax_offset, dtype)
 
@@ -58,7 +61,7 @@ def nf4_linear(
     """``x @ W.T + bias``: x [..., K] -> [..., N] in x's dtype, W decoded to it. Gradients flow to x and bias only.
 
     Raises:
-        ValueError: as ``nf4_dequantize``, or an x whose last axis is not K.
+        ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
     """
     return torch.ops.qsharded.nf4_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
 
@@ -96,8 +99,8 @@ def _check_activations(x: Tensor, size: int, name: str) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, name: str) -> None:
-    if dtype not in nf4.FLOAT_DTYPES:
-        raise ValueError(f"{name} must be bfloat16, float16 or float32, got {dtype}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {dtype}")
 
 
 def _check_linear(

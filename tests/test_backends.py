@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from qsharded import backends, nf4, ops
-from qsharded_kernels import cpu_nf4
+from qsharded_kernels import cpu, cpu_nf4, cuda_linear, fused_rows
+from tests.kernels.cases import assert_same_bits
 
 Choose = Callable[[str], None]
 
@@ -23,7 +25,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choose]:
 
 
 def forget() -> None:
-    for cached in (backends.wanted_backend, backends._kernels, backends._fused_linear):
+    for cached in (backends.wanted_backend, backends._kernels, backends._has_fused_linear):
         cached.cache_clear()
 
 
@@ -38,7 +40,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(("name", "serves"), [("reference", "reference"), ("compiled", "compiled"), ("", "compiled")])
 def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "is_available", lambda: True)
     asked = calls_of(monkeypatch)
     choose(name)
     ops.nf4_quantize(torch.randn(2, 64))
@@ -46,7 +48,7 @@ def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkey
 
 
 def test_one_that_does_not_serve_the_device_is_named(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     for name in ("triton", "compiled"):
         choose(name)
         with pytest.raises(ValueError, match=f"QSHARDED_BACKEND={name} does not serve cpu here; what does: reference"):
@@ -60,8 +62,42 @@ def test_an_unknown_one_is_named(choose: Choose) -> None:
 
 
 def test_without_a_library_the_reference_serves(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_nf4, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     asked = calls_of(monkeypatch)
     choose("")
     ops.nf4_quantize(torch.randn(2, 64))
     assert asked == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["", "reference"])
+def test_double_quantization_whole_and_by_rows(name: str, choose: Choose) -> None:
+    """What ranks agree on is put together here as they do it: row sums side by side, scales by their maxima."""
+    choose(name)
+    absmax = torch.rand(31, 9, generator=torch.Generator().manual_seed(0)) + 0.01
+    expected = nf4.double_quantize(absmax)
+    for actual, wanted in zip(backends.double_quantize(absmax), expected, strict=True):
+        assert_same_bits(actual, wanted)
+    ranks = [slice(0, 10), slice(10, 10), slice(10, 30), slice(30, 31)]
+    sums = torch.cat([backends.absmax_row_sums(absmax[rows]) for rows in ranks])
+    offset = backends.absmax_offset(sums, 9)
+    maxima = [backends.absmax_scales(absmax[rows], offset, first_row=rows.start, rows=31) for rows in ranks]
+    scales = torch.stack(maxima).amax(0)
+    codes = [backends.encode_absmax(absmax[rows], scales, offset, first_row=rows.start) for rows in ranks]
+    for actual, wanted in zip((torch.cat(codes), scales, offset), expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize(("M", "is_fused"), [(0, False), (1, True), (4, True), (5, False)])
+def test_as_many_rows_as_the_table_says_are_fused(M: int, is_fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def fused(x: Tensor, *packed: Tensor | None) -> Tensor:
+        asked.append(tuple(x.shape))
+        return x.new_zeros(x.shape[0], 7)
+
+    monkeypatch.setattr(backends, "_has_fused_linear", lambda device, dtype: True)
+    monkeypatch.setattr(fused_rows, "most_rows", lambda N, K, device: {(7, 128): 4}[N, K])
+    monkeypatch.setattr(cuda_linear, "linear", fused)
+    codes, absmax = nf4.encode(torch.randn(7, 128))
+    assert ops.nf4_linear(torch.randn(M, 1, 128), codes, absmax).shape == (M, 1, 7)
+    assert asked == [(M, 128)] * is_fused

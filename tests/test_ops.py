@@ -128,6 +128,19 @@ def test_output_and_gradients_are_those_of_a_dense_layer(
         torch.testing.assert_close(ours.double(), theirs, **TOLERANCES[dtype])
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("M", [1, 2, 300])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2880), (7, 576), (1000, 2880)])
+def test_output_of_other_sizes(rows: int, columns: int, M: int) -> None:
+    weight = nf4.quantize(random_weight((rows, columns), torch.float32))
+    packed = weight.codes, weight.absmax_codes, weight.absmax_scales, weight.absmax_offset
+    x = random(M, columns)
+    expected = x.double() @ decoded(packed, torch.float32).double().T
+    scale = columns**0.5
+    actual = ops.nf4_linear(x, *packed).double()
+    torch.testing.assert_close(actual / scale, expected / scale, **TOLERANCES[torch.float32])
+
+
 @pytest.mark.parametrize("wanted", ["x", "bias"])
 def test_only_the_gradient_asked_for_is_made(wanted: str) -> None:
     x, bias = random(3, K, requires_grad=wanted == "x"), random(N, requires_grad=wanted == "bias")
@@ -153,6 +166,21 @@ def test_the_gradient_has_a_gradient() -> None:
     probe = random(3, K) + 1
     (gradient * probe).sum().backward()
     torch.testing.assert_close(upstream.grad, probe @ decoded(packed, torch.float32).t(), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_and_their_gradients_by_finite_differences() -> None:
+    """In fp64, which the reference serves whatever kernels there are."""
+    packed = nf4.quantize(random_weight((7, 128), torch.float32))
+    arguments = packed.codes, packed.absmax_codes, packed.absmax_scales, packed.absmax_offset
+    x, bias = (random(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 128), (7,)))
+    assert torch.autograd.gradcheck(lambda x, bias: ops.nf4_linear(x, *arguments, bias), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, bias: ops.nf4_linear(x, *arguments, bias), (x, bias))
+
+
+@every_packing
+def test_fp64_holds_the_fp32_weight(packing: Callable[[], Packed]) -> None:
+    packed = packing()
+    assert_same_bits(ops.nf4_dequantize(*packed, dtype=torch.float64), decoded(packed, torch.float32).double())
 
 
 # --- layouts of x ---
@@ -383,12 +411,12 @@ def test_weights_that_cannot_be_quantized_are_refused(weight: Tensor, device: st
 
 
 @cpu_and_fake
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused(dtype: torch.dtype, device: str) -> None:
     given = on(device, arguments(x=random(3, K).to(dtype)))
-    with pytest.raises(ValueError, match=f"must be bfloat16, float16 or float32, got {dtype}"):
+    with pytest.raises(ValueError, match=f"must be bfloat16, float16, float32 or float64, got {dtype}"):
         ops.nf4_dequantize(**packed_part(given), dtype=dtype)
-    with pytest.raises(ValueError, match=f"must be bfloat16, float16 or float32, got {dtype}"):
+    with pytest.raises(ValueError, match=f"must be bfloat16, float16, float32 or float64, got {dtype}"):
         ops.nf4_linear(**given)
 
 

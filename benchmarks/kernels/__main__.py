@@ -9,11 +9,8 @@ installed, into --out. The exit status is 1 where an answer of ours is wrong.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from benchmarks.kernels.case import Case
 from benchmarks.kernels.context import Context, forget_weights
 from benchmarks.kernels.measure import Row, measure
 from benchmarks.kernels.ops import OPERATIONS
-from benchmarks.record import environment, version
 
 
 def main() -> None:
@@ -87,12 +83,8 @@ def all_cases(arguments: argparse.Namespace, context: Context) -> Iterator[Case]
 
 def save(arguments: argparse.Namespace, limits: ceilings.Ceilings, rows: list[Row]) -> None:
     """kernels.json, and plots where they can be drawn."""
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    command = "python -m " + " ".join(["benchmarks.kernels", *sys.argv[1:]])
-    record = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command}
-    record |= {"device": arguments.device, "repeats": arguments.repeats, "ceilings": asdict(limits)}
-    path = arguments.out / "kernels.json"
-    path.write_text(json.dumps(record | {"rows": [row.as_record() for row in rows]}, indent=1) + "\n")
+    path, device = arguments.out / "kernels.json", torch.device(arguments.device)
+    report.save(path, "benchmarks.kernels", device, limits, arguments.repeats, rows)
     print(f"\nresults: {path}")
     try:
         drawn: list[Any] = plots.save(rows, arguments.out)
@@ -100,15 +92,6 @@ def save(arguments: argparse.Namespace, limits: ceilings.Ceilings, rows: list[Ro
         print("no plots: matplotlib is not installed")
     else:
         print("plots:", *drawn)
-
-
-def driver() -> str | None:
-    """The NVIDIA driver's version; None without one."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
 from qsharded import blockwise8, nf4
 
@@ -50,6 +51,23 @@ class Packed:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.arguments())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        N, K = self.weight.shape
+        return N, K
+
+    def conversion(self, op: str, contenders: list[Contender]) -> Case:
+        """Between bf16 and NF4, either way: bound by memory."""
+        moved = self.bytes + self.weight.nbytes
+        return Case(op, self.shape, None, moved, 0, self.decoded(), contenders)
+
+    def product(self, op: str, expected: Tensor, contenders: list[Contender], baseline: str) -> Case:
+        """Of bf16 activations with the weight, either way round. ``expected``: fp64, a row for each of theirs."""
+        M, (N, K) = expected.shape[0], self.shape
+        moved = self.bytes + 2 * M * (N + K)
+        return Case(op, self.shape, M, moved, 2 * M * N * K, expected, contenders, baseline)
 
 
 @cache

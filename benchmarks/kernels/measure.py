@@ -41,6 +41,12 @@ class Row:
     def as_record(self) -> dict[str, Any]:
         return asdict(self) | {"fraction_of_limit": self.fraction}
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Row":
+        times = record["times"] and Times(**record["times"])
+        own = {key: value for key, value in record.items() if key != "fraction_of_limit"}
+        return cls(**own | {"times": times})
+
 
 def measure(case: Case, ceilings: Ceilings, device: torch.device, repeats: int) -> list[Row]:
     """A row for each contender; only those whose answer is right are timed."""

@@ -1,46 +1,64 @@
-"""Plots of a run, where matplotlib is installed: a panel a weight's shape, a colour a contender."""
+"""Plots of a run, where matplotlib is installed, or of its record.
 
+python -m benchmarks.kernels.plots RECORD.json    draws beside it
+"""
+
+import json
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.measure import Row
 
 _COLUMNS = 3
-_COLOURS = ("#0b6e4f", "#7f7f7f", "#d1495b", "#3d5a80", "#edae49", "#8d6a9f")  # ours first, and told from grey by light
+_GREEN, _RED, _BLUE = "#0b6e4f", "#d1495b", "#3d5a80"
+_OF_CONTENDERS = {"qsharded": _GREEN, "compiled": _GREEN, "triton": "#6bbf9c", "bitsandbytes": _RED, "torchao": _BLUE}
+_OF_OTHERS = "#9a9a9a"
+_OF_WEIGHTS = (_GREEN, _RED, _BLUE, "#edae49", "#8d6a9f", "#5fa8a0", "#a05f2c", "#404040", "#b0b0b0")
+_TICKS = [4**power for power in range(8)]
+
+Draw = Callable[[Any, list[Row]], None]
 
 
-def save(rows: list[Row], folder: Path) -> list[Path]:
-    """Draws what the rows hold: speed-up over the baseline against M, and the fraction of the limit reached.
+def save(rows: list[Row], folder: Path, name: str = "kernels") -> list[Path]:
+    """Draws what the rows hold: the products' speed-up over the baseline against M, a panel a weight; and the fraction
+    of the limit reached, a panel an operation.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    products = [row for row in rows if row.M is not None and row.speedup is not None and row.op == "linear"]
-    others = [row for row in rows if row.M is None and row.fraction is not None]
-    by_rows = [row for row in products if row.fraction is not None]
-    drawings: dict[str, tuple[list[Row], Callable[[Any, list[Row]], None]]] = {
+    timed = [row for row in rows if row.times is not None]
+    operations, products = defaultdict(list), defaultdict(list)
+    for row in timed:
+        operations[row.op].append(row)
+        if row.speedup is not None:
+            products[f"{row.op} {row.N} x {row.K}"].append(row)
+    drawings: dict[str, tuple[dict[str, list[Row]], Draw]] = {
         "speedup": (products, _speedup),
-        "fraction": (others or by_rows, _fractions),
+        "fraction": (operations, _fractions),
     }
-    return [_draw(folder / f"kernels_{name}.png", *drawing) for name, drawing in drawings.items() if drawing[0]]
+    return [_draw(folder / f"{name}_{kind}.png", *drawing) for kind, drawing in drawings.items() if drawing[0]]
 
 
-def _draw(path: Path, rows: list[Row], draw: Callable[[Any, list[Row]], None]) -> Path:
-    """One panel for each shape and operation."""
+def _draw(path: Path, panels: dict[str, list[Row]], draw: Draw) -> Path:
     from matplotlib.figure import Figure  # the class alone: no window, no state
 
-    panels = list(dict.fromkeys((row.op, row.N, row.K) for row in rows))
-    lines = math.ceil(len(panels) / _COLUMNS)
-    figure = Figure(figsize=(4 * min(_COLUMNS, len(panels)), 2.8 * lines + 0.5), layout="constrained")
-    grid = list(figure.subplots(lines, min(_COLUMNS, len(panels)), squeeze=False).flat)
-    for axes, panel in zip(grid, panels, strict=False):
-        draw(axes, [row for row in rows if (row.op, row.N, row.K) == panel])
-        axes.set_title(f"{panel[0]} {panel[1]} x {panel[2]}", fontsize="medium")
+    columns = min(_COLUMNS, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    height = 3.2 if draw is _speedup else max(3.2, 0.7 * max(len(_weights(rows)) for rows in panels.values()))
+    figure = Figure(figsize=(4.6 * columns, height * lines), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (title, rows) in zip(grid, panels.items(), strict=False):
+        draw(axes, rows)
+        axes.set_title(title, fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    if rows[0].M is not None:  # curves are compared across panels
+    if draw is _speedup:  # curves are compared across panels
         top = max(axes.get_ylim()[1] for axes in grid[: len(panels)])
         for axes in grid[: len(panels)]:
             axes.set_ylim(0, top)
@@ -49,22 +67,75 @@ def _draw(path: Path, rows: list[Row], draw: Callable[[Any, list[Row]], None]) -
 
 
 def _speedup(axes: Any, rows: list[Row]) -> None:
-    for contender, colour in _coloured(rows):
-        points = [(row.M, row.speedup) for row in rows if row.contender == contender]
-        axes.plot(*zip(*points, strict=True), marker=".", label=contender, color=colour)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="rows of x (M)", ylabel="speed-up over bf16")
+    baseline = next(row.contender for row in rows if row.speedup == 1)
+    axes.axhline(1, color="grey", linestyle="--", linewidth=1, label=baseline)
+    for contender in _contenders(rows):
+        if contender != baseline:
+            points = sorted((row.M, row.speedup) for row in rows if row.contender == contender)
+            colour = _OF_CONTENDERS.get(contender, _OF_OTHERS)
+            axes.plot(*zip(*points, strict=True), marker=".", label=contender, color=colour)
+    _rows_of_x(axes, rows)
+    axes.set_ylabel(f"speed-up over {baseline}")
     axes.legend(fontsize="x-small", frameon=False)
 
 
 def _fractions(axes: Any, rows: list[Row]) -> None:
-    for (contender, colour), row in zip(_coloured(rows), rows, strict=False):
-        bar = axes.barh(contender, row.fraction, color=colour)
-        axes.bar_label(bar, labels=[f"{row.fraction:.0%}"], padding=2, fontsize="x-small")
+    """Bars for each weight, or, where there are rows of x, a curve of the first contender's for each weight."""
+    (_fraction_curves if rows[0].M is not None else _fraction_bars)(axes, rows)
+
+
+def _fraction_bars(axes: Any, rows: list[Row]) -> None:
+    weights, contenders = _weights(rows), _contenders(rows)
+    thickness = 0.85 / len(contenders)
+    for i, contender in enumerate(contenders):
+        fractions = {(row.N, row.K): row.fraction for row in rows if row.contender == contender}
+        places = [place + (i + 0.5) * thickness for place, weight in enumerate(weights) if weight in fractions]
+        colour = _OF_CONTENDERS.get(contender, _OF_OTHERS)
+        bar = axes.barh(places, fractions.values(), height=0.92 * thickness, color=colour, label=contender)
+        axes.bar_label(bar, labels=[f"{fraction:.0%}" for fraction in fractions.values()], padding=2, fontsize=6)
+    axes.set_yticks([place + 0.425 for place in range(len(weights))], [f"{N} x {K}" for N, K in weights])
+    axes.tick_params(axis="y", length=0, labelsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel="fraction of the limit", xlim=(0, 1.12))
+    axes.set(xlabel="fraction of the limit", xlim=(0, 1.1))
+    _legend_below(axes)
 
 
-def _coloured(rows: Iterable[Row]) -> Iterable[tuple[str, str]]:
-    contenders = dict.fromkeys(row.contender for row in rows)
-    return zip(contenders, _COLOURS * (len(contenders) // len(_COLOURS) + 1), strict=False)
+def _fraction_curves(axes: Any, rows: list[Row]) -> None:
+    ours = [row for row in rows if row.contender == rows[0].contender]
+    for (N, K), colour in zip(_weights(ours), cycle(_OF_WEIGHTS), strict=False):
+        points = sorted((row.M, row.fraction) for row in ours if (row.N, row.K) == (N, K))
+        axes.plot(*zip(*points, strict=True), marker=".", label=f"{N} x {K}", color=colour)
+    _rows_of_x(axes, rows)
+    axes.set(ylabel=f"fraction of the limit, {ours[0].contender}", ylim=(0, 1.1))
+    _legend_below(axes)
+
+
+def _legend_below(axes: Any) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.5}  # clear of the axis' label
+    axes.legend(fontsize="x-small", frameon=False, ncols=4, **place)
+
+
+def _rows_of_x(axes: Any, rows: list[Row]) -> None:
+    Ms = [row.M for row in rows if row.M is not None]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([tick for tick in _TICKS if min(Ms) <= tick <= max(Ms)] or Ms)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("rows of x (M)")
+
+
+def _weights(rows: list[Row]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((row.N, row.K) for row in rows))
+
+
+def _contenders(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.contender for row in rows))
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    rows = [Row.from_record(row) for row in json.loads(path.read_text())["rows"]]
+    print(*save(rows, path.parent, path.stem))
+
+
+if __name__ == "__main__":
+    main()

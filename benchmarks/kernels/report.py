@@ -1,7 +1,15 @@
-"""The table."""
+"""The table and the record."""
+
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
 
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.measure import Row
+from benchmarks.record import command, environment, version
 
 _HEADINGS = f"{'contender':14}{'median us':>11}{'p20':>10}{'p80':>10}{'of limit':>10}{'speed-up':>10}{'error':>10}"
 
@@ -29,3 +37,22 @@ def _line(row: Row) -> str:
 def _numbers(row: Row) -> tuple[float, float, float]:
     assert row.times is not None
     return row.times.median, row.times.p20, row.times.p80
+
+
+def save(path: Path, module: str, device: torch.device, ceilings: Ceilings, repeats: int, rows: list[Row]) -> Path:
+    """What the run of ``module`` measured, and on what, as JSON."""
+    record = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command(module)}
+    record |= {"device": device.type, "threads": torch.get_num_threads(), "repeats": repeats}
+    record |= {"ceilings": asdict(ceilings)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | {"rows": [row.as_record() for row in rows]}, indent=1) + "\n")
+    return path
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version; None without one."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

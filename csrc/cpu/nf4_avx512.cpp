@@ -1,4 +1,7 @@
-// NF4 with AVX-512 (F, BW, VL): 16 levels and 16 thresholds fit one register, so a look-up is one permutation.
+// NF4 with AVX-512 (F, BW, VL): 16 levels fit one register and 32 bins fit two, so a look-up is one permutation.
+#include <algorithm>
+#include <cmath>
+
 #include "nf4_kernels.h"
 #include "scalar_types.h"
 
@@ -25,33 +28,47 @@ AVX512 inline __m512 load(const Float16* weight) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight)));
 }
 
-// Binary search: with the code's higher bits known, entry `code` is the threshold that decides the bit `bit`.
-AVX512 inline __m512 thresholds(const float* midpoints, int bit) {
-  float entries[kLanes];
-  for (int code = 0; code < kLanes; ++code)
-    entries[code] = midpoints[code + bit - 1 < kMidpoints ? code + bit - 1 : kMidpoints - 1];
-  return _mm512_loadu_ps(entries);
-}
-
-struct Thresholds {
-  __m512 bit8, bit4, bit2, bit1;
+// [-1, 1] in 31 bins narrower than any two midpoints are apart: a bin has one midpoint at most, so one comparison ends
+// the search, and two registers hold a value for each bin.
+struct Bins {
+  __m512 midpoint[2];  // infinity where the bin has none
+  __m512i below[2];    // midpoints in the bins below
 };
 
-AVX512 inline __m512i decide(__m512i code, __m512 value, __m512 threshold, int bit) {
-  const __mmask16 above = _mm512_cmp_ps_mask(value, threshold, _CMP_GT_OQ);
-  return _mm512_mask_or_epi32(code, above, code, _mm512_set1_epi32(bit));
+// In the lower 5 bits the bin, never falling as `scaled` grows. NaN has a bin too.
+AVX512 inline __m512i bins_of(__m512 scaled) {
+  const __m512 adjust = _mm512_set1_ps(0x1p23f + 15);  // beside 2^23 a float's last bit is 1
+  return _mm512_castps_si512(_mm512_fmadd_ps(scaled, _mm512_set1_ps(15), adjust));
 }
 
-AVX512 inline __m512i encode(__m512 value, const Thresholds& t) {
-  __m512i code = decide(_mm512_setzero_si512(), value, t.bit8, 8);
-  code = decide(code, value, _mm512_permutexvar_ps(code, t.bit4), 4);
-  code = decide(code, value, _mm512_permutexvar_ps(code, t.bit2), 2);
-  return decide(code, value, _mm512_permutexvar_ps(code, t.bit1), 1);
+AVX512 inline Bins bins_of(const float* midpoints) {
+  float midpoint[2 * kLanes];
+  int32_t below[2 * kLanes] = {};
+  std::fill_n(midpoint, 2 * kLanes, INFINITY);
+  for (int i = 0; i < kMidpoints; ++i) {
+    const int bin = _mm512_cvtsi512_si32(bins_of(_mm512_set1_ps(midpoints[i]))) & 31;
+    midpoint[bin] = midpoints[i];
+    for (int above = bin + 1; above < 2 * kLanes; ++above) ++below[above];
+  }
+  return {{_mm512_loadu_ps(midpoint), _mm512_loadu_ps(midpoint + kLanes)},
+          {_mm512_loadu_si512(below), _mm512_loadu_si512(below + kLanes)}};
 }
 
-// Each 64-bit lane holds two codes, the first in its lower half.
-AVX512 inline __m128i pack(__m512i code) {
-  return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32)));
+AVX512 inline __m512i encode(__m512 scaled, const Bins& bins) {
+  const __m512i bin = bins_of(scaled);
+  const __m512 midpoint = _mm512_permutex2var_ps(bins.midpoint[0], bin, bins.midpoint[1]);
+  const __m512i below = _mm512_permutex2var_epi32(bins.below[0], bin, bins.below[1]);
+  const __mmask16 above = _mm512_cmp_ps_mask(scaled, midpoint, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
+}
+
+// A block's codes in order, as 32-bit lanes, to bytes.
+AVX512 inline __m256i pack(const __m512i* code) {
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(code[0], code[1]), _mm512_packus_epi32(code[2], code[3]));
+  // all packs work in 128-bit quarters; this puts groups of four codes back into order
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i codes = _mm512_permutexvar_epi32(order, bytes);
+  return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));  // first * 16 + second * 1
 }
 
 AVX512 inline float largest_magnitude(const __m512* values) {
@@ -66,8 +83,7 @@ AVX512 inline float largest_magnitude(const __m512* values) {
 template <typename T>
 AVX512 void encode_blocks(const void* weight, int64_t blocks, const float* midpoints, uint8_t* codes,
                           float* absmax) {
-  const Thresholds t = {_mm512_set1_ps(midpoints[7]), thresholds(midpoints, 4), thresholds(midpoints, 2),
-                        thresholds(midpoints, 1)};
+  const Bins bins = bins_of(midpoints);
   for (int64_t block = 0; block < blocks; ++block) {
     const T* in = static_cast<const T*>(weight) + block * kBlock;
     __m512 values[kVectors];
@@ -75,9 +91,9 @@ AVX512 void encode_blocks(const void* weight, int64_t blocks, const float* midpo
     absmax[block] = largest_magnitude(values);
     const float divisor = absmax[block] > kSmallestAbsmax ? absmax[block] : kSmallestAbsmax;
     const __m512 reciprocal = _mm512_set1_ps(1.0f / divisor);
-    for (int i = 0; i < kVectors; ++i)
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + block * kBlockBytes + i * kLanes / 2),
-                       pack(encode(_mm512_mul_ps(values[i], reciprocal), t)));
+    __m512i code[kVectors];
+    for (int i = 0; i < kVectors; ++i) code[i] = encode(_mm512_mul_ps(values[i], reciprocal), bins);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlockBytes), pack(code));
   }
 }
 

@@ -10,10 +10,12 @@ constexpr int kBlock = 64;             // weights that share an absmax
 constexpr int kBlockBytes = kBlock / 2;
 constexpr int kLevels = 16;
 constexpr int kMidpoints = kLevels - 1;
+constexpr int kAbsmaxBlock = 256;          // absmax values that share a second-level scale
 constexpr float kSmallestAbsmax = 1e-38f;  // keeps the reciprocal finite in an all-zero block
 constexpr int kDtypes = 3;                 // QSHARDED_FLOAT32, QSHARDED_BFLOAT16, QSHARDED_FLOAT16
 
-// code = how many midpoints lie below weight * (1 / max(absmax, 1e-38)), in fp32: a tie goes down.
+// code = how many midpoints lie below weight * (1 / max(absmax, 1e-38)), in fp32: a tie goes down. Midpoints lie more
+// than 1/15 apart.
 using EncodeBlocks = void (*)(const void* weight, int64_t blocks, const float* midpoints, uint8_t* codes,
                               float* absmax);
 // out = levels[code] * absmax, in fp32, rounded to the output's type.

@@ -1,7 +1,8 @@
-// Splits a range of blocks among threads.
+// Splits a range among threads.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <system_error>
 #include <thread>
@@ -9,27 +10,26 @@
 
 namespace qsharded {
 
-// Below this a thread costs more than it saves: 4,096 blocks take about as long as starting one.
-constexpr int64_t kLeastBlocksPerThread = 4096;
-
-// Calls work(first, last) on disjoint ranges that cover [0, blocks), on at most `threads` threads, this one included.
+// Calls work(first, last) on disjoint ranges that cover [0, count), on at most `threads` threads, this one included.
+// A thread takes `step` at a time and so never waits for one that the system runs later; as much should take longer
+// than starting a thread.
 template <typename Work>
-void parallel_blocks(int64_t blocks, int threads, const Work& work) {
-  const int64_t useful = std::max<int64_t>(1, blocks / kLeastBlocksPerThread);
-  const int64_t parts = std::min<int64_t>(std::max(threads, 1), useful);
+void parallel_ranges(int64_t count, int64_t step, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&] {
+    for (int64_t first = next.fetch_add(step); first < count; first = next.fetch_add(step))
+      work(first, std::min(first + step, count));
+  };
+  const int64_t useful = std::min<int64_t>(threads, count / step);
   std::vector<std::thread> others;
-  others.reserve(parts - 1);
-  int64_t first = 0;
-  for (int64_t part = 1; part < parts; ++part) {
-    const int64_t last = blocks * part / parts;
+  for (int64_t i = 1; i < useful; ++i) {
     try {
-      others.emplace_back(work, first, last);
+      others.emplace_back(run);
     } catch (const std::system_error&) {
       break;  // the system grants no more threads: the rest is done here
     }
-    first = last;
   }
-  work(first, blocks);
+  run();
   for (std::thread& other : others) other.join();
 }
 

@@ -110,8 +110,6 @@ int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, i
                                    : workspace_bytes<__nv_bfloat16>(m, rows, blocks_per_row);
 }
 
-int qsharded_cuda_nf4_linear_has_wgmma(void) { return Device::current().wgmma; }
-
 int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                              int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                              const float* absmax_scales, const float* absmax_offset, const float* absmax_map,

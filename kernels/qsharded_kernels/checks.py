@@ -1,4 +1,7 @@
-"""The format's sizes, and what every backend assumes of its arguments. Users' mistakes are caught further up."""
+"""The format's sizes, and what every backend assumes and makes of its arguments. Users' mistakes are caught further up.
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row.
+"""
 
 import torch
 from torch import Tensor
@@ -22,11 +25,37 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def assert_weight(weight_NK: Tensor, midpoints: Tensor) -> None:
-    """What ``quantize`` assumes."""
-    assert weight_NK.is_contiguous()
-    assert weight_NK.shape[1] % BLOCK == 0, weight_NK.shape
+def prepare_quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight as kernels read it, and memory for its codes uint8 [N, P] and absmax fp32 [N, G]."""
+    weight_NK = aligned(weight_NK)
+    N, K = weight_NK.shape
+    assert K % BLOCK == 0, weight_NK.shape
     _assert_table(midpoints, MIDPOINTS)
+    codes_NP = weight_NK.new_empty(N, K // 2, dtype=torch.uint8)
+    return weight_NK, codes_NP, weight_NK.new_empty(N, K // BLOCK, dtype=torch.float32)
+
+
+def prepare_dequantize(
+    codes_NP: Tensor,
+    absmax_NG: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    levels: Tensor,
+    absmax_map: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and absmax as kernels read them, and memory for the weight [N, K]: ``out`` where it is given."""
+    codes_NP = aligned(codes_NP)
+    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    shape = codes_NP.shape[0], codes_NP.shape[1] * 2
+    if out is None:
+        return codes_NP, absmax_NG, codes_NP.new_empty(shape, dtype=out_dtype)
+    assert (tuple(out.shape), out.dtype) == (shape, out_dtype), (out.shape, out.dtype, shape, out_dtype)
+    assert out.is_contiguous()
+    assert out.data_ptr() % ALIGNMENT == 0
+    return codes_NP, absmax_NG, out
 
 
 def assert_encoded(
@@ -37,7 +66,7 @@ def assert_encoded(
     levels: Tensor,
     absmax_map: Tensor | None,
 ) -> None:
-    """What ``dequantize`` assumes."""
+    """What whoever reads a packed weight assumes."""
     N, G = absmax_NG.shape
     assert codes_NP.shape == (N, G * BLOCK // 2), (codes_NP.shape, absmax_NG.shape)
     assert codes_NP.is_contiguous()
@@ -53,17 +82,25 @@ def assert_encoded(
     _assert_table(absmax_map, 256)
 
 
-def assert_out(out_NK: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """What a kernel assumes of the memory that it is given to fill."""
-    assert (tuple(out_NK.shape), out_NK.dtype) == (shape, dtype), (out_NK.shape, out_NK.dtype, shape, dtype)
-    assert out_NK.is_contiguous()
-    assert out_NK.data_ptr() % ALIGNMENT == 0
-
-
-def assert_absmax(absmax_NG: Tensor, thresholds: Tensor) -> None:
-    """What double quantization assumes."""
+def prepare_absmax(absmax_NG: Tensor) -> Tensor:
+    """fp32 absmax as the kernels of double quantization read it."""
     assert absmax_NG.dtype == torch.float32
-    assert absmax_NG.is_contiguous()
+    return absmax_NG.contiguous()
+
+
+def prepare_row_sums(row_sums_N: Tensor) -> Tensor:
+    """The fp64 row sums of such absmax, likewise."""
+    assert row_sums_N.dtype == torch.float64
+    assert row_sums_N.numel() > 0, "a weight without rows has no mean"
+    return row_sums_N.contiguous()
+
+
+def assert_second_level(absmax_NG: Tensor, first: int, scales: Tensor, offset: Tensor, thresholds: Tensor) -> None:
+    """What encodes absmax values, from value ``first`` of their weight on, assumes of the rest."""
+    assert scales.dtype == torch.float32
+    assert scales.is_contiguous()
+    assert scales.numel() * ABSMAX_BLOCK >= first + absmax_NG.numel(), (scales.shape, first, absmax_NG.shape)
+    _assert_table(offset, 1)
     _assert_table(thresholds, ABSMAX_THRESHOLDS)
 
 

@@ -4,24 +4,12 @@ Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = 
 The callers check what users pass; the assertions here guard raw memory.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from . import checks, cuda, library
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-# Up to how many rows of x this beats decoding W and then multiplying. Measured on an H200 with a cold L2 (4096x4096,
-# 14336x4096, 8192x8192, 28672x8192); where warpgroup instructions are missing it is a guess: two passes over W.
-MOST_ROWS = 256
-MOST_ROWS_WITHOUT_WGMMA = 32
-
-
-def is_faster(M: int, N: int, K: int, device: torch.device) -> bool:
-    """Whether ``linear`` beats ``cuda_nf4.dequantize`` and a matmul at these sizes, by the figures above."""
-    return (MOST_ROWS if _has_wgmma(device) else MOST_ROWS_WITHOUT_WGMMA) >= M
 
 
 def linear(
@@ -63,14 +51,6 @@ def linear(
         _workspace(x_MK.device, dtype, M, N, G),
     )
     return y_MN
-
-
-@cache
-def _has_wgmma(device: torch.device) -> bool:
-    compiled = library.load()
-    assert compiled is not None, "ask cuda.is_available() first"
-    with torch.cuda.device(device):
-        return bool(compiled.qsharded_cuda_nf4_linear_has_wgmma())
 
 
 def _workspace(device: torch.device, dtype: int, M: int, N: int, G: int) -> Tensor | None:

@@ -13,13 +13,9 @@ from . import checks, cuda, library
 def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16 on the GPU.
 
-    ``midpoints``: fp32 [15], the thresholds between levels, 1/15 apart or more. NaN and infinity show in absmax.
+    ``midpoints``: fp32 [15], the thresholds between levels, more than 1/15 apart. NaN and infinity show in absmax.
     """
-    weight_NK = checks.aligned(weight_NK)
-    N, K = weight_NK.shape
-    checks.assert_weight(weight_NK, midpoints)
-    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
-    absmax_NG = torch.empty(N, K // checks.BLOCK, dtype=torch.float32, device=weight_NK.device)
+    weight_NK, codes_NP, absmax_NG = checks.prepare_quantize(weight_NK, midpoints)
     dtype = library.DTYPES[weight_NK.dtype]
     cuda.call("nf4_quantize", weight_NK, dtype, absmax_NG.numel(), midpoints, codes_NP, absmax_NG)
     return codes_NP, absmax_NG
@@ -43,16 +39,11 @@ def dequantize(
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    codes_NP = checks.aligned(codes_NP)
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
-    N, G = absmax_NG.shape
-    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
-    if out is None:
-        out = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
-    checks.assert_out(out, (N, G * checks.BLOCK), out_dtype)
+    tables = absmax_scales, absmax_offset, levels, absmax_map
+    codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     cuda.call(
         "nf4_dequantize",
-        *(codes_NP, N, G),
+        *(codes_NP, *absmax_NG.shape),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
         *(levels, out, library.DTYPES[out_dtype]),
     )

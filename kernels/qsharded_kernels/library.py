@@ -44,13 +44,33 @@ def _declare_cpu(library: CDLL) -> None:
     library.qsharded_cpu_nf4_quantize.argtypes = [
         *(c_void_p, c_int, c_int64),  # weight, dtype, blocks
         *(c_void_p, c_void_p, c_void_p),  # midpoints, codes, absmax
-        *(c_int, c_int),  # threads, isa
+        *(c_int, c_int),  # isa, threads
     ]
     library.qsharded_cpu_nf4_dequantize.argtypes = [
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
         *(c_void_p, c_void_p, c_int),  # levels, out, dtype
-        *(c_int, c_int),  # threads, isa
+        *(c_int, c_int),  # isa, threads
+    ]
+    library.qsharded_cpu_absmax_row_sums.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, rows, blocks_per_row
+        *(c_void_p, c_int),  # row_sums, threads
+    ]
+    library.qsharded_cpu_absmax_offset.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # row_sums, rows, values
+        *(c_void_p, c_int),  # offset, threads
+    ]
+    library.qsharded_cpu_absmax_scales.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, first, count
+        *(c_void_p, c_void_p, c_int),  # offset, scales, threads
+    ]
+    library.qsharded_cpu_absmax_encode.argtypes = [
+        *(c_void_p, c_int64, c_int64),  # absmax, first, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int),  # offset, scales, thresholds, codes, threads
+    ]
+    library.qsharded_cpu_absmax_scales_and_codes.argtypes = [
+        *(c_void_p, c_int64),  # absmax, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int),  # offset, thresholds, scales, codes, threads
     ]
 
 
@@ -89,7 +109,6 @@ def _declare_cuda(library: CDLL) -> None:
     ]
     library.qsharded_cuda_nf4_linear_workspace.restype = c_int64
     library.qsharded_cuda_nf4_linear_workspace.argtypes = [c_int, c_int64, c_int64, c_int64]  # dtype, m, rows, blocks
-    library.qsharded_cuda_nf4_linear_has_wgmma.argtypes = []
     library.qsharded_cuda_nf4_linear.argtypes = [
         *(c_void_p, c_int, c_int64),  # x, dtype, m
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row

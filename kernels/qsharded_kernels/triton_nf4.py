@@ -33,22 +33,17 @@ def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     code = how many ``midpoints`` (fp32 [15]) lie below weight * (1 / max(absmax, 1e-38)). NaN and infinity show in
     absmax.
     """
-    weight_NK = checks.aligned(weight_NK)
-    N, K = weight_NK.shape
-    G = K // checks.BLOCK
-    checks.assert_weight(weight_NK, midpoints)
-    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
-    absmax_NG = torch.empty(N, G, dtype=torch.float32, device=weight_NK.device)
+    weight_NK, codes_NP, absmax_NG = checks.prepare_quantize(weight_NK, midpoints)
     with torch.cuda.device_of(weight_NK):  # Triton launches on the current device
-        _quantize_kernel[(triton.cdiv(N * G, _QUANTIZE_BLOCKS),)](
+        _quantize_kernel[(triton.cdiv(absmax_NG.numel(), _QUANTIZE_BLOCKS),)](
             _bits_of_bf16(weight_NK),
             midpoints,
             codes_NP,
             absmax_NG,
-            N * G,
+            absmax_NG.numel(),
             BLOCKS=_QUANTIZE_BLOCKS,
             num_warps=_WARPS,
-            enable_fp_fusion=False,  # a weight's bin and a midpoint's are to be rounded alike
+            enable_fp_fusion=False,  # a scaled weight is rounded before it is held against a midpoint
         )
     return codes_NP, absmax_NG
 
@@ -71,13 +66,9 @@ def dequantize(
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    codes_NP = checks.aligned(codes_NP)
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    tables = absmax_scales, absmax_offset, levels, absmax_map
+    codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     N, G = absmax_NG.shape
-    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
-    if out is None:
-        out = torch.empty(N, G * checks.BLOCK, dtype=out_dtype, device=codes_NP.device)
-    checks.assert_out(out, (N, G * checks.BLOCK), out_dtype)
     with torch.cuda.device_of(codes_NP):
         _dequantize_kernel[(triton.cdiv(N * G, _DEQUANTIZE_BLOCKS),)](
             codes_NP.view(torch.int32),
@@ -145,7 +136,9 @@ def _nearest_codes(scaled_BW, midpoints_ptr):
     below_S = tl.sum((bin_M[None, :] < bin_S[:, None]).to(tl.int32), axis=1)
     scaled_V = scaled_BW.reshape(scaled_BW.numel)
     bin_V = _bins(scaled_V)
-    code_V = tl.gather(below_S, bin_V, 0) + (scaled_V > tl.gather(midpoint_S, bin_V, 0)).to(tl.int32)
+    # the sign of a difference is exact
+    left_V = tl.gather(midpoint_S, bin_V, 0) - scaled_V
+    code_V = tl.gather(below_S, bin_V, 0) + (left_V.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     return code_V.reshape(scaled_BW.shape)
 
 
@@ -153,7 +146,7 @@ def _nearest_codes(scaled_BW, midpoints_ptr):
 def _bins(scaled):
     """0 to 31, never falling as ``scaled`` grows. NaN has a bin too."""
     # beside 2^23 a float's last bit is 1
-    return ((scaled * 62.0 + 8388670.0).to(tl.int32, bitcast=True) & 124) >> 2
+    return (tl.fma(scaled, 62.0, 8388670.0).to(tl.int32, bitcast=True) & 124) >> 2
 
 
 @triton.jit

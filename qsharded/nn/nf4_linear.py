@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded import nf4, ops
+from qsharded import backends, nf4, ops
 
 
 class NF4Linear(nn.Module):
@@ -74,7 +74,7 @@ class NF4Linear(nn.Module):
         if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
             new.weight_absmax.data.view(torch.float32).copy_(absmax)
             return new
-        absmax_codes, scales, offset = nf4.double_quantize(absmax)
+        absmax_codes, scales, offset = backends.double_quantize(absmax)
         new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
         new.weight_absmax_scales.copy_(scales)
         new.weight_absmax_offset.copy_(offset)

@@ -144,9 +144,18 @@ def test_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert record["ceilings"]["copy"] > 0
 
 
+def test_a_record_gives_its_rows_back(clock: None) -> None:
+    case = replace(case_of({"2": torch.ones(4), "6": torch.zeros(4)}, baseline="2"), op="linear", rows=16)
+    rows = measure.measure(case, LIMITS, CPU, repeats=1)
+    assert [row.times is None for row in rows] == [False, True]
+    assert [measure.Row.from_record(json.loads(json.dumps(row.as_record()))) for row in rows] == rows
+
+
 def test_plots_are_drawn(tmp_path: Path, clock: None) -> None:
     pytest.importorskip("matplotlib")
-    case = replace(case_of({"2": torch.ones(4), "6": torch.ones(4)}, baseline="6"), op="linear", rows=16)
-    paths = plots.save(measure.measure(case, LIMITS, CPU, repeats=1), tmp_path)
+    conversion = case_of({"2": torch.ones(4), "6": torch.ones(4), "7": torch.zeros(4)})
+    product = replace(conversion, op="linear", rows=16, baseline="6")
+    rows = [row for case in (conversion, product) for row in measure.measure(case, LIMITS, CPU, repeats=1)]
+    paths = plots.save(rows, tmp_path)
     assert [path.name for path in paths] == ["kernels_speedup.png", "kernels_fraction.png"]
     assert all(path.stat().st_size > 1000 for path in paths)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from qsharded import blockwise8, nf4
 
-# no row: what a rank beyond the last row holds; K = 576: 9 blocks a row, and 31 rows end inside a second-level block
-SHAPES = [(0, 576), (1, 64), (1, 576), (7, 576), (31, 576), (300, 64)]
+# no row: what a rank beyond the last row holds; K = 576 and 2880: 9 and 45 blocks a row, and 31 rows of 9 end inside a
+# second-level block
+SHAPES = [(0, 576), (1, 64), (1, 576), (7, 576), (31, 576), (3, 2880), (300, 64), (1000, 128)]
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

@@ -91,7 +91,7 @@ def test_absmax_is_not_fused(isa: str) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(threads: int) -> None:
-    # 13,500 blocks: three threads have 4,096 each, and no boundary falls on a row's
+    # 13,500 blocks, 4,096 at a time, and no boundary falls on a row's
     assert_quantizes(cases.random_weight((1500, 576), torch.bfloat16), threads=threads)
     encoded = cases.double_quantized(1500, 9)
     out = cpu_nf4.dequantize(*encoded.arguments(), torch.bfloat16, threads=threads)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels import context, kernels, peers
+from benchmarks.kernels import context, peers
 from benchmarks.kernels.case import Case, Contender
 from qsharded import backends
 
@@ -17,20 +17,12 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     """One case. The reference in plain PyTorch is among the contenders."""
     packed = context.pack(shape, run.device)
     own = {
-        name: partial(module.dequantize, *packed.with_tables(), torch.bfloat16)
-        for name, module in kernels.on(run.device).items()
+        name: partial(kernels.nf4.dequantize, *packed.with_tables(), torch.bfloat16)
+        for name, kernels in backends.implementations(run.device).items()
     }
     own["reference"] = partial(backends.dequantize_by_reference, *packed.arguments(), torch.bfloat16)
     contenders = [Contender(name, function, TOLERANCE) for name, function in own.items()]
     for peer in run.peers:
         decode = partial(peer.dequantize, peer.quantize(packed.weight))
         contenders.append(Contender(peer.name, decode, peers.TOLERANCE))
-    yield Case(
-        "dequantize",
-        shape,
-        rows=None,
-        bytes=packed.bytes + packed.weight.nbytes,
-        flops=0,
-        expected=packed.decoded(),
-        contenders=contenders,
-    )
+    yield packed.conversion("dequantize", contenders)

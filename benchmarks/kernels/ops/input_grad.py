@@ -20,21 +20,11 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     packed = context.pack(shape, run.device)
     decoded = packed.decoded()
     bf16_weight = decoded.bfloat16()
-    N, K = shape
     for M in run.rows_of(ROWS, SHORT_ROWS):
-        grad = torch.randn(M, N, device=run.device).bfloat16()
+        grad = torch.randn(M, shape[0], device=run.device).bfloat16()
         ours = partial(torch.ops.qsharded.nf4_linear_input_grad, grad, *packed.arguments())
         contenders = [
             Contender("qsharded", ours, TOLERANCE),
             Contender(BASELINE, partial(torch.matmul, grad, bf16_weight), TOLERANCE),
         ]
-        yield Case(
-            "input_grad",
-            shape,
-            rows=M,
-            bytes=packed.bytes + 2 * M * (N + K),
-            flops=2 * M * N * K,
-            expected=grad.double() @ decoded,
-            contenders=contenders,
-            baseline=BASELINE,
-        )
+        yield packed.product("input_grad", grad.double() @ decoded, contenders, BASELINE)

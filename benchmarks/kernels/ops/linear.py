@@ -23,21 +23,11 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     decoded = packed.decoded()
     bf16_weight = decoded.bfloat16()  # the gate holds everyone to one weight
     theirs = [(peer, peer.quantize(packed.weight)) for peer in run.peers]
-    N, K = shape
     for M in run.rows_of(ROWS, SHORT_ROWS):
-        x = torch.randn(M, K, device=run.device).bfloat16()
+        x = torch.randn(M, shape[1], device=run.device).bfloat16()
         contenders = [
             Contender("qsharded", partial(ops.nf4_linear, x, *packed.arguments()), TOLERANCE),
             Contender(BASELINE, partial(F.linear, x, bf16_weight), TOLERANCE),
             *(Contender(peer.name, partial(peer.linear, x, weight), peers.TOLERANCE) for peer, weight in theirs),
         ]
-        yield Case(
-            "linear",
-            shape,
-            rows=M,
-            bytes=packed.bytes + 2 * M * (N + K),
-            flops=2 * M * N * K,
-            expected=x.double() @ decoded.T,
-            contenders=contenders,
-            baseline=BASELINE,
-        )
+        yield packed.product("linear", x.double() @ decoded.T, contenders, BASELINE)

@@ -1,0 +1,228 @@
+"""AdamW whose state takes two bytes a parameter, shards with FSDP2, and lives in host memory where the GPU has no room.
+
+The step is ``reference``'s; where state lies is ``store``'s, ``arena``'s and ``paging``'s business.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
+from qsharded.optim.shards import agree_on_maximum, local
+from qsharded.optim.state import part_of
+from qsharded.optim.store import Store, upload
+
+
+class PagedAdamW8bit(Optimizer):
+    """AdamW (arXiv:1711.05101) with blockwise 8-bit moments (arXiv:2110.02861), formats as bitsandbytes' AdamW8bit.
+
+    Parameters are fp32 or bf16, plain tensors or DTensors, on one device. Those of fewer than 4,096 values keep fp32
+    moments. State is made in the first step, for every parameter that requires a gradient.
+
+    A step in which a gradient is not finite changes nothing, on any rank. It is counted in ``skipped_steps``, a tensor on
+    the parameters' device; nothing in :meth:`step` waits for the device.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` may be a tensor.
+        page_budget: how much 8-bit state stays on the device. "auto" keeps all of it while there is room in the first
+            step, the rest is paged; "none" pages nothing, "max" everything; a number is the bytes that may stay.
+        bucket_bytes: paged state moves in pieces of this size. Two are on the device beside the budget, and with "max" up
+            to 256 MiB of them.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        page_budget: PageBudget = "auto",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        check_page_budget(page_budget)
+        self.page_budget, self.bucket_bytes = page_budget, bucket_bytes
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._store: Store | None = None
+        self._store_is_current = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; the state of the others stays."""
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+        self._store_is_current = False
+
+    def prefetch(self) -> None:
+        """Start to copy paged state to the device. Call it before the backward pass, which hides the copies; without it
+        they begin in :meth:`step`."""
+        if self._store is not None and self._store_is_current:
+            self._store.prefetch()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None) -> Any:  # type: ignore[override]
+        """One step; returns what ``closure`` returns.
+
+        Args:
+            closure: computes the loss and the gradients.
+            grad_scale: fp32 [] on the parameters' device, alike on all ranks: gradients are multiplied by it as they are
+                used and stay as they are. Where it is not finite, the step is skipped; gradients themselves are then not
+                looked at, see :func:`clipping_scale`.
+
+        Raises:
+            ValueError: parameters or gradients of a kind that is not supported.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        store = self._current_store()
+        if store is not None:
+            gradients = [_gradient(parameter) for parameter in store.parameters]
+            skip = self._skip(gradients, grad_scale)
+            self.skipped_steps += skip.long()
+            store.update(gradients, self._coefficients(store, gradients, grad_scale, skip), skip)
+        return loss
+
+    def _current_store(self) -> Store | None:
+        """The store of all parameters that train; made anew where they or their device have changed."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        store = self._store
+        if store is not None and self._store_is_current:
+            new = any(p.grad is not None and p not in store.row for p in parameters)
+            if not new and local(store.parameters[0]).device == store.device:
+                return store
+        self._store = self._new_store([p for p in parameters if p.requires_grad or p.grad is not None])
+        self._store_is_current = True
+        return self._store
+
+    def _new_store(self, parameters: list[Tensor]) -> Store | None:
+        if not parameters:
+            return None
+        self.synchronize()
+        store = Store(parameters, self.page_budget, self.bucket_bytes)
+        for parameter in parameters:
+            if self.state[parameter]:
+                store.load(parameter, part_of(self.state[parameter], parameter))
+            self.state[parameter] = store.state_of(parameter)
+        self.skipped_steps = self.skipped_steps.to(store.device)
+        group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_of_row = torch.tensor([group_of[p] for p in store.parameters], device=store.device)
+        return store
+
+    def _skip(self, gradients: list[Tensor | None], grad_scale: Tensor | None) -> Tensor:
+        """fp32 []: 1 where a gradient of any rank is not finite, else 0."""
+        assert self._store is not None
+        if grad_scale is not None:
+            return (~grad_scale.isfinite()).float()
+        found = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+        flag = torch.zeros((), device=self._store.device)
+        if found:
+            flag = (~torch.stack(torch._foreach_norm(found, torch.inf)).isfinite().all()).float()
+        agree_on_maximum(flag, self._store.parameters)
+        return flag
+
+    def _coefficients(
+        self, store: Store, gradients: list[Tensor | None], grad_scale: Tensor | None, skip: Tensor
+    ) -> Tensor:
+        """fp32 [parameters, 9] of this step, as ``reference`` has them; computed in fp64, on the device."""
+        active = upload([gradient is not None for gradient in gradients], torch.float32, store.device)
+        store.steps += active * (1 - skip)
+        lr, beta1, beta2, eps, decay, sign = self._hyperparameters(store.device)[self._group_of_row].unbind(1)
+        t = store.steps.double()
+        factor = sign if grad_scale is None else sign * grad_scale
+        rate, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
+        columns = [factor, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay, rate, root]
+        return torch.stack(columns, 1).float()
+
+    def _hyperparameters(self, device: torch.device) -> Tensor:
+        """fp64 [groups, 6]. A learning rate that is a tensor on the device stays there."""
+        rows, rates = [], [group["lr"] for group in self.param_groups]
+        on_device = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
+        for group, rate, stays in zip(self.param_groups, rates, on_device, strict=True):
+            sign = -1.0 if group["maximize"] else 1.0
+            rows.append((0.0 if stays else float(rate), *group["betas"], group["eps"], group["weight_decay"], sign))
+        table = upload(rows, torch.float64, device)
+        for number, (rate, stays) in enumerate(zip(rates, on_device, strict=True)):
+            if stays:
+                table[number, 0] = rate.squeeze()
+        return table
+
+    def synchronize(self) -> None:
+        """Wait until the state is up to date where it lies. :meth:`state_dict` does so by itself."""
+        if self._store is not None:
+            self._store.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in every optimizer: codes and scales as they are, each rank's own.
+
+        A parameter's state: ``step``, ``state1``, ``state2``, ``absmax1``, ``absmax2``, and ``first_value`` and
+        ``values``, where this shard begins in the whole parameter and how many values that has, in row order.
+        """
+        self.synchronize()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """As in every optimizer. State of whole parameters, as ``optim.state.merged`` makes it, is cut to the shards.
+
+        Raises:
+            ValueError: groups or shapes that are not this optimizer's.
+        """
+        super().load_state_dict(dict(state_dict) | {"state": {}})
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, parameters, strict=True):
+            if index in state_dict["state"]:
+                part = part_of(state_dict["state"][index], parameter)
+                self.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()}
+        self._store_is_current = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the store: a copy makes its own of the state."""
+        self.synchronize()
+        names = ("page_budget", "bucket_bytes", "skipped_steps")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_store", None)
+        self._store_is_current = False
+
+
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of total ``norm`` are multiplied by to have at most ``max_norm``, as in PyTorch's
+    ``clip_grads_with_norm_``; 0 clips nothing. NaN where the norm is not finite, so that the step is skipped."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
+    return torch.where(norm.isfinite(), scale, torch.nan).float()
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    if parameter.grad is None:
+        return None
+    gradient = local(parameter.grad)
+    if gradient.dtype != parameter.dtype or gradient.layout != torch.strided:
+        raise ValueError(
+            f"a gradient must be dense and of its parameter's type, got {gradient.layout} {gradient.dtype} for "
+            f"{parameter.dtype}"
+        )
+    return gradient.contiguous()
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor with one element, got {group['lr'].shape}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Tensor) and not group[name] >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be at least 0 and below 1, got {group['betas']}")

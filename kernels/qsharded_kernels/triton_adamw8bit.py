@@ -68,7 +68,7 @@ def update(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "blocks"])  # each bucket has its own
 def _update_kernel(
     state1_ptr,
     state2_ptr,
@@ -103,8 +103,8 @@ def _update_kernel(
 
     coefficient_B = coefficients_ptr + row_B * COEFFICIENTS
     g_BV = _to_fp32(tl.load(gradient_BV, mask=inside_BV, other=0)) * tl.load(coefficient_B)[:, None]
-    m_BV = _decode(state1_ptr + at_BV, absmax1_ptr + block_B, used_B, inside_BV, map1_ptr, QUANTIZED)
-    v_BV = _decode(state2_ptr + at_BV, absmax2_ptr + block_B, used_B, inside_BV, map2_ptr, QUANTIZED)
+    m_BV = _decode(state1_ptr + at_BV, absmax1_ptr, block_B, used_B, inside_BV, map1_ptr, QUANTIZED)
+    v_BV = _decode(state2_ptr + at_BV, absmax2_ptr, block_B, used_B, inside_BV, map2_ptr, QUANTIZED)
     m_BV = m_BV * tl.load(coefficient_B + 1)[:, None] + g_BV * tl.load(coefficient_B + 2)[:, None]
     v_BV = v_BV * tl.load(coefficient_B + 3)[:, None] + g_BV * tl.load(coefficient_B + 4)[:, None] * g_BV
     v_BV = tl.minimum(v_BV, LARGEST)  # a v beyond fp32 would decode to NaN for good
@@ -113,16 +113,16 @@ def _update_kernel(
     p_BV = _to_fp32(tl.load(parameter_BV, mask=inside_BV, other=0)) * tl.load(coefficient_B + 6)[:, None]
     p_BV = p_BV - tl.div_rn(m_BV, root_BV) * tl.load(coefficient_B + 7)[:, None]
     tl.store(parameter_BV, _from_fp32(p_BV, TYPE), mask=inside_BV)
-    _encode(m_BV, state1_ptr + at_BV, absmax1_ptr + block_B, used_B, inside_BV, thresholds1_ptr, True, QUANTIZED)
-    _encode(v_BV, state2_ptr + at_BV, absmax2_ptr + block_B, used_B, inside_BV, thresholds2_ptr, False, QUANTIZED)
+    _encode(m_BV, state1_ptr + at_BV, absmax1_ptr, block_B, used_B, inside_BV, thresholds1_ptr, True, QUANTIZED)
+    _encode(v_BV, state2_ptr + at_BV, absmax2_ptr, block_B, used_B, inside_BV, thresholds2_ptr, False, QUANTIZED)
 
 
 @triton.jit
-def _decode(state_BV, absmax_B, used_B, inside_BV, map_ptr, QUANTIZED: tl.constexpr):
-    """The fp32 moment behind these pointers, 0 outside."""
+def _decode(state_BV, absmax_ptr, block_B, used_B, inside_BV, map_ptr, QUANTIZED: tl.constexpr):
+    """The fp32 moment behind ``state_BV``, pointers, and 0 outside."""
     state_BV = tl.load(state_BV, mask=inside_BV, other=0)
     if QUANTIZED:
-        scale_B = tl.load(absmax_B, mask=used_B, other=0)
+        scale_B = tl.load(absmax_ptr + block_B, mask=used_B, other=0)
         return tl.where(inside_BV, tl.load(map_ptr + state_BV.to(tl.int32)) * scale_B[:, None], 0.0)
     else:
         return state_BV
@@ -130,7 +130,15 @@ def _decode(state_BV, absmax_B, used_B, inside_BV, map_ptr, QUANTIZED: tl.conste
 
 @triton.jit
 def _encode(
-    value_BV, state_BV, absmax_B, used_B, inside_BV, thresholds_ptr, SIGNED: tl.constexpr, QUANTIZED: tl.constexpr
+    value_BV,
+    state_BV,
+    absmax_ptr,
+    block_B,
+    used_B,
+    inside_BV,
+    thresholds_ptr,
+    SIGNED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
     """Store the fp32 moment; outside it is 0."""
     if QUANTIZED:
@@ -144,7 +152,7 @@ def _encode(
             code_BV += tl.where(below_BV, half, 0)
         if SIGNED:  # what is below zero stays below
             code_BV -= ((value_BV < 0) & (code_BV == ZERO_CODE)).to(tl.int32)
-        tl.store(absmax_B, scale_B, mask=used_B)
+        tl.store(absmax_ptr + block_B, scale_B, mask=used_B)
         tl.store(state_BV, code_BV.to(tl.uint8), mask=inside_BV)
     else:
         tl.store(state_BV, value_BV, mask=inside_BV)

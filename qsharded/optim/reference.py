@@ -48,8 +48,8 @@ def adamw_(parameter: Tensor, gradient: Tensor, moments: Moments, coefficients: 
     m = decode(moments.state1, moments.absmax1, moments.lead, signed=True) * beta1 + g * rest1
     # a v beyond fp32 would decode to NaN for good
     v = (decode(moments.state2, moments.absmax2, moments.lead, signed=False) * beta2 + g * rest2 * g).clamp(max=LARGEST)
-    p = parameter.float() * keep
-    parameter.copy_(p - m / (v.sqrt() * root + eps) * rate)
+    deviation = v.double().sqrt().float()  # rightly rounded, which PyTorch's fp32 root on a CPU is not
+    parameter.copy_(parameter.float() * keep - m / (deviation * root + eps) * rate)
     encode_(m, moments.state1, moments.absmax1, moments.lead, signed=True)
     encode_(v, moments.state2, moments.absmax2, moments.lead, signed=False)
 

@@ -77,14 +77,13 @@ class Blocks:
     @classmethod
     def empty(cls, blocks: int, device: torch.device) -> "Blocks":
         """Codes and scales for so many blocks, zeros: moments of 0."""
-        return cls.within(torch.zeros(blocks * BLOCK_BYTES, dtype=torch.uint8, device=device))
+        codes = torch.zeros(2 * blocks * BLOCK, dtype=torch.uint8, device=device)
+        return cls.within(codes, torch.zeros(2 * blocks, device=device))
 
     @classmethod
-    def within(cls, memory: Tensor) -> "Blocks":
-        """As many blocks as ``memory`` (uint8) has room for."""
-        blocks = memory.numel() // BLOCK_BYTES
-        state1, state2, absmax1, absmax2 = memory.split([blocks * BLOCK, blocks * BLOCK, blocks * 4, blocks * 4])
-        return cls(state1, state2, absmax1.view(torch.float32), absmax2.view(torch.float32))
+    def within(cls, codes: Tensor, scales: Tensor) -> "Blocks":
+        """Codes (uint8) and scales (fp32) of both moments, one moment after the other."""
+        return cls(*codes.chunk(2), *scales.chunk(2))
 
     @classmethod
     def empty_fp32(cls, blocks: int, device: torch.device) -> "Blocks":
@@ -131,10 +130,11 @@ class Arena:
         paged = _total(slots) - resident
         if not paged:
             return cls(slots, Blocks.empty(resident, device))
-        memory = host_bytes(paged * BLOCK_BYTES)
-        arena = cls(slots, Blocks.empty(resident, device), Blocks.within(memory))
+        codes, scales = host_bytes(2 * paged * BLOCK), host_bytes(2 * paged * 4).view(torch.float32)
+        arena = cls(slots, Blocks.empty(resident, device), Blocks.within(codes, scales))
         if device.type == "cuda":
-            lock(memory, device, owner=arena)
+            lock(codes, device, owner=arena)
+            lock(scales, device, owner=arena)
         return arena
 
     @classmethod

@@ -24,7 +24,7 @@ def lock(memory: Tensor, device: torch.device, owner: object) -> None:
     Raises:
         RuntimeError: CUDA will not lock so much; its own words.
     """
-    address, size = memory.data_ptr(), -(-memory.numel() // _PAGE) * _PAGE
+    address, size = memory.data_ptr(), -(-memory.nbytes // _PAGE) * _PAGE
     _check(torch.cuda.cudart().cudaHostRegister(address, size, 0))
     # It holds the memory, which must not go before the lock. At exit the whole process gives back everything.
     weakref.finalize(owner, _unlock, memory, device).atexit = False

@@ -3,7 +3,7 @@
 The step is ``reference``'s; where state lies is ``store``'s, ``arena``'s and ``paging``'s business.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
 from qsharded.optim.shards import agree_on_maximum, local
-from qsharded.optim.state import part_of
+from qsharded.optim.state import joined, part_of
 from qsharded.optim.store import Store, upload
 
 
@@ -183,8 +183,35 @@ class PagedAdamW8bit(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, parameters, strict=True):
             if index in state_dict["state"]:
-                part = part_of(state_dict["state"][index], parameter)
-                self.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()}
+                self._take(parameter, state_dict["state"][index])
+        self._store_is_current = False
+
+    def parameter_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The tensors of a parameter's state, this rank's; empty before the first step."""
+        self.synchronize()
+        return {name: value for name, value in self.state.get(parameter, {}).items() if isinstance(value, Tensor)}
+
+    @torch.no_grad()
+    def set_parameter_state(self, parameter: Tensor, written: Sequence[Any]) -> None:
+        """Take this rank's state from what :meth:`parameter_state` gave on the ranks of an earlier run.
+
+        Args:
+            parameter: one of this optimizer's, sharded now.
+            written: objects with ``start``, ``stop`` (rows of the parameter) and ``tensors``, whose rows hold at least
+                this shard's.
+
+        Raises:
+            ValueError: rows that are missing.
+        """
+        width = parameter.numel() // max(parameter.shape[0], 1) if parameter.dim() else 1
+        places = [{"first_value": rows.start * width, "values": parameter.numel()} for rows in written]
+        states = [dict(rows.tensors) | place for rows, place in zip(written, places, strict=True) if rows.tensors]
+        if states:
+            self._take(parameter, joined(states))
+
+    def _take(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
+        part = part_of(state, parameter)
+        self.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in part.items()}
         self._store_is_current = False
 
     def __getstate__(self) -> dict[str, Any]:

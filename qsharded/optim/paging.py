@@ -109,7 +109,8 @@ class _CudaLanes:
         """Events for a stage whose memory the current stream has just filled with zeros."""
         self._in.wait_stream(torch.cuda.current_stream(self._in.device))
         for stream in (self._in, self._out):
-            blocks.state1.record_stream(stream)  # its memory goes to nobody else while a copy is under way
+            for tensor in blocks.tensors():
+                tensor.record_stream(stream)  # its memory goes to nobody else while a copy is under way
         return torch.cuda.Event(), torch.cuda.Event()
 
     @contextmanager

@@ -7,6 +7,7 @@ its map, 0.0071 (first moment) or 0.0036 (second) of the block's largest.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,56 +23,60 @@ _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 
 
 def part_of(state: State, parameter: Tensor) -> dict[str, Any]:
-    """The part of ``state`` that the local shard of ``parameter`` needs, in its shape.
+    """The part of ``state`` that the local shard of ``parameter`` needs, in its shape, as views.
 
     Raises:
-        ValueError: state of another shape, or of a shard that does not hold these values.
+        ValueError: state of another parameter, or of shards that do not hold these values.
     """
     held = local(parameter)
     first, count = first_value(parameter), held.numel()
-    offset = first - state["first_value"]
-    if not 0 <= offset <= state["state1"].numel() - count or state["values"] not in (parameter.numel(), count):
+    start, stop = _range(state)
+    if count and not start <= first <= first + count <= stop:
         raise ValueError(
-            f"optimizer state holds values {state['first_value']} to {state['first_value'] + state['state1'].numel()} of "
-            f"{state['values']}, a shard of {tuple(parameter.shape)} needs {first} to {first + count}: join the state of "
-            "all ranks with qsharded.optim.state.merged"
+            f"optimizer state holds values {start} to {stop} of {state['values']}, this shard of a parameter "
+            f"{tuple(parameter.shape)} needs {first} to {first + count}: join the state of all ranks with "
+            "qsharded.optim.state.merged"
         )
+    if state["values"] not in (parameter.numel(), count):
+        raise ValueError(f"optimizer state is of {state['values']} values, the parameter has {parameter.numel()}")
+    before = start // BLOCK
+    values = slice(first - start, first - start + count) if count else slice(0, 0)
+    blocks = slice(first // BLOCK - before, _end_block(first + count) - before) if count else slice(0, 0)
     part = dict(state) | {"first_value": first}
-    before = state["first_value"] // BLOCK
-    blocks = slice(first // BLOCK - before, _end_block(first, count) - before) if count else slice(0, 0)
     for codes, scales, _ in _MOMENTS:
-        part[codes] = state[codes].reshape(-1)[offset : offset + count].view(held.shape)
+        part[codes] = state[codes].reshape(-1)[values].view(held.shape)
         if scales in state:
             part[scales] = state[scales][blocks]
     return part
 
 
-def _end_block(first: int, count: int) -> int:
-    return -(-(first + count) // BLOCK)
-
-
 def merged(state_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state dict of whole parameters from the state dicts of all ranks of a sharding.
+    """The state dict of whole parameters from the state dicts of all ranks of a sharding, on the CPU.
 
     Raises:
         ValueError: shards that do not make whole parameters.
     """
-    first = state_dicts[0]
-    states = {index: _joined([one["state"][index] for one in state_dicts]) for index in first["state"]}
-    return dict(first) | {"state": states}
+    states = {index: joined([one["state"][index] for one in state_dicts]) for index in state_dicts[0]["state"]}
+    for state in states.values():
+        if _range(state) != (0, state["values"]):
+            raise ValueError(f"{_range(state)} of {state['values']} values: give the state dicts of all ranks")
+    return dict(state_dicts[0]) | {"state": states}
 
 
-def _joined(states: Sequence[State]) -> dict[str, Any]:
-    """Shards of one parameter, in any order; replicas count once."""
-    shards = [state for _, state in sorted({s["first_value"]: s for s in states if s["state1"].numel()}.items())]
-    whole = dict(states[0]) | {"first_value": 0}
-    total = 0
-    for shard in shards:
-        if shard["first_value"] != total:
-            raise ValueError(f"values from {total} on are missing: give the state dicts of all ranks")
-        total += shard["state1"].numel()
-    if total != whole["values"]:
-        raise ValueError(f"{total} of {whole['values']} values: give the state dicts of all ranks")
+def joined(states: Sequence[State]) -> dict[str, Any]:
+    """The state of consecutive values, on the CPU, from that of shards in any order; replicas count once.
+
+    Raises:
+        ValueError: values between the first and the last that no shard holds.
+    """
+    held = {state["first_value"]: state for state in states if state["state1"].numel()}
+    shards = [{k: _on_cpu(v) for k, v in held[start].items()} for start in sorted(held)]
+    if not shards:
+        return dict(states[0])
+    for shard, following in pairwise(shards):
+        if _range(shard)[1] != following["first_value"]:
+            raise ValueError(f"values {_range(shard)[1]} to {following['first_value']} are missing: give all shards")
+    whole = dict(shards[0])
     for codes, scales, signed in _MOMENTS:
         whole[codes] = torch.cat([shard[codes].reshape(-1) for shard in shards])
         if scales in whole:
@@ -79,26 +84,42 @@ def _joined(states: Sequence[State]) -> dict[str, Any]:
     return whole
 
 
-def _joined_scales(shards: Sequence[State], joined: Tensor, codes: str, scales: str, signed: bool) -> Tensor:
-    """The scales of the joined codes, of which blocks that shards share are encoded anew."""
-    absmax = torch.zeros(_end_block(0, joined.numel()))
+def _joined_scales(shards: Sequence[State], joined_codes: Tensor, codes: str, scales: str, signed: bool) -> Tensor:
+    """The scales of the joined codes, of which the blocks that shards share are encoded anew."""
+    start, stop = shards[0]["first_value"], _range(shards[-1])[1]
+    before = start // BLOCK
+    absmax = torch.zeros(_end_block(stop) - before)
     for shard in shards:
-        first = shard["first_value"] // BLOCK
+        first = shard["first_value"] // BLOCK - before
         absmax[first : first + shard[scales].numel()] = shard[scales]
-    for block in {shard["first_value"] // BLOCK for shard in shards if shard["first_value"] % BLOCK}:
+    for block in {shard["first_value"] // BLOCK for shard in shards[1:] if shard["first_value"] % BLOCK}:
         values = torch.cat([_decoded(shard, block, codes, scales, signed) for shard in shards])
-        part = slice(block * BLOCK, block * BLOCK + values.numel())
-        reference.encode_(values, joined[part], absmax[block : block + 1], 0, signed=signed)
+        at = max(block * BLOCK - start, 0)
+        part = joined_codes[at : at + values.numel()]
+        reference.encode_(values, part, absmax[block - before : block - before + 1], 0, signed=signed)
     return absmax
 
 
 def _decoded(shard: State, block: int, codes: str, scales: str, signed: bool) -> Tensor:
     """The fp32 moments that ``shard`` holds of a block."""
-    first, count = shard["first_value"], shard["state1"].numel()
-    start, stop = max(block * BLOCK - first, 0), max(min((block + 1) * BLOCK - first, count), 0)
+    first, stop = _range(shard)
+    held = slice(max(block * BLOCK - first, 0), max(min((block + 1) * BLOCK, stop) - first, 0))
     number = block - first // BLOCK
-    held = shard[codes].reshape(-1)[start:stop]
-    return reference.decode(held, shard[scales][number : number + 1], 0, signed=signed) if held.numel() else held.float()
+    scale = shard[scales][number : number + 1] if 0 <= number < shard[scales].numel() else torch.zeros(1)
+    return reference.decode(shard[codes].reshape(-1)[held], scale, 0, signed=signed)
+
+
+def _range(state: State) -> tuple[int, int]:
+    """Which values of its parameter a state is of."""
+    return state["first_value"], state["first_value"] + state["state1"].numel()
+
+
+def _end_block(end: int) -> int:
+    return -(-end // BLOCK)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +145,7 @@ def _from_bitsandbytes(state: State) -> dict[str, Any]:
         if scales in state:
             if not torch.equal(state[f"qmap{number}"].cpu(), dynamic_map(signed)):
                 raise ValueError(f"qmap{number} is not the dynamic map of bitsandbytes' AdamW8bit")
-            if state[scales].numel() != _end_block(0, values):
+            if state[scales].numel() != _end_block(values):
                 raise ValueError(f"{scales} has {state[scales].numel()} scales for {values} values, not one for 256")
             ours[scales] = state[scales]
     return ours

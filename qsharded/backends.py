@@ -73,29 +73,16 @@ def wanted_backend() -> str | None:
 
 
 @cache
-def optimizer_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels that step an 8-bit optimizer on a device; None where plain PyTorch has to do.
-
-    Raises:
-        ValueError: QSHARDED_BACKEND asks for some that do not serve it.
-    """
-    return _chosen(device, _optimizer_implementations(device))
-
-
-@cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """The kernels that serve a device; None where plain PyTorch has to do.
 
     Raises:
         ValueError: QSHARDED_BACKEND asks for some that do not.
     """
-    return _chosen(device, _implementations(device))
-
-
-def _chosen(device: torch.device, served: dict[str, ModuleType]) -> ModuleType | None:
     wanted = wanted_backend()
     if wanted == "reference":
         return None
+    served = _implementations(device)
     if wanted is not None and wanted not in served:
         there = ", ".join([*served, "reference"])
         raise ValueError(f"QSHARDED_BACKEND={wanted} does not serve {device} here; what does: {there}")
@@ -114,14 +101,6 @@ def _implementations(device: torch.device) -> dict[str, ModuleType]:
         compiled = {"compiled": cuda_nf4} if cuda.is_available(device) else {}
         return compiled | {"triton": triton_nf4}
     return {}
-
-
-def _optimizer_implementations(device: torch.device) -> dict[str, ModuleType]:
-    if device.type != "cuda":
-        return {}
-    from qsharded_kernels import triton_adamw8bit
-
-    return {"triton": triton_adamw8bit}
 
 
 @cache

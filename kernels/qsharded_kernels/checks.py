@@ -8,10 +8,6 @@ ABSMAX_BLOCK = 256  # absmax values that share a second-level scale
 LEVELS = 16
 MIDPOINTS = LEVELS - 1
 ABSMAX_THRESHOLDS = 255
-STATE_BLOCK = 256  # values of an optimizer's moment that share a scale
-ZERO_CODE = 127  # of the signed 8-bit map
-COEFFICIENTS = 9  # of a parameter in an optimizer step
-TABLE_COLUMNS = 4  # parameter, gradient, count, origin
 ALIGNMENT = 16  # bytes that a GPU's thread reads or writes at a time
 
 
@@ -69,33 +65,6 @@ def assert_absmax(absmax_NG: Tensor, thresholds: Tensor) -> None:
     assert absmax_NG.dtype == torch.float32
     assert absmax_NG.is_contiguous()
     _assert_table(thresholds, ABSMAX_THRESHOLDS)
-
-
-def assert_state(
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    row_of_block: Tensor,
-    table: Tensor,
-    coefficients: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    """What an optimizer step assumes of its memory."""
-    blocks, parameters = row_of_block.numel(), table.shape[0]
-    assert row_of_block.dtype == torch.int32
-    assert row_of_block.is_contiguous()
-    for state, absmax in ((state1, absmax1), (state2, absmax2)):
-        assert state.dtype == (torch.float32 if absmax is None else torch.uint8)
-        assert state.numel() == blocks * STATE_BLOCK, (state.shape, blocks)
-        assert state.is_contiguous()
-        if absmax is not None:
-            _assert_table(absmax, blocks)
-    assert (table.dtype, table.shape) == (torch.int64, (parameters, TABLE_COLUMNS)), table.shape
-    assert table.is_contiguous()
-    _assert_table(coefficients, parameters * COEFFICIENTS)
-    for entries, values in zip((256, 256, 255, 255), tables, strict=True):
-        _assert_table(values, entries)
 
 
 def _assert_table(table: Tensor | None, entries: int) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks
+from . import adamw8bit_checks as checks
 from .triton_nf4 import _from_fp32, _reciprocal, _to_fp32
 
 BLOCK = tl.constexpr(checks.STATE_BLOCK)
@@ -46,7 +46,7 @@ def update(
     signed and the unsigned map, fp32 [256], and their thresholds, fp32 [255]. ``dtype``: the parameters'.
     """
     blocks = row_of_block.numel()
-    checks.assert_state(state1, state2, absmax1, absmax2, row_of_block, table, coefficients, tables)
+    checks.assert_state(state1, state2, absmax1, absmax2, row_of_block, table, coefficients, skip, tables)
     with torch.cuda.device_of(state1):  # Triton launches on the current device
         _update_kernel[(triton.cdiv(blocks, _BLOCKS),)](
             state1,

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsharded import backends, blockwise8
+from qsharded import blockwise8
 from qsharded.optim import reference
 from qsharded.optim.arena import Arena, Blocks, Bucket, place
+from qsharded.optim.kernels import optimizer_kernels
 from qsharded.optim.paging import PageBudget, Pager, resident_bytes
 from qsharded.optim.shards import first_value, holds_rows, local
 
@@ -96,7 +97,7 @@ class Store:
             coefficients: fp32 [parameters, 9], see ``reference``.
             skip: fp32 [], not 0 to leave everything as it is.
         """
-        kernels = backends.optimizer_kernels(self.device)
+        kernels = optimizer_kernels(self.device)
         if kernels is None:
             if not skip:
                 self._update_by_reference(gradients, coefficients)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
+from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World
 
@@ -182,7 +184,12 @@ def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
-    return AdamW(
+    make = {
+        "adamw": AdamW,
+        "adamw8bit": partial(PagedAdamW8bit, page_budget="none"),
+        "paged_adamw8bit": PagedAdamW8bit,
+    }[config.optim]
+    return make(
         [parameter for _, parameter in trainable(model)],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

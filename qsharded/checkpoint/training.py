@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ from qsharded.checkpoint.adapter import (
 )
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
+from qsharded.optim import PagedAdamW8bit
 
 _STATE_FILE, _OPTIMIZER_FILE, _ADAPTER = "state.json", "optimizer.safetensors", "adapter"
 
@@ -75,6 +77,8 @@ def save_checkpoint(
 
 
 def _gathered_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> dict[str, Tensor]:
+    if isinstance(optimizer, PagedAdamW8bit):
+        return _runs_of_all_ranks(model, optimizer)
     gathered: dict[str, Tensor] = {}
     for name, parameter in trainable(model):
         for key, value in optimizer.state[parameter].items():
@@ -82,6 +86,37 @@ def _gathered_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> di
             if is_main:
                 gathered[f"{name}:{key}"] = full.cpu().contiguous()
     return gathered
+
+
+def _runs_of_all_ranks(model: nn.Module, optimizer: PagedAdamW8bit) -> dict[str, Tensor]:
+    """Each rank's state of its own rows, which their numbers name."""
+    mine = {}
+    for name, parameter in trainable(model):
+        rows = parallel.own_rows(parameter)
+        for key, value in optimizer.parameter_state(parameter).items():
+            mine[f"{name}:{rows.start}-{rows.stop}:{key}"] = value.cpu().clone()
+    if not dist.is_initialized():
+        return mine
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return {key: value for rank in ranks for key, value in rank.items()}
+
+
+def _load_runs(file: Any, name: str, parameter: Tensor, optimizer: PagedAdamW8bit) -> None:
+    runs: dict[tuple[int, int], _Run] = {}
+    for key in file.keys():  # noqa: SIM118  not a dict
+        of, _, rest = key.rpartition(":")[0].rpartition(":")
+        if of == name:
+            start, stop = map(int, rest.split("-"))
+            runs.setdefault((start, stop), _Run(start, stop, {})).tensors[key.rpartition(":")[2]] = file.get_tensor(key)
+    optimizer.set_parameter_state(parameter, [runs[key] for key in sorted(runs)])
+
+
+@dataclass
+class _Run:
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
 
 
 def load_checkpoint(
@@ -101,6 +136,9 @@ def load_checkpoint(
     path = folder / _OPTIMIZER_FILE
     with open_weights(path) as file:
         for name, parameter in trainable(model):
+            if isinstance(optimizer, PagedAdamW8bit):
+                _load_runs(file, name, parameter, optimizer)
+                continue
             keys = [key for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118  not a dict
             optimizer.state[parameter] = {
                 key.rpartition(":")[2]: _read_state(file, key, parameter, path) for key in keys

@@ -1,7 +1,7 @@
 """What a training run is made of, prepared in the order in which mistakes are cheapest to find: data, then model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -184,12 +184,12 @@ def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
-    make = {
+    kinds: dict[str, Callable[..., Optimizer]] = {
         "adamw": AdamW,
         "adamw8bit": partial(PagedAdamW8bit, page_budget="none"),
         "paged_adamw8bit": PagedAdamW8bit,
-    }[config.optim]
-    return make(
+    }
+    return kinds[config.optim](
         [parameter for _, parameter in trainable(model)],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

@@ -28,9 +28,7 @@ def update(
     dtype: torch.dtype,
 ) -> None:
     """As ``triton_adamw8bit.update``."""
-    adamw8bit_checks.assert_state(
-        state1, state2, absmax1, absmax2, row_of_block, table, coefficients, skip, tables
-    )
+    adamw8bit_checks.assert_state(state1, state2, absmax1, absmax2, row_of_block, table, coefficients, skip, tables)
     _, _, thresholds1, thresholds2 = tables
     cuda.call(
         "adamw8bit",

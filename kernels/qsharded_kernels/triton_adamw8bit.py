@@ -3,6 +3,8 @@
 The bytes are those of ``qsharded.optim.reference``. Within a kernel B = blocks of one program, V = values of a block.
 The callers check what users pass; the assertions here guard raw memory.
 """
+# Triton's own language: the arguments of a kernel have no types that Python knows.
+# mypy: allow-untyped-defs
 
 import torch
 import triton

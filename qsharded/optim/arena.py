@@ -1,4 +1,4 @@
-"""Optimizer state of many parameters in few tensors: where each parameter's blocks lie, on the device or in host memory.
+"""Optimizer state of many parameters in few tensors: where each one's blocks lie, on the device or in host memory.
 
 A parameter takes whole blocks of 256 values, which the positions of its values in the whole parameter decide: a shard
 that begins within a block leaves the block's start empty. So the codes of a block do not depend on who holds it.
@@ -56,7 +56,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a bucket holds of one parameter: ``count`` values from ``first_value`` on, ``lead`` values into its blocks."""
+    """What a bucket holds of a parameter: ``count`` values from ``first_value`` on, ``lead`` values into its blocks."""
 
     first_block: int
     blocks: int
@@ -88,7 +88,8 @@ class Blocks:
     @classmethod
     def empty_fp32(cls, blocks: int, device: torch.device) -> "Blocks":
         """fp32 moments for so many blocks, zeros."""
-        return cls(*(torch.zeros(blocks * BLOCK, device=device) for _ in range(2)), None, None)
+        state1, state2 = torch.zeros(2, blocks * BLOCK, device=device)
+        return cls(state1, state2, None, None)
 
     def part(self, first: int, blocks: int) -> "Blocks":
         """Blocks [first, first + blocks) of these."""

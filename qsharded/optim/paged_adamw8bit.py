@@ -22,15 +22,15 @@ class PagedAdamW8bit(Optimizer):
     Parameters are fp32 or bf16, plain tensors or DTensors, on one device. Those of fewer than 4,096 values keep fp32
     moments. State is made in the first step, for every parameter that requires a gradient.
 
-    A step in which a gradient is not finite changes nothing, on any rank. It is counted in ``skipped_steps``, a tensor on
-    the parameters' device; nothing in :meth:`step` waits for the device.
+    A step in which a gradient is not finite changes nothing, on any rank. It is counted in ``skipped_steps``, a tensor
+    on the parameters' device; nothing in :meth:`step` waits for the device.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` may be a tensor.
         page_budget: how much 8-bit state stays on the device. "auto" keeps all of it while there is room in the first
             step, the rest is paged; "none" pages nothing, "max" everything; a number is the bytes that may stay.
-        bucket_bytes: paged state moves in pieces of this size. Two are on the device beside the budget, and with "max" up
-            to 256 MiB of them.
+        bucket_bytes: paged state moves in pieces of this size. Two are on the device beside the budget, and with "max"
+            256 MiB more of them.
 
     Raises:
         ValueError: a value out of its range.
@@ -74,9 +74,9 @@ class PagedAdamW8bit(Optimizer):
 
         Args:
             closure: computes the loss and the gradients.
-            grad_scale: fp32 [] on the parameters' device, alike on all ranks: gradients are multiplied by it as they are
-                used and stay as they are. Where it is not finite, the step is skipped; gradients themselves are then not
-                looked at, see :func:`clipping_scale`.
+            grad_scale: fp32 [] on the parameters' device, alike on all ranks. Gradients are multiplied by it as they
+                are used, and stay as they are. The step is skipped where it is not finite, and nothing else decides
+                that: it must be so where a gradient is not finite, as :func:`clipping_scale` makes it.
 
         Raises:
             ValueError: parameters or gradients of a kind that is not supported.

@@ -1,12 +1,12 @@
 """Host-resident state streams through buckets on the device: copy in, step, copy out, several at a time.
 
-Nothing waits for the device: copies run on two streams of their own and wait for each other by events. On a CPU the same
-steps run one after the other.
+Nothing waits for the device: copies run on two streams of their own and wait for each other by events. On a CPU the
+same steps run one after the other.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -96,7 +96,7 @@ class Stage:
 
     def __init__(self, most_blocks: int, device: torch.device, lanes: "_CudaLanes | _CpuLanes") -> None:
         self.blocks = Blocks.empty(most_blocks, device)
-        self.filled, self.drained = lanes.adopt(self.blocks)
+        self.filled, self.drained = lanes.adopt(self.blocks)  # events, of copies in and out
 
 
 class _CudaLanes:
@@ -105,7 +105,7 @@ class _CudaLanes:
     def __init__(self, device: torch.device) -> None:
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def adopt(self, blocks: Blocks) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def adopt(self, blocks: Blocks) -> tuple[Any, Any]:
         """Events for a stage whose memory the current stream has just filled with zeros."""
         self._in.wait_stream(torch.cuda.current_stream(self._in.device))
         for stream in (self._in, self._out):
@@ -137,7 +137,7 @@ class _CudaLanes:
 class _CpuLanes:
     """Every copy is done when it returns."""
 
-    def adopt(self, blocks: Blocks) -> tuple[None, None]:
+    def adopt(self, blocks: Blocks) -> tuple[Any, Any]:
         return None, None
 
     def copy_in(self, stage: Stage) -> AbstractContextManager[None]:

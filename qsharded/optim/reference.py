@@ -18,14 +18,11 @@ from torch import Tensor
 from qsharded import blockwise8
 
 LARGEST = torch.finfo(torch.float32).max
-# fp32 a parameter, in this order: what a gradient is multiplied by, the factors of the two averages, epsilon, 1 - lr wd,
-# lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-COEFFICIENTS = 9
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Both moments of consecutive values. Codes are uint8 with a scale (fp32) a block of 256; ``lead`` values are missing
+    """Both moments of consecutive values: uint8 codes, and a scale (fp32) a block of 256. ``lead`` values are missing
     from the first block's start. Where the scales are None the moments are fp32 themselves."""
 
     state1: Tensor
@@ -41,7 +38,8 @@ def adamw_(parameter: Tensor, gradient: Tensor, moments: Moments, coefficients: 
     Args:
         parameter, gradient: [n], fp32 or bf16.
         moments: of these n values.
-        coefficients: fp32 [9].
+        coefficients: fp32 [9]: what a gradient is multiplied by, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr wd,
+            lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
     """
     factor, beta1, rest1, beta2, rest2, eps, keep, rate, root = coefficients.unbind()
     g = gradient.float() * factor

@@ -1,9 +1,9 @@
 """Optimizer state on the move: between shards, and from and to bitsandbytes.
 
 State is what ``PagedAdamW8bit.state_dict`` has of a parameter. Blocks of 256 are counted in the whole parameter, so
-cutting a parameter into shards keeps every code and scale. Joining shards keeps them too, but for a block that two shards
-hold in part, each under its own scale: its values are encoded anew. That moves a moment by at most half the largest gap of
-its map, 0.0071 (first moment) or 0.0036 (second) of the block's largest.
+cutting a parameter into shards keeps every code and scale. Joining shards keeps them too, but for a block that two
+shards hold in part, each under its own scale: its values are encoded anew. That moves a moment by at most half the
+largest gap of its map, 0.0071 (first moment) or 0.0036 (second) of the block's largest.
 """
 
 from collections.abc import Mapping, Sequence

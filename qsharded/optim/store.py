@@ -59,8 +59,8 @@ class Store:
         self._pager.synchronize()
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """What stands in ``optimizer.state``: views, in the shape of the local shard. ``first_value`` and ``values`` say
-        which of the parameter's values these are."""
+        """What stands in ``optimizer.state``: views, in the shape of the local shard. ``first_value`` and ``values``
+        say which of the parameter's values these are."""
         row = self.row[parameter]
         section = self._large if row < self._small.first_row else self._small
         moments = section.arena.moments(section.arena.slots[row - section.first_row])
@@ -90,7 +90,7 @@ class Store:
                 value.copy_(state[key])
 
     def update(self, gradients: Sequence[Tensor | None], coefficients: Tensor, skip: Tensor) -> None:
-        """One step of every parameter that has a gradient.
+        """One step of every parameter that has a gradient, in a launch a bucket.
 
         Args:
             gradients: of the local shards, in the order of ``parameters``, contiguous.

@@ -152,8 +152,8 @@ def test_hard_gradients_leave_finite_parameters_and_moments() -> None:
 
 @pytest.mark.parametrize("shape", [(4096,), (4097,), (4351,), (64, 64), (3, 1371), (17, 16, 16), (256, 33)])
 def test_any_shape_keeps_moments_within_half_a_gap_of_fp32(shape: tuple[int, ...]) -> None:
-    parameter, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    parameter.grad = gradient
+    parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     optimizer = PagedAdamW8bit([parameter])
     optimizer.step()
     state = optimizer.state[parameter]
@@ -197,12 +197,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float
 def test_a_scale_clips_as_scaled_gradients_would_and_leaves_them() -> None:
     scaled, twin = PagedAdamW8bit(cases.parameters()), PagedAdamW8bit(cases.parameters())
     gradients = [torch.randn_like(p.float()).to(p.dtype) for p in cases.parameters()]
-    for mine, its, gradient in zip(scaled.param_groups[0]["params"], twin.param_groups[0]["params"], gradients, strict=True):
-        mine.grad, its.grad = gradient.clone(), gradient * 0.25  # exact in bf16 too
+    mine, its = scaled.param_groups[0]["params"], twin.param_groups[0]["params"]
+    for one, other, gradient in zip(mine, its, gradients, strict=True):
+        one.grad, other.grad = gradient.clone(), gradient * 0.25  # exact in bf16 too
     scaled.step(grad_scale=torch.tensor(0.25))
     twin.step()
     assert_same_training(scaled, twin)
-    assert all(torch.equal(p.grad, g) for p, g in zip(scaled.param_groups[0]["params"], gradients, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(mine, gradients, strict=True))
     scaled.step(grad_scale=clipping_scale(torch.tensor(torch.inf), 1.0))
     assert_same_training(scaled, twin)
     assert scaled.skipped_steps.item() == 1

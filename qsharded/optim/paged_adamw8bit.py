@@ -53,6 +53,7 @@ class PagedAdamW8bit(Optimizer):
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
         self._store: Store | None = None
         self._store_is_current = False
+        self._idle: list[Tensor] = []  # parameters outside the store: they do not train so far
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
 
@@ -87,7 +88,7 @@ class PagedAdamW8bit(Optimizer):
                 loss = closure()
         store = self._current_store()
         if store is not None:
-            gradients = [_gradient(parameter) for parameter in store.parameters]
+            gradients = store.gradients()
             skip = self._skip(gradients, grad_scale)
             self.skipped_steps += skip.long()
             store.update(gradients, self._coefficients(store, gradients, grad_scale, skip), skip)
@@ -95,21 +96,21 @@ class PagedAdamW8bit(Optimizer):
 
     def _current_store(self) -> Store | None:
         """The store of all parameters that train; made anew where they or their device have changed."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         store = self._store
         if store is not None and self._store_is_current:
-            new = any(p.grad is not None and p not in store.row for p in parameters)
-            if not new and local(store.parameters[0]).device == store.device:
+            moved = local(store.parameters[0]).device != store.device
+            if not moved and all(parameter.grad is None for parameter in self._idle):
                 return store
-        self._store = self._new_store([p for p in parameters if p.requires_grad or p.grad is not None])
-        self._store_is_current = True
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        training = [parameter for parameter in parameters if parameter.requires_grad or parameter.grad is not None]
+        self._idle = [parameter for parameter in parameters if not parameter.requires_grad and parameter.grad is None]
+        self._store, self._store_is_current = self._new_store(training), True
         return self._store
 
     def _new_store(self, parameters: list[Tensor]) -> Store | None:
         if not parameters:
             return None
-        self.synchronize()
-        store = Store(parameters, self.page_budget, self.bucket_bytes)
+        store = Store(parameters, self.page_budget, self.bucket_bytes, freed_bytes=self._give_up_store())
         for parameter in parameters:
             if self.state[parameter]:
                 store.load(parameter, part_of(self.state[parameter], parameter))
@@ -118,6 +119,17 @@ class PagedAdamW8bit(Optimizer):
         group_of = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         self._group_of_row = torch.tensor([group_of[p] for p in store.parameters], device=store.device)
         return store
+
+    def _give_up_store(self) -> int:
+        """Move the state to the host, so that the device need not hold it twice; returns the device bytes given up."""
+        if self._store is None:
+            return 0
+        self.synchronize()
+        for parameter, state in self.state.items():
+            copies = {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            self.state[parameter] = copies
+        freed, self._store = self._store.device_bytes, None
+        return freed
 
     def _skip(self, gradients: list[Tensor | None], grad_scale: Tensor | None) -> Tensor:
         """fp32 []: 1 where a gradient of any rank is not finite, else 0."""
@@ -135,8 +147,8 @@ class PagedAdamW8bit(Optimizer):
         self, store: Store, gradients: list[Tensor | None], grad_scale: Tensor | None, skip: Tensor
     ) -> Tensor:
         """fp32 [parameters, 9] of this step, as ``reference`` has them; computed in fp64, on the device."""
-        active = upload([gradient is not None for gradient in gradients], torch.float32, store.device)
-        store.steps += active * (1 - skip)
+        active = [gradient is not None for gradient in gradients]
+        store.steps += (1 - skip) if all(active) else upload(active, torch.float32, store.device) * (1 - skip)
         lr, beta1, beta2, eps, decay, sign = self._hyperparameters(store.device)[self._group_of_row].unbind(1)
         t = store.steps.double()
         factor = sign if grad_scale is None else sign * grad_scale
@@ -231,18 +243,6 @@ def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
     ``clip_grads_with_norm_``; 0 clips nothing. NaN where the norm is not finite, so that the step is skipped."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
     return torch.where(norm.isfinite(), scale, torch.nan).float()
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    if parameter.grad is None:
-        return None
-    gradient = local(parameter.grad)
-    if gradient.dtype != parameter.dtype or gradient.layout != torch.strided:
-        raise ValueError(
-            f"a gradient must be dense and of its parameter's type, got {gradient.layout} {gradient.dtype} for "
-            f"{parameter.dtype}"
-        )
-    return gradient.contiguous()
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

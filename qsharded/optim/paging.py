@@ -26,11 +26,11 @@ def check_page_budget(budget: PageBudget) -> None:
         raise ValueError(f"page_budget must be 'auto', 'max', 'none' or a number of bytes, got {budget!r}")
 
 
-def resident_bytes(budget: PageBudget, device: torch.device) -> int:
+def resident_bytes(budget: PageBudget, device: torch.device, freed_bytes: int = 0) -> int:
     """How much state may stay on ``device``.
 
-    "auto" counts memory that nobody holds, PyTorch's cache included: after a backward pass the cache is what training
-    needs at its peak.
+    "auto" counts memory that nobody holds. PyTorch's cache is held: after a backward pass it is what training needs at
+    its peak, but for ``freed_bytes``, which earlier state has left there.
     """
     if isinstance(budget, int):
         return budget
@@ -39,7 +39,7 @@ def resident_bytes(budget: PageBudget, device: torch.device) -> int:
     if budget == "none" or device.type != "cuda":
         return 2**63
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - _RESERVED * total))
+    return max(0, int(free + freed_bytes - _RESERVED * total))
 
 
 class Pager:
@@ -49,8 +49,9 @@ class Pager:
         most_blocks = max(bucket_bytes // BLOCK_BYTES, 1)
         self._arena, self._buckets = arena, arena.paged_buckets(most_blocks)
         stages = 2 + (IN_FLIGHT_BYTES // bucket_bytes if budget == "max" else 0)
+        largest = max((bucket.blocks for bucket in self._buckets), default=0)
         self._lanes = _CudaLanes(device) if device.type == "cuda" else _CpuLanes()
-        self._stages = [Stage(most_blocks, device, self._lanes) for _ in self._buckets[:stages]]
+        self._stages = [Stage(largest, device, self._lanes) for _ in self._buckets[:stages]]
         self._fetched = 0  # buckets on the device or on their way to it
 
     @property

@@ -38,11 +38,7 @@ def holds_rows(parameter: Tensor) -> bool:
 
 def agree_on_maximum(flag: Tensor, parameters: list[Tensor]) -> None:
     """Make ``flag`` the largest of all ranks that share a sharded parameter."""
-    groups = {
-        parameter.device_mesh.get_group(dim)
-        for parameter in parameters
-        if isinstance(parameter, DTensor)
-        for dim in range(parameter.device_mesh.ndim)
-    }
-    for group in sorted(groups, key=lambda group: group.group_name):
+    meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
+    # each once, and in the same order on all ranks
+    for group in dict.fromkeys(mesh.get_group(dim) for mesh in dict.fromkeys(meshes) for dim in range(mesh.ndim)):
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from qsharded import blockwise8
 from qsharded.optim import reference
@@ -18,13 +19,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Store:
-    """State for ``parameters``, zeros at first.
+    """State for ``parameters``, zeros at first. ``freed_bytes``: what an earlier store has left in PyTorch's cache.
 
     Raises:
         ValueError: parameters on several devices, not contiguous, or neither fp32 nor bf16.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], page_budget: PageBudget, bucket_bytes: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], page_budget: PageBudget, bucket_bytes: int, *, freed_bytes: int = 0
+    ) -> None:
         _check(parameters)
         self.device = local(parameters[0]).device
         large = [p for p in parameters if p.numel() >= MIN_8BIT_SIZE]
@@ -32,13 +35,15 @@ class Store:
         # by type, for a launch serves one
         self.parameters = [p for kind in (large, small) for dtype in DTYPES for p in kind if p.dtype == dtype]
         self.row = {parameter: row for row, parameter in enumerate(self.parameters)}
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
         self.steps = torch.zeros(len(parameters), device=self.device)
         slots = place([_describe(p) for p in self.parameters[: len(large)]])
-        arena = Arena.of_8_bits(slots, self.device, resident_bytes(page_budget, self.device))
+        arena = Arena.of_8_bits(slots, self.device, resident_bytes(page_budget, self.device, freed_bytes))
         self._large = _Section(arena, 0, self.device)
         small_slots = place([_describe(p) for p in self.parameters[len(large) :]])
         self._small = _Section(Arena.of_fp32(small_slots, self.device), len(large), self.device)
         self._pager = Pager(arena, page_budget, bucket_bytes, self.device)
+        self._table, self._parameter_addresses, self._gradient_addresses = torch.empty(0), [0], [0]
 
     @property
     def device_bytes(self) -> int:
@@ -89,11 +94,25 @@ class Store:
             if isinstance(value, Tensor):
                 value.copy_(state[key])
 
+    def gradients(self) -> list[Tensor | None]:
+        """Of the local shards, in the order of ``parameters``, contiguous; None where there is none.
+
+        Raises:
+            ValueError: a gradient that is sparse, or of another type than its parameter.
+        """
+        found = [parameter.grad for parameter in self.parameters]
+        if self._sharded:
+            found = [gradient if gradient is None else local(gradient) for gradient in found]
+        return [
+            gradient if gradient is None or _fits(gradient, parameter) else gradient.contiguous()
+            for gradient, parameter in zip(found, self.parameters, strict=True)
+        ]
+
     def update(self, gradients: Sequence[Tensor | None], coefficients: Tensor, skip: Tensor) -> None:
         """One step of every parameter that has a gradient, in a launch a bucket.
 
         Args:
-            gradients: of the local shards, in the order of ``parameters``, contiguous.
+            gradients: as :meth:`gradients` gives them.
             coefficients: fp32 [parameters, 9], see ``reference``.
             skip: fp32 [], not 0 to leave everything as it is.
         """
@@ -102,7 +121,7 @@ class Store:
             if not skip:
                 self._update_by_reference(gradients, coefficients)
             return
-        table, tables = self._table(gradients), _tables(self.device)
+        table, tables = self._current_table(gradients), _tables(self.device)
         for section, bucket, blocks in self._buckets():
             kernels.update(
                 *(blocks.state1, blocks.state2, blocks.absmax1, blocks.absmax2, bucket.first_block),
@@ -131,14 +150,19 @@ class Store:
         for bucket, blocks in self._pager.stream():
             yield self._large, bucket, blocks
 
-    def _table(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """int64 [parameters, 4], as the kernels take it. Addresses change from step to step."""
-        slots = [*self._large.arena.slots, *self._small.arena.slots]
-        rows = [
-            (local(parameter).data_ptr(), 0 if gradient is None else gradient.data_ptr(), slot.count, slot.origin)
-            for parameter, gradient, slot in zip(self.parameters, gradients, slots, strict=True)
-        ]
-        return upload(rows, torch.int64, self.device)
+    def _current_table(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """int64 [parameters, 4], as the kernels take it. Addresses may change from step to step, the rest does not."""
+        parameters = [held.data_ptr() for held in map(local, self.parameters)]
+        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if parameters != self._parameter_addresses:
+            slots = [*self._large.arena.slots, *self._small.arena.slots]
+            rows = [(address, 0, slot.count, slot.origin) for address, slot in zip(parameters, slots, strict=True)]
+            self._table = upload(rows, torch.int64, self.device)
+            self._parameter_addresses, self._gradient_addresses = parameters, [0]
+        if addresses != self._gradient_addresses:
+            self._table[:, 1] = upload(addresses, torch.int64, self.device)
+            self._gradient_addresses = addresses
+        return self._table
 
 
 class _Section:
@@ -159,6 +183,16 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
 
 def _describe(parameter: Tensor) -> tuple[int, int, torch.dtype]:
     return first_value(parameter), local(parameter).numel(), parameter.dtype
+
+
+def _fits(gradient: Tensor, parameter: Tensor) -> bool:
+    """Whether a gradient can be read as it lies."""
+    if gradient.dtype != parameter.dtype or gradient.layout != torch.strided:
+        raise ValueError(
+            f"a gradient must be dense and of its parameter's type, got {gradient.layout} {gradient.dtype} for "
+            f"{parameter.dtype}"
+        )
+    return gradient.is_contiguous()
 
 
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

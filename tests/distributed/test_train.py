@@ -123,8 +123,12 @@ def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
     return printed.getvalue()
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(model: Path, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw", "paged_adamw8bit"])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(
+    model: Path, dataset: Path, tmp_path: Path, optim: str
+) -> None:
     options = {"max_steps": 4, "max_skipped_steps": 2, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    options |= {"optim": optim}
     stopped_by = run_ranks(run_with_infinite_loss, 2, [1, 2], model, dataset, tmp_path / "out", options)
     assert stopped_by == ["", ""]
     rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]

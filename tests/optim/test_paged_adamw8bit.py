@@ -137,7 +137,7 @@ def test_the_device_holds_the_budget_and_two_buckets(budget: int) -> None:
     store, blocks = optimizer._store, 17 + 20
     assert store is not None
     assert store.host_bytes == {0: blocks, 17: 20, 37: 0}[budget // BLOCK_BYTES] * BLOCK_BYTES
-    assert store.device_bytes <= budget + 2 * 7 * BLOCK_BYTES
+    assert store.device_bytes <= budget + 2 * SMALL_BUCKETS["bucket_bytes"]
 
 
 def test_hard_gradients_leave_finite_parameters_and_moments() -> None:

@@ -100,8 +100,9 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """The settings that decide which rows a step takes: a run can only be resumed under the same ones."""
-    return {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
+    """The settings that decide which rows a step takes and what it keeps: a run is only resumed under the same ones."""
+    of_rows = {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
+    return of_rows | {"moments": "fp32" if config.optim == "adamw" else "8 bits"}
 
 
 def _check_vocabulary(

@@ -149,24 +149,20 @@ class PagedAdamW8bit(Optimizer):
         """fp32 [parameters, 9] of this step, as ``reference`` has them; computed in fp64, on the device."""
         active = [gradient is not None for gradient in gradients]
         store.steps += (1 - skip) if all(active) else upload(active, torch.float32, store.device) * (1 - skip)
-        lr, beta1, beta2, eps, decay, sign = self._hyperparameters(store.device)[self._group_of_row].unbind(1)
-        t = store.steps.double()
-        factor = sign if grad_scale is None else sign * grad_scale
-        rate, root = lr / (1 - beta1**t), (1 - beta2**t).rsqrt()
-        columns = [factor, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay, rate, root]
-        return torch.stack(columns, 1).float()
+        coefficients, t = self._group_coefficients(store.device)[self._group_of_row], store.steps.double()
+        if grad_scale is not None:
+            coefficients[:, 0] *= grad_scale
+        coefficients[:, 7] /= 1 - coefficients[:, 1] ** t
+        coefficients[:, 8] = (1 - coefficients[:, 3] ** t).rsqrt()
+        return coefficients.float()
 
-    def _hyperparameters(self, device: torch.device) -> Tensor:
-        """fp64 [groups, 6]. A learning rate that is a tensor on the device stays there."""
-        rows, rates = [], [group["lr"] for group in self.param_groups]
-        on_device = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
-        for group, rate, stays in zip(self.param_groups, rates, on_device, strict=True):
-            sign = -1.0 if group["maximize"] else 1.0
-            rows.append((0.0 if stays else float(rate), *group["betas"], group["eps"], group["weight_decay"], sign))
-        table = upload(rows, torch.float64, device)
-        for number, (rate, stays) in enumerate(zip(rates, on_device, strict=True)):
-            if stays:
-                table[number, 0] = rate.squeeze()
+    def _group_coefficients(self, device: torch.device) -> Tensor:
+        """fp64 [groups, 9]: the same before scaling and bias correction. A learning rate on the device stays there."""
+        table = upload([_coefficients_of(group) for group in self.param_groups], torch.float64, device)
+        for row, group in zip(table, self.param_groups, strict=True):
+            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+                row[7] = group["lr"].squeeze()
+                row[6] = 1 - row[7] * group["weight_decay"]
         return table
 
     def synchronize(self) -> None:
@@ -213,8 +209,11 @@ class PagedAdamW8bit(Optimizer):
                 this shard's.
 
         Raises:
-            ValueError: rows that are missing.
+            ValueError: rows that are missing, or state of another optimizer.
         """
+        for rows in written:
+            if rows.tensors and "state1" not in rows.tensors:
+                raise ValueError(f"not a state of 8-bit AdamW but another optimizer's: {', '.join(rows.tensors)}")
         width = parameter.numel() // max(parameter.shape[0], 1) if parameter.dim() else 1
         places = [{"first_value": rows.start * width, "values": parameter.numel()} for rows in written]
         states = [dict(rows.tensors) | place for rows, place in zip(written, places, strict=True) if rows.tensors]
@@ -243,6 +242,14 @@ def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
     ``clip_grads_with_norm_``; 0 clips nothing. NaN where the norm is not finite, so that the step is skipped."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else torch.ones_like(norm)
     return torch.where(norm.isfinite(), scale, torch.nan).float()
+
+
+def _coefficients_of(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """A group's coefficients before scaling and bias correction; those of a learning rate on a GPU are left open."""
+    rate, (beta1, beta2) = group["lr"], group["betas"]
+    rate = 0.0 if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
+    sign, keep = -1.0 if group["maximize"] else 1.0, 1 - rate * group["weight_decay"]
+    return sign, beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], keep, rate, 0.0
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

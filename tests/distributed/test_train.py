@@ -216,6 +216,7 @@ def test_a_mistake_costs_no_earlier_run(model: Path, dataset: Path, tmp_path: Pa
         ({"seed": 1}, "seed = 42, this run has 1"),
         ({"max_length": 32}, "max_length = 64, this run has 32"),
         ({"per_device_train_batch_size": 1}, "rows_per_step = 4, this run has 2"),
+        ({"optim": "adamw"}, "moments = '8 bits', this run has 'fp32'"),
     ],
 )
 def test_a_run_is_resumed_under_its_own_settings(

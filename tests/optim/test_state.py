@@ -1,6 +1,7 @@
 """Optimizer state between shards, and from and to bitsandbytes."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,13 @@ def test_state_of_another_parameter_is_refused() -> None:
     optimizer = PagedAdamW8bit([nn.Parameter(torch.zeros(VALUES - 1))])
     with pytest.raises(ValueError, match="of 5000 values, the parameter has 4999"):
         optimizer.load_state_dict({"state": {0: shard(0, VALUES)}, "param_groups": groups})
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(VALUES))
+    rows = SimpleNamespace(start=0, stop=VALUES, tensors={"step": torch.tensor(1.0), "exp_avg": torch.zeros(VALUES)})
+    with pytest.raises(ValueError, match="another optimizer's: step, exp_avg"):
+        PagedAdamW8bit([parameter]).set_parameter_state(parameter, [rows])
 
 
 def bitsandbytes_optimizer(steps: int) -> tuple[Any, nn.Parameter, nn.Parameter]:

@@ -36,4 +36,6 @@ def _unlock(memory: Tensor, device: torch.device) -> None:
 
 
 def _check(result: object) -> None:
-    torch.cuda.check_error(int(result))  # type: ignore[call-overload]
+    code = int(result)  # type: ignore[call-overload]
+    if code:
+        raise torch.cuda.CudaError(code)

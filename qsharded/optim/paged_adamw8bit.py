@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
-from qsharded.optim.shards import agree_on_maximum, local
+from qsharded.optim.shards import agree_on_maximum
 from qsharded.optim.state import joined, part_of
 from qsharded.optim.store import Store, upload
 
@@ -95,16 +95,13 @@ class PagedAdamW8bit(Optimizer):
         return loss
 
     def _current_store(self) -> Store | None:
-        """The store of all parameters that train; made anew where they or their device have changed."""
-        store = self._store
-        if store is not None and self._store_is_current:
-            moved = local(store.parameters[0]).device != store.device
-            if not moved and all(parameter.grad is None for parameter in self._idle):
-                return store
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        training = [parameter for parameter in parameters if parameter.requires_grad or parameter.grad is not None]
-        self._idle = [parameter for parameter in parameters if not parameter.requires_grad and parameter.grad is None]
-        self._store, self._store_is_current = self._new_store(training), True
+        """The store of all parameters that train; made anew where they or their devices have changed."""
+        idle = not any(map(_trains, self._idle))
+        if not (self._store_is_current and idle and (self._store is None or self._store.fits())):
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._idle = [parameter for parameter in parameters if not _trains(parameter)]
+            self._store = self._new_store([parameter for parameter in parameters if _trains(parameter)])
+            self._store_is_current = True
         return self._store
 
     def _new_store(self, parameters: list[Tensor]) -> Store | None:
@@ -135,6 +132,8 @@ class PagedAdamW8bit(Optimizer):
         """fp32 []: 1 where a gradient of any rank is not finite, else 0."""
         assert self._store is not None
         if grad_scale is not None:
+            if grad_scale.device != self._store.device or grad_scale.numel() != 1:
+                raise ValueError(f"grad_scale must be one number on {self._store.device}, got {grad_scale}")
             return (~grad_scale.isfinite()).float()
         found = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
         flag = torch.zeros((), device=self._store.device)
@@ -234,7 +233,12 @@ class PagedAdamW8bit(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_store", None)
+        self.__dict__.setdefault("_idle", [])
         self._store_is_current = False
+
+
+def _trains(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:

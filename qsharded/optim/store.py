@@ -35,6 +35,7 @@ class Store:
         # by type, for a launch serves one
         self.parameters = [p for kind in (large, small) for dtype in DTYPES for p in kind if p.dtype == dtype]
         self.row = {parameter: row for row, parameter in enumerate(self.parameters)}
+        self._kinds = [_kind(parameter) for parameter in self.parameters]
         self._sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
         self.steps = torch.zeros(len(parameters), device=self.device)
         slots = place([_describe(p) for p in self.parameters[: len(large)]])
@@ -54,6 +55,10 @@ class Store:
     def host_bytes(self) -> int:
         """Host memory for codes and scales that are paged."""
         return self._large.arena.host_bytes
+
+    def fits(self) -> bool:
+        """Whether all parameters are what they were when this was made: not moved, not cast."""
+        return self._kinds == [_kind(parameter) for parameter in self.parameters]
 
     def prefetch(self) -> None:
         """Start to copy paged state to the device, as far as there is room."""
@@ -98,11 +103,11 @@ class Store:
         """Of the local shards, in the order of ``parameters``, contiguous; None where there is none.
 
         Raises:
-            ValueError: a gradient that is sparse, or of another type than its parameter.
+            ValueError: a gradient that is sparse, or of another type or sharding than its parameter.
         """
         found = [parameter.grad for parameter in self.parameters]
         if self._sharded:
-            found = [gradient if gradient is None else local(gradient) for gradient in found]
+            found = [_local_gradient(parameter) for parameter in self.parameters]
         return [
             gradient if gradient is None or _fits(gradient, parameter) else gradient.contiguous()
             for gradient, parameter in zip(found, self.parameters, strict=True)
@@ -183,6 +188,19 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
 
 def _describe(parameter: Tensor) -> tuple[int, int, torch.dtype]:
     return first_value(parameter), local(parameter).numel(), parameter.dtype
+
+
+def _kind(parameter: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return parameter.device, parameter.dtype, parameter.numel()
+
+
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    if parameter.grad is None:
+        return None
+    gradient = local(parameter.grad)
+    if gradient.shape != local(parameter).shape:
+        raise ValueError(f"a gradient must be sharded as its parameter, got {parameter.grad} for {parameter}")
+    return gradient
 
 
 def _fits(gradient: Tensor, parameter: Tensor) -> bool:

@@ -289,6 +289,19 @@ def test_parameters_that_start_to_train_later_get_state_then() -> None:
     assert [optimizer.state[p]["step"].item() for p in held] == [1, 3, 3, 3]
 
 
+def test_parameters_that_are_cast_keep_their_moments() -> None:
+    parameter = nn.Parameter(torch.ones(5000))
+    optimizer = PagedAdamW8bit([parameter])
+    cases.train(optimizer, 2)
+    moments = optimizer.state[parameter]["state1"].clone()
+    parameter.grad, parameter.data = None, parameter.data.bfloat16()
+    optimizer.step()
+    assert_same_bits(optimizer.state[parameter]["state1"], moments)
+    cases.train(optimizer, 1)
+    assert optimizer.state[parameter]["step"] == 3
+    assert parameter.isfinite().all()
+
+
 def test_no_gradient_is_no_step() -> None:
     held = cases.parameters()
     optimizer = PagedAdamW8bit(held)
@@ -336,7 +349,7 @@ def test_everything_is_freed() -> None:
 
     def live_tensors() -> int:
         gc.collect()
-        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
     cycle()
     before = live_tensors()

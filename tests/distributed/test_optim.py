@@ -25,10 +25,16 @@ def whole(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def placed(tensor: Tensor, layout: str | None) -> Tensor:
-    """On one process the tensor itself, else sharded over all ranks or, with "hsdp", over pairs of them."""
+    """On one process the tensor itself, else sharded over all ranks or, with "hsdp", over pairs of them.
+
+    Under "gpu" the shards lie there, and are made without a collective, of which gloo has few for GPUs.
+    """
     if layout is None:
         return tensor
     size = dist.get_world_size()
+    if layout == "gpu":
+        mesh, shard = init_device_mesh("cuda", (size,)), placed(tensor, "fsdp").to_local().cuda()
+        return DTensor.from_local(shard, mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride())
     if layout == "hsdp":
         return distribute_tensor(tensor, init_device_mesh("cpu", (size // 2, 2)), [Replicate(), Shard(0)])
     return distribute_tensor(tensor, init_device_mesh("cpu", (size,)), [Shard(0)])
@@ -77,6 +83,36 @@ def test_ranks_take_the_steps_of_one_process(layout: str, ranks: int) -> None:
         if number in WHOLE_BLOCKS:
             for name in ("state1", "absmax1", "state2", "absmax2"):
                 assert_same_bits(joined_state[number][name].view(-1), state[name].view(-1))
+
+
+def gpu_run(options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any], int]:
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    optimizer = optimizer_of("gpu", **options)
+    take_steps(optimizer, "gpu", range(4), bad_step=1)
+    shards = [local(parameter).detach().cpu() for parameter in optimizer.param_groups[0]["params"]]
+    states = optimizer.state_dict()["state"]
+    on_cpu = {number: {k: _on_cpu(v) for k, v in state.items()} for number, state in states.items()}
+    return shards, {"state": on_cpu, "param_groups": []}, int(optimizer.skipped_steps)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"page_budget": 0, "bucket_bytes": 5000}], ids=["resident", "paged"])
+def test_ranks_on_gpus_take_the_steps_of_one_process_on_a_cpu(options: dict[str, Any]) -> None:
+    one = optimizer_of(None)
+    take_steps(one, None, range(1))
+    take_steps(one, None, range(2, 4))  # the second step has a bad gradient
+    results = run_ranks(gpu_run, 2, options)
+    joined_state = merged([state for _, state, _ in results])["state"]
+    assert [skipped for _, _, skipped in results] == [1, 1]
+    for number in WHOLE_BLOCKS:
+        parameter = one.param_groups[0]["params"][number]
+        assert_same_bits(torch.cat([shards[number] for shards, _, _ in results]), parameter.detach())
+        for name in ("state1", "absmax1", "state2", "absmax2"):
+            assert_same_bits(joined_state[number][name].view(-1), one.state[parameter][name].view(-1))
 
 
 def test_a_rank_with_a_bad_gradient_has_all_skip() -> None:

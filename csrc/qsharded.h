@@ -106,3 +106,20 @@ QSHARDED_API int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, c
                                           const float* absmax_scales, const float* absmax_offset,
                                           const float* absmax_map, const float* levels, const void* bias, void* y,
                                           void* workspace, void* stream);
+
+// The bins of a magnitude of at most 1: its upper 16 bits as fp32, counted from those of 2^-23.
+enum { QSHARDED_ADAMW8BIT_BINS = 2945 };
+
+// One AdamW step of the parameters of one type, `dtype` float32 or bfloat16, behind `blocks` consecutive blocks of state,
+// of which the first is block `first_block` of all. state1, state2: a code a value, 256 a block, 16-byte aligned, with
+// scales in absmax1 and absmax2; or fp32 moments where absmax1 is null. row_of_block: a block's row in the tables that
+// follow. table: a row has addresses of parameter and gradient (0 for none), how many values they have, and where the
+// first stands among the values of all blocks. coefficients: nine a row, as the reference has them. skip: not 0 to leave
+// everything as it is. map, thresholds: 256 and 255, signed for state1 and unsigned for state2. below: for each bin how
+// many of the thresholds above zero lie below it, which leaves one at most within it.
+QSHARDED_API int qsharded_cuda_adamw8bit(void* state1, void* state2, float* absmax1, float* absmax2,
+                                         int64_t first_block, int64_t blocks, const int32_t* row_of_block,
+                                         const int64_t* table, const float* coefficients, const float* skip,
+                                         const float* map1, const float* map2, const float* thresholds1,
+                                         const float* thresholds2, const uint8_t* below1, const uint8_t* below2,
+                                         int dtype, void* stream);

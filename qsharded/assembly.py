@@ -1,8 +1,9 @@
 """What a training run is made of, prepared in the order in which mistakes are cheapest to find: data, then model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples,
 from qsharded.data.sources import find_files
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
+from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World
 
@@ -120,8 +122,9 @@ def _eval_dataset_split(config: TrainConfig) -> str:
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """The settings that decide which rows a step takes: a run can only be resumed under the same ones."""
-    return {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
+    """The settings that decide which rows a step takes and what it keeps: a run is only resumed under the same ones."""
+    of_rows = {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
+    return of_rows | {"moments": "fp32" if config.optim == "adamw" else "8 bits"}
 
 
 def _check_vocabulary(
@@ -204,7 +207,12 @@ def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
-    return AdamW(
+    kinds: dict[str, Callable[..., Optimizer]] = {
+        "adamw": AdamW,
+        "adamw8bit": partial(PagedAdamW8bit, page_budget="none"),
+        "paged_adamw8bit": PagedAdamW8bit,
+    }
+    return kinds[config.optim](
         [parameter for _, parameter in trainable(model)],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

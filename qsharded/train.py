@@ -1,5 +1,6 @@
 """``python -m qsharded.train``: a checkpoint and a dataset in, a LoRA adapter out. Read :func:`run` from the top."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
+from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
 from qsharded.parallel import World, start_world, stop_world, whole
 from qsharded.seeds import derived_seed
@@ -93,6 +95,8 @@ def _train_step(
     config: TrainConfig, world: World, parts: assembly.Parts, step: Step, rate: float
 ) -> tuple[float, float]:
     """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
+    if isinstance(parts.optimizer, PagedAdamW8bit):
+        parts.optimizer.prefetch()  # hidden behind the passes
     loss_sum = accumulate_gradient(parts.model, step, world, seed=config.seed, step_number=parts.progress.step)
     grad_norm = _apply_gradient(config, parts, rate)
     return evaluation.global_sum(loss_sum, world) / step.supervised_tokens, grad_norm
@@ -116,18 +120,20 @@ def accumulate_gradient(model: CausalLM, step: Step, world: World, *, seed: int,
 
 def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> float:
     """Clip and step, or skip where the gradient is not finite: the norm is global, so all ranks decide alike."""
-    parameters = [parameter for _, parameter in trainable(parts.model)]
+    optimizer, parameters = parts.optimizer, [parameter for _, parameter in trainable(parts.model)]
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if torch.isfinite(norm):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if isinstance(optimizer, PagedAdamW8bit):
+        optimizer.step(grad_scale=clipping_scale(norm, config.max_grad_norm))  # skips by itself
+    elif torch.isfinite(norm):
         if config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-        for group in parts.optimizer.param_groups:
-            group["lr"] = rate
-        parts.optimizer.step()
-    else:
-        parts.progress.skipped_steps += 1
-    parts.optimizer.zero_grad()
-    return norm.item()
+        optimizer.step()
+    optimizer.zero_grad()
+    norm_value = norm.item()  # the first wait for the device, once the step is queued
+    parts.progress.skipped_steps += not math.isfinite(norm_value)
+    return norm_value
 
 
 def _learning_rate(config: TrainConfig, parts: assembly.Parts, step: int) -> float:

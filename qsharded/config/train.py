@@ -78,6 +78,10 @@ class TrainConfig:
     lora_dtype: Literal["float32", "bfloat16"] = _lora("Type of everything that is trained.", "float32")
     use_rslora: bool = _lora("Scale by alpha / sqrt(r) instead (rsLoRA).", False)
 
+    optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = _optimizer(
+        "AdamW with moments in fp32, in 8 bits, or in 8 bits and in host memory where the GPU has no room for them.",
+        "paged_adamw8bit",
+    )
     learning_rate: float = _optimizer("Highest learning rate of AdamW.", 2e-4, check=POSITIVE)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _optimizer(
         "How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all.", "cosine"

@@ -196,6 +196,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "overlong": "truncate",
         "lora_dtype": "bfloat16",
         "lr_scheduler_type": "constant",
+        "optim": "adamw",
         "dtype": "float32",
         "max_steps": 12,
         "eval_split": 0.0,

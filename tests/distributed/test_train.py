@@ -124,6 +124,7 @@ def run_killed_while_saving(step: int, *args: Any) -> None:
 def test_a_run_resumed_by_other_ranks_goes_on_alike(model: Path, dataset: Path, tmp_path: Path) -> None:
     """Six rows a step, shared by two ranks, then by one or three: sums in another order, so equal but for rounding."""
     options = {"max_steps": 6, "save_steps": 3, "lora_dropout": 0, "gradient_accumulation_steps": 1, "lora_r": 3}
+    options |= {"optim": "adamw"}  # 8-bit state that two ranks share is rounded anew
     batch = "per_device_train_batch_size"
     run_ranks(run, 2, model, dataset, tmp_path / "two", options | {batch: 3})
     expected = losses(tmp_path / "two")[3:]
@@ -172,8 +173,12 @@ def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
     return printed.getvalue()
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(model: Path, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw", "paged_adamw8bit"])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(
+    model: Path, dataset: Path, tmp_path: Path, optim: str
+) -> None:
     options = {"max_steps": 4, "max_skipped_steps": 2, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    options |= {"optim": optim}
     stopped_by = run_ranks(run_with_infinite_loss, 2, [1, 2], model, dataset, tmp_path / "out", options)
     assert stopped_by == ["", ""]
     rows = [row for row in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
@@ -261,6 +266,7 @@ def test_a_mistake_costs_no_earlier_run(model: Path, dataset: Path, tmp_path: Pa
         ({"seed": 1}, "seed = 42, this run has 1"),
         ({"max_length": 32}, "max_length = 64, this run has 32"),
         ({"per_device_train_batch_size": 1}, "rows_per_step = 4, this run has 2"),
+        ({"optim": "adamw"}, "moments = '8 bits', this run has 'fp32'"),
     ],
 )
 def test_a_run_is_resumed_under_its_own_settings(

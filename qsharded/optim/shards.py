@@ -1,0 +1,44 @@
+"""Which values of a parameter this rank holds."""
+
+from math import prod
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_value(parameter: Tensor) -> int:
+    """Where this rank's values begin among the parameter's, counted in row order.
+
+    0 where they are no run of consecutive values, as after sharding another dimension than 0: blocks of 256 then begin
+    with the shard.
+    """
+    if not isinstance(parameter, DTensor) or not holds_rows(parameter):
+        return 0
+    mesh, start, rows = parameter.device_mesh, 0, parameter.shape[0]
+    for dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            step = -(-rows // mesh.size(dim))
+            skipped = min(mesh.get_local_rank(dim) * step, rows)
+            start, rows = start + skipped, min(step, rows - skipped)
+    return start * prod(parameter.shape[1:])
+
+
+def holds_rows(parameter: Tensor) -> bool:
+    """Whether this rank holds whole consecutive rows, as FSDP2 and HSDP cut them, or everything."""
+    if not isinstance(parameter, DTensor):
+        return True
+    return all(isinstance(placement, Replicate) or placement == Shard(0) for placement in parameter.placements)
+
+
+def agree_on_maximum(flag: Tensor, parameters: list[Tensor]) -> None:
+    """Make ``flag`` the largest of all ranks that share a sharded parameter."""
+    meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
+    # each once, and in the same order on all ranks
+    for group in dict.fromkeys(mesh.get_group(dim) for mesh in dict.fromkeys(meshes) for dim in range(mesh.ndim)):
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)

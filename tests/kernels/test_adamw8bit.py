@@ -1,0 +1,77 @@
+"""AdamW on 8-bit moments by the CUDA and the Triton kernels against the reference, bit for bit."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsharded import blockwise8
+from qsharded.optim import PagedAdamW8bit, store
+from qsharded.optim.arena import BLOCK_BYTES
+from qsharded_kernels import cuda_adamw8bit, triton_adamw8bit
+from tests.kernels.cases import assert_same_bits
+from tests.optim import cases
+
+# numpy, which interprets the Triton kernel, warns of what it computes beside the last value
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+SOME_PAGED = {"page_budget": 20 * BLOCK_BYTES, "bucket_bytes": 7 * BLOCK_BYTES}
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "cuda":
+        request.getfixturevalue("needs_cuda_part")
+    module = triton_adamw8bit if request.param == "triton" else cuda_adamw8bit
+    monkeypatch.setattr(store, "optimizer_kernels", lambda device: module if device == DEVICE else None)
+    return module
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same one value into its memory, where no wide access may begin."""
+    return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+
+
+def trained(device: torch.device, options: dict[str, Any]) -> PagedAdamW8bit:
+    held = [nn.Parameter(p.detach().to(device)) for p in [*cases.parameters(), *cases.parameters(1)]]
+    optimizer = PagedAdamW8bit(held, lr=1e-2, weight_decay=0.1, **options)
+    for step in range(3):
+        for number, gradient in enumerate(cases.hard_gradients([p.cpu() for p in held], step)):
+            gradient = gradient.to(device)
+            held[number].grad = unaligned(gradient) if number % 3 == 0 else gradient
+            if (step, number) in [(0, 2), (1, 0)]:
+                held[number].grad = None
+        optimizer.step(grad_scale=torch.tensor(torch.nan if step == 1 else 0.7, device=device))
+    return optimizer
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("options", [{}, {"maximize": True, **SOME_PAGED}], ids=["resident", "paged"])
+def test_steps_are_the_references(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    actual = trained(DEVICE, options)
+    monkeypatch.setattr(store, "optimizer_kernels", lambda device: None)
+    expected = trained(torch.device("cpu"), options)
+    for one, other in zip(actual.param_groups[0]["params"], expected.param_groups[0]["params"], strict=True):
+        assert_same_bits(one.detach().cpu(), other.detach())
+        for name, value in actual.parameter_state(one).items():
+            assert_same_bits(value.cpu(), expected.parameter_state(other)[name])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_bin_holds_one_threshold_at_most(signed: bool) -> None:
+    thresholds = blockwise8.thresholds(signed)
+    positive = thresholds[thresholds > 0]
+    below = cuda_adamw8bit.below(thresholds).int()
+    assert below[0] == 0
+    assert (below.diff() <= 1).all()
+    last = torch.tensor(1.0).view(torch.int32).item() >> 16
+    assert below.numel() == last - cuda_adamw8bit._FIRST_BIN + 1
+    assert positive.numel() - below[-1] <= 1
+
+
+def test_the_signed_map_mirrors_its_thresholds_but_for_the_last() -> None:
+    thresholds = blockwise8.thresholds(True)
+    assert torch.equal(thresholds[:127].neg().flip(0), thresholds[127:254])
+    assert (thresholds < 0).sum() == 127

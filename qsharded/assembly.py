@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
-from qsharded.checkpoint.load import load_model, parameter_count
+from qsharded.checkpoint.load import load_model, parameter_count, skeleton
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
@@ -19,7 +19,7 @@ from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples,
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
-from qsharded.parallel import World
+from qsharded.parallel import Layout, World, frozen_bytes, least_memory, mesh_of
 
 _DECIDE_ROWS = (
     "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
@@ -65,13 +65,15 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = _lora_config(config, adapter)
+    layout, why = _layout(config, world, model_config, lora)
     model = load_model(
         folder,
-        mesh=world.mesh,
+        mesh=mesh_of(world, config.dp_replicate),
         lora=lora,
         dtype=compute_dtype(config.dtype, world.device),
         device=world.device,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.activation_checkpointing,
+        layout=layout,
         random_init=config.random_init,
         seed=config.seed,
     )
@@ -93,8 +95,21 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     if resume_from:
         parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)
     claim_output_dir(config, world, resume_from)
-    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
+    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from) + ([why] if why else [])
     return parts
+
+
+def _layout(config: TrainConfig, world: World, model_config: ModelConfig, lora: LoRAConfig) -> tuple[Layout, str]:
+    """Where the frozen weights go, and, if that was left open, why."""
+    given = Layout(replicated=config.sharding == "replicate", on_host=config.cpu_offload)
+    if config.sharding != "auto" or world.mesh is None or config.cpu_offload or config.dp_replicate > 1:
+        return given, ""
+    frozen = frozen_bytes(skeleton(model_config, lora, compute_dtype(config.dtype, world.device)))
+    room = least_memory(world)
+    fits = frozen <= room // 2
+    verdict = "replicated" if fits else f"cut over {world.size} ranks"
+    share = f"the frozen weights take {frozen / 2**30:.1f} of a rank's {room / 2**30:.1f} GiB"
+    return Layout(replicated=fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:

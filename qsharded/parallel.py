@@ -9,7 +9,7 @@ means: ``FSDPModule.set_custom_all_gather``.
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
+
+from qsharded import collectives, vocabulary
+from qsharded.autograd import recompute
+from qsharded.models import CausalLM
+from qsharded.shards import RowRange as RowRange
+from qsharded.shards import local as local
+from qsharded.shards import own_rows as own_rows
+from qsharded.shards import rows_of_rank
+from qsharded.shards import whole as whole
+from qsharded.streaming import HostWeights
 
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -63,8 +72,7 @@ class ExactAllGather:
                 "damage packed weights; use a PyTorch version that qsharded supports"
             )
         own = input_tensor.as_subclass(torch.Tensor).view(torch.uint8)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.15 renames it
-        return gather(output_tensor.view(torch.uint8), own, group=group, async_op=async_op)
+        return collectives.all_gather_into(output_tensor.view(torch.uint8), own, group, async_op)
 
 
 @dataclass(frozen=True)
@@ -114,13 +122,138 @@ def stop_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each block in backward instead of keeping its activations. Call before :func:`shard`.
+def mesh_of(world: World, replicas: int) -> DeviceMesh | None:
+    """The ranks as one mesh, or for HSDP as ``replicas`` rows of it, each of which holds the model once.
 
-    The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
+    Raises:
+        ValueError: the ranks cannot be divided so.
     """
-    for block in _blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if replicas == 1:
+        return world.mesh
+    if world.size % replicas:
+        raise ValueError(f"--dp-replicate {replicas} does not divide the {world.size} ranks")
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def least_memory(world: World) -> int:
+    """Bytes of the smallest GPU among the ranks' own, or of a rank's part of a machine's memory where there is none."""
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    least = torch.tensor(total, device=world.device)
+    if world.mesh is not None:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """What the frozen parameters of ``model`` take where they are whole; a tied one counts once."""
+    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the frozen weights are. What trains is cut over the ranks, and stays on the GPU, in any of them.
+
+    Attributes:
+        replicated: whole on every rank; else cut over the ranks.
+        on_host: in host memory, from where a block's come while the one before it runs.
+        split_vocabulary: embedding and head are never gathered whole; None decides by their size. Only frozen ones can
+            be split, and whole ones of which ``replicated`` speaks are not.
+
+    Raises:
+        ValueError: replicated and on the host.
+    """
+
+    replicated: bool = False
+    on_host: bool = False
+    split_vocabulary: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicated and self.on_host:
+            raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
+
+
+def lay_out(
+    model: CausalLM,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    *,
+    layout: Layout = Layout(),
+    checkpointing: recompute.Mode = "none",
+    param_dtype: torch.dtype | None = None,
+) -> None:
+    """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
+
+    Raises:
+        ValueError: weights on the host, and blocks that are not recomputed in full.
+        RuntimeError: a parameter of which this rank holds more or less than its share, named.
+    """
+    if layout.on_host and checkpointing in ("none", "selective"):
+        raise ValueError(
+            f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "
+            "would keep its weights on the device"
+        )
+    on_host: set[nn.Parameter] = set()
+    if _splits_vocabulary(model, mesh, layout):
+        vocabulary.split_vocabulary(model, mesh)
+        on_host |= {model.model.embed_tokens.weight, model.lm_head.weight} if layout.on_host else set()
+    blocks = list(_blocks(model))
+    forwards = [block.forward for block in blocks]
+    if layout.on_host:
+        weights = HostWeights(blocks, mesh)
+        forwards = weights.forwards
+        on_host |= set(weights.parameters())
+    # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
+    for block, forward in zip(blocks, recompute.recomputed(forwards, checkpointing), strict=True):
+        block.forward = forward
+    if mesh is not None:
+        shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
+    _materialize(model, device, on_host)
+    check_shares(model, mesh, layout)
+
+
+def _splits_vocabulary(model: CausalLM, mesh: DeviceMesh | None, layout: Layout) -> bool:
+    if layout.replicated or not vocabulary.can_split(model):
+        return False
+    if layout.split_vocabulary is not None:
+        return layout.split_vocabulary
+    return layout.on_host or (mesh is not None and vocabulary.is_large(model))
+
+
+def _materialize(model: CausalLM, device: torch.device, on_host: Collection[nn.Parameter]) -> None:
+    """Memory for parameters and buffers, as ``to_empty`` gives it; pinned, so that copies run beside the compute."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter) and tensor in on_host:
+            return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+        return torch.empty_like(tensor, device=device)
+
+    model._apply(empty)
+    model.tie_weights()  # each module got a tensor of its own
+
+
+def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = Layout()) -> None:
+    """Compare the bytes that this rank holds of every parameter with its share under ``layout``.
+
+    Raises:
+        RuntimeError: they differ; the first parameter is named.
+    """
+    for name, parameter in model.named_parameters():
+        is_whole = mesh is None or (layout.replicated and not parameter.requires_grad)
+        ranks, rank = (1, 0) if is_whole or mesh is None else (mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        row_bytes = parameter.shape[1:].numel() * parameter.itemsize
+        start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
+        room = -(-parameter.shape[0] // ranks) * row_bytes  # FSDP2 pads the last ranks' shards
+        own = local(parameter)
+        if own.nbytes != (stop - start) * row_bytes or own.untyped_storage().nbytes() > room:
+            raise RuntimeError(
+                f"this rank holds {own.nbytes:,} bytes of {name} in a storage of "
+                f"{own.untyped_storage().nbytes():,}, its share is {(stop - start) * row_bytes:,}"
+            )
 
 
 def shard(
@@ -129,14 +262,17 @@ def shard(
     *,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    replicate_frozen: bool = False,
 ) -> nn.Module:
     """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
 
     Args:
-        model: has its blocks in ``model.model.layers``; sharded in place, and returned.
+        model: has its blocks in ``model.model.layers``; sharded in place, and returned. Parameters that are cut over
+            ranks already (DTensors) are left as they are.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
         reshard_after_forward: free each gathered block after its forward.
+        replicate_frozen: leave what is frozen whole on every rank, and shard what trains.
 
     Raises:
         ValueError: a ``param_dtype`` that would cast packed bytes.
@@ -145,9 +281,13 @@ def shard(
         raise ValueError(f"param_dtype must be None or bfloat16, got {param_dtype}: it would destroy packed NF4 bytes")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
-    wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    left = {p for p in model.parameters() if isinstance(p, DTensor) or (replicate_frozen and not p.requires_grad)}
+    wrap = functools.partial(
+        fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, ignored_params=left
+    )
     for modules in _groups(model):
-        wrap(modules if len(modules) > 1 else modules[0])
+        if any(parameter not in left for module in modules for parameter in module.parameters()):
+            wrap(modules if len(modules) > 1 else modules[0])
     wrap(model)
     use_exact_gather(model)
     return model
@@ -179,39 +319,3 @@ def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     else:
         yield [embedding]
         yield [head]
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """The rows [start, stop) of a parameter's ``total`` rows that this rank holds, and the group that shares them."""
-
-    start: int
-    stop: int
-    total: int
-    group: dist.ProcessGroup | None
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
-
-
-def own_rows(parameter: Tensor) -> RowRange:
-    """Which rows of ``parameter`` live here: FSDP2 cuts dim 0 into equal runs, the last ones shorter or empty."""
-    total = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return RowRange(0, total, total, None)
-    dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
-    mesh = parameter.device_mesh
-    step = -(-total // mesh.size(dim))
-    start = min(mesh.get_local_rank(dim) * step, total)
-    return RowRange(start, min(start + step, total), total, mesh.get_group(dim))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered where it is sharded: a collective. Never for packed weights, which stay sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded import nf4, ops, parallel
+from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint.source import RandomWeights, SafetensorsFolder, WeightSource, find_checkpoint, read_json
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig, LoRALinear, NF4Linear, add_lora, quantize_
@@ -25,7 +26,8 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     device: torch.device | str | None = None,
-    gradient_checkpointing: bool = False,
+    activation_checkpointing: Mode = "none",
+    layout: parallel.Layout = parallel.Layout(),
     random_init: bool = False,
     seed: int = 0,
 ) -> CausalLM:
@@ -41,7 +43,8 @@ def load_model(
         dtype: of what is not quantized (embedding, norms, biases, head) and of the activations: bfloat16 or float32.
         revision: of a Hub id.
         device: where the model lives; by default the current GPU, or the CPU where there is none.
-        gradient_checkpointing: recompute each block in backward.
+        activation_checkpointing: what of each block is recomputed in backward.
+        layout: where the frozen weights are kept.
         random_init: take config.json alone and draw the weights, for benchmarks.
         seed: of the adapters, and of random weights.
 
@@ -55,12 +58,14 @@ def load_model(
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = skeleton(config, lora, dtype)
-    if gradient_checkpointing:
-        parallel.checkpoint_activations(model)
-    if mesh is not None:
-        parallel.shard(model, mesh, param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty gives each module a tensor of its own
+    parallel.lay_out(
+        model,
+        mesh,
+        device,
+        layout=layout,
+        checkpointing=activation_checkpointing,
+        param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
+    )
     source = RandomWeights(seed, 0.02, device, {}) if random_init else SafetensorsFolder(folder)
     _fill(model, source, config, seed)
     return model
@@ -134,7 +139,8 @@ def _read(source: WeightSource, name: str, rows: parallel.RowRange, device: torc
 def _fill_packed(layer: NF4Linear, source: WeightSource, name: str) -> None:
     """Quantize this rank's rows; the two figures that span ranks, offset and scales, are agreed on exactly."""
     rows = parallel.own_rows(layer.weight)
-    codes, absmax = ops.nf4_quantize(_read(source, name, rows, layer.weight.device))
+    # on the device that computes: the weight itself may wait in host memory
+    codes, absmax = ops.nf4_quantize(_read(source, name, rows, layer.weight_absmax_scales.device))
     G = absmax.shape[1]
     offset = _agreed_offset(absmax, rows).to(absmax.device)
     scales = nf4.absmax_scales(absmax, offset, first_row=rows.start, rows=rows.total)

@@ -71,7 +71,12 @@ def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
 def loss_and_gradient(path: Path, world_size: int, checkpointing: bool) -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     model = load_model(
-        path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.float32, gradient_checkpointing=checkpointing, seed=7
+        path,
+        mesh=mesh,
+        lora=LoRAConfig(r=3),
+        dtype=torch.float32,
+        activation_checkpointing="full" if checkpointing else "none",
+        seed=7,
     )
     ids = torch.arange(24).view(2, 12) % 97
     loss = model(ids, targets_BS=ids)

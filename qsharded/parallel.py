@@ -212,7 +212,8 @@ def lay_out(
         block.forward = forward
     if mesh is not None:
         shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
-    _materialize(model, device, on_host)
+    materialize(model, device, on_host)
+    model.tie_weights()  # each module got a tensor of its own
     check_shares(model, mesh, layout)
 
 
@@ -224,8 +225,11 @@ def _splits_vocabulary(model: CausalLM, mesh: DeviceMesh | None, layout: Layout)
     return layout.on_host or (mesh is not None and vocabulary.is_large(model))
 
 
-def _materialize(model: CausalLM, device: torch.device, on_host: Collection[nn.Parameter]) -> None:
-    """Memory for parameters and buffers, as ``to_empty`` gives it; pinned, so that copies run beside the compute."""
+def materialize(model: nn.Module, device: torch.device, on_host: Collection[nn.Parameter] = ()) -> None:
+    """Memory for a ``model`` on the meta device, as ``to_empty`` gives it, but for the parameters ``on_host``.
+
+    What stays on the host of a GPU is pinned, so that copies of it run beside the compute.
+    """
 
     def empty(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter) and tensor in on_host:
@@ -233,7 +237,6 @@ def _materialize(model: CausalLM, device: torch.device, on_host: Collection[nn.P
         return torch.empty_like(tensor, device=device)
 
     model._apply(empty)
-    model.tie_weights()  # each module got a tensor of its own
 
 
 def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = Layout()) -> None:

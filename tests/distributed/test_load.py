@@ -13,6 +13,7 @@ from qsharded import nf4, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.parallel import Layout
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -23,10 +24,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("llama"), hidden_size=192, intermediate_size=320, shards=3)
 
 
-def gathered_bytes(path: Path, world_size: int) -> dict[str, Tensor]:
+def gathered_bytes(path: Path, world_size: int, layout: Layout) -> dict[str, Tensor]:
     """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means."""
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
-    model = load_model(path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.bfloat16, seed=7)
+    model = load_model(
+        path,
+        mesh=mesh,
+        lora=LoRAConfig(r=3),
+        dtype=torch.bfloat16,
+        layout=layout,
+        activation_checkpointing="full",
+        seed=7,
+    )
     state = {name: whole_bytes(tensor) for name, tensor in model.named_parameters()}
     return state | {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
 
@@ -43,11 +52,21 @@ def whole_bytes(tensor: Tensor) -> Tensor:
     return full
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: int) -> None:
-    alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, Layout()),
+        (3, Layout()),
+        (4, Layout(split_vocabulary=True)),
+        (1, Layout(on_host=True)),
+        (3, Layout(on_host=True)),
+        (2, Layout(replicated=True)),
+    ],
+)
+def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: int, layout: Layout) -> None:
+    alone = run_ranks(gathered_bytes, 1, folder, 1, Layout())[0]
     assert any("weight_absmax_scales" in name for name in alone)
-    for state in run_ranks(gathered_bytes, world_size, folder, world_size):
+    for state in run_ranks(gathered_bytes, world_size, folder, world_size, layout):
         assert state.keys() == alone.keys()
         for name, expected in alone.items():
             assert torch.equal(state[name], expected), name

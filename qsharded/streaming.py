@@ -59,7 +59,7 @@ class HostWeights:
         if 0 <= following < len(self._places) and following not in self._arrived:
             self._arrived[following] = self._fetch(following, x.device)
         if arrival.event is not None:
-            _make_wait(arrival, torch.cuda.current_stream(x.device))
+            torch.cuda.current_stream(x.device).wait_event(arrival.event)
         with _in_place(self._places[index], arrival.weights):
             return forward(x, *others)
 
@@ -71,12 +71,16 @@ class HostWeights:
 
     def _fetch(self, index: int, device: torch.device) -> _Arrival:
         shards = [module.get_parameter(name) for module, name in self._places[index]]
+        # Room comes from the compute stream, which uses it last, so that the allocator hands the room of a block that
+        # is done to the next without an event between. Hence the copies wait for what has been queued so far.
+        rooms = [_room(shard, device) for shard in shards]
         if device.type != "cuda":
-            return _Arrival([_whole_on(device, shard) for shard in shards], None)
+            return _Arrival([_fill(*pair) for pair in zip(rooms, shards, strict=True)], None)
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            weights = [_whole_on(device, shard) for shard in shards]
+            weights = [_fill(*pair) for pair in zip(rooms, shards, strict=True)]
             return _Arrival(weights, self._stream.record_event())
 
 
@@ -89,20 +93,21 @@ def _frozen(block: nn.Module) -> list[Place]:
     ]
 
 
-def _whole_on(device: torch.device, parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter with all its rows, on ``device``; its bytes are copied and gathered, never its values."""
+def _room(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """[W, R, ...] for the rows of all W ranks, R to each, the last of which may have fewer."""
+    rows, ranks = own_rows(parameter), collectives.size(own_rows(parameter).group)
+    share = -(-rows.total // ranks)
+    return torch.empty(ranks, share, *parameter.shape[1:], dtype=parameter.dtype, device=device)
+
+
+def _fill(room: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter with all its rows; its bytes are copied and gathered, never its values."""
     rows, own = own_rows(parameter), local(parameter).detach()
-    share = -(-rows.total // collectives.size(rows.group))
-    padded = own.new_empty(share, *own.shape[1:], device=device)
-    padded[: rows.count].view(torch.uint8).copy_(own.view(torch.uint8), non_blocking=True)
-    gathered = collectives.all_gather(padded.view(torch.uint8), rows.group).view(own.dtype)
-    return nn.Parameter(gathered.flatten(0, 1)[: rows.total], requires_grad=False)
-
-
-def _make_wait(arrival: _Arrival, stream: torch.cuda.Stream) -> None:
-    stream.wait_event(arrival.event)
-    for weight in arrival.weights:  # allocated on the copying stream, which must not reuse them before their time
-        weight.record_stream(stream)
+    place = room[collectives.rank(rows.group)]
+    place[: rows.count].view(torch.uint8).copy_(own.view(torch.uint8), non_blocking=True)
+    if rows.group is not None:
+        collectives.all_gather_into(room.view(torch.uint8).flatten(), place.view(torch.uint8).flatten(), rows.group)
+    return nn.Parameter(room.flatten(0, 1)[: rows.total], requires_grad=False)
 
 
 @contextmanager

@@ -26,14 +26,14 @@ class Block(nn.Module):
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
     """The weights that came from the host, in their order."""
     come: list[weakref.ref[Tensor]] = []
-    whole_on = streaming._whole_on
+    fill = streaming._fill
 
     def watched(*args: object) -> nn.Parameter:
-        weight = whole_on(*args)
+        weight = fill(*args)
         come.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(streaming, "_whole_on", watched)
+    monkeypatch.setattr(streaming, "_fill", watched)
     return come
 
 

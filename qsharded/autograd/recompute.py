@@ -53,36 +53,65 @@ def _with_input_on_host(waiting: "_Waiting", forward: Forward, x: Tensor, *other
 
 
 class _Waiting:
-    """The inputs that wait in host memory, as a chain: while one block is recomputed, the one before it is fetched."""
+    """The inputs that wait in host memory, as a chain: while one block is recomputed, the one before it is fetched.
+
+    All room on the GPU belongs to the compute stream, so that the allocator needs no events to hand it on: an input
+    stays until its copy is waited for, at the next block, and room for one that returns is taken before the copying
+    stream is told to wait for what has been queued.
+    """
 
     def __init__(self) -> None:
         self._newest: weakref.ref[_Boundary] | None = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def store(self, x: Tensor) -> "_Boundary":
-        boundary = _Boundary(x, self._stream(x.device), self._newest)
+        boundary = _Boundary(self, x, self._newest)
         self._newest = weakref.ref(boundary)
         return boundary
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+    def copy_out(self, x: Tensor) -> Tensor:
+        """``x`` in host memory, from when the copying stream has come so far; on a CPU ``x`` itself."""
+        if x.device.type != "cuda":
+            return x
+        self.let_go()
+        on_host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        with torch.cuda.stream(self._behind_compute(x.device)):
+            on_host.copy_(x, non_blocking=True)
+            self._leaving = x, torch.cuda.current_stream(x.device).record_event()
+        return on_host
+
+    def copy_in(self, on_host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
+        """``on_host`` on the device again, from when the event has come."""
         if device.type != "cuda":
-            return None
-        return self._streams.setdefault(device, torch.cuda.Stream(device))
+            return on_host.detach(), None
+        x = torch.empty(on_host.shape, dtype=on_host.dtype, device=device)
+        with torch.cuda.stream(self._behind_compute(device)):
+            x.copy_(on_host, non_blocking=True)
+            return x, torch.cuda.current_stream(device).record_event()
+
+    def let_go(self) -> None:
+        """Free the input that was copied out last; the compute stream waits until it is."""
+        if self._leaving is not None:
+            x, copied = self._leaving
+            torch.cuda.current_stream(x.device).wait_event(copied)
+            self._leaving = None
+
+    def _behind_compute(self, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        return self._stream
 
 
 class _Boundary:
-    """One block's input: given to the block's forward, copied to the host beside it, and fetched for its backward.
+    """One block's input: given to the block's forward, copied to the host beside it, and fetched for its backward."""
 
-    On a CPU, where ``stream`` is None, the input stays as it is.
-    """
-
-    def __init__(
-        self, x: Tensor, stream: torch.cuda.Stream | None, previous: "weakref.ref[_Boundary] | None"
-    ) -> None:
+    def __init__(self, waiting: _Waiting, x: Tensor, previous: "weakref.ref[_Boundary] | None") -> None:
+        self._waiting, self._previous = waiting, previous
         self._given: Tensor | None = x
-        self._stream, self._previous = stream, previous
-        self._requires_grad = x.requires_grad
-        self._on_host = x.detach() if stream is None else self._copied_out(x.detach(), stream)
+        self._device, self._requires_grad = x.device, x.requires_grad
+        self._on_host = waiting.copy_out(x.detach())
         self._fetched: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def take(self) -> Tensor:
@@ -90,27 +119,15 @@ class _Boundary:
         if self._given is not None:
             given, self._given = self._given, None
             return given
+        self._waiting.let_go()
         x, arrived = self._fetched or self._fetch()
         self._fetched = None
         previous = self._previous() if self._previous else None
         if previous is not None:
             previous._fetched = previous._fetch()
         if arrived is not None:
-            torch.cuda.current_stream(x.device).wait_event(arrived)
-            x.record_stream(torch.cuda.current_stream(x.device))  # it was allocated on the copying stream
+            torch.cuda.current_stream(self._device).wait_event(arrived)
         return x.requires_grad_(self._requires_grad)
 
-    def _copied_out(self, x: Tensor, stream: torch.cuda.Stream) -> Tensor:
-        on_host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            on_host.copy_(x, non_blocking=True)
-        x.record_stream(stream)
-        return on_host
-
     def _fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self._stream is None:
-            return self._on_host.detach(), None
-        with torch.cuda.stream(self._stream):  # behind the copy to the host
-            x = self._on_host.to(self._stream.device, non_blocking=True)
-            return x, self._stream.record_event()
+        return self._waiting.copy_in(self._on_host, self._device)

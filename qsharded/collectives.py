@@ -19,9 +19,7 @@ def rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else group.rank()
 
 
-def all_gather_into(
-    output: Tensor, own: Tensor, group: dist.ProcessGroup, async_op: bool = False
-) -> dist.Work | None:
+def all_gather_into(output: Tensor, own: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
     """Fill ``output`` with every rank's ``own``, one after the other."""
     return _all_gather(output, own, group=group, async_op=async_op)
 

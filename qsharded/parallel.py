@@ -177,12 +177,16 @@ class Layout:
             raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
 
 
+SHARDED = Layout()
+"""Cut over the ranks, on the GPUs."""
+
+
 def lay_out(
     model: CausalLM,
     mesh: DeviceMesh | None,
     device: torch.device,
     *,
-    layout: Layout = Layout(),
+    layout: Layout = SHARDED,
     checkpointing: recompute.Mode = "none",
     param_dtype: torch.dtype | None = None,
 ) -> None:
@@ -200,7 +204,8 @@ def lay_out(
     on_host: set[nn.Parameter] = set()
     if _splits_vocabulary(model, mesh, layout):
         vocabulary.split_vocabulary(model, mesh)
-        on_host |= {model.model.embed_tokens.weight, model.lm_head.weight} if layout.on_host else set()
+        if layout.on_host:
+            on_host |= {model.get_parameter("model.embed_tokens.weight"), model.get_parameter("lm_head.weight")}
     blocks = list(_blocks(model))
     forwards = [block.forward for block in blocks]
     if layout.on_host:
@@ -239,7 +244,7 @@ def materialize(model: nn.Module, device: torch.device, on_host: Collection[nn.P
     model._apply(empty)
 
 
-def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = Layout()) -> None:
+def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHARDED) -> None:
     """Compare the bytes that this rank holds of every parameter with its share under ``layout``.
 
     Raises:

@@ -26,8 +26,10 @@ def recomputed(forwards: list[Forward], mode: Mode) -> list[Forward]:
     if mode == "offloaded":
         waiting = _Waiting()
         return [functools.partial(_with_input_on_host, waiting, forward) for forward in forwards]
-    context = {"context_fn": _keep_dearest} if mode == "selective" else {}
-    return [functools.partial(checkpoint, forward, use_reentrant=False, **context) for forward in forwards]
+    again = functools.partial(checkpoint, use_reentrant=False)
+    if mode == "selective":
+        again = functools.partial(again, context_fn=_keep_dearest)
+    return [functools.partial(again, forward) for forward in forwards]
 
 
 def _keep_dearest() -> Any:

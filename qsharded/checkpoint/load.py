@@ -27,7 +27,7 @@ def load_model(
     revision: str | None = None,
     device: torch.device | str | None = None,
     activation_checkpointing: Mode = "none",
-    layout: parallel.Layout = parallel.Layout(),
+    layout: parallel.Layout = parallel.SHARDED,
     random_init: bool = False,
     seed: int = 0,
 ) -> CausalLM:

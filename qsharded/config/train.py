@@ -173,8 +173,8 @@ class TrainConfig:
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
         if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
             raise ValueError(
-                "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again when "
-                f"its weights are back, not with {self.activation_checkpointing}"
+                "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+                f"when its weights are back, not with {self.activation_checkpointing}"
             )
         if self.sharding == "replicate" and (self.cpu_offload or self.dp_replicate > 1):
             other = "--cpu-offload" if self.cpu_offload else f"--dp-replicate {self.dp_replicate}"

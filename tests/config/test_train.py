@@ -23,8 +23,8 @@ def config(**values: Any) -> TrainConfig:
         ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
         (
             {"cpu_offload": True, "activation_checkpointing": "none"},
-            "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again when its "
-            "weights are back, not with none",
+            "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+            "when its weights are back, not with none",
         ),
         (
             {"sharding": "replicate", "cpu_offload": True},

@@ -79,9 +79,7 @@ def test_weights_from_host_memory_keep_every_pattern(world_size: int, replicas: 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_exact_gather_keeps_every_pattern_compiled(replicas: int) -> None:
-    compiled = modes(
-        512, exact=True, compiler="aot_eager", companion=torch.float32, offload=False, replicas=replicas
-    )
+    compiled = modes(512, exact=True, compiler="aot_eager", companion=torch.float32, offload=False, replicas=replicas)
     for changed in run_ranks(damage, 2, compiled):
         assert changed == [0] * 4
 

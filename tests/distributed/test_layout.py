@@ -83,7 +83,8 @@ def test_a_parameter_that_was_left_whole_is_named(folder: Path) -> None:
 def kinds(folder: Path, limit: int, options: dict[str, Any]) -> tuple[str, str]:
     vocabulary.LARGE_BYTES = limit
     model = load_model(folder, mesh=init_device_mesh("cpu", (2,)), device="cpu", **options)
-    return type(model.model.embed_tokens).__name__.removeprefix("FSDP"), type(model.lm_head).__name__.removeprefix("FSDP")
+    embedding, head = (type(part).__name__.removeprefix("FSDP") for part in (model.model.embed_tokens, model.lm_head))
+    return embedding, head
 
 
 def test_a_large_frozen_vocabulary_is_split(folder: Path) -> None:

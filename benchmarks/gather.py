@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from benchmarks.record import environment
 from qsharded import parallel
 from qsharded.autograd.recompute import recomputed
+from qsharded.layout import materialize
 from qsharded.streaming import HostWeights
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
@@ -113,7 +114,7 @@ def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str 
     blocks = [Watched(rows, torch.float32, torch.device("meta")) for _ in range(3)]
     weights = HostWeights(blocks, mesh)
     forwards = recomputed(weights.forwards, "full")
-    parallel.materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
+    materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
     for block in blocks:
         block.expected = ALL_PATTERNS[-rows:].to(device)
         own = parallel.own_rows(block.packed)

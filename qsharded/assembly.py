@@ -16,10 +16,11 @@ from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
+from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
-from qsharded.parallel import Layout, World, frozen_bytes, least_memory, mesh_of
+from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
     "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",

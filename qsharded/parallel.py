@@ -9,7 +9,7 @@ means: ``FSDPModule.set_custom_all_gather``.
 import functools
 import gc
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qsharded import collectives, vocabulary
-from qsharded.autograd import recompute
-from qsharded.models import CausalLM
+from qsharded import collectives
 from qsharded.shards import RowRange as RowRange
 from qsharded.shards import local as local
 from qsharded.shards import own_rows as own_rows
-from qsharded.shards import rows_of_rank
 from qsharded.shards import whole as whole
-from qsharded.streaming import HostWeights
 
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -136,134 +132,6 @@ def mesh_of(world: World, replicas: int) -> DeviceMesh | None:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def least_memory(world: World) -> int:
-    """Bytes of the smallest GPU among the ranks' own, or of a rank's part of a machine's memory where there is none."""
-    if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total = machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    least = torch.tensor(total, device=world.device)
-    if world.mesh is not None:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """What the frozen parameters of ``model`` take where they are whole; a tied one counts once."""
-    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the frozen weights are. What trains is cut over the ranks, and stays on the GPU, in any of them.
-
-    Attributes:
-        replicated: whole on every rank; else cut over the ranks.
-        on_host: in host memory, from where a block's come while the one before it runs.
-        split_vocabulary: embedding and head are never gathered whole; None decides by their size. Only frozen ones can
-            be split, and whole ones of which ``replicated`` speaks are not.
-
-    Raises:
-        ValueError: replicated and on the host.
-    """
-
-    replicated: bool = False
-    on_host: bool = False
-    split_vocabulary: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.replicated and self.on_host:
-            raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
-
-
-SHARDED = Layout()
-"""Cut over the ranks, on the GPUs."""
-
-
-def lay_out(
-    model: CausalLM,
-    mesh: DeviceMesh | None,
-    device: torch.device,
-    *,
-    layout: Layout = SHARDED,
-    checkpointing: recompute.Mode = "none",
-    param_dtype: torch.dtype | None = None,
-) -> None:
-    """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
-
-    Raises:
-        ValueError: weights on the host, and blocks that are not recomputed in full.
-        RuntimeError: a parameter of which this rank holds more or less than its share, named.
-    """
-    if layout.on_host and checkpointing in ("none", "selective"):
-        raise ValueError(
-            f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "
-            "would keep its weights on the device"
-        )
-    on_host: set[nn.Parameter] = set()
-    if _splits_vocabulary(model, mesh, layout):
-        vocabulary.split_vocabulary(model, mesh)
-        if layout.on_host:
-            on_host |= {model.get_parameter("model.embed_tokens.weight"), model.get_parameter("lm_head.weight")}
-    blocks = list(_blocks(model))
-    forwards = [block.forward for block in blocks]
-    if layout.on_host:
-        weights = HostWeights(blocks, mesh)
-        forwards = weights.forwards
-        on_host |= set(weights.parameters())
-    # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
-    for block, forward in zip(blocks, recompute.recomputed(forwards, checkpointing), strict=True):
-        block.forward = forward
-    if mesh is not None:
-        shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
-    materialize(model, device, on_host)
-    model.tie_weights()  # each module got a tensor of its own
-    check_shares(model, mesh, layout)
-
-
-def _splits_vocabulary(model: CausalLM, mesh: DeviceMesh | None, layout: Layout) -> bool:
-    if layout.replicated or not vocabulary.can_split(model):
-        return False
-    if layout.split_vocabulary is not None:
-        return layout.split_vocabulary
-    return layout.on_host or (mesh is not None and vocabulary.is_large(model))
-
-
-def materialize(model: nn.Module, device: torch.device, on_host: Collection[nn.Parameter] = ()) -> None:
-    """Memory for a ``model`` on the meta device, as ``to_empty`` gives it, but for the parameters ``on_host``.
-
-    What stays on the host of a GPU is pinned, so that copies of it run beside the compute.
-    """
-
-    def empty(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, nn.Parameter) and tensor in on_host:
-            return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
-        return torch.empty_like(tensor, device=device)
-
-    model._apply(empty)
-
-
-def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHARDED) -> None:
-    """Compare the bytes that this rank holds of every parameter with its share under ``layout``.
-
-    Raises:
-        RuntimeError: they differ; the first parameter is named.
-    """
-    for name, parameter in model.named_parameters():
-        is_whole = mesh is None or (layout.replicated and not parameter.requires_grad)
-        ranks, rank = (1, 0) if is_whole or mesh is None else (mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
-        row_bytes = parameter.shape[1:].numel() * parameter.itemsize
-        start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
-        room = -(-parameter.shape[0] // ranks) * row_bytes  # FSDP2 pads the last ranks' shards
-        own = local(parameter)
-        if own.nbytes != (stop - start) * row_bytes or own.untyped_storage().nbytes() > room:
-            raise RuntimeError(
-                f"this rank holds {own.nbytes:,} bytes of {name} in a storage of "
-                f"{own.untyped_storage().nbytes():,}, its share is {(stop - start) * row_bytes:,}"
-            )
-
-
 def shard(
     model: nn.Module,
     mesh: DeviceMesh | None = None,
@@ -313,13 +181,14 @@ def _device_type(model: nn.Module) -> str:
     return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's blocks, in their order."""
     yield from model.get_submodule("model.layers").children()
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
-    for block in _blocks(model):
+    for block in blocks_of(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
     if embedding.weight is weight:

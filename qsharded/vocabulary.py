@@ -65,11 +65,15 @@ def is_large(model: Any) -> bool:
     return weight.nbytes > LARGE_BYTES
 
 
-def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> None:
-    """Replace embedding and head of a ``model`` on the meta device, in place. A tied weight stays one parameter."""
+def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
+    """Replace embedding and head of a ``model`` on the meta device, in place, and return their parameters.
+
+    A tied weight stays one parameter.
+    """
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
     model.model.embed_tokens, model.lm_head = SplitEmbedding(split[embedding]), SplitHead(split[head])
+    return set(split.values())
 
 
 def shard_rows(parameter: nn.Parameter, mesh: DeviceMesh | None) -> nn.Parameter:

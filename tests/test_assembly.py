@@ -8,9 +8,10 @@ import torch
 from qsharded import assembly
 from qsharded.checkpoint.load import skeleton
 from qsharded.config import TrainConfig
+from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
-from qsharded.parallel import Layout, World, frozen_bytes
+from qsharded.parallel import World
 from tests.checkpoints import LLAMA
 
 MODEL, LORA = ModelConfig.from_hf(LLAMA), LoRAConfig(r=4)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
+from qsharded.layout import Layout
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
-from qsharded.parallel import Layout
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu

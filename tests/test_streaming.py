@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded import parallel, streaming
+from qsharded import streaming
 from qsharded.autograd.recompute import recomputed
+from qsharded.layout import materialize
 from qsharded.streaming import HostWeights
 
 
@@ -42,7 +43,7 @@ def test_each_pass_fetches_each_block_once_and_keeps_none(fetched: list[weakref.
         blocks = [Block() for _ in range(4)]
     weights = HostWeights(blocks, None)
     forwards = recomputed(weights.forwards, "full")
-    parallel.materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
+    materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
     for number, block in enumerate(blocks):
         nn.init.constant_(block.frozen, number + 1)
         nn.init.ones_(block.trained)
@@ -67,7 +68,7 @@ def test_evaluation_fetches_as_little(fetched: list[weakref.ref[Tensor]]) -> Non
     with torch.device("meta"):
         blocks = [Block() for _ in range(3)]
     weights = HostWeights(blocks, None)
-    parallel.materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
+    materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
     with torch.no_grad():
         for _ in range(2):
             for forward in weights.forwards:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsharded import nf4, ops, parallel
 from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint.source import RandomWeights, SafetensorsFolder, WeightSource, find_checkpoint, read_json
+from qsharded.layout import SHARDED, Layout, lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig, LoRALinear, NF4Linear, add_lora, quantize_
 from qsharded.nn.lora import initial_A
@@ -27,7 +28,7 @@ def load_model(
     revision: str | None = None,
     device: torch.device | str | None = None,
     activation_checkpointing: Mode = "none",
-    layout: parallel.Layout = parallel.SHARDED,
+    layout: Layout = SHARDED,
     random_init: bool = False,
     seed: int = 0,
 ) -> CausalLM:
@@ -58,7 +59,7 @@ def load_model(
     config = ModelConfig.from_hf(read_json(folder / "config.json"))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = skeleton(config, lora, dtype)
-    parallel.lay_out(
+    lay_out(
         model,
         mesh,
         device,

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded import parallel, vocabulary
 from qsharded.checkpoint import load_model
+from qsharded.layout import Layout, check_shares
 from qsharded.nn import LoRAConfig
-from qsharded.parallel import Layout, World
+from qsharded.parallel import World
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -67,7 +68,7 @@ def complaint(folder: Path, name: str) -> str:
     whole = torch.zeros(model.get_parameter(name).shape, dtype=torch.bfloat16)
     module.weight = nn.Parameter(whole, requires_grad=False)
     try:
-        parallel.check_shares(model, mesh)
+        check_shares(model, mesh)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from qsharded import nf4, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.source import SafetensorsFolder
+from qsharded.layout import Layout
 from qsharded.nn import LoRAConfig, NF4Linear
-from qsharded.parallel import Layout
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 

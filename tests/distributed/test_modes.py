@@ -13,9 +13,10 @@ from qsharded import evaluation, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, StepLoader
+from qsharded.layout import Layout
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
-from qsharded.parallel import Layout, World
+from qsharded.parallel import World
 from qsharded.train import accumulate_gradient
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -100,6 +101,7 @@ def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
         ("plain", 2, 1, [{}, recomputing("selective"), recomputing("full", layout=REPLICATED)]),
         ("plain", 2, 1, [{"layout": SPLIT}, recomputing("offloaded", layout=ON_HOST)]),
         ("tied", 3, 1, [recomputing("full", layout=SPLIT), recomputing("full", layout=ON_HOST)]),
+        ("tied", 3, 1, [{}]),
         ("plain", 2, 2, [{}]),  # every rank holds all
         ("tied", 4, 2, [{"layout": SPLIT}, recomputing("offloaded", layout=ON_HOST)]),
         # a head that trains is gathered, and so is the embedding beside it

@@ -14,7 +14,7 @@ from qsharded import vocabulary
 from qsharded.autograd import recompute
 from qsharded.models import CausalLM
 from qsharded.parallel import World, blocks_of, shard
-from qsharded.shards import local, rows_of_rank
+from qsharded.shards import local, place_in, rows_of_rank
 from qsharded.streaming import HostWeights
 
 
@@ -43,8 +43,8 @@ class Layout:
     Attributes:
         replicated: whole on every rank; else cut over the ranks.
         on_host: in host memory, from where a block's come while the one before it runs.
-        split_vocabulary: embedding and head are never gathered whole; None decides by their size. Only frozen ones can
-            be split, and whole ones of which ``replicated`` speaks are not.
+        split_vocabulary: embedding and head are never gathered whole; None decides by their size. It takes both to be
+            frozen, and nothing is split where all is replicated.
 
     Raises:
         ValueError: replicated and on the host.
@@ -135,8 +135,8 @@ def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHA
         RuntimeError: they differ; the first parameter is named.
     """
     for name, parameter in model.named_parameters():
-        is_whole = mesh is None or (layout.replicated and not parameter.requires_grad)
-        ranks, rank = (1, 0) if is_whole or mesh is None else (mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        replicated = layout.replicated and not parameter.requires_grad
+        ranks, rank = (1, 0) if mesh is None or replicated else place_in(mesh)
         row_bytes = parameter.shape[1:].numel() * parameter.itemsize
         start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
         room = -(-parameter.shape[0] // ranks) * row_bytes  # FSDP2 pads the last ranks' shards

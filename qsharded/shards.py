@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -26,6 +27,12 @@ def rows_of_rank(total: int, ranks: int, rank: int) -> tuple[int, int]:
     step = -(-total // ranks)
     start = min(rank * step, total)
     return start, min(start + step, total)
+
+
+def place_in(mesh: DeviceMesh) -> tuple[int, int]:
+    """(ranks, rank) among those that share a model's rows: the last dimension of ``mesh``."""
+    dim = mesh.ndim - 1
+    return mesh.size(dim), mesh.get_local_rank(dim)
 
 
 def own_rows(parameter: Tensor) -> RowRange:

@@ -53,6 +53,7 @@ class HostWeights:
         """What belongs into host memory."""
         return [module.get_parameter(name) for places in self._places for module, name in places]
 
+    @torch.compiler.disable  # which weights are there changes from call to call
     def _run(self, index: int, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         arrival = self._arrived.pop(index, None) or self._fetch(index, x.device)
         following = index + self._direction(index)

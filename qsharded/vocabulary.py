@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from qsharded.autograd import vocabulary
 from qsharded.autograd.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.models.decoder import Head
-from qsharded.shards import local, own_rows, rows_of_rank
+from qsharded.shards import local, own_rows, place_in, rows_of_rank
 
 LARGE_BYTES = 4 * LOGITS_PER_CHUNK
 """Above this a vocabulary is split: gathered whole it would outweigh the one chunk of logits that the loss holds."""
@@ -80,7 +80,7 @@ def shard_rows(parameter: nn.Parameter, mesh: DeviceMesh | None) -> nn.Parameter
     """The frozen ``parameter`` of a model on the meta device, cut by rows over the last dimension of ``mesh``."""
     if mesh is None:
         return parameter
-    start, stop = rows_of_rank(parameter.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+    start, stop = rows_of_rank(parameter.shape[0], *place_in(mesh))
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     own = parameter.detach()[start:stop].contiguous()
     sharded = DTensor.from_local(

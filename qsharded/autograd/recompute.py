@@ -45,6 +45,7 @@ def _keep_dearest() -> Any:
     )
 
 
+@torch.compiler.disable  # weak references and streams, of which a compiler knows nothing
 def _with_input_on_host(waiting: "_Waiting", forward: Forward, x: Tensor, *others: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x, *others)

@@ -30,6 +30,9 @@ def lookup(ids_T: Tensor, weight_vD: Tensor, rows: RowRange) -> Tensor:
     Args:
         ids_T: int64, each in [0, V).
         weight_vD: the rows of the embedding that this rank holds, as ``rows`` says.
+
+    Raises:
+        IndexError: an id of any rank's is outside the vocabulary (on a GPU, a device-side assertion).
     """
     ids_WM = collectives.all_gather(_padded(ids_T, _most(ids_T, rows), 0), rows.group)
     step = max(1, _LOOKED_UP_AT_A_TIME // (ids_WM.shape[0] * weight_vD.shape[1]))
@@ -47,7 +50,12 @@ def _look_up_chunk(ids_WC: Tensor, weight_vD: Tensor, rows: RowRange) -> Tensor:
 def _own_rows_of(ids_WC: Tensor, weight_vD: Tensor, rows: RowRange) -> Tensor:
     if rows.count == 0:
         return weight_vD.new_zeros(*ids_WC.shape, weight_vD.shape[1])
-    elsewhere_WC = (ids_WC < rows.start) | (ids_WC >= rows.stop)
+    # Ids that no rank has count as the outermost ranks' own: there the look-up refuses them.
+    elsewhere_WC = torch.zeros_like(ids_WC, dtype=torch.bool)
+    if rows.start > 0:
+        elsewhere_WC |= ids_WC < rows.start
+    if rows.stop < rows.total:
+        elsewhere_WC |= ids_WC >= rows.stop
     found_WCD = F.embedding((ids_WC - rows.start).masked_fill(elsewhere_WC, 0), weight_vD)
     return found_WCD.masked_fill_(elsewhere_WC[..., None], 0)
 

@@ -1,5 +1,7 @@
 """Embedding, logits and loss over a vocabulary that is cut over the ranks equal those over a whole one."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,3 +110,19 @@ def looked_up(vocab: int, dtype: torch.dtype, at_a_time: int) -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_are_looked_up_to_the_last_bit(world_size: int, vocab: int, at_a_time: int, dtype: torch.dtype) -> None:
     assert all(run_ranks(looked_up, world_size, vocab, dtype, at_a_time))
+
+
+def is_refused(unknown: int) -> bool:
+    _, weight_VD, ids_T = inputs(17, torch.float32)
+    ids_T[3] = unknown
+    weight_vD, rows = own(weight_VD)
+    try:  # with no group, so that the rank which refuses leaves nobody waiting
+        vocabulary.lookup(ids_T, weight_vD, dataclasses.replace(rows, group=None))
+    except IndexError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("unknown", "refusing"), [(17, 2), (-1, 0)])
+def test_an_id_outside_the_vocabulary_is_refused(unknown: int, refusing: int) -> None:
+    assert run_ranks(is_refused, 3, unknown) == [rank == refusing for rank in range(3)]

@@ -52,6 +52,12 @@ def whole_bytes(tensor: Tensor) -> Tensor:
     return full
 
 
+@pytest.fixture(scope="module")
+def bytes_alone(folder: Path) -> dict[str, Tensor]:
+    """What one process without any layout has."""
+    return run_ranks(gathered_bytes, 1, folder, 1, Layout())[0]
+
+
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
@@ -63,12 +69,13 @@ def whole_bytes(tensor: Tensor) -> Tensor:
         (2, Layout(replicated=True)),
     ],
 )
-def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: int, layout: Layout) -> None:
-    alone = run_ranks(gathered_bytes, 1, folder, 1, Layout())[0]
-    assert any("weight_absmax_scales" in name for name in alone)
+def test_bytes_are_the_same_for_any_number_of_ranks(
+    folder: Path, bytes_alone: dict[str, Tensor], world_size: int, layout: Layout
+) -> None:
+    assert any("weight_absmax_scales" in name for name in bytes_alone)
     for state in run_ranks(gathered_bytes, world_size, folder, world_size, layout):
-        assert state.keys() == alone.keys()
-        for name, expected in alone.items():
+        assert state.keys() == bytes_alone.keys()
+        for name, expected in bytes_alone.items():
             assert torch.equal(state[name], expected), name
 
 

@@ -3,12 +3,14 @@
     torchrun --standalone --nproc-per-node N -m benchmarks.gather [--record FILE]
 
 Each rank compares what a forward saw with what was stored, over rows that divide evenly and unevenly, companions of
-other dtypes in the group, mixed precision, CPU offload and resharding. The exit status is 1 where ours changed a byte.
+other dtypes in the group, mixed precision, CPU offload and resharding; with an even number of ranks also as HSDP of two
+replicas; and once more for weights that stream from host memory. The exit status is 1 where ours changed a byte.
 ``--share-gpu`` puts all ranks on one GPU and gathers over gloo: the copies on the GPU are the same, only the wire
 differs.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -18,11 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from benchmarks.record import environment
 from qsharded import parallel
+from qsharded.autograd.recompute import recomputed
+from qsharded.layout import materialize
+from qsharded.streaming import HostWeights
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
 MODES = {
@@ -57,6 +62,7 @@ def damaged_bytes(
     offload: bool,
     reshard: bool,
     exact: bool,
+    replicas: int = 1,
     compiler: str | None = None,
     device: torch.device | str = "cpu",
 ) -> int:
@@ -66,7 +72,7 @@ def damaged_bytes(
     expected = model.expected
     fully_shard(
         model,
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mesh=mesh_of_all(device, replicas),
         mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype),
         offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         reshard_after_forward=reshard,
@@ -83,15 +89,66 @@ def damaged_bytes(
     return damage
 
 
+@functools.cache  # a mesh of two dimensions makes groups of its own, which hold memory
+def mesh_of_all(device: torch.device, replicas: int) -> DeviceMesh:
+    ranks = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+class Watched(Packed):
+    """Counts what its forwards saw changed, the recomputed ones too."""
+
+    damaged = forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        # first of all: a recomputation ends with the last tensor that backward needs
+        self.damaged += int((self.packed.view(torch.uint8) != self.expected).sum())
+        self.forwards += 1
+        return super().forward(x)[0]
+
+
+def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str = "cpu") -> int:
+    """The same over three blocks whose frozen rows wait in host memory (on one rank: all of them)."""
+    device = torch.device(device)
+    mesh = mesh_of_all(device, replicas) if dist.get_world_size() > 1 else None
+    blocks = [Watched(rows, torch.float32, torch.device("meta")) for _ in range(3)]
+    weights = HostWeights(blocks, mesh)
+    forwards = recomputed(weights.forwards, "full")
+    materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
+    for block in blocks:
+        block.expected = ALL_PATTERNS[-rows:].to(device)
+        own = parallel.own_rows(block.packed)
+        stored = parallel.local(block.packed).detach()
+        stored.view(torch.uint8).copy_(block.expected[own.start : own.stop])
+        nn.init.eye_(block.companion)
+    for _ in range(2):
+        x = torch.randn(4, 8, device=device, requires_grad=True)
+        for forward in forwards:
+            x = forward(x)
+        x.sum().backward()
+    assert all(block.forwards == 4 for block in blocks)
+    return sum(block.damaged for block in blocks)
+
+
 def every_mode(*, exact: bool, device: torch.device | str) -> dict[str, int]:
-    """Bytes changed in each of the 72 modes, on the rank where most were."""
+    """Bytes changed in each of the 72 modes, twice as many where HSDP is possible, on the rank where most were."""
+    axes = MODES | {"replicas": (1, 2) if dist.get_world_size() % 2 == 0 else (1,)}
     changed = {}
-    for values in itertools.product(*MODES.values()):
-        mode: dict[str, Any] = dict(zip(MODES, values, strict=True))
-        worst = torch.tensor(damaged_bytes(**mode, exact=exact, device=device))
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        changed[" ".join(f"{key}={value}" for key, value in mode.items())] = int(worst)
+    for values in itertools.product(*axes.values()):
+        mode: dict[str, Any] = dict(zip(axes, values, strict=True))
+        changed[" ".join(f"{key}={value}" for key, value in mode.items())] = worst(
+            damaged_bytes(**mode, exact=exact, device=device)
+        )
     return changed
+
+
+def worst(count: int) -> int:
+    """The largest of the ranks' counts."""
+    largest = torch.tensor(count)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def main() -> None:
@@ -101,6 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = start(arguments.share_gpu)
     plain, exact = every_mode(exact=False, device=device), every_mode(exact=True, device=device)
+    streamed = {f"rows={rows}": worst(streamed_damage(rows=rows, device=device)) for rows in MODES["rows"]}
     record = environment() | {
         "command": " ".join(["torchrun -m benchmarks.gather", *sys.argv[1:]]),
         "ranks": dist.get_world_size(),
@@ -109,13 +167,14 @@ def main() -> None:
         "modes": len(exact),
         "plain_fully_shard": summary(plain),
         "exact_gather": summary(exact),
+        "streamed_from_host": summary(streamed),
     }
     if dist.get_rank() == 0:
         print(json.dumps(record, indent=2))
         if arguments.record:
             arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     dist.destroy_process_group()
-    sys.exit(any(exact.values()))
+    sys.exit(any(exact.values()) or any(streamed.values()))
 
 
 def start(share_gpu: bool) -> torch.device:

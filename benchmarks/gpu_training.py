@@ -1,10 +1,15 @@
-"""Training on one GPU and on several gives the same losses: the built-in run, and an 8B shape with random weights.
+"""Training on one GPU and on several gives the same losses: the built-in run, and large shapes with random weights.
 
-    python -m benchmarks.gpu_training [--gpus 1 2] [--share-gpu] [--record FILE]
+    python -m benchmarks.gpu_training [--runs builtin llama3-8b] [--gpus 1 2] [--share-gpu] [--record FILE]
+    python -m benchmarks.gpu_training --runs llama3-70b --gpus 2 --rows 1 --rows-per-step 2 --record FILE
+    python -m benchmarks.gpu_training --runs llama3-70b --gpus 1 --rows 1 --rows-per-step 1 --cpu-offload ...
+    python -m benchmarks.gpu_training --runs llama3-405b --gpus 2 --rows 1 --rows-per-step 2 --length 1024 --repeat \\
+        --steps 3 --activation-checkpointing offloaded ...
 
 Each number of GPUs trains on the same rows in the same steps; the record holds the loss of every step, speed and peak
-memory. ``--share-gpu`` runs two ranks on one GPU over gloo, for machines that have one: sharding, copies and kernels
-are the same, only the wire differs (and its speed means nothing).
+memory. Options that are not of this script go to the trainer. ``--repeat`` gives every step the same rows.
+``--share-gpu`` runs two ranks on one GPU over gloo, for machines that have one: sharding, copies and kernels are the
+same, only the wire differs (and its speed means nothing).
 """
 
 import argparse
@@ -23,14 +28,10 @@ from qsharded import train
 from qsharded.metrics import read_metrics
 
 BUILTIN = Path(train.__file__).parent / "builtin"
-LLAMA3_8B = {
+LLAMA3 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
@@ -38,20 +39,33 @@ LLAMA3_8B = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPES = {
+    "llama3-8b": LLAMA3 | dict(zip(_SIZES, (4096, 14336, 32, 32), strict=True)),
+    "llama3-70b": LLAMA3 | dict(zip(_SIZES, (8192, 28672, 80, 64), strict=True)),
+    "llama3-405b": LLAMA3 | dict(zip(_SIZES, (16384, 53248, 126, 128), strict=True)),
+}
 LARGEST_LOSS_GAP = 2e-3  # relative, step by step: bf16 arithmetic in another order, carried on by training
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", nargs="+", choices=["builtin", *SHAPES], default=["builtin", "llama3-8b"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, max(1, torch.cuda.device_count())])
     parser.add_argument("--share-gpu", action="store_true", help="two ranks on the first GPU as well, over gloo")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch on one GPU")
+    parser.add_argument("--rows-per-step", type=int, default=8, help="of all GPUs and micro-batches together")
+    parser.add_argument("--length", type=int, default=2048, help="of a row, in tokens")
+    parser.add_argument("--repeat", action="store_true", help="the same rows in every step")
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/gpu_training.json"))
-    arguments = parser.parse_args()
+    arguments, trainer_flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = {
-            "builtin": compare(arguments, Path(scratch, "builtin"), builtin_options(arguments.steps)),
-            "llama3-8b": compare(arguments, Path(scratch, "8b"), shape_options(Path(scratch), arguments.steps)),
+            name: compare(arguments, Path(scratch, name), run_options(name, Path(scratch), arguments), trainer_flags)
+            for name in arguments.runs
         }
     command = "python -m " + " ".join(["benchmarks.gpu_training", *sys.argv[1:]])
     record = environment() | {"command": command, "largest_gap_allowed": LARGEST_LOSS_GAP, "runs": runs}
@@ -60,52 +74,50 @@ def main() -> None:
     sys.exit(any(run["largest_gap"] > LARGEST_LOSS_GAP for run in runs.values()))
 
 
-def builtin_options(steps: int) -> dict[str, Any]:
-    return {"max_steps": steps}
-
-
-def shape_options(folder: Path, steps: int) -> dict[str, Any]:
-    """An 8B shape with the built-in model's tokenizer, on rows of random text of about 2,048 tokens."""
-    model = folder / "llama3-8b"
+def run_options(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The built-in run, or a shape with the built-in model's tokenizer on rows of random text."""
+    if name == "builtin":
+        return {"max_steps": arguments.steps}
+    model = folder / f"{name}-model"
     model.mkdir()
     for file in BUILTIN.joinpath("model").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(LLAMA3_8B))
-    random = Random(0)
-    rows = [{"text": "".join(random.choices("abcdefghij", k=2040))} for _ in range(8 * steps)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"model": model, "dataset": folder / "rows.jsonl", "max_steps": steps, "max_length": 2048}
+    (model / "config.json").write_text(json.dumps(SHAPES[name]))
+    random, dataset = Random(0), folder / f"{name}.jsonl"
+    count = arguments.rows_per_step * (1 if arguments.repeat else arguments.steps)
+    rows = [{"text": "".join(random.choices("abcdefghij", k=arguments.length - 8))} for _ in range(count)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": model, "dataset": dataset, "max_steps": arguments.steps, "max_length": arguments.length}
 
 
-def compare(arguments: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """One training for each number of GPUs, eight rows a step in all, and how far their losses lie apart."""
+def compare(
+    arguments: argparse.Namespace, folder: Path, options: dict[str, Any], trainer_flags: list[str]
+) -> dict[str, Any]:
+    """One training for each number of GPUs, the same rows a step in all, and how far their losses lie apart."""
     folder.mkdir(parents=True)
-    runs = [measure(folder / f"gpus{gpus}", gpus, gpus, options) for gpus in dict.fromkeys(arguments.gpus)]
-    if arguments.share_gpu:
-        runs.append(measure(folder / "shared", 2, 1, options))
+    ranks_and_gpus = [(gpus, gpus) for gpus in dict.fromkeys(arguments.gpus)] + [(2, 1)] * arguments.share_gpu
+    runs = []
+    for ranks, gpus in ranks_and_gpus:
+        settings = options | {
+            "output_dir": folder / f"ranks{ranks}-gpus{gpus}",
+            "per_device_train_batch_size": arguments.rows,
+            "gradient_accumulation_steps": arguments.rows_per_step // (arguments.rows * ranks),
+        }
+        runs.append({"ranks": ranks, "gpus": gpus} | measure(ranks, settings, trainer_flags))
     first = runs[0]["losses"]
     gaps = [abs(a - b) / a for run in runs for a, b in zip(first, run["losses"], strict=True)]
     return {"largest_gap": max(gaps), "runs": runs}
 
 
-def measure(folder: Path, ranks: int, gpus: int, options: dict[str, Any]) -> dict[str, Any]:
-    settings = options | {
-        "output_dir": folder,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2 // ranks,
-        "logging_steps": 1,
-        "save_steps": 0,
-        "lora_r": 16,
-    }
+def measure(ranks: int, options: dict[str, Any], trainer_flags: list[str]) -> dict[str, Any]:
+    settings = options | {"logging_steps": 1, "save_steps": 0, "lora_r": 16}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     flags += ["--random-init"] if "model" in options else []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launcher, "-m", "benchmarks.gpu_training_rank", *flags], check=True)
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    subprocess.run([*launcher, "-m", "benchmarks.gpu_training_rank", *flags, *trainer_flags], check=True)
+    rows = [row for row in read_metrics(options["output_dir"] / "metrics.jsonl") if "loss" in row]
     return {
-        "ranks": ranks,
-        "gpus": gpus,
         "losses": [row["loss"] for row in rows],
         "tokens_per_second": sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2],
         "peak_memory_gib": max(row["memory_gib"] for row in rows),

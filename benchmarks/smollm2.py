@@ -141,7 +141,7 @@ def training(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         *("--model", str(arguments.model), "--output-dir", str(scratch / "out")),
         *("--dataset", str(scratch / "train.jsonl"), "--eval-dataset", str(scratch / "eval.jsonl")),
         *("--max-steps", str(arguments.steps), "--eval-steps", str(arguments.steps // 2), "--logging-steps", "10"),
-        *("--max-length", "128", "--overlong", "truncate", "--packing", "--no-gradient-checkpointing"),
+        *("--max-length", "128", "--overlong", "truncate", "--packing", "--activation-checkpointing", "none"),
         *("--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "1"),
         *("--learning-rate", "5e-4", "--save-steps", "0"),
     ]

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
-from qsharded.checkpoint.load import load_model, parameter_count
+from qsharded.checkpoint.load import load_model, parameter_count, skeleton
 from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.training import Progress, load_checkpoint
@@ -19,11 +19,12 @@ from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
 from qsharded.data.sources import find_files
+from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
-from qsharded.parallel import World
+from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
     "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
@@ -72,13 +73,15 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = _lora_config(config, adapter)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
+    layout, why = _layout(config, world, model_config, lora)
     model = load_model(
         folder,
-        mesh=world.mesh,
+        mesh=mesh_of(world, config.dp_replicate),
         lora=lora,
         dtype=compute_dtype(config.dtype, world.device),
         device=world.device,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.activation_checkpointing,
+        layout=layout,
         random_init=config.random_init,
         seed=config.seed,
     )
@@ -100,7 +103,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     if resume_from:
         parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)
     claim_output_dir(config, world, resume_from)
-    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
+    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from) + ([why] if why else [])
     return parts
 
 
@@ -119,6 +122,19 @@ def _downloaded(config: TrainConfig) -> Path:
 
 def _eval_dataset_split(config: TrainConfig) -> str:
     return config.eval_dataset_split or config.dataset_split
+
+
+def _layout(config: TrainConfig, world: World, model_config: ModelConfig, lora: LoRAConfig) -> tuple[Layout, str]:
+    """Where the frozen weights go, and, if that was left open, why."""
+    given = Layout(replicated=config.sharding == "replicate", on_host=config.cpu_offload)
+    if config.sharding != "auto" or world.mesh is None or config.cpu_offload or config.dp_replicate > 1:
+        return given, ""
+    frozen = frozen_bytes(skeleton(model_config, lora, compute_dtype(config.dtype, world.device)))
+    room = least_memory(world)
+    fits = frozen <= room // 2
+    verdict = "replicated" if fits else f"cut over {world.size} ranks"
+    share = f"the frozen weights take {frozen / 2**30:.1f} of a rank's {room / 2**30:.1f} GiB"
+    return Layout(replicated=fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:

@@ -19,8 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
+
+from qsharded import collectives
+from qsharded.shards import RowRange as RowRange
+from qsharded.shards import local as local
+from qsharded.shards import own_rows as own_rows
+from qsharded.shards import whole as whole
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs
@@ -66,8 +71,7 @@ class ExactAllGather:
                 "damage packed weights; use a PyTorch version that qsharded supports"
             )
         own = input_tensor.as_subclass(torch.Tensor).view(torch.uint8)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.15 renames it
-        return gather(output_tensor.view(torch.uint8), own, group=group, async_op=async_op)
+        return collectives.all_gather_into(output_tensor.view(torch.uint8), own, group, async_op)
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,18 @@ def stop_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each block in backward instead of keeping its activations. Call before :func:`shard`.
+def mesh_of(world: World, replicas: int) -> DeviceMesh | None:
+    """The ranks as one mesh, or for HSDP as ``replicas`` rows of it, each of which holds the model once.
 
-    The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
+    Raises:
+        ValueError: the ranks cannot be divided so.
     """
-    for block in _blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if replicas == 1:
+        return world.mesh
+    if world.size % replicas:
+        raise ValueError(f"--dp-replicate {replicas} does not divide the {world.size} ranks")
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
@@ -150,14 +159,17 @@ def shard(
     *,
     param_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    replicate_frozen: bool = False,
 ) -> nn.Module:
     """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
 
     Args:
-        model: has its blocks in ``model.model.layers``; sharded in place, and returned.
+        model: has its blocks in ``model.model.layers``; sharded in place, and returned. Parameters that are cut over
+            ranks already (DTensors) are left as they are.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
         reshard_after_forward: free each gathered block after its forward.
+        replicate_frozen: leave what is frozen whole on every rank, and shard what trains.
 
     Raises:
         ValueError: a ``param_dtype`` that would cast packed bytes.
@@ -166,9 +178,13 @@ def shard(
         raise ValueError(f"param_dtype must be None or bfloat16, got {param_dtype}: it would destroy packed NF4 bytes")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
-    wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    left = {p for p in model.parameters() if isinstance(p, DTensor) or (replicate_frozen and not p.requires_grad)}
+    wrap = functools.partial(
+        fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, ignored_params=left
+    )
     for modules in _groups(model):
-        wrap(modules if len(modules) > 1 else modules[0])
+        if any(parameter not in left for module in modules for parameter in module.parameters()):
+            wrap(modules if len(modules) > 1 else modules[0])
     wrap(model)
     use_exact_gather(model)
     return model
@@ -186,13 +202,14 @@ def _device_type(model: nn.Module) -> str:
     return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's blocks, in their order."""
     yield from model.get_submodule("model.layers").children()
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
-    for block in _blocks(model):
+    for block in blocks_of(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
     if embedding.weight is weight:
@@ -200,39 +217,3 @@ def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     else:
         yield [embedding]
         yield [head]
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """The rows [start, stop) of a parameter's ``total`` rows that this rank holds, and the group that shares them."""
-
-    start: int
-    stop: int
-    total: int
-    group: dist.ProcessGroup | None
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
-
-
-def own_rows(parameter: Tensor) -> RowRange:
-    """Which rows of ``parameter`` live here: FSDP2 cuts dim 0 into equal runs, the last ones shorter or empty."""
-    total = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return RowRange(0, total, total, None)
-    dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
-    mesh = parameter.device_mesh
-    step = -(-total // mesh.size(dim))
-    start = min(mesh.get_local_rank(dim) * step, total)
-    return RowRange(start, min(start + step, total), total, mesh.get_group(dim))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered where it is sharded: a collective. Never for packed weights, which stay sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,8 +11,8 @@ from torch import Tensor
 IGNORE = -100
 """The target of a token that is not supervised, as in torch's cross_entropy."""
 
-# 2^26 fp32 logits are 256 MiB: 523 tokens of a 128k vocabulary, enough rows for the matmuls to run at full speed.
-_LOGITS_PER_CHUNK = 1 << 26
+LOGITS_PER_CHUNK = 1 << 26
+"""In fp32 256 MiB: 523 tokens of a 128k vocabulary, enough rows for the matmuls to run at full speed."""
 
 
 def chunked_cross_entropy(
@@ -25,7 +25,7 @@ def chunked_cross_entropy(
     Gradients: hidden, and weight where it requires one. Not differentiable twice.
     """
     if chunk_size is None:
-        chunk_size = max(1, _LOGITS_PER_CHUNK // weight_VD.shape[0])
+        chunk_size = max(1, LOGITS_PER_CHUNK // weight_VD.shape[0])
     with_grad = torch.is_grad_enabled()
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_size, with_grad)
     return loss

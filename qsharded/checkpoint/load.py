@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded import nf4, parallel
+from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
 from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
+from qsharded.layout import SHARDED, Layout, lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
 from qsharded.nn.lora import initial_A, lora_layers
@@ -27,7 +29,8 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     device: torch.device | str | None = None,
-    gradient_checkpointing: bool = False,
+    activation_checkpointing: Mode = "none",
+    layout: Layout = SHARDED,
     random_init: bool = False,
     seed: int = 0,
 ) -> CausalLM:
@@ -44,7 +47,8 @@ def load_model(
         dtype: of what is not quantized (embedding, norms, biases, head) and of the activations: bfloat16 or float32.
         revision: of a Hub id.
         device: where the model lives; by default the current GPU, or the CPU where there is none.
-        gradient_checkpointing: recompute each block in backward.
+        activation_checkpointing: what of each block is recomputed in backward.
+        layout: where the frozen weights are kept.
         random_init: take config.json alone and draw the weights, for benchmarks.
         seed: of the adapters, and of random weights.
 
@@ -60,12 +64,14 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     packed = None if random_init else PackedCheckpoint.at(folder, read_packing(described))
     model = skeleton(config, lora, dtype, packed)
-    if gradient_checkpointing:
-        parallel.checkpoint_activations(model)
-    if mesh is not None:
-        parallel.shard(model, mesh, param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty gives each module a tensor of its own
+    lay_out(
+        model,
+        mesh,
+        device,
+        layout=layout,
+        checkpointing=activation_checkpointing,
+        param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
+    )
     if packed is not None:
         filling.run(_packed_fills(model, packed), packed.source, device)
     else:

@@ -11,6 +11,7 @@ _model = partial(option, group="Model")
 _data = partial(option, group="Data")
 _lora = partial(option, group="LoRA adapter")
 _batch = partial(option, group="Length and batches")
+_memory = partial(option, group="Memory and sharding")
 _optimizer = partial(option, group="Optimizer")
 _output = partial(option, group="Output and logging")
 _eval = partial(option, group="Evaluation")
@@ -60,8 +61,28 @@ class TrainConfig:
     gradient_accumulation_steps: int = _batch(
         "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
     )
-    gradient_checkpointing: bool = _batch(
-        "Recompute each block in the backward pass: about a third more work for a fraction of the memory.", True
+    activation_checkpointing: Literal["none", "selective", "full", "offloaded"] = _memory(
+        "What the backward pass computes again. full keeps each block's input alone: a third more work for a fraction "
+        "of the memory; selective keeps what attention and the large matmuls put out as well; offloaded is full with "
+        "the inputs in host memory.",
+        "full",
+    )
+    sharding: Literal["full", "replicate", "auto"] = _memory(
+        "Where the frozen weights are: cut over the ranks, whole on each (faster, for models that fit), or, with auto, "
+        "whole if they take less than half of a rank's memory.",
+        "full",
+    )
+    dp_replicate: int = _memory(
+        "Groups of ranks that hold the model once each, and cut it over their own ranks only (HSDP): for nodes with "
+        "slow wires between them.",
+        1,
+        unit="groups",
+        check=AT_LEAST_1,
+    )
+    cpu_offload: bool = _memory(
+        "Keep the frozen weights in host memory; a block's come while the one before it runs. Adapters and optimizer "
+        "stay on the GPU.",
+        False,
     )
 
     lora_r: int = _lora("Rank of the adapters.", 16, check=AT_LEAST_1)
@@ -160,6 +181,14 @@ class TrainConfig:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
+        if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
+            raise ValueError(
+                "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+                f"when its weights are back, not with {self.activation_checkpointing}"
+            )
+        if self.sharding == "replicate" and (self.cpu_offload or self.dp_replicate > 1):
+            other = "--cpu-offload" if self.cpu_offload else f"--dp-replicate {self.dp_replicate}"
+            raise ValueError(f"--sharding replicate keeps all weights on every GPU, which {other} contradicts")
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)

@@ -5,6 +5,7 @@ Axes: B batch, S prompt length (the longest), V vocabulary.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def generate(
     Raises ValueError for an empty prompt or no prompt, and for settings out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    device = next(model.parameters()).device
+    device = _device(model)
     ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
     cache = KVCache(model.config.num_hidden_layers, ids_BS.shape[1] + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
@@ -63,6 +64,11 @@ def generate(
             if documents_BS is not None:
                 documents_BS = documents_BS[:, -1:]  # the last position is never padding
     return [row.tokens for row in rows]
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes: frozen parameters may wait in host memory, buffers never do."""
+    return next(chain(model.buffers(), model.parameters())).device
 
 
 class _Row:

@@ -7,11 +7,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def first_value(parameter: Tensor) -> int:
     """Where this rank's values begin among the parameter's, counted in row order.
 

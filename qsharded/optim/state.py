@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qsharded.blockwise8 import BLOCK, dynamic_map
 from qsharded.optim import reference
-from qsharded.optim.shards import first_value, local
+from qsharded.optim.shards import first_value
+from qsharded.shards import local
 
 State = Mapping[str, Any]
 _MOMENTS = (("state1", "absmax1", True), ("state2", "absmax2", False))

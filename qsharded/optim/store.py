@@ -12,7 +12,8 @@ from qsharded.optim import reference
 from qsharded.optim.arena import Arena, Blocks, Bucket, place
 from qsharded.optim.kernels import optimizer_kernels
 from qsharded.optim.paging import PageBudget, Pager, resident_bytes
-from qsharded.optim.shards import first_value, holds_rows, local
+from qsharded.optim.shards import first_value, holds_rows
+from qsharded.shards import local
 
 MIN_8BIT_SIZE = 4096  # smaller parameters keep fp32 moments, as bitsandbytes' do
 DTYPES = (torch.float32, torch.bfloat16)

@@ -21,6 +21,19 @@ def config(**values: Any) -> TrainConfig:
         ({"learning_rate": 0}, "--learning-rate must be above 0, got 0"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, got -1.0"),
         ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
+        (
+            {"cpu_offload": True, "activation_checkpointing": "none"},
+            "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+            "when its weights are back, not with none",
+        ),
+        (
+            {"sharding": "replicate", "cpu_offload": True},
+            "--sharding replicate keeps all weights on every GPU, which --cpu-offload contradicts",
+        ),
+        (
+            {"sharding": "replicate", "dp_replicate": 2},
+            "--sharding replicate keeps all weights on every GPU, which --dp-replicate 2 contradicts",
+        ),
         ({"lora_target_modules": []}, "--lora-target-modules must name at least one layer"),
         ({"lora_target_modules": ""}, "--lora-target-modules must name at least one layer"),
         (

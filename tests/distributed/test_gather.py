@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.gather import ALL_PATTERNS, damaged_bytes
+from benchmarks.gather import ALL_PATTERNS, damaged_bytes, streamed_damage
 from qsharded import parallel
 from tests.distributed.harness import run_ranks
 
@@ -63,8 +63,29 @@ def test_exact_gather_keeps_every_pattern_in_every_mode(world_size: int, rows: i
         assert changed == [0] * 24
 
 
-def test_exact_gather_keeps_every_pattern_compiled() -> None:
-    compiled = modes(512, exact=True, compiler="aot_eager", companion=torch.float32, offload=False)
+@pytest.mark.parametrize(("world_size", "rows", "replicas"), [(4, 5, 1), (2, 512, 2), (4, 511, 2), (4, 1, 2)])
+def test_exact_gather_keeps_every_pattern_on_four_ranks_and_replicated(
+    world_size: int, rows: int, replicas: int
+) -> None:
+    mixed = modes(rows, exact=True, replicas=replicas, companion=torch.float32)
+    for changed in run_ranks(damage, world_size, mixed):
+        assert changed == [0] * 8
+
+
+def streamed(cases: list[dict[str, int]]) -> list[int]:
+    torch._foreach_copy_ = as_cuda_copies
+    return [streamed_damage(**case) for case in cases]
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_weights_from_host_memory_keep_every_pattern(world_size: int, replicas: int) -> None:
+    for changed in run_ranks(streamed, world_size, [{"rows": rows, "replicas": replicas} for rows in (512, 511, 2, 1)]):
+        assert changed == [0] * 4
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_exact_gather_keeps_every_pattern_compiled(replicas: int) -> None:
+    compiled = modes(512, exact=True, compiler="aot_eager", companion=torch.float32, offload=False, replicas=replicas)
     for changed in run_ranks(damage, 2, compiled):
         assert changed == [0] * 4
 

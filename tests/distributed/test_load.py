@@ -15,6 +15,7 @@ from qsharded import nf4, parallel
 from qsharded.checkpoint import load_model, staging
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
+from qsharded.layout import SHARDED, Layout
 from qsharded.nn import LoRAConfig, NF4Linear
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -36,7 +37,9 @@ def packed_as(form: str, folder: Path, target: Path) -> Path:
     return target
 
 
-def gathered_bytes(path: Path, world_size: int, random_init: bool = False) -> dict[str, Tensor]:
+def gathered_bytes(
+    path: Path, world_size: int, layout: Layout = SHARDED, random_init: bool = False
+) -> dict[str, Tensor]:
     """Every parameter and buffer of the sharded model, whole, as uint8; gathered here by plain integer means.
 
     Where there are several ranks, they read in pieces of a few rows.
@@ -44,8 +47,16 @@ def gathered_bytes(path: Path, world_size: int, random_init: bool = False) -> di
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     if mesh is not None:
         staging.PIECE = 3000
-    lora = LoRAConfig(r=3)
-    model = load_model(path, mesh=mesh, lora=lora, dtype=torch.bfloat16, seed=7, random_init=random_init)
+    model = load_model(
+        path,
+        mesh=mesh,
+        lora=LoRAConfig(r=3),
+        dtype=torch.bfloat16,
+        layout=layout,
+        activation_checkpointing="full",
+        seed=7,
+        random_init=random_init,
+    )
     state = {name: whole_bytes(tensor) for name, tensor in model.named_parameters()}
     return state | {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
 
@@ -62,21 +73,38 @@ def whole_bytes(tensor: Tensor) -> Tensor:
     return full
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_bytes_are_the_same_for_any_number_of_ranks(folder: Path, world_size: int) -> None:
-    alone = run_ranks(gathered_bytes, 1, folder, 1)[0]
-    assert any("weight_absmax_scales" in name for name in alone)
-    for state in run_ranks(gathered_bytes, world_size, folder, world_size):
-        assert state.keys() == alone.keys()
-        for name, expected in alone.items():
+@pytest.fixture(scope="module")
+def bytes_alone(folder: Path) -> dict[str, Tensor]:
+    """What one process without any layout has."""
+    return run_ranks(gathered_bytes, 1, folder, 1, Layout())[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, Layout()),
+        (3, Layout()),
+        (4, Layout(split_vocabulary=True)),
+        (1, Layout(on_host=True)),
+        (3, Layout(on_host=True)),
+        (2, Layout(replicated=True)),
+    ],
+)
+def test_bytes_are_the_same_for_any_number_of_ranks(
+    folder: Path, bytes_alone: dict[str, Tensor], world_size: int, layout: Layout
+) -> None:
+    assert any("weight_absmax_scales" in name for name in bytes_alone)
+    for state in run_ranks(gathered_bytes, world_size, folder, world_size, layout):
+        assert state.keys() == bytes_alone.keys()
+        for name, expected in bytes_alone.items():
             assert torch.equal(state[name], expected), name
 
 
 def test_random_weights_are_the_same_on_three_ranks(tmp_path: Path) -> None:
     """Of 2,100 rows a rank has 700, and runs of 1,024 are drawn."""
     folder = write_checkpoint(tmp_path, intermediate_size=2112, vocab_size=2100)
-    alone = run_ranks(gathered_bytes, 1, folder, 1, True)[0]
-    for state in run_ranks(gathered_bytes, 3, folder, 3, True):
+    alone = run_ranks(gathered_bytes, 1, folder, 1, SHARDED, True)[0]
+    for state in run_ranks(gathered_bytes, 3, folder, 3, SHARDED, True):
         for name, expected in alone.items():
             assert torch.equal(state[name], expected), name
 
@@ -122,7 +150,12 @@ def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
 def loss_and_gradient(path: Path, world_size: int, checkpointing: bool) -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     model = load_model(
-        path, mesh=mesh, lora=LoRAConfig(r=3), dtype=torch.float32, gradient_checkpointing=checkpointing, seed=7
+        path,
+        mesh=mesh,
+        lora=LoRAConfig(r=3),
+        dtype=torch.float32,
+        activation_checkpointing="full" if checkpointing else "none",
+        seed=7,
     )
     ids = torch.arange(24).view(2, 12) % 97
     loss = model(ids, targets_BS=ids)

@@ -1,0 +1,55 @@
+"""What a run is made with."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qsharded import assembly
+from qsharded.checkpoint.load import skeleton
+from qsharded.config import TrainConfig
+from qsharded.layout import Layout, frozen_bytes
+from qsharded.models import ModelConfig
+from qsharded.nn import LoRAConfig
+from qsharded.parallel import World
+from tests.checkpoints import LLAMA
+
+MODEL, LORA = ModelConfig.from_hf(LLAMA), LoRAConfig(r=4)
+
+
+def layout(memory: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Layout, str]:
+    """What two ranks of so many bytes each choose."""
+    monkeypatch.setattr(assembly, "least_memory", lambda world: memory)
+    config = TrainConfig(model="m", dataset="d", **options)
+    return assembly._layout(config, World(0, 2, torch.device("cpu"), object()), MODEL, LORA)
+
+
+def test_auto_replicates_what_takes_less_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = frozen_bytes(skeleton(MODEL, LORA, torch.float32))
+    # 2 blocks of 128 x 128, 64 x 128, 64 x 128, 128 x 128 and 3 of 192 x 128 weights, each in half a byte and 1/64 byte
+    # of absmax codes (padded to 2 bytes a row, of 2 or 3 of them); norms; embedding and head
+    rows = {128: 128 + 64 + 64 + 128 + 192 + 192, 192: 128}
+    packed = sum(count * (columns // 2 + 2 * -(-columns // 128)) for columns, count in rows.items())
+    assert frozen == 2 * (packed + 2 * 128 * 4) + 128 * 4 + 2 * 97 * 128 * 4
+    chosen, why = layout(2 * frozen, monkeypatch, sharding="auto")
+    assert chosen == Layout(replicated=True)
+    assert why.startswith("sharding: replicated, as the frozen weights take 0.0 of a rank's 0.0 GiB, less than half")
+    chosen, why = layout(2 * frozen - 2, monkeypatch, sharding="auto")
+    assert chosen == Layout()
+    assert why.startswith("sharding: cut over 2 ranks")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Layout()),
+        ({"sharding": "replicate"}, Layout(replicated=True)),
+        ({"cpu_offload": True}, Layout(on_host=True)),
+        ({"sharding": "auto", "cpu_offload": True}, Layout(on_host=True)),
+        ({"sharding": "auto", "dp_replicate": 2}, Layout()),
+    ],
+)
+def test_what_is_given_is_taken_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: Layout
+) -> None:
+    assert layout(1 << 40, monkeypatch, **options) == (expected, "")

@@ -45,10 +45,14 @@ class _GatherBuffer(torch.Tensor):
             return plain.narrow(0, numel * rank, numel).as_subclass(_FilledAsIntegers), plain
 
 
+class DamagedGather(RuntimeError):
+    """This build of PyTorch gathers shards in a way that may change packed bytes."""
+
+
 class ExactAllGather:
     """FSDP2's all-gather with no arithmetic on the way: integer copies in, bytes over the wire.
 
-    It raises RuntimeError where PyTorch filled the buffer in a way unknown to it: such a run stops, it does not damage.
+    It raises DamagedGather where PyTorch filled the buffer in a way unknown to it: such a run stops before any damage.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -58,7 +62,7 @@ class ExactAllGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if type(input_tensor) is not _FilledAsIntegers:
-            raise RuntimeError(
+            raise DamagedGather(
                 f"PyTorch {torch.__version__} filled FSDP2's gather buffer in a way qsharded does not know, which may "
                 "damage packed weights; use a PyTorch version that qsharded supports"
             )

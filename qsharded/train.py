@@ -14,10 +14,11 @@ from qsharded.checkpoint.training import Progress, checkpoint_folder, drop_old_c
 from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
+from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import World, start_world, stop_world, whole
+from qsharded.parallel import DamagedGather, World, start_world, stop_world, whole
 from qsharded.seeds import derived_seed
 
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
     world = start_world()
     try:
-        with errors_named(config.prog, world, (ValueError, OSError)):
+        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
+            check_gather(world)
             parts = assembly.prepare(config, world)
         with errors_named(config.prog, world, (SkippedTooOften,)):
             run(config, world, parts)

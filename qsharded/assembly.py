@@ -64,7 +64,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     _check_vocabulary(model_config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     adapter = find_adapter(config.adapter) if config.adapter else None
-    lora = _lora_config(config, adapter)
+    lora = lora_config(config, adapter)
     model = load_model(
         folder,
         mesh=world.mesh,
@@ -164,7 +164,8 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
 
 
-def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
+def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
+    """What the options, or an adapter to go on with, say of the adapters."""
     dtype = DTYPES[config.lora_dtype]
     if adapter:
         return read_lora_config(adapter, dtype)

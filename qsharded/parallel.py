@@ -123,7 +123,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
     """
-    for block in _blocks(model):
+    for block in blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -150,7 +150,7 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
     wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    for modules in _groups(model):
+    for modules in groups(model):
         wrap(modules if len(modules) > 1 else modules[0])
     wrap(model)
     use_exact_gather(model)
@@ -169,13 +169,15 @@ def _device_type(model: nn.Module) -> str:
     return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The decoder's layers, in their order."""
     yield from model.get_submodule("model.layers").children()
 
 
-def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
+def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
-    for block in _blocks(model):
+    for block in blocks(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
     if embedding.weight is weight:
@@ -199,16 +201,22 @@ class RowRange:
         return self.stop - self.start
 
 
+def rows_of_rank(total: int, ranks: int, rank: int) -> tuple[int, int]:
+    """(start, stop): FSDP2 and DTensor cut dim 0 into equal runs, the last ones shorter or empty."""
+    step = -(-total // ranks)
+    start = min(rank * step, total)
+    return start, min(start + step, total)
+
+
 def own_rows(parameter: Tensor) -> RowRange:
-    """Which rows of ``parameter`` live here: FSDP2 cuts dim 0 into equal runs, the last ones shorter or empty."""
+    """Which rows of ``parameter`` live here; all of them where it is not sharded."""
     total = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return RowRange(0, total, total, None)
     dim = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
     mesh = parameter.device_mesh
-    step = -(-total // mesh.size(dim))
-    start = min(mesh.get_local_rank(dim) * step, total)
-    return RowRange(start, min(start + step, total), total, mesh.get_group(dim))
+    start, stop = rows_of_rank(total, mesh.size(dim), mesh.get_local_rank(dim))
+    return RowRange(start, stop, total, mesh.get_group(dim))
 
 
 def local(tensor: Tensor) -> Tensor:

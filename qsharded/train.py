@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
 from qsharded.parallel import DamagedGather, World, start_world, stop_world, whole
+from qsharded.plan.dry_run import dry_run
 from qsharded.seeds import derived_seed
 
 
@@ -28,7 +30,10 @@ class SkippedTooOften(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
-    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
+    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=_not_given)
+    if config.dry_run:
+        with errors_named(config.prog, World(0, 1, torch.device("cpu"), None)):
+            raise SystemExit(dry_run(config))
     world = start_world()
     try:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
@@ -38,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(config, world, parts)
     finally:
         stop_world(world)
+
+
+def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The built-in run's settings where no model is given; a plan reads no rows, so it asks for no dataset."""
+    return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
 def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:

@@ -198,6 +198,8 @@ def changed(config: TrainConfig) -> TrainConfig:
         "lr_scheduler_type": "constant",
         "dtype": "float32",
         "max_steps": 12,
+        "gpus": 3,
+        "gpu_memory_gib": 1.5,
         "eval_split": 0.0,
     }
     names = [field.name for field in dataclasses.fields(config)]

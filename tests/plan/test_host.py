@@ -1,0 +1,51 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qsharded.checkpoint.load import skeleton
+from qsharded.config import TrainConfig
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.nn import LoRAConfig
+from qsharded.plan.host import disk, host_memory
+from tests.checkpoints import LLAMA
+
+R = 4
+# q and o: 128x128, k and v: 64x128, gate and up: 192x128, down: 128x192; two layers, fp32
+ADAPTER = 2 * R * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192)) * 4
+WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) + 2 * 97 * 128 + 5 * 128
+CONFIG = TrainConfig(model="some/model", dataset="d")
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    return skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16)
+
+
+def needs(built: CausalLM, described: dict[str, Any] = LLAMA, **changes: Any) -> dict[str, int]:
+    return {need.name: need.bytes for need in disk(built, replace(CONFIG, **changes), described)}
+
+
+def test_an_adapter_and_its_checkpoints_take_disk(model: CausalLM) -> None:
+    assert needs(model)["adapter"] == ADAPTER
+    assert needs(model)["checkpoints"] == 3 * ADAPTER
+    assert needs(model, max_steps=1000, save_steps=300)["checkpoints"] == 3 * 3 * ADAPTER
+    assert needs(model, save_total_limit=2)["checkpoints"] == 3 * 3 * ADAPTER  # one more, while it is written
+    assert "checkpoints" not in needs(model, save_steps=0)
+
+
+def test_a_model_of_the_hub_is_downloaded_in_its_dtype(model: CausalLM, tmp_path: Path) -> None:
+    assert needs(model)["download"] == 2 * WEIGHTS
+    assert needs(model, LLAMA | {"torch_dtype": "float32"})["download"] == 4 * WEIGHTS
+    assert "download" not in needs(model, model=str(tmp_path))
+    assert "download" not in needs(model, random_init=True)
+
+
+def test_the_copy_for_a_checkpoint_is_a_ranks_own(model: CausalLM) -> None:
+    def copied(ranks: int) -> int:
+        return next(need.bytes for need in host_memory(model, ranks) if need.name == "checkpoint's copy")
+
+    assert copied(1) == 3 * ADAPTER
+    assert copied(2) == copied(1) // 2

@@ -5,10 +5,11 @@ from pathlib import Path
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
 from qsharded.generate import GenerateConfig
+from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig}
+PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig, "inspect.md": InspectConfig}
 
 
 def main() -> None:

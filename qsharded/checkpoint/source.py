@@ -18,7 +18,7 @@ _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
-_RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
+RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
 
 
@@ -145,7 +145,7 @@ class SafetensorsFolder:
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the tensors are just these, of these shapes and a readable dtype."""
         _refuse(shapes.keys() - self._file_of.keys(), f"{self.folder} lacks")
-        surplus = [name for name in self._file_of.keys() - shapes.keys() if not name.endswith(_RECOMPUTED)]
+        surplus = [name for name in self._file_of.keys() - shapes.keys() if not name.endswith(RECOMPUTED)]
         _refuse(surplus, f"{self.folder} holds tensors that the model has no place for:")
         for name, shape in shapes.items():
             if self.shape(name) != shape:

@@ -111,3 +111,16 @@ def _fused_linear(device: torch.device) -> ModuleType | None:
     from qsharded_kernels import cuda, cuda_linear
 
     return cuda_linear if cuda.is_available(device) else None
+
+
+def serving(device: torch.device) -> str:
+    """Which of ``BACKENDS`` serves a device, for people to read; others that could follow in brackets.
+
+    Raises:
+        ValueError: as any operation there would: QSHARDED_BACKEND asks for one that does not serve it.
+    """
+    chosen, served = _kernels(device), _implementations(device)
+    name = next((name for name, module in served.items() if module is chosen), "reference")
+    others = [other for other in (*served, "reference") if other != name]
+    asked = ", as QSHARDED_BACKEND asks" if wanted_backend() else ""
+    return f"{name}{asked} (also there: {', '.join(others)})" if others else name + asked

@@ -4,12 +4,19 @@ from pathlib import Path
 
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
+from qsharded.doctor import DoctorConfig
 from qsharded.generate import GenerateConfig
 from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig, "inspect.md": InspectConfig}
+PAGES = {
+    "train.md": TrainConfig,
+    "generate.md": GenerateConfig,
+    "merge.md": MergeConfig,
+    "inspect.md": InspectConfig,
+    "doctor.md": DoctorConfig,
+}
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
     """
-    for block in blocks(model):
+    for block in _blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -169,15 +169,14 @@ def _device_type(model: nn.Module) -> str:
     return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The decoder's layers, in their order."""
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     yield from model.get_submodule("model.layers").children()
 
 
 def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
-    for block in blocks(model):
+    for block in _blocks(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
     if embedding.weight is weight:

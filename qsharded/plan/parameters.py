@@ -43,8 +43,9 @@ def parameters(model: CausalLM, *, ranks: int, rank: int = 0, param_dtype: torch
     resident = dict.fromkeys((CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS), 0)
     for name, tensor in _tensors(model):
         resident[name] += own_bytes(tensor, ranks, rank)
-    blocks = [modules for modules in parallel.groups(model) if modules[0] in set(parallel.blocks(model))]
-    others = [modules for modules in parallel.groups(model) if modules not in blocks]
+    layers = set(model.model.layers)
+    blocks = [modules for modules in parallel.groups(model) if modules[0] in layers]
+    others = [modules for modules in parallel.groups(model) if modules[0] not in layers]
     is_sharded = ranks > 1
     return Parameters(
         resident,

@@ -107,7 +107,7 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: bool) -> Non
 
 def peak_of_a_step(described: ModelConfig, checkpointing: bool) -> int:
     model = skeleton(described, dataclasses.replace(LORA), torch.bfloat16)
-    for module in (*parallel.blocks(model), model.model.norm):
+    for module in (*model.model.layers, model.model.norm):
         as_on_gpu(module)
     if checkpointing:
         parallel.checkpoint_activations(model)

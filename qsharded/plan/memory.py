@@ -144,8 +144,8 @@ def _activations(work: StepWork, blocks: int, config: TrainConfig) -> list[Row]:
     block = work.block
     return [
         Row("activations", blocks * block.kept + work.shared, _KEPT, f"{mode}, {blocks} times, and masks"),
-        Row("decode workspace", block.workspace, ("backward of a block",), "the largest weight in 16 bits"),
-        Row("block's work", block.passing - block.workspace, ("backward of a block",), "what backward takes of one"),
+        Row("decode workspace", block.decoded, ("backward of a block",), "the largest weight in 16 bits"),
+        Row("block's work", block.passing - block.decoded, ("backward of a block",), "what backward takes of one"),
         Row("logits and loss", work.loss.passing + work.loss.kept, ("loss",), "a chunk of logits, hidden states"),
     ]
 

@@ -7,7 +7,7 @@ backward than PyTorch's composite operations, and some allocate a workspace that
 Axes: B batch, S sequence, D hidden size, H query heads, G key-value heads, E head dim.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qsharded import ops as ops  # defines torch.ops.qsharded
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations made under this mode and that are still alive.
@@ -27,14 +29,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: the most bytes alive at once, workspaces included.
-        workspace: the largest workspace of one operation.
+        decoded: of these the most that one operation decodes a packed weight into.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in known}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.workspace = 0
+        self.peak = self.decoded = 0
 
     def now(self) -> int:
         """Bytes alive."""
@@ -52,8 +54,9 @@ class LiveBytes(TorchDispatchMode):
             reference = StorageWeakRef(storage)
             if reference.cdata not in self._known:
                 self._alive[reference.cdata] = (reference, storage.nbytes())
-        workspace = _workspace(func, args)
-        self.workspace = max(self.workspace, workspace)
+        rule = _WORKSPACES.get(getattr(func, "overloadpacket", None))
+        workspace = rule(*args) if rule else 0
+        self.decoded = max(self.decoded, workspace if rule is _decoded else 0)
         self.peak = max(self.peak, self.now() + workspace)
         return result
 
@@ -62,13 +65,25 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _workspace(func: Any, args: Any) -> int:
-    """What an operation allocates for itself: a packed weight that it multiplies by is decoded, [N, K] in x's dtype."""
-    packet = getattr(func, "overloadpacket", None)
-    if packet in (torch.ops.qsharded.nf4_linear, torch.ops.qsharded.nf4_linear_input_grad):
-        x, codes = args[0], args[1]
-        return int(codes.numel()) * 2 * x.itemsize
-    return 0
+def _decoded(x: Tensor, codes: Tensor, *_: Any) -> int:
+    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype."""
+    return codes.numel() * 2 * x.itemsize
+
+
+def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:
+    """q's gradient is summed in fp32, beside a figure a row; with grouped heads k and v have theirs a query head."""
+    fp32 = q_BHSE.numel() + q_BHSE.shape[:3].numel()
+    per_head = 2 * grad_BHSE.nbytes if k_BGTE.shape[1] != q_BHSE.shape[1] else 0
+    return fp32 * 4 + per_head
+
+
+# What operations allocate for themselves and free, which no tensor shows.
+_WORKSPACES: dict[Any, Callable[..., int]] = {
+    torch.ops.qsharded.nf4_linear: _decoded,
+    torch.ops.qsharded.nf4_linear_input_grad: _decoded,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+}
 
 
 def as_on_gpu(module: nn.Module) -> None:
@@ -91,7 +106,8 @@ class _AsOnGPU(TorchFunctionMode):
         if func is F.rms_norm:
             return _RMSNorm.apply(args[0], kwargs["weight"])
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args, kwargs.get("attn_mask"))
+            q, k, v = args
+            return _attention(q, k, v, kwargs.get("attn_mask"))
         return func(*args, **kwargs)
 
 
@@ -109,26 +125,9 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
-class _Attention(torch.autograd.Function):
-    """A fused kernel: no scores; q, k, v, the output and the fp32 log-sum-exp are kept.
-
-    A boolean mask, which flash attention does not take, is turned into an additive one and kept too. The backward adds
-    up q's gradient in fp32, and with grouped heads has k's and v's once for every query head.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None) -> Tensor:
-        out_BHSE = torch.empty_like(q_BHSE)
-        log_sum_exp_BHS = q_BHSE.new_empty(q_BHSE.shape[:3], dtype=torch.float32)
-        additive = None if mask is None else torch.empty_like(mask, dtype=q_BHSE.dtype)
-        ctx.save_for_backward(q_BHSE, k_BGTE, v_BGTE, out_BHSE, log_sum_exp_BHS, additive)
-        return out_BHSE
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHSE: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHSE, k_BGTE, v_BGTE, _, log_sum_exp_BHS, _ = ctx.saved_tensors
-        sums = torch.empty_like(q_BHSE, dtype=torch.float32), torch.empty_like(log_sum_exp_BHS)
-        per_head = [torch.empty_like(q_BHSE) for _ in range(2)] if k_BGTE.shape[1] != q_BHSE.shape[1] else []
-        grads = torch.empty_like(q_BHSE), torch.empty_like(k_BGTE), torch.empty_like(v_BGTE)
-        del sums, per_head
-        return *grads, None
+def _attention(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None) -> Tensor:
+    """The fused kernels, which hold no scores. Flash attention takes no mask; the other one has it made additive."""
+    if mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
+    additive = torch.empty_like(mask, dtype=q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]

@@ -23,11 +23,11 @@ from qsharded.plan.simulation import LiveBytes, as_on_gpu
 @dataclass(frozen=True)
 class Work:
     """Bytes of a piece of the model: ``kept`` from its forward to its backward, ``passing`` beside them at the worst
-    moment, and of these ``workspace`` inside one operation."""
+    moment, and of these ``decoded`` for a packed weight."""
 
     kept: int
     passing: int
-    workspace: int
+    decoded: int
 
 
 @dataclass(frozen=True)
@@ -126,4 +126,4 @@ def _simulate(model: nn.Module, forward: Callable[[Tensor], Tensor], x_BSD: Tens
         rest = _Rest.apply(y)
         del y
         rest.backward()
-    return Work(kept, live.peak - kept, live.workspace)
+    return Work(kept, live.peak - kept, live.decoded)

@@ -45,11 +45,11 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         y = layer(x)
-        assert live.workspace == 320 * 128 * 2
+        assert live.decoded == 320 * 128 * 2
         assert live.peak == 7 * 320 * 2 + 320 * 128 * 2
         assert live.now() == 7 * 320 * 2
         y.backward(torch.empty_like(y))
-        assert live.workspace == 320 * 128 * 2
+        assert live.decoded == 320 * 128 * 2
 
 
 def test_fused_norms_keep_their_input_and_a_figure_a_row() -> None:

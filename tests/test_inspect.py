@@ -43,8 +43,10 @@ def pack(folder: Path, packed: Callable[[str, Tensor], dict[str, Tensor]], metho
     return folder
 
 
-def by_us(name: str, weight: Tensor) -> dict[str, Tensor]:
-    w = nf4.quantize(weight)
+def by_us(name: str, weight: Tensor, nested: bool = True) -> dict[str, Tensor]:
+    w = nf4.quantize(weight, double_quant=nested)
+    if not nested:
+        return {name: w.codes, f"{name}_absmax": w.absmax.view(torch.uint8)}
     return {
         name: w.codes,
         f"{name}_absmax": w.absmax_codes,
@@ -78,6 +80,7 @@ def test_a_sound_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], shard
 def test_sound_packed_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writers = {
         "ours": (by_us, "qsharded"),
+        "ours-plain": (lambda name, w: by_us(name, w, nested=False), "qsharded"),
         "nested": (by_bitsandbytes, "bitsandbytes"),
         "plain": (lambda name, w: by_bitsandbytes(name, w, nested=False), "bitsandbytes"),
         "bf16": (lambda name, w: by_bitsandbytes(name, w, storage=torch.bfloat16), "bitsandbytes"),

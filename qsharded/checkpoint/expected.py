@@ -37,7 +37,8 @@ class Expected:
 def packed_bytes(names: Iterable[str]) -> set[str]:
     """The tensors among ``names`` that hold codes: bytes, though their dtype may be a float's."""
     there = set(names)
-    ours = {name.removesuffix("_absmax_scales") for name in there if name.endswith("_absmax_scales")}
+    marks = ("_absmax", "_absmax_scales")
+    ours = {name.removesuffix(mark) for mark in marks for name in there if name.endswith(mark)}
     return ours | {name.removesuffix(_STATE) for name in there if name.endswith(_STATE)}
 
 
@@ -56,15 +57,19 @@ def expected_tensors(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str,
         elif name + _STATE in stored:
             expected |= _by_bitsandbytes(name, *shape, is_nested=name + ".nested_absmax" in stored)
         else:
-            expected |= _by_us(name, *shape)
+            expected |= _by_us(name, *shape, is_nested=f"{name}_absmax_scales" in stored)
     return expected
 
 
-def _by_us(name: str, N: int, K: int) -> dict[str, Expected]:
+def _by_us(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
     G = K // nf4.BLOCK
-    return {
+    common = {
         name: Expected(("U8",), (N, K // 2)),
-        f"{name}_absmax": Expected(("U8",), (N, G)),
+        f"{name}_absmax": Expected(("U8",), (N, G if is_nested else 4 * G)),  # codes, or the bytes of fp32 values
+    }
+    if not is_nested:
+        return common
+    return common | {
         f"{name}_absmax_scales": Expected(("F32",), (nf4.second_level_blocks(N, G),)),
         f"{name}_absmax_offset": Expected(("F32",), nbytes=4),
     }

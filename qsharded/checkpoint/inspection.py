@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,8 @@ def _model(folder: Path) -> Report:
     report.problems += [
         f"{INDEX} names {name}, which no file holds" for name in sorted(indexed.keys() - tensors.keys())
     ]
-    report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, tensors)))
+    codes = packed_bytes(tensors)
+    report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
     if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
         _check_against_config(report, described, tensors)
     return report
@@ -165,11 +166,11 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-def _model_class(tensor: Stored, tensors: Mapping[str, Stored]) -> str:
+def _model_class(tensor: Stored, codes: Container[str]) -> str:
     name = tensor.name
     if "absmax" in name or ".quant_" in name or ".nested_" in name:
         return "scales"
-    if name in packed_bytes(tensors):
+    if name in codes:
         return "codes"
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return "embedding and head"

@@ -231,6 +231,16 @@ def test_adapters(
     assert complaint in text
 
 
+def test_an_adapter_whose_configuration_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: Path
+) -> None:
+    config = copied(adapter, tmp_path) / "adapter_config.json"
+    config.write_text(config.read_text()[:-5])
+    status, text = inspected(tmp_path, capsys)
+    assert status == 1
+    assert "adapter_config.json is not valid JSON" in text
+
+
 def write_training_checkpoint(folder: Path, adapter: Path) -> Path:
     """The files of one, and a manifest of their hashes."""
     copied(adapter, folder / "adapter")

@@ -57,7 +57,7 @@ def inspect_path(path: Path) -> Report:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return _safetensors_file(path)
-    if (path / MANIFEST).is_file() or (path / STATE).is_file():
+    if (path / STATE).is_file() or ((path / MANIFEST).is_file() and (path / "adapter").is_dir()):
         return _training_checkpoint(path)
     if (path / CONFIG_FILE).is_file():
         return _adapter(path)
@@ -197,6 +197,7 @@ def _check_against_config(report: Report, described: dict[str, Any], tensors: Ma
 def _adapter(folder: Path) -> Report:
     report = Report("LoRA adapter in PEFT's format")
     _check_adapter(report, folder, folder)
+    _check_json(report, folder, folder / CONFIG_FILE)
     return report
 
 

@@ -10,7 +10,7 @@ from qsharded.machine import GIB
 from qsharded.models import CausalLM
 from qsharded.plan.parameters import ADAPTERS, parameters
 
-# An interpreter that has loaded PyTorch and CUDA's libraries, as its resident memory shows on an H200 machine.
+# An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
 _INTERPRETER_BYTES = int(2.5 * GIB)
 # What loading may hold of a checkpoint at a time, beyond that: bounded for any size of model.
 _LOADING_BYTES = 2 * GIB

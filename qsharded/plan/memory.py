@@ -19,9 +19,10 @@ _KEPT: tuple[Phase, ...] = ("loss", "backward of a block")
 
 # PyTorch gives cuBLAS 32 MiB of its own memory for each thread that multiplies: forward's and backward's (sm_90).
 _LIBRARY_BYTES = 2 * 32 * 2**20
-# What never shows in PyTorch's figures: CUDA's context with its loaded kernels, and NCCL's buffers.
+# What never shows in PyTorch's figures, an estimate: CUDA's context with its loaded kernels, and NCCL's buffers.
 _OUTSIDE_BYTES = int(0.7 * 2**30)
-# PyTorch's allocator reserves more than is allocated: blocks are cut to fit, and streams do not share them.
+# PyTorch's allocator reserves more than is allocated: blocks are cut to fit, and streams do not share them. An estimate
+# too; benchmarks/plan.py measures all three.
 _RESERVED_OVER_ALLOCATED = 1.05
 
 

@@ -34,7 +34,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in known}
+        # references, not addresses alone: while one is held, no other storage gets that address
+        self._known = {ref.cdata: ref for ref in map(_storage_of, known)}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = self.decoded = 0
 
@@ -44,21 +45,23 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in self._alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):  # what comes from outside was there before
-            key = StorageWeakRef(tensor.untyped_storage()).cdata
-            if key not in self._alive:
-                self._known.add(key)
+        for reference in map(_storage_of, _tensors((args, kwargs))):
+            if reference.cdata not in self._alive:  # it comes from outside, so it was there before
+                self._known.setdefault(reference.cdata, reference)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
+            reference = _storage_of(tensor)
             if reference.cdata not in self._known:
-                self._alive[reference.cdata] = (reference, storage.nbytes())
+                self._alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
         rule = _WORKSPACES.get(getattr(func, "overloadpacket", None))
         workspace = rule(*args) if rule else 0
         self.decoded = max(self.decoded, workspace if rule is _decoded else 0)
         self.peak = max(self.peak, self.now() + workspace)
         return result
+
+
+def _storage_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from qsharded.machine import GIB
 from qsharded.models import ModelConfig
 from qsharded.plan.alternatives import nearest
 from qsharded.plan.host import disk, host_memory
-from qsharded.plan.memory import Planner
+from qsharded.plan.memory import Plan, Planner
 from qsharded.plan.rendering import render, render_needs
 
 
@@ -34,12 +35,21 @@ def dry_run(config: TrainConfig) -> int:
     planner = Planner(ModelConfig.from_hf(described), lora_config(config, adapter), dtype, _gpu_bytes(config))
     plan = planner.plan(config, ranks)
     if os.environ.get("RANK", "0") == "0":
-        print(render(plan, nearest(planner, plan)))
-        available = f"this machine has {machine.available_memory() / GIB:.1f} available"
-        print(render_needs("host memory of a rank, GiB", host_memory(planner.model, ranks), available))
-        free = f"{machine.free_disk(Path(config.output_dir)) / GIB:.1f} free at {config.output_dir}"
-        print(render_needs("disk, GiB", disk(planner.model, config, described), free), flush=True)
+        print(_text(planner, plan, described), end="", flush=True)
     return int(plan.fits is False)
+
+
+def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
+    config, model = plan.config, planner.model
+    available = f"this machine has {machine.available_memory() / GIB:.1f} available"
+    free = f"{machine.free_disk(Path(config.output_dir)) / GIB:.1f} free at {config.output_dir}"
+    return "\n".join(
+        [
+            render(plan, nearest(planner, plan)),
+            render_needs("host memory of a rank, GiB", host_memory(model, plan.ranks), available),
+            render_needs("disk, GiB", disk(model, config, described), free),
+        ]
+    )
 
 
 def _gpu_bytes(config: TrainConfig) -> int | None:

@@ -71,7 +71,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     _check_vocabulary(model_config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     adapter = find_adapter(config.adapter) if config.adapter else None
-    lora = _lora_config(config, adapter)
+    lora = lora_config(config, adapter)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
     layout, why = _layout(config, world, model_config, lora)
     model = load_model(
@@ -126,15 +126,29 @@ def _eval_dataset_split(config: TrainConfig) -> str:
 
 def _layout(config: TrainConfig, world: World, model_config: ModelConfig, lora: LoRAConfig) -> tuple[Layout, str]:
     """Where the frozen weights go, and, if that was left open, why."""
-    given = Layout(replicated=config.sharding == "replicate", on_host=config.cpu_offload)
-    if config.sharding != "auto" or world.mesh is None or config.cpu_offload or config.dp_replicate > 1:
-        return given, ""
+    if not leaves_sharding_open(config, world.size):
+        return layout_of(config, replicated=config.sharding == "replicate"), ""
     frozen = frozen_bytes(skeleton(model_config, lora, compute_dtype(config.dtype, world.device)))
     room = least_memory(world)
-    fits = frozen <= room // 2
+    fits = fits_whole(frozen, room)
     verdict = "replicated" if fits else f"cut over {world.size} ranks"
     share = f"the frozen weights take {frozen / 2**30:.1f} of a rank's {room / 2**30:.1f} GiB"
-    return Layout(replicated=fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
+    return layout_of(config, fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
+
+
+def leaves_sharding_open(config: TrainConfig, ranks: int) -> bool:
+    """Whether it is for the model's size to say if every rank holds the frozen weights whole."""
+    return config.sharding == "auto" and ranks > 1 and not config.cpu_offload and config.dp_replicate == 1
+
+
+def fits_whole(frozen: int, room: int) -> bool:
+    """Whether frozen weights of so many bytes leave enough of a rank's memory to train beside them."""
+    return frozen <= room // 2
+
+
+def layout_of(config: TrainConfig, replicated: bool) -> Layout:
+    """Where the frozen weights go, once that is decided."""
+    return Layout(replicated=replicated, on_host=config.cpu_offload)
 
 
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
@@ -205,7 +219,8 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
 
 
-def _lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
+def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
+    """What the options, or an adapter to go on with, say of the adapters."""
     dtype = DTYPES[config.lora_dtype]
     if adapter:
         return read_lora_config(adapter, dtype)

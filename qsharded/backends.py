@@ -163,3 +163,16 @@ def _has_fused_linear(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in cuda_linear.DTYPES or wanted_backend() not in (None, "compiled"):
         return False
     return cuda.is_available(device)
+
+
+def serving(device: torch.device) -> str:
+    """Which of ``BACKENDS`` serves a device, for people to read; others that could follow in brackets.
+
+    Raises:
+        ValueError: as any operation there would: QSHARDED_BACKEND asks for one that does not serve it.
+    """
+    chosen, served = _kernels(device), implementations(device)
+    name = next((name for name, kernels in served.items() if kernels == chosen), "reference")
+    others = [other for other in (*served, "reference") if other != name]
+    asked = ", as QSHARDED_BACKEND asks" if wanted_backend() else ""
+    return f"{name}{asked} (also there: {', '.join(others)})" if others else name + asked

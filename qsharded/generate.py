@@ -20,9 +20,10 @@ from qsharded.commands import compute_dtype, errors_named, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
+from qsharded.gather_check import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
-from qsharded.parallel import World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, start_world, stop_world
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = start_world()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     try:
-        with errors_named(config.prog, world):
+        with errors_named(config.prog, world, (ValueError, DamagedGather)):
+            check_gather(world)
             run(config, world)
     finally:
         stop_world(world)

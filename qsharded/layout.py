@@ -79,7 +79,7 @@ def lay_out(
         RuntimeError: a parameter of which this rank holds more or less than its share, named.
     """
     _refuse_saved_weights(layout, checkpointing)
-    placed = vocabulary.split_vocabulary(model, mesh) if _splits_vocabulary(model, mesh, layout) else set()
+    placed = vocabulary.split_vocabulary(model, mesh) if is_split(model, layout, mesh is not None) else set()
     blocks = list(blocks_of(model))
     forwards = [block.forward for block in blocks]
     if layout.on_host:
@@ -104,12 +104,13 @@ def _refuse_saved_weights(layout: Layout, checkpointing: recompute.Mode) -> None
         )
 
 
-def _splits_vocabulary(model: CausalLM, mesh: DeviceMesh | None, layout: Layout) -> bool:
+def is_split(model: CausalLM, layout: Layout, is_shared: bool) -> bool:
+    """Whether embedding and head are cut by rows and never gathered; ``is_shared``: by several ranks."""
     if layout.replicated or not vocabulary.can_split(model):
         return False
     if layout.split_vocabulary is not None:
         return layout.split_vocabulary
-    return layout.on_host or (mesh is not None and vocabulary.is_large(model))
+    return layout.on_host or (is_shared and vocabulary.is_large(model))
 
 
 def materialize(model: nn.Module, device: torch.device, on_host: Set[nn.Parameter] = frozenset()) -> None:

@@ -53,10 +53,14 @@ class _GatherBuffer(torch.Tensor):
             return plain.narrow(0, numel * rank, numel).as_subclass(_FilledAsIntegers), plain
 
 
+class DamagedGather(RuntimeError):
+    """This build of PyTorch gathers shards in a way that may change packed bytes."""
+
+
 class ExactAllGather:
     """FSDP2's all-gather with no arithmetic on the way: integer copies in, bytes over the wire.
 
-    It raises RuntimeError where PyTorch filled the buffer in a way unknown to it: such a run stops, it does not damage.
+    It raises DamagedGather where PyTorch filled the buffer in a way unknown to it: such a run stops before any damage.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,7 +70,7 @@ class ExactAllGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if type(input_tensor) is not _FilledAsIntegers:
-            raise RuntimeError(
+            raise DamagedGather(
                 f"PyTorch {torch.__version__} filled FSDP2's gather buffer in a way qsharded does not know, which may "
                 "damage packed weights; use a PyTorch version that qsharded supports"
             )
@@ -182,7 +186,7 @@ def shard(
     wrap = functools.partial(
         fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, ignored_params=left
     )
-    for modules in _groups(model):
+    for modules in groups(model):
         if any(parameter not in left for module in modules for parameter in module.parameters()):
             wrap(modules if len(modules) > 1 else modules[0])
     wrap(model)
@@ -207,7 +211,8 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     yield from model.get_submodule("model.layers").children()
 
 
-def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
+def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
     embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
     for block in blocks_of(model):
         yield [block]

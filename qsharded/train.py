@@ -3,9 +3,10 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,11 +18,13 @@ from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
+from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import World, start_world, stop_world, whole
+from qsharded.parallel import DamagedGather, World, start_world, stop_world, whole
+from qsharded.plan.dry_run import dry_run
 from qsharded.seeds import derived_seed
 
 
@@ -31,17 +34,26 @@ class SkippedTooOften(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
-    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=builtin_overrides)
+    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=_not_given)
+    if config.dry_run:
+        with errors_named(config.prog, World(0, 1, torch.device("cpu"), None)):
+            raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
     world = start_world()
     try:
-        with errors_named(config.prog, world, (ValueError, OSError)):
+        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
+            check_gather(world)
             parts = assembly.prepare(config, world)
         with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten)):
             run(config, world, parts)
     finally:
         stop_world(world)
+
+
+def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The built-in run's settings where no model is given; a plan reads no rows, so it asks for no dataset."""
+    return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
 def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:

@@ -4,12 +4,21 @@ from pathlib import Path
 
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
+from qsharded.doctor import DoctorConfig
 from qsharded.generate import GenerateConfig
+from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
 from qsharded.quantize import QuantizeConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"train.md": TrainConfig, "generate.md": GenerateConfig, "merge.md": MergeConfig, "quantize.md": QuantizeConfig}
+PAGES = {
+    "train.md": TrainConfig,
+    "generate.md": GenerateConfig,
+    "merge.md": MergeConfig,
+    "quantize.md": QuantizeConfig,
+    "inspect.md": InspectConfig,
+    "doctor.md": DoctorConfig,
+}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
-_RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
+RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -172,7 +172,7 @@ class SafetensorsFolder:
         """Raise ValueError unless the tensors are just these, of these shapes and a readable dtype, and ``packed``."""
         expected = {*shapes, *packed}
         _refuse(expected - self._stored.keys(), f"{self.folder} lacks")
-        surplus = [name for name in self._stored.keys() - expected if not name.endswith(_RECOMPUTED)]
+        surplus = [name for name in self._stored.keys() - expected if not name.endswith(RECOMPUTED)]
         _refuse(surplus, f"{self.folder} holds tensors that the model has no place for:")
         for name, shape in shapes.items():
             stored = self._stored[name]

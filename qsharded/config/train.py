@@ -15,6 +15,7 @@ _memory = partial(option, group="Memory and sharding")
 _optimizer = partial(option, group="Optimizer")
 _output = partial(option, group="Output and logging")
 _eval = partial(option, group="Evaluation")
+_plan = partial(option, group="Plan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +176,22 @@ class TrainConfig:
         unset="none",
     )
 
+    dry_run: bool = _plan(
+        "Print what the run takes of GPU memory, host memory and disk, and the nearest settings that fit, and leave. "
+        "It reads config.json alone, no weights and no rows; the exit status is 1 where a GPU does not hold it.",
+        False,
+    )
+    gpus: int | None = _plan(
+        "GPUs to plan for.", None, unit="GPUs", check=AT_LEAST_1, unset="torchrun's ranks, or this machine's GPUs"
+    )
+    gpu_memory_gib: float | None = _plan(
+        "Memory of one GPU to plan for.", None, unit="GiB", check=POSITIVE, unset="that of this machine's GPUs"
+    )
+
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.dry_run and (self.gpus or self.gpu_memory_gib):
+            raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):

@@ -201,6 +201,8 @@ def changed(config: TrainConfig) -> TrainConfig:
         "activation_checkpointing": "offloaded",
         "sharding": "auto",
         "max_steps": 12,
+        "gpus": 3,
+        "gpu_memory_gib": 1.5,
         "eval_split": 0.0,
     }
     names = [field.name for field in dataclasses.fields(config)]

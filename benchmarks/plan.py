@@ -1,0 +1,125 @@
+"""Is the peak of GPU memory what ``--dry-run`` says? A few steps of several shapes, planned and measured.
+
+    python -m benchmarks.plan [--case NAME ...] [--record FILE]
+
+Weights are random, rows are full. The record holds each case's plan by class, what PyTorch allocated and reserved at
+most, and how far the plan lies from it; the exit status is 1 where that is more than 10%.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_training import BUILTIN, LLAMA3_8B
+from benchmarks.record import environment
+from qsharded.assembly import lora_config
+from qsharded.config import TrainConfig, parse
+from qsharded.models import ModelConfig
+from qsharded.plan.memory import plan
+
+LARGEST_GAP = 0.10
+LLAMA3_70B = LLAMA3_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+TINY = LLAMA3_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 4}
+# name: (shape, GPUs, rows of a micro-batch, tokens of a row, further flags)
+CASES: dict[str, tuple[dict[str, Any], int, int, int, list[str]]] = {
+    "1b-keeping": (TINY, 1, 4, 2048, ["--activation-checkpointing", "none"]),
+    "8b": (LLAMA3_8B, 1, 4, 2048, []),
+    "8b-long": (LLAMA3_8B, 1, 1, 16384, []),
+    "8b-keeping": (LLAMA3_8B, 1, 1, 2048, ["--activation-checkpointing", "none"]),
+    "8b-bf16-adapters": (LLAMA3_8B, 1, 2, 2048, ["--lora-dtype", "bfloat16", "--lora-r", "64"]),
+    "8b-selective": (LLAMA3_8B, 1, 4, 2048, ["--activation-checkpointing", "selective"]),
+    "8b-offloaded": (LLAMA3_8B, 1, 4, 2048, ["--activation-checkpointing", "offloaded"]),
+    "8b-adamw": (LLAMA3_8B, 1, 1, 2048, ["--optim", "adamw", "--lora-r", "128"]),
+    "70b-from-host": (LLAMA3_70B, 1, 1, 2048, ["--cpu-offload", "--activation-checkpointing", "offloaded"]),
+    "8b-replicated": (LLAMA3_8B, 2, 4, 2048, ["--sharding", "replicate"]),
+    "8b-2gpus": (LLAMA3_8B, 2, 4, 2048, []),
+    "70b-2gpus": (LLAMA3_70B, 2, 1, 2048, []),
+    "70b-2gpus-2rows": (LLAMA3_70B, 2, 2, 2048, []),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, help="by default all that this machine's GPUs suffice for")
+    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/plan.json"))
+    arguments = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    chosen = arguments.case or [name for name, case in CASES.items() if case[1] <= gpus]
+    results = {}
+    for name in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            results[name] = compare(Path(scratch), *CASES[name])
+        print(name, json.dumps(results[name]), flush=True)
+    command = "python -m " + " ".join(["benchmarks.plan", *sys.argv[1:]])
+    record = environment() | {"command": command, "largest_gap_allowed": LARGEST_GAP, "cases": results}
+    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(any(abs(result["gap"]) > LARGEST_GAP for result in results.values()))
+
+
+def compare(
+    folder: Path, shape: dict[str, Any], ranks: int, rows: int, length: int, further: list[str]
+) -> dict[str, Any]:
+    """Plan a run, train it for three steps, and hold one against the other."""
+    flags = options(folder, shape, rows, length) + further
+    config = parse(flags, TrainConfig)
+    planned = plan(ModelConfig.from_hf(shape), config, ranks, lora=lora_config(config, None))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    subprocess.run([*launcher, "-m", "benchmarks.plan_rank", *flags], check=True)
+    measured = json.loads((folder / "output" / "memory.json").read_text())
+    classes = [{"class": row.name, "gib": row.bytes / 2**30, "phases": row.phases} for row in planned.rows]
+    return {
+        "gpus": ranks,
+        "rows": rows,
+        "length": length,
+        "flags": further,
+        "planned_gib": planned.allocated / 2**30,
+        "planned_with_reserve_gib": planned.needed / 2**30,
+        "allocated_gib": measured["allocated"] / 2**30,
+        "reserved_gib": measured["reserved"] / 2**30,
+        "used_of_the_gpu_gib": measured["used"] / 2**30,
+        "gap": planned.allocated / measured["allocated"] - 1,
+        "peak_phase": planned.peak_phase,
+        "classes": classes,
+    }
+
+
+def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list[str]:
+    """Flags of a run on full rows of random text, with a model of that shape and the built-in tokenizer."""
+    model = folder / "model"
+    model.mkdir()
+    for file in BUILTIN.joinpath("model").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (model / file.name).write_bytes(file.read_bytes())
+    (model / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": length}))
+    random = Random(0)
+    text = [{"text": "".join(random.choices("abcdefghij", k=length + 10))} for _ in range(16 * rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
+    settings = {
+        "model": model,
+        "dataset": folder / "rows.jsonl",
+        "output-dir": folder / "output",
+        "max-length": length,
+        "overlong": "truncate",
+        "per-device-train-batch-size": rows,
+        "gradient-accumulation-steps": 2,
+        "max-steps": 3,
+        "save-steps": 0,
+        "logging-steps": 1,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))] + ["--random-init"]
+
+
+if __name__ == "__main__":
+    main()

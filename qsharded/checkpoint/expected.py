@@ -1,0 +1,91 @@
+"""The tensors that a checkpoint must hold, weights packed by us or by bitsandbytes among them.
+
+Axes: N = out_features, K = in_features, G = K/64 blocks in a row.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from qsharded import nf4
+from qsharded.checkpoint.scan import Stored
+
+_STATE = ".quant_state.bitsandbytes__nf4"
+_PLAIN = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Dtypes of which a tensor may be and its shape, or, where bytes are all that is said, their number."""
+
+    dtypes: tuple[str, ...] = ()
+    shape: tuple[int, ...] | None = None
+    nbytes: int | None = None
+
+    def faults(self, found: Stored) -> list[str]:
+        """What of a stored tensor is otherwise."""
+        faults = []
+        if self.dtypes and found.dtype not in self.dtypes:
+            faults.append(f"is {found.dtype}, must be {' or '.join(self.dtypes)}")
+        if self.shape is not None and found.shape != self.shape:
+            faults.append(f"is {list(found.shape)}, config.json asks for {list(self.shape)}")
+        if self.nbytes is not None and found.nbytes != self.nbytes:
+            faults.append(f"has {found.nbytes} bytes, config.json's shapes ask for {self.nbytes}")
+        return faults
+
+
+def packed_bytes(names: Iterable[str]) -> set[str]:
+    """The tensors among ``names`` that hold codes: bytes, though their dtype may be a float's."""
+    there = set(names)
+    marks = ("_absmax", "_absmax_scales")
+    ours = {name.removesuffix(mark) for mark in marks for name in there if name.endswith(mark)}
+    return ours | {name.removesuffix(_STATE) for name in there if name.endswith(_STATE)}
+
+
+def expected_tensors(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> dict[str, Expected]:
+    """What must be there, by name.
+
+    Args:
+        shapes: of the model's weights in 16 bits.
+        stored: what is there; it tells which weights are packed, and by whom.
+    """
+    expected: dict[str, Expected] = {}
+    packed = packed_bytes(stored)
+    for name, shape in shapes.items():
+        if name not in packed:
+            expected[name] = Expected(_PLAIN, shape)
+        elif name + _STATE in stored:
+            expected |= _by_bitsandbytes(name, *shape, is_nested=name + ".nested_absmax" in stored)
+        else:
+            expected |= _by_us(name, *shape, is_nested=f"{name}_absmax_scales" in stored)
+    return expected
+
+
+def _by_us(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
+    G = K // nf4.BLOCK
+    common = {
+        name: Expected(("U8",), (N, K // 2)),
+        f"{name}_absmax": Expected(("U8",), (N, G if is_nested else 4 * G)),  # codes, or the bytes of fp32 values
+    }
+    if not is_nested:
+        return common
+    return common | {
+        f"{name}_absmax_scales": Expected(("F32",), (nf4.second_level_blocks(N, G),)),
+        f"{name}_absmax_offset": Expected(("F32",), nbytes=4),
+    }
+
+
+def _by_bitsandbytes(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
+    G = K // nf4.BLOCK
+    common = {
+        name: Expected(nbytes=prod((N, K)) // 2),  # in any storage type
+        f"{name}.absmax": Expected(("U8",) if is_nested else ("F32",), (N * G,)),
+        f"{name}.quant_map": Expected(("F32",), (len(nf4.LEVELS),)),
+        name + _STATE: Expected(("U8",)),
+    }
+    if not is_nested:
+        return common
+    return common | {
+        f"{name}.nested_absmax": Expected(("F32",), (nf4.second_level_blocks(N, G),)),
+        f"{name}.nested_quant_map": Expected(("F32",), (256,)),
+    }

@@ -1,0 +1,279 @@
+"""What a folder holds and whether it is sound: a model, an adapter, or a training checkpoint."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsharded.checkpoint.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_lora_config
+from qsharded.checkpoint.expected import expected_tensors, packed_bytes
+from qsharded.checkpoint.load import expected_shapes, skeleton
+from qsharded.checkpoint.scan import Scan, Stored, hash_file, read_header, scan_file
+from qsharded.checkpoint.source import RECOMPUTED, read_json
+from qsharded.models import ModelConfig
+
+MANIFEST, STATE, INDEX = "manifest.json", "state.json", "model.safetensors.index.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class FileReport:
+    """One file: its hash, and who vouches for that ("" where nobody does)."""
+
+    name: str
+    size: int
+    sha256: str
+    vouched: str = ""
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        kind: in words.
+        classes: bytes of tensors by class.
+        files: every file that was read.
+        problems: what is wrong, in the order found.
+        notes: what could not be looked at.
+    """
+
+    kind: str
+    classes: Counter[str] = field(default_factory=Counter)
+    files: list[FileReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect_path(path: Path) -> Report:
+    """Read everything that ``path`` holds, a few megabytes at a time.
+
+    Raises:
+        ValueError: no such path, or none of the formats that are known.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return _safetensors_file(path)
+    if (path / STATE).is_file() or ((path / MANIFEST).is_file() and (path / "adapter").is_dir()):
+        return _training_checkpoint(path)
+    if (path / CONFIG_FILE).is_file():
+        return _adapter(path)
+    if (path / "config.json").is_file():
+        return _model(path)
+    inside = [name for name in ("adapter", "checkpoints") if (path / name).is_dir()]
+    hint = f"; did you mean {' or '.join(str(path / name) for name in inside)}?" if inside else ""
+    what = "holds no model, adapter or checkpoint" if path.exists() else "does not exist"
+    raise ValueError(f"{path} {what}{hint}")
+
+
+def _safetensors_file(path: Path) -> Report:
+    report = Report("safetensors file")
+    tensors = _scan(report, path.parent, [path])
+    report.classes.update(_by_class(tensors.values(), lambda tensor: tensor.dtype))
+    return report
+
+
+def _scan(
+    report: Report, folder: Path, paths: Iterable[Path], packed: frozenset[str] = frozenset()
+) -> dict[str, Stored]:
+    """Read files into the report; returns their tensors by name."""
+    found: dict[str, Stored] = {}
+    for path in paths:
+        scan = scan_file(path, packed)
+        report.files.append(FileReport(str(path.relative_to(folder)), scan.size, scan.sha256))
+        report.problems += scan.problems + _twice(found, path, scan)
+        _check_hub_cache(report, path)
+        found |= {tensor.name: tensor for tensor in scan.tensors}
+    return found
+
+
+def _twice(found: Mapping[str, Stored], path: Path, scan: Scan) -> list[str]:
+    return [f"{path.name}: {tensor.name} stands in another file too" for tensor in scan.tensors if tensor.name in found]
+
+
+def _check_hub_cache(report: Report, path: Path) -> None:
+    """The Hub's cache keeps large files under the names of their hashes, with links to them."""
+    target = path.resolve().name
+    if path.is_symlink() and _SHA256.fullmatch(target):
+        _compare(report, target, "the Hub's cache")
+
+
+def _compare(report: Report, wanted: str, by: str) -> None:
+    """Hold the last file's hash against the one that it should have."""
+    file = report.files[-1]
+    if file.sha256 == wanted:
+        file.vouched = by
+    else:
+        report.problems.append(f"{file.name} is damaged: its SHA-256 is {file.sha256}, {by} says {wanted}")
+
+
+def _by_class(tensors: Iterable[Stored], class_of: Callable[[Stored], str]) -> Counter[str]:
+    classes: Counter[str] = Counter()
+    for tensor in tensors:
+        classes[class_of(tensor)] += tensor.nbytes
+    return classes
+
+
+# A model
+
+
+def _model(folder: Path) -> Report:
+    described = read_json(folder / "config.json")
+    report = Report(_model_kind(described))
+    indexed = _indexed(report, folder)
+    paths = sorted({folder / file for file in indexed.values()} if indexed else folder.glob("model*.safetensors"))
+    there = [path for path in paths if path.is_file()]
+    report.problems += [f"{path.name} is missing" for path in paths if not path.is_file()]
+    if not paths:
+        report.problems.append(f"{folder} holds no model*.safetensors")
+    names = [name for path in there for name in _names(path)]
+    tensors = _scan(report, folder, there, frozenset(packed_bytes(names)))
+    report.problems += [
+        f"{INDEX} names {name}, which no file holds" for name in sorted(indexed.keys() - tensors.keys())
+    ]
+    codes = packed_bytes(tensors)
+    report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
+    if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
+        _check_against_config(report, described, tensors)
+    return report
+
+
+def _model_kind(described: Mapping[str, Any]) -> str:
+    said = described.get("quantization_config") or {}
+    method = said.get("quant_method", "an unknown quantization") if isinstance(said, dict) else str(said)
+    form = f"packed by {method}" if said else f"in {described.get('dtype', described.get('torch_dtype', '16 bits'))}"
+    return f"Hugging Face checkpoint of a {described.get('model_type', 'model of no type')}, {form}"
+
+
+def _indexed(report: Report, folder: Path) -> dict[str, str]:
+    if not (folder / INDEX).is_file():
+        return {}
+    try:
+        return {str(name): str(file) for name, file in read_json(folder / INDEX)["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        report.problems.append(f"{INDEX} is damaged: {error}")
+        return {}
+
+
+def _names(path: Path) -> list[str]:
+    """The tensors' names by the header alone; none where it is damaged, which the scan will say."""
+    try:
+        return [tensor.name for tensor in read_header(path).tensors]
+    except ValueError:
+        return []
+
+
+def _model_class(tensor: Stored, codes: Container[str]) -> str:
+    name = tensor.name
+    if "absmax" in name or ".quant_" in name or ".nested_" in name:
+        return "scales"
+    if name in codes:
+        return "codes"
+    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return "embedding and head"
+    return "linear weights" if len(tensor.shape) == 2 else "norms and others"
+
+
+def _check_against_config(report: Report, described: dict[str, Any], tensors: Mapping[str, Stored]) -> None:
+    try:
+        config = ModelConfig.from_hf({**described, "quantization_config": None})
+    except ValueError as error:
+        report.notes.append(f"names and shapes were not checked, as qsharded does not read this model: {error}")
+        return
+    expected = expected_tensors(expected_shapes(skeleton(config, None, torch.bfloat16)), tensors)
+    report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))
+    report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
+    for name in sorted(expected.keys() & tensors.keys()):
+        report.problems += [f"{name} {fault}" for fault in expected[name].faults(tensors[name])]
+
+
+# An adapter
+
+
+def _adapter(folder: Path) -> Report:
+    report = Report("LoRA adapter in PEFT's format")
+    _check_adapter(report, folder, folder)
+    _check_json(report, folder, folder / CONFIG_FILE)
+    return report
+
+
+def _check_adapter(report: Report, folder: Path, adapter: Path) -> None:
+    if not (adapter / WEIGHTS_FILE).is_file():
+        report.problems.append(f"{WEIGHTS_FILE} is missing from {adapter}")
+        return
+    tensors = _scan(report, folder, [adapter / WEIGHTS_FILE])
+    report.classes.update(_by_class(tensors.values(), _adapter_class))
+    try:
+        lora = read_lora_config(adapter)
+    except ValueError as error:
+        report.notes.append(f"ranks were not checked: {error}")
+        return
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(".lora_A.weight"):
+            layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            report.problems += _pair_faults(layer, lora.rank(layer), tensor, tensors)
+        if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") not in tensors:
+            report.problems.append(f"{name} has no lora_A beside it")
+
+
+def _pair_faults(layer: str, rank: int, a: Stored, tensors: Mapping[str, Stored]) -> list[str]:
+    b = tensors.get(a.name.replace(".lora_A.", ".lora_B."))
+    if b is None:
+        return [f"{a.name} has no lora_B beside it"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+        return [f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}, {CONFIG_FILE} gives rank {rank}"]
+    return []
+
+
+def _adapter_class(tensor: Stored) -> str:
+    return "adapters" if ".lora_" in tensor.name else "modules trained in full"
+
+
+# A training checkpoint
+
+
+def _training_checkpoint(folder: Path) -> Report:
+    report = Report("training checkpoint")
+    _check_adapter(report, folder, folder / "adapter")
+    tensors = _scan(report, folder, sorted(folder.glob("*.safetensors")))
+    report.classes.update(_by_class(tensors.values(), lambda tensor: f"optimizer: {tensor.name.rpartition(':')[2]}"))
+    for path in (folder / STATE, folder / "adapter" / CONFIG_FILE):
+        _check_json(report, folder, path)
+    _check_manifest(report, folder)
+    return report
+
+
+def _check_json(report: Report, folder: Path, path: Path) -> None:
+    try:
+        state = read_json(path)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    report.files.append(FileReport(str(path.relative_to(folder)), path.stat().st_size, hash_file(path)))
+    if path.name == STATE:
+        report.kind += f" of step {state.get('step')}"
+
+
+def _check_manifest(report: Report, folder: Path) -> None:
+    """Every file that the manifest names must be there, with the size and hash that it says."""
+    if not (folder / MANIFEST).is_file():
+        report.problems.append(f"{MANIFEST} is missing: the checkpoint was not written to its end")
+        return
+    try:
+        wanted = {str(name): dict(record) for name, record in read_json(folder / MANIFEST)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        report.problems.append(f"{MANIFEST} is damaged: {error}")
+        return
+    read = {file.name: file for file in report.files}
+    for name, record in wanted.items():
+        file = read.get(name)
+        if file is None:
+            report.problems.append(f"{name} is missing, {MANIFEST} names it")
+        elif (file.size, file.sha256) != (record.get("size"), record.get("sha256")):
+            report.problems.append(f"{name} is damaged: its size or SHA-256 is not the one in {MANIFEST}")
+        else:
+            file.vouched = MANIFEST

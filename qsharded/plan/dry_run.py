@@ -1,0 +1,56 @@
+"""``python -m qsharded.train --dry-run``: print the plan of a run and leave."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsharded import machine
+from qsharded.adapted import find_adapter
+from qsharded.assembly import lora_config
+from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.commands import compute_dtype
+from qsharded.config import TrainConfig
+from qsharded.machine import GIB
+from qsharded.models import ModelConfig
+from qsharded.plan.alternatives import nearest
+from qsharded.plan.host import disk, host_memory
+from qsharded.plan.memory import Plan, Planner
+from qsharded.plan.rendering import render, render_needs
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights.
+
+    Returns the exit status: 1 where the GPU is known and does not hold it.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    ranks = config.gpus or machine.default_ranks()
+    described = read_json(find_checkpoint(config.model, config.revision, weights=False) / "config.json")
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    dtype = compute_dtype(config.dtype, torch.device("cuda"))
+    planner = Planner(ModelConfig.from_hf(described), lora_config(config, adapter), dtype, _gpu_bytes(config))
+    plan = planner.plan(config, ranks)
+    if os.environ.get("RANK", "0") == "0":
+        print(_text(planner, plan, described), end="", flush=True)
+    return int(plan.fits is False)
+
+
+def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
+    config, model = plan.config, planner.model
+    available = f"this machine has {machine.available_memory() / GIB:.1f} available"
+    free = f"{machine.free_disk(Path(config.output_dir)) / GIB:.1f} free at {config.output_dir}"
+    return "\n".join(
+        [
+            render(plan, nearest(planner, plan)),
+            render_needs("host memory of a rank, GiB", host_memory(model, plan), available),
+            render_needs("disk, GiB", disk(model, config, described), free),
+        ]
+    )
+
+
+def _gpu_bytes(config: TrainConfig) -> int | None:
+    return machine.gpu_memory() if config.gpu_memory_gib is None else int(config.gpu_memory_gib * GIB)

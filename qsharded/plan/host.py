@@ -1,0 +1,67 @@
+"""Host memory and disk of a training run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsharded.checkpoint.load import parameter_count
+from qsharded.config import TrainConfig
+from qsharded.machine import GIB
+from qsharded.models import CausalLM
+from qsharded.plan.memory import Plan
+from qsharded.plan.parameters import ADAPTERS, parameters
+
+# An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
+_INTERPRETER_BYTES = int(2.5 * GIB)
+# What loading may hold of a checkpoint at a time, beyond that: bounded for any size of model.
+_LOADING_BYTES = 2 * GIB
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of host memory or disk, and what they are for."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
+    """What a rank takes of its machine's memory; the dataset's rows come to that."""
+    sharing = plan.ranks // plan.config.dp_replicate
+    own = parameters(model, ranks=sharing).resident[ADAPTERS]
+    needs = [
+        Need("interpreter", _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
+        Need("reading the checkpoint", _LOADING_BYTES, "at most, and given back"),
+        Need("checkpoint's copy", _checkpoint(own), "adapters and optimizer state, while they are written"),
+        Need("frozen weights", plan.on_host.weights, "--cpu-offload"),
+        Need("activations", plan.on_host.activations, "--activation-checkpointing offloaded"),
+    ]
+    return [need for need in needs if need.bytes]
+
+
+def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any]) -> list[Need]:
+    """What the run writes, and what it downloads first. ``described`` is the model's config.json."""
+    trained = parameters(model, ranks=1).resident[ADAPTERS]
+    needs = [Need("adapter", trained), _checkpoints(trained, config)]
+    if not Path(config.model).is_dir() and not config.random_init:
+        width = 4 if "float32" in str(described.get("dtype", described.get("torch_dtype"))) else 2
+        needs.insert(0, Need("download", parameter_count(model) * width, "unless the Hub's cache has it"))
+    return [need for need in needs if need.bytes]
+
+
+def _checkpoints(trained: int, config: TrainConfig) -> Need:
+    one = _checkpoint(trained)
+    if not config.save_steps:
+        return Need("checkpoints", 0)
+    planned = config.max_steps // config.save_steps if config.max_steps > 0 else None
+    # the oldest goes when the newest is complete
+    limit = config.save_total_limit + 1 if config.save_total_limit else None
+    counts = [count for count in (planned, limit) if count is not None]
+    if not counts:
+        return Need("checkpoints", one, "each; --save-total-limit bounds their number")
+    return Need("checkpoints", one * min(counts), f"{min(counts)} of {one / GIB:.2f} GiB")
+
+
+def _checkpoint(trained: int) -> int:
+    return 3 * trained  # the adapters and AdamW's two averages of them

@@ -1,0 +1,165 @@
+"""The bytes of a model's parameters on one rank, by class, from the real model built on the meta device."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qsharded import parallel
+from qsharded.layout import SHARDED, Layout, is_split
+from qsharded.models import CausalLM
+from qsharded.nn import NF4Linear
+from qsharded.shards import rows_of_rank
+
+CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS = "codes", "scales", "embedding and head", "norms and others", "adapters"
+"""Classes of parameters. Adapters are everything that trains; others are frozen and in 16 or 32 bits."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of parameters on one rank, and what of them comes together at a time.
+
+    Attributes:
+        resident: class -> bytes on the GPU.
+        on_host: bytes of frozen weights in host memory.
+        block: the largest block's bytes when FSDP2 gathers it; 0 where nothing is sharded.
+        vocabulary: the largest bytes of embedding or head when they are gathered; 0 where they stay where they are.
+        streamed: the largest block's frozen bytes as they come from the host, whole.
+        head_from_host: bytes of this rank's rows of the head, which come from the host for the loss.
+        block_gradient: fp32 bytes of the largest block's gradients before they are scattered, plus this rank's part.
+    """
+
+    resident: Counter[str] = field(default_factory=Counter)
+    on_host: int = 0
+    block: int = 0
+    vocabulary: int = 0
+    streamed: int = 0
+    head_from_host: int = 0
+    block_gradient: int = 0
+
+
+def parameters(
+    model: CausalLM,
+    *,
+    ranks: int,
+    rank: int = 0,
+    layout: Layout = SHARDED,
+    param_dtype: torch.dtype | None = None,
+) -> Held:
+    """What one rank holds of a model on the meta device; rank 0 holds the most.
+
+    Args:
+        model: as ``checkpoint.load.skeleton`` makes it.
+        ranks: that share the model; 1 is a model that is not sharded.
+        rank: whose bytes are asked for.
+        layout: where the frozen weights are.
+        param_dtype: as for ``parallel.shard``.
+    """
+    host, whole = _on_host(model, layout), _whole(model, layout)
+    resident = Counter(dict.fromkeys((CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS), 0))
+    for kind, tensor in _tensors(model):
+        if tensor not in host:
+            resident[kind] += tensor.nbytes if tensor in whole else own_bytes(tensor, ranks, rank)
+    gathered = _Gathered(model, ranks, host | whole | _split(model, layout, ranks), param_dtype)
+    return Held(
+        resident,
+        on_host=sum(own_bytes(tensor, ranks, rank) for tensor in host),
+        block=gathered.block(),
+        vocabulary=gathered.vocabulary(),
+        streamed=max(
+            sum(padded_bytes(p, ranks) for p in set(block.parameters()) & host) for block in model.model.layers
+        ),
+        head_from_host=sum(own_bytes(p, ranks, rank) for p in set(model.lm_head.parameters()) & host),
+        block_gradient=gathered.block_gradient(),
+    )
+
+
+def own_bytes(tensor: Tensor, ranks: int, rank: int) -> int:
+    """Of a parameter the bytes of the rank's rows; a buffer is whole on every rank."""
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.nbytes
+    start, stop = rows_of_rank(tensor.shape[0], ranks, rank)
+    return tensor[:1].nbytes * (stop - start)
+
+
+def padded_bytes(parameter: Tensor, ranks: int) -> int:
+    """Of a parameter the bytes once gathered: every rank's part is padded to as many rows as the first has."""
+    return own_bytes(parameter, ranks, 0) * ranks
+
+
+def _on_host(model: CausalLM, layout: Layout) -> set[Tensor]:
+    """The blocks' frozen parameters, and embedding and head where those can be split."""
+    if not layout.on_host:
+        return set()
+    frozen = {p for block in model.model.layers for p in block.parameters() if not p.requires_grad}
+    return frozen | _split(model, layout, 1)
+
+
+def _whole(model: CausalLM, layout: Layout) -> set[Tensor]:
+    return {p for p in model.parameters() if layout.replicated and not p.requires_grad}
+
+
+def _split(model: CausalLM, layout: Layout, ranks: int) -> set[Tensor]:
+    """Embedding and head, where they are cut by rows that never come together."""
+    if not is_split(model, layout, ranks > 1):
+        return set()
+    return {model.model.embed_tokens.weight, model.lm_head.weight}
+
+
+def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """(class, tensor) of every parameter, a tied one once, and of every buffer."""
+    seen: set[Tensor] = set()
+    for prefix, module in model.named_modules():
+        named = [*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False)]
+        for name, tensor in named:
+            if tensor not in seen:
+                seen.add(tensor)
+                yield _class_of(module, name, tensor), tensor
+
+
+def _class_of(module: nn.Module, name: str, tensor: Tensor) -> str:
+    if tensor.requires_grad:
+        return ADAPTERS
+    if isinstance(module, NF4Linear) and tensor is not module.bias:
+        return CODES if tensor is module.weight else SCALES
+    return EMBEDDING if name.startswith(("model.embed_tokens.", "lm_head.")) else OTHERS
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What FSDP2 gathers of a model: all but the parameters ``left`` to others."""
+
+    model: CausalLM
+    ranks: int
+    left: set[Tensor]
+    param_dtype: torch.dtype | None
+
+    def block(self) -> int:
+        return self._largest(is_block=True)
+
+    def vocabulary(self) -> int:
+        return self._largest(is_block=False)
+
+    def block_gradient(self) -> int:
+        if self.ranks == 1:
+            return 0
+        trained = (
+            sum(self._values(p) for p in block.parameters() if p.requires_grad) for block in self.model.model.layers
+        )
+        return max(trained) * torch.float32.itemsize * (self.ranks + 1) // self.ranks
+
+    def _largest(self, *, is_block: bool) -> int:
+        if self.ranks == 1:
+            return 0
+        layers = set(self.model.model.layers)
+        chosen = [modules for modules in parallel.groups(self.model) if (modules[0] in layers) == is_block]
+        return max((self._bytes(modules) for modules in chosen), default=0)
+
+    def _bytes(self, modules: list[nn.Module]) -> int:
+        distinct = {parameter for module in modules for parameter in module.parameters()} - self.left
+        return sum(self._values(p) * (self.param_dtype or p.dtype).itemsize for p in distinct)
+
+    def _values(self, parameter: Tensor) -> int:
+        return padded_bytes(parameter, self.ranks) // parameter.itemsize

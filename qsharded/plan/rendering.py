@@ -1,0 +1,57 @@
+"""A plan as text."""
+
+from collections.abc import Iterable, Sequence
+
+from qsharded.machine import GIB
+from qsharded.plan.alternatives import Alternative
+from qsharded.plan.host import Need
+from qsharded.plan.memory import Plan, Row
+
+
+def render(plan: Plan, alternatives: Sequence[Alternative]) -> str:
+    """The GPU memory of a rank: every class, the peak, the verdict, and what would fit."""
+    config = plan.config
+    step = f"{config.per_device_train_batch_size} x {config.max_length} tokens"
+    lines = [
+        f"plan for {config.model} on {plan.ranks} GPU{'s' * (plan.ranks > 1)}, {step} a GPU and micro-batch",
+        "",
+        "GPU memory of a rank, GiB",
+        *(_line(row.name, row.bytes, _remark(row, plan)) for row in plan.rows),
+        _line("allocated at the peak", plan.allocated, f"in the {plan.peak_phase}"),
+        _line("needed", plan.needed, "with what PyTorch reserves beyond it, and CUDA's own"),
+        "",
+        _verdict(plan),
+    ]
+    return "\n".join(lines + _suggestions(plan, alternatives)) + "\n"
+
+
+def render_needs(title: str, needs: Iterable[Need], have: str) -> str:
+    """Host memory or disk, and what there is of it."""
+    needs = list(needs)
+    rows = [_line(need.name, need.bytes, need.note) for need in needs]
+    return "\n".join([title, *rows, _line("in all", sum(need.bytes for need in needs), have)]) + "\n"
+
+
+def _line(name: str, size: int, remark: str) -> str:
+    return f"  {name:<24}{size / GIB:>9.3f}  {remark}".rstrip()
+
+
+def _remark(row: Row, plan: Plan) -> str:
+    """Its note; rows that the peak does not meet stand in brackets."""
+    return row.note if plan.peak_phase in row.phases else f"(not at the peak: {row.note})"
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.gpu_bytes is None:
+        return "verdict: unknown, there is no GPU here; --gpu-memory-gib says how much one has"
+    compared = f"{plan.needed / GIB:.1f} of {plan.gpu_bytes / GIB:.1f} GiB"
+    return f"verdict: {'fits' if plan.fits else 'DOES NOT FIT'}, {compared}"
+
+
+def _suggestions(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:
+    if plan.fits is not False:
+        return []
+    if not alternatives:
+        return ["nothing that was tried fits: it takes larger GPUs, or a smaller model"]
+    options = [f"  {one.words}: needs {one.plan.needed / GIB:.1f} GiB" for one in alternatives]
+    return ["what fits, one of:", *options]

@@ -1,0 +1,136 @@
+"""How much memory a forward and backward takes, found by running the model's own code on the meta device.
+
+Nothing is computed and nothing allocated, but every operation says which storages it makes, and Python says when they
+are let go. What a GPU's kernels do otherwise than the meta device's is put in their place: they keep less for the
+backward than PyTorch's composite operations, and some allocate a workspace that no tensor shows.
+
+Axes: B batch, S sequence, D hidden size, H query heads, G key-value heads, E head dim.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qsharded import ops as ops  # defines torch.ops.qsharded
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made under this mode and that are still alive.
+
+    Args:
+        known: tensors that were there before and do not count.
+
+    Attributes:
+        peak: the most bytes alive at once, workspaces included.
+        decoded: of these the most that one operation decodes a packed weight into.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        # references, not addresses alone: while one is held, no other storage gets that address
+        self._known = {ref.cdata: ref for ref in map(_storage_of, known)}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.decoded = 0
+
+    def now(self) -> int:
+        """Bytes alive."""
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        return sum(size for _, size in self._alive.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for reference in map(_storage_of, _tensors((args, kwargs))):
+            if reference.cdata not in self._alive:  # it comes from outside, so it was there before
+                self._known.setdefault(reference.cdata, reference)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            reference = _storage_of(tensor)
+            if reference.cdata not in self._known:
+                self._alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
+        rule = _WORKSPACES.get(getattr(func, "overloadpacket", None))
+        workspace = rule(*args) if rule else 0
+        self.decoded = max(self.decoded, workspace if rule is _decoded else 0)
+        self.peak = max(self.peak, self.now() + workspace)
+        return result
+
+
+def _storage_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _decoded(x: Tensor, codes: Tensor, *_: Any) -> int:
+    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype."""
+    return codes.numel() * 2 * x.itemsize
+
+
+def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:
+    """q's gradient is summed in fp32, beside a figure a row; with grouped heads k and v have theirs a query head."""
+    fp32 = q_BHSE.numel() + q_BHSE.shape[:3].numel()
+    per_head = 2 * grad_BHSE.nbytes if k_BGTE.shape[1] != q_BHSE.shape[1] else 0
+    return fp32 * 4 + per_head
+
+
+# What operations allocate for themselves and free, which no tensor shows.
+_WORKSPACES: dict[Any, Callable[..., int]] = {
+    torch.ops.qsharded.nf4_linear: _decoded,
+    torch.ops.qsharded.nf4_linear_input_grad: _decoded,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+}
+
+
+def as_on_gpu(module: nn.Module) -> None:
+    """Have the forward of ``module`` allocate what a GPU's kernels do. Call before anything that recomputes it: a mode
+    around the backward would be left where the backward begins."""
+    forward = module.forward
+
+    def under_mode(*args: Any) -> Any:
+        with _AsOnGPU():
+            return forward(*args)
+
+    module.forward = under_mode
+
+
+class _AsOnGPU(TorchFunctionMode):
+    """Puts fused kernels in the place of composite operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.rms_norm:
+            return _RMSNorm.apply(args[0], kwargs["weight"])
+        if func is F.scaled_dot_product_attention:
+            q, k, v = args
+            return _attention(q, k, v, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The fused kernel: it keeps its input and one fp32 figure a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _attention(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None) -> Tensor:
+    """The fused kernels, which hold no scores. Flash attention takes no mask; the other one has it made additive."""
+    if mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
+    additive = torch.empty_like(mask, dtype=q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]

@@ -1,0 +1,91 @@
+"""``--dry-run`` from the command line: what it prints, what it needs, when it fails."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsharded import train
+from tests.checkpoints import LLAMA
+
+SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """config.json alone: neither weights nor a tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    return tmp_path
+
+
+def printed(capsys: pytest.CaptureFixture[str], model: Path, *flags: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as leave:
+        train.main(["--model", str(model), "--dry-run", *flags])
+    return leave.value.code, capsys.readouterr().out
+
+
+def figure(text: str, name: str) -> float:
+    found = re.search(rf"^  {name} +([\d.]+)", text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_classes_are_printed_in_gib(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, text = printed(capsys, model, "--gpus", "2", "--gpu-memory-gib", "80")
+    assert status == 0
+    weights = 8 * (2 * 4096 * 4096 + 2 * 4096 * 2048 + 3 * 4096 * 14336)
+    assert figure(text, "codes") == pytest.approx(weights / 2 / 2 / 2**30, abs=6e-4)
+    assert figure(text, "embedding and head") == pytest.approx(2 * 32000 * 4096 * 2 / 2 / 2**30, abs=6e-4)
+    assert figure(text, "decode workspace") == pytest.approx(4096 * 14336 * 2 / 2**30, abs=6e-4)
+    assert "verdict: fits" in text
+    assert "host memory of a rank" in text
+    assert figure(text, "adapter") > 0
+
+
+def test_what_does_not_fit_is_told_with_settings_that_do(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    crowded = ["--per-device-train-batch-size", "8", "--activation-checkpointing", "none", "--gpus", "1"]
+    status, text = printed(capsys, model, *crowded, "--gpu-memory-gib", "16")
+    assert status == 1
+    assert "verdict: DOES NOT FIT" in text
+    suggested = text.partition("what fits, one of:\n")[2].partition("\n\n")[0].splitlines()
+    assert suggested[0].startswith("  --activation-checkpointing full: needs ")
+    needs = [float(re.search(r"needs ([\d.]+) GiB", line)[1]) for line in suggested]
+    assert all(need <= 16 for need in needs)
+    # the flags as they stand, in place of those that did not fit
+    again = ["--per-device-train-batch-size", "8", "--gpus", "1", "--gpu-memory-gib", "16"]
+    again += ["--activation-checkpointing", "full"]
+    status, text = printed(capsys, model, *again)
+    assert status == 0
+    assert f"needs {figure(text, 'needed'):.1f} GiB" in suggested[0]
+
+
+def test_no_gpu_known_is_no_failure(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status, text = printed(capsys, model)
+    assert status == 0
+    assert "on 1 GPU," in text
+    assert "--gpu-memory-gib says" in text
+
+
+def test_torchruns_ranks_are_planned_for_and_one_prints(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert "on 3 GPUs" in printed(capsys, model)[1]
+    monkeypatch.setenv("RANK", "1")
+    assert printed(capsys, model)[1] == ""
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as leave:
+        train.main(["--model", str(tmp_path), "--dry-run"])
+    assert leave.value.code == 1
+    assert "config.json is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(tmp_path), "--dataset", "d", "--gpus", "2"])
+    assert "--gpus and --gpu-memory-gib are what --dry-run plans for" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qsharded.checkpoint.load import skeleton
+from qsharded.config import TrainConfig
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.nn import LoRAConfig
+from qsharded.plan.host import disk, host_memory
+from qsharded.plan.memory import Planner
+from tests.checkpoints import LLAMA
+
+R = 4
+# q and o: 128x128, k and v: 64x128, gate and up: 192x128, down: 128x192; two layers, fp32
+ADAPTER = 2 * R * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192)) * 4
+WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) + 2 * 97 * 128 + 5 * 128
+CONFIG = TrainConfig(model="some/model", dataset="d")
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    return skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16)
+
+
+def needs(built: CausalLM, described: dict[str, Any] = LLAMA, **changes: Any) -> dict[str, int]:
+    return {need.name: need.bytes for need in disk(built, replace(CONFIG, **changes), described)}
+
+
+def test_an_adapter_and_its_checkpoints_take_disk(model: CausalLM) -> None:
+    assert needs(model)["adapter"] == ADAPTER
+    assert needs(model)["checkpoints"] == 3 * ADAPTER
+    assert needs(model, max_steps=1000, save_steps=300)["checkpoints"] == 3 * 3 * ADAPTER
+    assert needs(model, save_total_limit=2)["checkpoints"] == 3 * 3 * ADAPTER  # one more, while it is written
+    assert "checkpoints" not in needs(model, save_steps=0)
+
+
+def test_a_model_of_the_hub_is_downloaded_in_its_dtype(model: CausalLM, tmp_path: Path) -> None:
+    assert needs(model)["download"] == 2 * WEIGHTS
+    assert needs(model, LLAMA | {"torch_dtype": "float32"})["download"] == 4 * WEIGHTS
+    assert "download" not in needs(model, model=str(tmp_path))
+    assert "download" not in needs(model, random_init=True)
+
+
+def on_host(ranks: int, **changes: Any) -> dict[str, int]:
+    planner = Planner(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16)
+    plan = planner.plan(replace(CONFIG, **changes), ranks)
+    return {need.name: need.bytes for need in host_memory(planner.model, plan)}
+
+
+def test_the_copy_for_a_checkpoint_is_a_ranks_own() -> None:
+    assert on_host(1)["checkpoint's copy"] == 3 * ADAPTER
+    assert on_host(2)["checkpoint's copy"] == 3 * ADAPTER // 2
+    assert on_host(4, dp_replicate=2)["checkpoint's copy"] == 3 * ADAPTER // 2
+
+
+def test_what_is_offloaded_lies_in_host_memory() -> None:
+    assert not {"frozen weights", "activations"} & on_host(2).keys()
+    offloaded = on_host(2, cpu_offload=True, activation_checkpointing="offloaded", max_length=64)
+    inputs = 4 * 64 * 128 * 2  # of a block: rows x tokens x hidden size in bf16
+    assert offloaded["activations"] == 2 * inputs
+    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
+    blocks = linear // 64
+    norms = 4 * 128 * 2
+    # codes, absmax in whole words (192 is 3 blocks: a byte more a row of down_proj), norms; rank 0 has 49 of 97 rows
+    packed = linear // 2 + blocks + 2 * 128
+    assert offloaded["frozen weights"] == (packed + norms) // 2 + 2 * 49 * 128 * 2

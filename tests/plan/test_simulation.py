@@ -1,0 +1,63 @@
+"""Bytes that are alive, against sums done by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from qsharded.nn import NF4Linear
+from qsharded.plan.simulation import LiveBytes, as_on_gpu
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_storages_count_while_they_live(device: str) -> None:
+    x = torch.empty(1000, device=device)  # was there before
+    with LiveBytes() as live:
+        y = x * 2
+        assert live.now() == 4000
+        z = y.view(10, 100)  # y's own storage
+        w = z.to(torch.float64)
+        assert live.now() == 12000
+        del y, z
+        assert live.now() == 8000
+        w.add_(1)
+        assert (live.now(), live.peak) == (8000, 12000)
+
+
+def test_a_view_of_what_was_there_before_does_not_count() -> None:
+    x = torch.empty(10, 10)
+    with LiveBytes([x]) as live:
+        assert x.T.view(torch.int32) is not None
+        assert live.peak == 0
+
+
+def test_backward_lets_go_of_what_it_has_used() -> None:
+    x = torch.empty(1000, device="meta", requires_grad=True)
+    with LiveBytes([x]) as live:
+        y = x.sin().exp()  # keeps its output; sin keeps x
+        assert live.now() == 4000
+        y.sum().backward()
+        del y
+        assert live.now() == 4000  # x.grad
+
+
+def test_a_packed_weight_is_decoded_inside_its_product() -> None:
+    layer = NF4Linear(128, 320, bias=False, device="meta")
+    x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
+        y = layer(x)
+        assert live.decoded == 320 * 128 * 2
+        assert live.peak == 7 * 320 * 2 + 320 * 128 * 2
+        assert live.now() == 7 * 320 * 2
+        y.backward(torch.empty_like(y))
+        assert live.decoded == 320 * 128 * 2
+
+
+def test_fused_norms_keep_their_input_and_a_figure_a_row() -> None:
+    norm = nn.RMSNorm(64, dtype=torch.bfloat16, device="meta").requires_grad_(False)
+    as_on_gpu(norm)
+    x = torch.empty(5, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with LiveBytes([x, norm.weight]) as live:
+        y = norm(x)
+        assert live.now() == 5 * 64 * 2 + 5 * 4
+        y.backward(torch.empty_like(y))
+        assert x.grad is not None

@@ -1,0 +1,38 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qsharded import machine
+
+
+def test_available_memory_is_a_part_of_what_there_is() -> None:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    assert 0 < machine.available_memory() < int(fields["MemTotal"].split()[0]) * 1024
+
+
+def test_free_disk_of_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
+    there, later = machine.free_disk(tmp_path), machine.free_disk(tmp_path / "not" / "yet")
+    assert later == pytest.approx(there, rel=0.1)
+    assert there > 0
+
+
+def test_the_smallest_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [80, 24, 48]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=sizes[index]))
+    assert machine.gpu_memory() == 24
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.gpu_memory() is None
+
+
+def test_ranks_are_torchruns_or_one_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert machine.default_ranks() == 4
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert machine.default_ranks() == 16
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.default_ranks() == 1

@@ -10,7 +10,7 @@ from qsharded import nf4, ops
 
 
 class NF4Linear(nn.Module):
-    """``y = x W^T + b`` with a frozen NF4 weight, double-quantized.
+    """``y = x W^T + b`` with a frozen NF4 weight, double-quantized unless it is made with ``double_quant=False``.
 
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
@@ -18,7 +18,8 @@ class NF4Linear(nn.Module):
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
         weight_absmax: bf16 [N, ceil(G/2)], the bytes of the absmax codes uint8 [N, G]; one zero byte pads an odd G.
-        weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank.
+            Without double quantization bf16 [N, 2G], the bytes of the absmax fp32 [N, G].
+        weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
 
@@ -27,8 +28,8 @@ class NF4Linear(nn.Module):
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
 
-    weight_absmax_scales: Tensor
-    weight_absmax_offset: Tensor
+    weight_absmax_scales: Tensor | None
+    weight_absmax_offset: Tensor | None
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class NF4Linear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
+        double_quant: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
@@ -45,21 +47,22 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         G = in_features // nf4.BLOCK
         self.weight = _packed_parameter(out_features, in_features // 4, device)
-        self.weight_absmax = _packed_parameter(out_features, -(-G // 2), device)
+        self.weight_absmax = _packed_parameter(out_features, -(-G // 2) if double_quant else 2 * G, device)
         scales = torch.zeros(nf4.second_level_blocks(out_features, G), dtype=torch.float32, device=device)
-        self.register_buffer("weight_absmax_scales", scales)
-        self.register_buffer("weight_absmax_offset", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("weight_absmax_scales", scales if double_quant else None)
+        self.register_buffer("weight_absmax_offset", scales.new_zeros(()) if double_quant else None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, name: str = "weight") -> "NF4Linear":
+    def from_linear(cls, linear: nn.Linear, name: str = "weight", *, double_quant: bool = True) -> "NF4Linear":
         """Quantize ``linear`` on its device; on the meta device only the shapes are taken. The bias is shared.
 
         Raises:
             ValueError: as ``nf4.quantize``, naming the weight ``name``.
         """
         weight = linear.weight.detach()
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device=weight.device)
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        new = cls(*sizes, double_quant=double_quant, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         new.train(linear.training)
@@ -67,21 +70,27 @@ class NF4Linear(nn.Module):
             return new
         nf4.check_weight(weight, name=name)
         codes, absmax = ops.nf4_quantize(weight)
-        absmax_codes, scales, offset = nf4.double_quantize(absmax)
         new.weight.data.view(torch.uint8).copy_(codes)
+        if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
+            new.weight_absmax.data.view(torch.float32).copy_(absmax)
+            return new
+        absmax_codes, scales, offset = nf4.double_quantize(absmax)
         new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
         new.weight_absmax_scales.copy_(scales)
         new.weight_absmax_offset.copy_(offset)
         return new
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(codes, absmax codes, absmax scales, absmax offset) as ``ops`` takes them: views, nothing is copied."""
+    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double
+        quantization, as ``ops`` takes them: views, nothing is copied."""
         for name, packed in (("weight", self.weight), ("weight_absmax", self.weight_absmax)):
             if packed.dtype != torch.bfloat16:
                 raise TypeError(
                     f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
                     "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
                 )
+        if self.weight_absmax_scales is None:
+            return self.weight.view(torch.uint8), self.weight_absmax.view(torch.float32), None, None
         absmax_codes = self.weight_absmax.view(torch.uint8)[:, : self.in_features // nf4.BLOCK]
         return self.weight.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
 

@@ -1,0 +1,214 @@
+"""transformers: ``from_pretrained(..., quantization_config=QShardedConfig())`` gives a model of NF4Linear layers.
+
+Importing this module registers the configuration and its quantizer under "qsharded", which is also what transformers
+needs to read such a model again.
+
+    model = AutoModelForCausalLM.from_pretrained(path_or_id, quantization_config=QShardedConfig())
+    model.save_pretrained(folder)  # the packed bytes, which from_pretrained(folder) reads as they are
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qsharded import nf4, ops, parallel
+from qsharded.integrations import bitsandbytes_format
+from qsharded.nn import NF4Linear, quantize_
+from qsharded.nn.nf4_linear import pad_absmax
+
+METHOD = "qsharded"
+
+_Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@register_quantization_config(METHOD)
+@dataclass(kw_only=True, repr=False)
+class QShardedConfig(QuantizationConfigMixin):
+    """How a model is quantized: to NF4, in every linear layer but the output head.
+
+    Args:
+        modules_to_not_convert: names, endings or regexes of linear layers to leave in 16 bits, in place of the head
+            (which then is quantized unless it is among them).
+        double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
+        stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
+            :func:`from_bitsandbytes`; a saved model is always "qsharded".
+    """
+
+    quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enum cannot be extended
+    modules_to_not_convert: list[str] | None = None
+    double_quant: bool = True
+    stored_as: str = METHOD
+
+
+def from_bitsandbytes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model that bitsandbytes quantized to NF4, changed so that it loads into NF4Linear layers.
+
+        config = from_bitsandbytes(AutoConfig.from_pretrained(path_or_id))
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, config=config)
+
+    The bytes are taken over, nothing is quantized again. bitsandbytes itself is not needed.
+
+    Raises:
+        ValueError: the checkpoint is not bitsandbytes' NF4, or of a kind that NF4Linear cannot hold.
+    """
+    settings = bitsandbytes_format.read_settings(getattr(config, "quantization_config", None))
+    config.quantization_config = QShardedConfig(
+        modules_to_not_convert=settings.skipped, double_quant=settings.double_quant, stored_as="bitsandbytes"
+    ).to_dict()
+    return config
+
+
+@register_quantizer(METHOD)
+class QShardedQuantizer(HfQuantizer):
+    """Swaps the linear layers before weights are read, and quantizes or unpacks each as it arrives."""
+
+    quantization_config: QShardedConfig
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Quantize on the GPU where there is one, as bitsandbytes does."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _refuse_other_parallelism(model, self.quantization_config.stored_as)
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(model, config.modules_to_not_convert)
+        quantize_(
+            model,
+            # a subclass may compute something else
+            lambda name, linear: type(linear) is nn.Linear and should_convert_module(name, skipped),
+            double_quant=config.double_quant,
+        )
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        prefix, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(prefix), NF4Linear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized or self.quantization_config.stored_as == METHOD:
+            return []
+        companions = [f"weight.{name}" for name in bitsandbytes_format.COMPANIONS]
+        return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _forget_bitsandbytes(model, self.quantization_config)
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.requires_grad_(False)
+        parallel.use_exact_gather(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """By adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    if distributed is None:
+        return
+    for key in ("tp_size", "pp_size", "ep_size"):
+        if (getattr(distributed, key, None) or 1) > 1:
+            raise ValueError(
+                f"{key} = {getattr(distributed, key)}: a QSharded model can be sharded by FSDP2 alone, not by tensor, "
+                "pipeline or expert parallelism; use DistributedConfig(fsdp_size=...)"
+            )
+    if stored_as != METHOD and (distributed.fsdp_size or 1) > 1:
+        raise ValueError(
+            "a bitsandbytes checkpoint cannot be read into shards: load it in one process, save_pretrained it, and "
+            "load what that wrote"
+        )
+
+
+def _forget_bitsandbytes(model: PreTrainedModel, config: QShardedConfig) -> None:
+    """What was taken over is ours now: saving must not turn it back into bitsandbytes' tensors."""
+    config.stored_as = METHOD
+    used: Any = model._weight_conversions
+    model._weight_conversions = [conversion for conversion in used if not _takes_over(conversion)]  # type: ignore
+
+
+def _takes_over(conversion: Any) -> bool:
+    return any(isinstance(operation, _TakeOver) for operation in getattr(conversion, "operations", ()))
+
+
+class _Quantize(ConversionOps):
+    """A 16-bit weight, or this rank's rows of it, becomes what its NF4Linear holds."""
+
+    def __init__(self, quantizer: QShardedQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        [(name, value)] = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
+        rows = parallel.own_rows(kwargs["model"].get_parameter(name))
+        pack = _pack_doubly if self.hf_quantizer.quantization_config.double_quant else _pack
+        return _named(pack(value, rows), name)
+
+
+def _pack(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
+    codes, absmax = ops.nf4_quantize(values_NK)
+    return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
+
+
+def _pack_doubly(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
+    """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
+    codes, absmax = ops.nf4_quantize(values_NK)
+    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax.device)
+    sums_N[rows.start : rows.stop] = nf4.absmax_row_sums(absmax)
+    _all_reduce(sums_N, dist.ReduceOp.SUM, rows)  # exact: each sum comes from one rank, the others add 0
+    offset = nf4.absmax_offset(sums_N, absmax.shape[1]).to(absmax.device)
+    scales = nf4.absmax_scales(absmax, offset, first_row=rows.start, rows=rows.total)
+    _all_reduce(scales, dist.ReduceOp.MAX, rows)
+    absmax_codes = pad_absmax(nf4.encode_absmax(absmax, scales, offset, first_row=rows.start))
+    return codes.view(torch.bfloat16), absmax_codes.view(torch.bfloat16), scales, offset
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowRange) -> None:
+    if rows.group is not None:
+        dist.all_reduce(tensor, op, group=rows.group)
+
+
+class _TakeOver(ConversionOps):
+    """The tensors of bitsandbytes become those of an NF4Linear; other weights pass."""
+
+    def __init__(self, quantizer: QShardedQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        model, full_name = kwargs["model"], kwargs["full_layer_name"]
+        stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        if not self.hf_quantizer.param_needs_quantization(model, full_name):
+            return {"weight": stored["weight"].to(model.get_parameter(full_name).dtype)}
+        by_name = {name.removeprefix("weight."): value for name, value in stored.items()}
+        return _named(bitsandbytes_format.packed_tensors(by_name, full_name), "weight")
+
+
+def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:
+    names = weight, f"{weight}_absmax", f"{weight}_absmax_scales", f"{weight}_absmax_offset"
+    return {name: tensor for name, tensor in zip(names, packed, strict=True) if tensor is not None}

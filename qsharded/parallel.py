@@ -133,7 +133,7 @@ def shard(
     """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
 
     Args:
-        model: has its blocks in ``model.model.layers``; sharded in place, and returned.
+        model: has its blocks in ``model.model.layers``, in PEFT's wrapper or not; sharded in place, and returned.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
         reshard_after_forward: free each gathered block after its forward.
@@ -166,11 +166,17 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    yield from model.get_submodule("model.layers").children()
+    yield from _unwrapped(model).get_submodule("model.layers").children()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model under PEFT's wrapper, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Module]]:
-    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    inner = _unwrapped(model)
+    embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
     for block in _blocks(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper

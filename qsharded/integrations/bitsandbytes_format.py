@@ -87,7 +87,9 @@ def rows_as_parameters(codes: Tensor, absmax: Tensor, shape: Sequence[int], name
             "of blocks of 64"
         )
     absmax_NG = absmax.reshape(N, K // nf4.BLOCK)
-    absmax_rows = pad_absmax(absmax_NG) if absmax.dtype == torch.uint8 else absmax_NG.view(torch.uint8)
+    absmax_rows = absmax_NG.view(torch.uint8)
+    if absmax_rows.shape[1] % 2:
+        absmax_rows = pad_absmax(absmax_rows)
     return _as_bf16(rows.view(N, K // 2)), _as_bf16(absmax_rows)
 
 

@@ -51,14 +51,14 @@ def _ours(layer: Any, name: str) -> NF4Linear:
     rows = rows_as_parameters(codes, state.absmax, state.shape, name)
     new.weight, new.weight_absmax = (nn.Parameter(tensor, requires_grad=False) for tensor in rows)
     if nested is not None:
-        new.weight_absmax_scales, new.weight_absmax_offset = nested.absmax, state.offset
+        new.weight_absmax_scales, new.weight_absmax_offset = nested.absmax.float(), state.offset.float()
     new.bias = layer.bias
     return new.train(layer.training)
 
 
 def _plain_order(layer: Any, name: str) -> tuple[Tensor, Any]:
     """Codes and state of a layer. On CPUs with AVX-512 bitsandbytes reorders them at the first inference and rounds
-    the absmax to bf16; the layer then is taken as bitsandbytes would save it."""
+    the absmax to bf16; the layer then is taken as bitsandbytes would save it, its offset in bf16 too."""
     weight = layer.weight
     state = weight.quant_state or layer.quant_state
     if state is None:

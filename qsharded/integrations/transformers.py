@@ -5,6 +5,9 @@ needs to read such a model again.
 
     model = AutoModelForCausalLM.from_pretrained(path_or_id, quantization_config=QShardedConfig())
     model.save_pretrained(folder)  # the packed bytes, which from_pretrained(folder) reads as they are
+
+What is saved is what ``python -m qsharded.quantize`` writes, so each reads the other's: codes uint8 [N, K/2] under the
+weight's name, and beside it _absmax uint8 [N, G], _absmax_scales and _absmax_offset.
 """
 
 from dataclasses import dataclass
@@ -19,12 +22,15 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsharded import nf4, ops, parallel
+from qsharded import blockwise8, nf4, ops, parallel
 from qsharded.integrations import bitsandbytes_format
 from qsharded.nn import NF4Linear, quantize_
 from qsharded.nn.nf4_linear import pad_absmax
 
 METHOD = "qsharded"
+
+_FORMAT = {"version": 1, "format": "nf4", "block_size": nf4.BLOCK, "absmax_block_size": blockwise8.BLOCK}
+_ABSMAX = "weight_absmax"
 
 _Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -40,12 +46,25 @@ class QShardedConfig(QuantizationConfigMixin):
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
         stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
             :func:`from_bitsandbytes`; a saved model is always "qsharded".
+        version, format, block_size, absmax_block_size: what a saved model says of its format; there is no other yet.
+
+    Raises:
+        ValueError: a format that is not supported.
     """
 
     quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enum cannot be extended
     modules_to_not_convert: list[str] | None = None
     double_quant: bool = True
     stored_as: str = METHOD
+    version: int = 1
+    format: str = "nf4"
+    block_size: int = nf4.BLOCK
+    absmax_block_size: int = blockwise8.BLOCK
+
+    def __post_init__(self) -> None:
+        for key, supported in _FORMAT.items():
+            if getattr(self, key) != supported:
+                raise ValueError(f"QShardedConfig: {key} must be {supported!r}, got {getattr(self, key)!r}")
 
 
 def from_bitsandbytes(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -97,13 +116,16 @@ class QShardedQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        if not self.pre_quantized or self.quantization_config.stored_as == METHOD:
+        if not self.pre_quantized:
             return []
+        if self.quantization_config.stored_as == METHOD:
+            return _own_conversions()
         companions = [f"weight.{name}" for name in bitsandbytes_format.COMPANIONS]
         return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _forget_bitsandbytes(model, self.quantization_config)
+        self.quantization_config.stored_as = METHOD
+        _save_in_our_form(model)
         for module in model.modules():
             if isinstance(module, NF4Linear):
                 module.requires_grad_(False)
@@ -140,15 +162,20 @@ def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
         )
 
 
-def _forget_bitsandbytes(model: PreTrainedModel, config: QShardedConfig) -> None:
-    """What was taken over is ours now: saving must not turn it back into bitsandbytes' tensors."""
-    config.stored_as = METHOD
+def _own_conversions() -> list[WeightConverter]:
+    return [WeightConverter(name, name, [_AsParameter()]) for name in (_ABSMAX, "weight")]
+
+
+def _save_in_our_form(model: PreTrainedModel) -> None:
+    """Saving undoes the conversions of loading; wherever the weights came from, they are saved in our form."""
     used: Any = model._weight_conversions
-    model._weight_conversions = [conversion for conversion in used if not _takes_over(conversion)]  # type: ignore
+    others = [conversion for conversion in used if not _is_ours(conversion)]
+    model._weight_conversions = [*others, *_own_conversions()]  # type: ignore[assignment]
 
 
-def _takes_over(conversion: Any) -> bool:
-    return any(isinstance(operation, _TakeOver) for operation in getattr(conversion, "operations", ()))
+def _is_ours(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, _TakeOver | _AsParameter) for operation in operations)
 
 
 class _Quantize(ConversionOps):
@@ -192,11 +219,52 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowR
         dist.all_reduce(tensor, op, group=rows.group)
 
 
+class _AsParameter(ConversionOps):
+    """Rows of bytes, as they are stored, become the bf16 rows of an NF4Linear; other weights pass."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        [(name, value)] = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        size = _stored_row(kwargs["model"], kwargs["full_layer_name"])
+        return {name: value if size is None else self._change(value, size)}
+
+    def _change(self, rows: Tensor, size: int) -> Tensor:
+        return (pad_absmax(rows) if size % 2 else rows).view(torch.bfloat16)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsStored()
+
+
+class _AsStored(_AsParameter):
+    """And back, for saving."""
+
+    def _change(self, rows: Tensor, size: int) -> Tensor:
+        return rows.view(torch.uint8)[:, :size].contiguous()
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsParameter()
+
+
+def _stored_row(model: PreTrainedModel, name: str) -> int | None:
+    """Bytes of a stored row of the parameter ``name`` if it is a packed layer's codes or absmax, else None."""
+    prefix, _, own = name.rpartition(".")
+    layer = model.get_submodule(prefix)
+    if not isinstance(layer, NF4Linear) or own not in ("weight", _ABSMAX):
+        return None
+    if own == "weight":
+        return layer.in_features // 2
+    return layer.in_features // nf4.BLOCK * (4 if layer.weight_absmax_scales is None else 1)
+
+
 class _TakeOver(ConversionOps):
     """The tensors of bitsandbytes become those of an NF4Linear; other weights pass."""
 
     def __init__(self, quantizer: QShardedQuantizer) -> None:
-        self.hf_quantizer = quantizer
+        self.hf_quantizer = quantizer  # under this name, transformers leaves the stored dtypes alone
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any

@@ -1,5 +1,6 @@
 """transformers reads, writes and shards models of NF4Linear layers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,30 @@ def test_a_saved_model_is_read_bit_for_bit(checkpoint: Path, tmp_path: Path, dou
     assert as_bytes(again.state_dict()) == as_bytes(model.state_dict())
     tokens = [m.generate(IDS, max_new_tokens=4, do_sample=False) for m in (model, again)]
     assert torch.equal(*tokens)
+
+
+def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: Path) -> None:
+    """uint8 codes and absmax without padding, under the names and with the words that the native loader reads."""
+    model = quantized(checkpoint)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4Linear):
+            endings = ("", "_absmax", "_absmax_scales", "_absmax_offset")
+            for ending, tensor in zip(endings, layer.packed(), strict=True):
+                found = stored.pop(f"{name}.weight{ending}")
+                assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+                assert torch.equal(found, tensor)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    own = {"quant_method": "qsharded", "version": 1, "format": "nf4", "block_size": 64, "absmax_block_size": 256}
+    assert own.items() <= said.items()
+
+
+@pytest.mark.parametrize(("key", "value"), [("block_size", 128), ("format", "fp4"), ("version", 2)])
+def test_another_format_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"QShardedConfig: {key} must be .*, got {value!r}"):
+        QShardedConfig(**{key: value})
 
 
 def test_without_double_quantization_the_absmax_is_kept_in_fp32(checkpoint: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,6 +23,8 @@ from qsharded.parallel import World
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
+
+Format = Literal["safetensors", "gguf"]
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
@@ -51,6 +54,11 @@ class MergeConfig:
         "16bit",
     )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
+    format: Format = _out(
+        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it, in "
+        "the checkpoint's 16 or 32 bits; needs the gguf package, and for a while twice the room.",
+        "safetensors",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -72,6 +80,7 @@ def run(config: MergeConfig) -> None:
     """
     output = Path(config.output).resolve()
     _refuse_occupied(output)
+    _refuse_without_package(config.format)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
     with _complete_or_absent(output) as unfinished:
@@ -80,7 +89,27 @@ def run(config: MergeConfig) -> None:
         _copy([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
         tokenizer = tokenizer_folder(checkpoint, adapter)
         _copy(present_files(tokenizer), tokenizer, unfinished)
+        if config.format == "gguf":
+            _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)
+
+
+def _refuse_without_package(format: Format) -> None:
+    if format == "gguf" and find_spec("gguf") is None:
+        raise ValueError("--format gguf needs a package that is not installed: pip install 'qsharded[gguf]'")
+
+
+def _make_gguf(folder: Path, name: str) -> None:
+    """Put one file in the place of the checkpoint in ``folder``."""
+    from qsharded.integrations.gguf import write_gguf  # needs an optional package
+
+    parts = list(folder.iterdir())
+    write_gguf(folder, folder / "model.gguf", name)
+    for part in parts:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
 
 
 def _refuse_occupied(output: Path) -> None:

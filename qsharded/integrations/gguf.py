@@ -6,8 +6,9 @@ halves in Hugging Face's: the rows of its q_proj and k_proj are put in the other
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.integrations.gguf_tokenizer import add_tokenizer
 from qsharded.models import ModelConfig
+from qsharded.models.rope import frequency_divisors
 
 # A mistral without sliding windows computes what a llama does.
 _ARCHITECTURES = {
@@ -27,6 +29,7 @@ _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+_RECOMPUTED = ".rotary_emb.inv_freq"  # old checkpoints hold it
 _FILE_TYPES = {
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
     torch.float16: gguf.LlamaFileType.MOSTLY_F16,
@@ -75,14 +78,12 @@ def _refuse_windows(config: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A tensor of the file: what it is called there, and where it comes from."""
+    """A tensor of the file; ``read`` gives its values, in any dtype."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: SafetensorsFolder
-    stored: str
-    heads: int | None
+    read: Callable[[], Tensor]
 
     def announce(self, writer: Any) -> None:
         """Its name, shape and dtype; BF16, which numpy lacks, as bytes."""
@@ -95,31 +96,35 @@ class _Plan:
             writer.add_tensor_info(self.name, self.shape, dtype, math.prod(self.shape) * dtype.itemsize)
 
     def values(self) -> np.ndarray:
-        tensor = self.source.rows(self.stored, 0, self.shape[0])
-        if self.heads is not None:
-            tensor = neighbours_paired(tensor, self.heads)
-        tensor = tensor.to(self.dtype).contiguous()
+        tensor = self.read().to(self.dtype).contiguous()
         return (tensor.view(torch.uint8) if self.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _plans(config: ModelConfig, arch: Any, source: SafetensorsFolder) -> Iterator[_Plan]:
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    permuted = heads if arch == gguf.MODEL_ARCH.LLAMA else {}
+    for stored in source.names():
+        if stored.endswith(_RECOMPUTED) or (stored == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        name, shape = names.get_name(stored, try_suffixes=(".weight", ".bias")), source.shape(stored)
+        if name is None:
+            raise ValueError(f"{stored} has no name in GGUF's architecture {gguf.MODEL_ARCH_NAMES[arch]}")
+        dtype = source.rows(stored, 0, 0).dtype if len(shape) > 1 else torch.float32
+        yield _Plan(name, shape, dtype, partial(_rows, source, stored, permuted.get(stored.split(".")[-2])))
+    if config.rope.rope_type == "llama3":
+        divisors = frequency_divisors(config.rope, config.head_dim)
+        yield _Plan("rope_freqs.weight", tuple(divisors.shape), torch.float32, lambda: divisors)
+
+
+def _rows(source: SafetensorsFolder, name: str, heads: int | None) -> Tensor:
+    rows = source.rows(name, 0, source.shape(name)[0])
+    return rows if heads is None else neighbours_paired(rows, heads)
 
 
 def neighbours_paired(rows: Tensor, heads: int) -> Tensor:
     """The rows [heads * head_dim, ...] of q or k, those that rotary embedding pairs (head_dim / 2 apart) in turn."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
-
-
-def _plans(config: ModelConfig, arch: Any, source: SafetensorsFolder) -> Iterator[_Plan]:
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    permuted = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for stored in source.names():
-        name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise ValueError(f"{stored} has no name in GGUF's architecture {gguf.MODEL_ARCH_NAMES[arch]}")
-        if stored == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        shape = source.shape(stored)
-        dtype = source.rows(stored, 0, 0).dtype if len(shape) > 1 else torch.float32
-        heads = permuted.get(stored.split(".")[-2]) if arch == gguf.MODEL_ARCH.LLAMA else None
-        yield _Plan(name, shape, dtype, source, stored, heads)
 
 
 def _describe(writer: Any, config: ModelConfig, name: str, file_type: int) -> None:
@@ -140,5 +145,5 @@ def _describe(writer: Any, config: ModelConfig, name: str, file_type: int) -> No
     if config.rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
-    elif config.rope.rope_type != "default":
-        raise ValueError(f"rope_type {config.rope.rope_type!r} is not written to GGUF; default and linear are")
+    elif config.rope.rope_type not in ("default", "llama3"):  # the latter is a tensor
+        raise ValueError(f"rope_type {config.rope.rope_type!r} is not written to GGUF; default, linear and llama3 are")

@@ -22,6 +22,8 @@ BUILTIN = Path(qsharded.__file__).parent / "builtin" / "model"
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 LINEAR_ROPE = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3_ROPE = {"rope_scaling": {"rope_type": "llama3", **_LLAMA3}}
 
 
 def write_model(folder: Path, **config: Any) -> Path:
@@ -80,6 +82,16 @@ def test_matrices_keep_their_dtype_and_vectors_are_fp32(tmp_path: Path, dtype: t
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == kind
     assert kinds["output_norm.weight"] == "F32"
+
+
+def test_the_stretched_frequencies_of_llama_3_are_a_tensor(tmp_path: Path) -> None:
+    write_gguf(write_model(tmp_path / "model", **LLAMA3_ROPE), tmp_path / "model.gguf", "m")
+    divisors = read(tmp_path / "model.gguf")[1]["rope_freqs.weight"]
+    # waves of 2 pi < 32/4 positions are kept, those longer than 32 slowed eightfold: pair 0 and pairs from 3 on
+    assert divisors.shape == (16,)
+    assert divisors[0] == 1
+    torch.testing.assert_close(divisors[3:], torch.full((13,), 8.0), rtol=1e-6, atol=0)
+    assert 1 < divisors[1] < divisors[2] < 8
 
 
 def test_a_tied_head_is_left_out(tmp_path: Path) -> None:
@@ -167,7 +179,9 @@ TEXTS = ["<|begin|><|user|>cat<|end|><|assistant|>", "<|begin|><|user|>Zoe's 12,
 
 
 @pytest.mark.parametrize(
-    "config", [None, {}, QWEN2, QWEN3, LINEAR_ROPE], ids=["built-in", "llama", "qwen2", "qwen3", "rope"]
+    "config",
+    [None, {}, QWEN2, QWEN3, LINEAR_ROPE, LLAMA3_ROPE],
+    ids=["built-in", "llama", "qwen2", "qwen3", "linear", "llama3"],
 )
 def test_llama_cpp_says_the_same_tokens(tmp_path: Path, config: dict[str, Any] | None) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")

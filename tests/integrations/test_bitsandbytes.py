@@ -149,6 +149,21 @@ def test_the_product_is_that_of_bitsandbytes(calls: list[str], nested: bool, dty
     assert calls == ["nf4_linear"]
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_pytorch_finds_nothing_wrong_with_the_replaced_operations(calls: list[str], nested: bool) -> None:
+    """Schemas, what the fakes say of shapes and dtypes, no aliases of inputs."""
+    layer = theirs(nested, columns=128)[0]
+    state, namespace = layer.weight.quant_state, torch.ops.bitsandbytes
+    install()
+    torch.library.opcheck(namespace.quantize_4bit.default, (X, 64, "nf4", torch.uint8))
+    scales = (state.absmax, state.state2.code, state.offset) if nested else (None, None, None)
+    absmax = state.state2.absmax if nested else state.absmax
+    x = torch.randn(2, 3, 128).bfloat16()
+    arguments = (x, layer.weight.data, list(state.shape), absmax, 64, "nf4", None, *scales)
+    torch.library.opcheck(namespace.gemm_4bit.default, arguments)
+    assert {"nf4_quantize", "nf4_linear"} <= set(calls)
+
+
 def test_another_map_of_the_scales_goes_to_bitsandbytes(calls: list[str]) -> None:
     layer = theirs(True)[0]
     state = layer.weight.quant_state

@@ -156,7 +156,9 @@ class NF4LoraLinear(peft_layer.Linear):
             super().merge(safe_merge, adapter_names)
             return
         adapter_names = tuners_utils.check_adapters_to_merge(self, adapter_names)
-        if adapter_names and self.merged:
+        if not adapter_names:
+            return
+        if self.merged:
             adapter_names = [*self.merged_adapters, *adapter_names]
             self.unmerge()
         packed = self.base_layer

@@ -98,8 +98,8 @@ class QShardedQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _refuse_other_parallelism(model, self.quantization_config.stored_as)
         config = self.quantization_config
+        _refuse_other_parallelism(model, config.stored_as)
         skipped = self.get_modules_to_not_convert(model, config.modules_to_not_convert)
         quantize_(
             model,
@@ -168,7 +168,7 @@ def _own_conversions() -> list[WeightConverter]:
 
 def _save_in_our_form(model: PreTrainedModel) -> None:
     """Saving undoes the conversions of loading; wherever the weights came from, they are saved in our form."""
-    used: Any = model._weight_conversions
+    used: Any = getattr(model, "_weight_conversions", None) or []
     others = [conversion for conversion in used if not _is_ours(conversion)]
     model._weight_conversions = [*others, *_own_conversions()]  # type: ignore[assignment]
 
@@ -189,11 +189,12 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         [(name, value)] = input_dict.items()
         value = value[0] if isinstance(value, list) else value
-        if not value.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
         rows = parallel.own_rows(kwargs["model"].get_parameter(name))
         pack = _pack_doubly if self.hf_quantizer.quantization_config.double_quant else _pack
-        return _named(pack(value, rows), name)
+        packed = pack(value, rows)
+        if not value.isfinite().all():  # only now: other ranks, whose rows may be sound, have to meet this one in pack
+            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
+        return _named(packed, name)
 
 
 def _pack(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:

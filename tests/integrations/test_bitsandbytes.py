@@ -12,12 +12,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qsharded
-from qsharded import nf4, ops
+from qsharded import nf4, ops, parallel
 from qsharded.integrations import bitsandbytes_kernels, entry
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
 from qsharded.nn import NF4Linear
+from tests.checkpoints import write_checkpoint
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_gather import as_cuda_copies
 
 X = torch.randn(5, 192, generator=torch.Generator().manual_seed(1))
 
@@ -83,6 +87,23 @@ def test_back_and_forth_keeps_the_keys_of_a_bitsandbytes_checkpoint() -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def converted(folder: Path, shard: bool) -> torch.Tensor:
+    """Logits of a model that bitsandbytes quantized and that became ours, with copies as CUDA makes them."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = convert_bitsandbytes(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
+    if shard:
+        torch._foreach_copy_ = as_cuda_copies
+        parallel.shard(model)
+    return model(torch.arange(12).view(2, 6)).logits.detach()
+
+
+def test_a_converted_model_is_sharded_bit_for_bit(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, hidden_size=192, intermediate_size=320)
+    expected = converted(folder, False)
+    for logits in run_ranks(converted, 2, folder, True):
+        assert torch.equal(logits, expected)
 
 
 def test_what_cannot_be_held_is_refused_and_the_model_left_as_it_was() -> None:

@@ -158,31 +158,33 @@ def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any,
         from_bitsandbytes(AutoConfig.from_pretrained(checkpoint))
 
 
-def sharded(folder: Path, options: dict[str, Any], save_to: Path | None) -> tuple[Tensor, Tensor, int]:
-    """Logits, generated tokens and the local rows of a packed weight, gathered with copies as CUDA makes them."""
+def sharded(folder: Path, saved: Path) -> list[tuple[Tensor, Tensor, int]]:
+    """Of a model that is quantized into shards, and of what it saves: logits, generated tokens and the rows of a packed
+    weight that are here. Shards are gathered with copies as CUDA makes them."""
     torch._foreach_copy_ = as_cuda_copies
+    return [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
+
+
+def results(folder: Path, save_to: Path | None, **options: Any) -> tuple[Tensor, Tensor, int]:
     model = read(folder, distributed_config=DistributedConfig(fsdp_size=3), **options)
-    logits = model(IDS).logits.detach()
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     if save_to is not None:
         model.save_pretrained(save_to)
-    return logits, tokens, len(model.model.layers[0].self_attn.k_proj.weight.to_local())
+    return model(IDS).logits.detach(), tokens, len(model.model.layers[0].self_attn.k_proj.weight.to_local())
 
 
 def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=44)
-    config, held = QShardedConfig(), []
-    one = read(folder, quantization_config=config)
+    one = quantized(folder)
     expected = one(IDS).logits, one.generate(IDS, max_new_tokens=4, do_sample=False)
-    for logits, tokens, rows in run_ranks(sharded, 3, folder, {"quantization_config": config}, tmp_path / "saved"):
-        assert torch.equal(logits, expected[0])
-        assert torch.equal(tokens, expected[1])
-        held.append(rows)
-    assert held == [15, 15, 14]
+    held = []
+    for of_both in run_ranks(sharded, 3, folder, tmp_path / "saved"):
+        for logits, tokens, rows in of_both:
+            assert torch.equal(logits, expected[0])
+            assert torch.equal(tokens, expected[1])
+            held.append(rows)
+    assert held == [15, 15, 15, 15, 14, 14]
     assert as_bytes(read(tmp_path / "saved").state_dict()) == as_bytes(one.state_dict())
-    for logits, tokens, _ in run_ranks(sharded, 3, tmp_path / "saved", {}, None):
-        assert torch.equal(logits, expected[0])
-        assert torch.equal(tokens, expected[1])
 
 
 def test_tensor_parallelism_is_refused(checkpoint: Path) -> None:

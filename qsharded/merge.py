@@ -80,28 +80,32 @@ def run(config: MergeConfig) -> None:
     """
     output = Path(config.output).resolve()
     _refuse_occupied(output)
-    _refuse_without_package(config.format)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
+    tokenizer = tokenizer_folder(checkpoint, adapter)
+    if config.format == "gguf":
+        _check_gguf(checkpoint, tokenizer)
     with _complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             merge_weights(checkpoint, adapter, unfinished, config.base)
         _copy([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
-        tokenizer = tokenizer_folder(checkpoint, adapter)
         _copy(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)
 
 
-def _refuse_without_package(format: Format) -> None:
-    if format == "gguf" and find_spec("gguf") is None:
+def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:
+    if find_spec("gguf") is None:
         raise ValueError("--format gguf needs a package that is not installed: pip install 'qsharded[gguf]'")
+    from qsharded.integrations.gguf import check_convertible  # needs the optional package
+
+    check_convertible(checkpoint, tokenizer)
 
 
 def _make_gguf(folder: Path, name: str) -> None:
     """Put one file in the place of the checkpoint in ``folder``."""
-    from qsharded.integrations.gguf import write_gguf  # needs an optional package
+    from qsharded.integrations.gguf import write_gguf  # needs the optional package
 
     parts = list(folder.iterdir())
     write_gguf(folder, folder / "model.gguf", name)

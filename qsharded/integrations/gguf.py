@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
-from qsharded.integrations.gguf_tokenizer import add_tokenizer
+from qsharded.integrations.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qsharded.models import ModelConfig
 from qsharded.models.rope import frequency_divisors
 
@@ -29,6 +29,7 @@ _ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+_ROPES = ("default", "linear", "llama3")
 _RECOMPUTED = ".rotary_emb.inv_freq"  # old checkpoints hold it
 _FILE_TYPES = {
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
@@ -46,12 +47,11 @@ def write_gguf(checkpoint: Path, target: Path, name: str) -> None:
         name: what the file says that the model is called.
 
     Raises:
-        ValueError: something that llama.cpp would compute otherwise: sliding windows, a rotary embedding stretched in a
-            way that is not written, a tokenizer that is not byte-level BPE, or one whose pre-tokenizer is unknown.
+        ValueError: as :func:`check_convertible`.
     """
+    check_convertible(checkpoint, checkpoint)
     raw = read_json(checkpoint / "config.json")
     config, source = ModelConfig.from_hf(raw), SafetensorsFolder(checkpoint)
-    _refuse_windows(config)
     arch = _ARCHITECTURES[raw["model_type"]]
     plans = list(_plans(config, arch, source))
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
@@ -65,6 +65,20 @@ def write_gguf(checkpoint: Path, target: Path, name: str) -> None:
     for plan in plans:
         writer.write_tensor_data(plan.values())
     writer.close()
+
+
+def check_convertible(checkpoint: Path, tokenizer: Path) -> None:
+    """Look at config.json and the tokenizer alone, before any weight is read.
+
+    Raises:
+        ValueError: something that llama.cpp would compute otherwise: sliding windows, a rotary embedding stretched in a
+            way that is not written, a tokenizer that is not byte-level BPE, or one whose pre-tokenizer is unknown.
+    """
+    config = ModelConfig.from_hf(read_json(checkpoint / "config.json"))
+    _refuse_windows(config)
+    if config.rope.rope_type not in _ROPES:
+        raise ValueError(f"rope_type {config.rope.rope_type!r} is not written to GGUF; {', '.join(_ROPES)} are")
+    check_tokenizer(tokenizer)
 
 
 def _refuse_windows(config: ModelConfig) -> None:
@@ -145,5 +159,3 @@ def _describe(writer: Any, config: ModelConfig, name: str, file_type: int) -> No
     if config.rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
-    elif config.rope.rope_type not in ("default", "llama3"):  # the latter is a tensor
-        raise ValueError(f"rope_type {config.rope.rope_type!r} is not written to GGUF; default, linear and llama3 are")

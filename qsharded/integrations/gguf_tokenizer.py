@@ -49,6 +49,11 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
         writer.add_chat_template(template)
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError for a tokenizer that is not written, as :func:`pre_tokenizer_name` does."""
+    pre_tokenizer_name(json.loads(load_backend(folder, read_settings(folder)).to_str()))
+
+
 def pre_tokenizer_name(described: Mapping[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 

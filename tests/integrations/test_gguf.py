@@ -1,6 +1,7 @@
 """Models and tokenizers in GGUF: what stands in the file, and that llama.cpp computes the same with it."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_merging_writes_one_file(tmp_path: Path) -> None:
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path, config: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_gguf(write_model(tmp_path / "model", **config), tmp_path / "model.gguf", "m")
+
+
+def test_what_is_refused_is_refused_before_weights_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "model", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    adapter = write_adapter(tmp_path / "adapter", model)
+    monkeypatch.setattr(merge, "merge_weights", None)
+    monkeypatch.setattr(merge, "errors_named", lambda *_: nullcontext())
+    with pytest.raises(ValueError, match="rope_type 'yarn' is not written to GGUF"):
+        merge.main(
+            ["--adapter", str(adapter), "--model", str(model), "--output", str(tmp_path / "o"), "--format", "gguf"]
+        )
 
 
 def tokenizer(pre_tokenizer: Any, **model: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -21,6 +23,8 @@ from qsharded.parallel import World
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
+
+Format = Literal["safetensors", "gguf"]
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
@@ -50,6 +54,11 @@ class MergeConfig:
         "16bit",
     )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
+    format: Format = _out(
+        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it, in "
+        "the checkpoint's 16 or 32 bits; needs the gguf package, and for a while twice the room.",
+        "safetensors",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -73,13 +82,38 @@ def run(config: MergeConfig) -> None:
     refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
+    tokenizer = tokenizer_folder(checkpoint, adapter)
+    if config.format == "gguf":
+        _check_gguf(checkpoint, tokenizer)
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             merge_weights(checkpoint, adapter, unfinished, config.base)
         copy_files([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
-        tokenizer = tokenizer_folder(checkpoint, adapter)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
+        if config.format == "gguf":
+            _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)
+
+
+def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:
+    if find_spec("gguf") is None:
+        raise ValueError("--format gguf needs a package that is not installed: pip install 'qsharded[gguf]'")
+    from qsharded.integrations.gguf import check_convertible  # needs the optional package
+
+    check_convertible(checkpoint, tokenizer)
+
+
+def _make_gguf(folder: Path, name: str) -> None:
+    """Put one file in the place of the checkpoint in ``folder``."""
+    from qsharded.integrations.gguf import write_gguf  # needs the optional package
+
+    parts = list(folder.iterdir())
+    write_gguf(folder, folder / "model.gguf", name)
+    for part in parts:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def shard(
     """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
 
     Args:
-        model: has its blocks in ``model.model.layers``; sharded in place, and returned. Parameters that are cut over
-            ranks already (DTensors) are left as they are.
+        model: has its blocks in ``model.model.layers``, in PEFT's wrapper or not; sharded in place, and returned.
+            Parameters that are cut over ranks already (DTensors) are left as they are.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
         reshard_after_forward: free each gathered block after its forward.
@@ -208,12 +208,18 @@ def _device_type(model: nn.Module) -> str:
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """The model's blocks, in their order."""
-    yield from model.get_submodule("model.layers").children()
+    yield from _unwrapped(model).get_submodule("model.layers").children()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model under PEFT's wrapper, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
-    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    inner = _unwrapped(model)
+    embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
     for block in blocks_of(model):
         yield [block]
     weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper

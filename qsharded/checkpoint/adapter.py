@@ -28,7 +28,7 @@ _READ = {
     "modules_to_save", "bias", "init_lora_weights",
 }  # fmt: skip
 # Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA train beside changed ones.
-_STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -127,7 +127,7 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
 
 
 def _refuse_changed_base(start: Any, path: Path) -> None:
-    if start not in _STARTS_ON_BASE:
+    if start not in STARTS_ON_BASE:
         raise ValueError(
             f"{path}: init_lora_weights = {start!r} trains beside changed base weights, so the adapter does not fit "
             "the base model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"

@@ -5,7 +5,7 @@ Axes: B batch, S sequence, H heads, E head dim.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def rotate(x_BHSE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
     """Rotate each pair (i, i + E/2) of a head by its position's angle: the pairing of Hugging Face checkpoints."""
     low, high = x_BHSE.chunk(2, dim=-1)
     return x_BHSE * cos_BSE[:, None] + torch.cat((-high, low), dim=-1) * sin_BSE[:, None]
+
+
+def frequency_divisors(rope: RopeConfig, head_dim: int) -> Tensor:
+    """How many times slower each pair turns than without stretching, fp32 `[E / 2]`, on CPU."""
+    return _frequencies(replace(rope, rope_type="default"), head_dim) / _frequencies(rope, head_dim)
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

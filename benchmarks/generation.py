@@ -1,0 +1,175 @@
+"""A transformers model generating with bitsandbytes, with our kernels behind bitsandbytes, and with NF4Linear layers.
+
+    python -m benchmarks.generation [--record FILE]
+
+The model has the shape of Llama-3-8B and random weights, quantized once: the three variants share their bytes. Each
+generates greedily at batch 1, 8 and 64, twice: by ``generate()`` as it comes, and token by token from a CUDA graph of
+one forward over transformers' static cache. Takes about three minutes on an H200.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+
+import qsharded
+from benchmarks.gpu_training import LLAMA3_8B
+from benchmarks.record import environment
+from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
+
+BATCHES = (1, 8, 64)
+PROMPT, NEW_TOKENS, ROUNDS = 128, 64, 3
+WANTED = {1: 1.5, 8: 2.0, 64: 2.0}
+"""Ours over bitsandbytes, by batch, from CUDA graphs: what issue 6 asks for."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=Path("benchmarks/results/generation.json"))
+    arguments = parser.parse_args()
+    rows = list(measure(LLAMA3_8B, torch.device("cuda"), BATCHES, NEW_TOKENS))
+    command = "python -m " + " ".join(["benchmarks.generation", *sys.argv[1:]])
+    record = environment() | {
+        "command": command,
+        "shape": "llama3-8b, random weights, bf16",
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW_TOKENS,
+        "rounds": ROUNDS,
+        "wanted_over_bitsandbytes": WANTED,
+        "rows": rows,
+        "over_bitsandbytes": ratios(rows),
+    }
+    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["over_bitsandbytes"], indent=2))
+
+
+def measure(
+    shape: dict[str, Any], device: torch.device, batches: tuple[int, ...], new: int
+) -> Iterator[dict[str, Any]]:
+    """One row for each variant, batch and way to run it, printed as it comes."""
+    model = random_model(shape, device)
+    for variant, prepare in VARIANTS.items():
+        prepare(model)
+        for batch in batches:
+            ids = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
+            for way, run in WAYS.items():
+                row = {"variant": variant, "batch": batch, "way": way} | _attempt(run, model, ids, new)
+                print(json.dumps(row), flush=True)
+                yield row
+    uninstall()
+
+
+def random_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
+    """In NF4, double-quantized, all linear layers but the head."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    return qsharded.quantize_(model).eval()
+
+
+def _as_bitsandbytes(model: nn.Module) -> None:
+    to_bitsandbytes(model, torch.bfloat16)
+
+
+def _with_our_kernels(model: nn.Module) -> None:
+    install()
+
+
+def _as_nf4_linear(model: nn.Module) -> None:
+    uninstall()
+    convert_bitsandbytes(model)
+
+
+VARIANTS: dict[str, Callable[[nn.Module], None]] = {
+    "bitsandbytes": _as_bitsandbytes,
+    "bitsandbytes, our kernels": _with_our_kernels,
+    "NF4Linear": _as_nf4_linear,
+}
+
+
+@torch.no_grad()
+def _attempt(run: Callable[..., list[float]], model: nn.Module, ids: Tensor, new: int) -> dict[str, Any]:
+    """Median and spread of the rounds, or why it did not run: one failure must not cost the others."""
+    try:
+        seconds = run(model, ids, new)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    tokens = len(ids) * new
+    return {
+        "tokens_per_second": round(tokens / median(seconds), 1),
+        "ms_per_token": round(median(seconds) / new * 1e3, 3),
+        "spread_percent": round(100 * (max(seconds) - min(seconds)) / median(seconds), 1),
+    }
+
+
+def _by_generate(model: Any, ids: Tensor, new: int) -> list[float]:
+    """Seconds of whole calls of ``generate()``, the prompt's forward included."""
+
+    def call(count: int) -> None:
+        model.generate(ids, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
+
+    call(4)
+    return [_seconds(lambda: call(new)) for _ in range(ROUNDS)]
+
+
+def _by_graph(model: Any, ids: Tensor, new: int) -> list[float]:
+    """Seconds of ``new`` replays of a graph of one greedy step, the prompt's forward left out."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + (ROUNDS + 1) * (new + 4))
+    token = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    def step() -> None:
+        token.copy_(model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what runs before a capture has to run on another stream than the default
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay() -> None:
+        for _ in range(new):
+            graph.replay()
+
+    return [_seconds(replay) for _ in range(ROUNDS)]
+
+
+WAYS: dict[str, Callable[..., list[float]]] = {"generate": _by_generate, "CUDA graph, static cache": _by_graph}
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens a second over those of bitsandbytes, where both ran."""
+    speeds = {(r["variant"], r["batch"], r["way"]): r["tokens_per_second"] for r in rows if "tokens_per_second" in r}
+    return [
+        {"variant": variant, "batch": batch, "way": way, "ratio": round(speed / speeds["bitsandbytes", batch, way], 2)}
+        for (variant, batch, way), speed in speeds.items()
+        if variant != "bitsandbytes" and ("bitsandbytes", batch, way) in speeds
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""transformers: ``from_pretrained(..., quantization_config=QShardedConfig())`` gives a model of NF4Linear layers.
+
+Importing this module registers the configuration and its quantizer under "qsharded", which is also what transformers
+needs to read such a model again.
+
+    model = AutoModelForCausalLM.from_pretrained(path_or_id, quantization_config=QShardedConfig())
+    model.save_pretrained(folder)  # the packed bytes, which from_pretrained(folder) reads as they are
+
+What is saved is what ``python -m qsharded.quantize`` writes, so each reads the other's: codes uint8 [N, K/2] under the
+weight's name, and beside it _absmax uint8 [N, G], _absmax_scales and _absmax_offset.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qsharded import blockwise8, nf4, ops, parallel
+from qsharded.checkpoint.filling import double_quantize
+from qsharded.checkpoint.quantized import QUANT_METHOD as METHOD
+from qsharded.checkpoint.quantized import own_config
+from qsharded.integrations import bitsandbytes_format
+from qsharded.nn import NF4Linear, quantize_
+from qsharded.nn.nf4_linear import pad_absmax
+
+_FORMAT = own_config()
+_ABSMAX = "weight_absmax"
+
+_Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@register_quantization_config(METHOD)
+@dataclass(kw_only=True, repr=False)
+class QShardedConfig(QuantizationConfigMixin):
+    """How a model is quantized: to NF4, in every linear layer but the output head.
+
+    Args:
+        modules_to_not_convert: names, endings or regexes of linear layers to leave in 16 bits, in place of the head
+            (which then is quantized unless it is among them).
+        double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
+        stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
+            :func:`from_bitsandbytes`; a saved model is always "qsharded".
+        version, format, block_size, absmax_block_size: what a saved model says of its format; there is no other yet.
+
+    Raises:
+        ValueError: a format that is not supported.
+    """
+
+    quant_method: str = METHOD  # type: ignore[assignment]  # transformers' enum cannot be extended
+    modules_to_not_convert: list[str] | None = None
+    double_quant: bool = True
+    stored_as: str = METHOD
+    version: int = 1
+    format: str = "nf4"
+    block_size: int = nf4.BLOCK
+    absmax_block_size: int = blockwise8.BLOCK
+
+    def __post_init__(self) -> None:
+        for key, supported in _FORMAT.items():
+            if getattr(self, key) != supported:
+                raise ValueError(f"QShardedConfig: {key} must be {supported!r}, got {getattr(self, key)!r}")
+
+
+def from_bitsandbytes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model that bitsandbytes quantized to NF4, changed so that it loads into NF4Linear layers.
+
+        config = from_bitsandbytes(AutoConfig.from_pretrained(path_or_id))
+        model = AutoModelForCausalLM.from_pretrained(path_or_id, config=config)
+
+    The bytes are taken over, nothing is quantized again. bitsandbytes itself is not needed.
+
+    Raises:
+        ValueError: the checkpoint is not bitsandbytes' NF4, or of a kind that NF4Linear cannot hold.
+    """
+    settings = bitsandbytes_format.read_settings(getattr(config, "quantization_config", None))
+    config.quantization_config = QShardedConfig(
+        modules_to_not_convert=settings.skipped, double_quant=settings.double_quant, stored_as="bitsandbytes"
+    ).to_dict()
+    return config
+
+
+@register_quantizer(METHOD)
+class QShardedQuantizer(HfQuantizer):
+    """Swaps the linear layers before weights are read, and quantizes or unpacks each as it arrives."""
+
+    quantization_config: QShardedConfig
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Quantize on the GPU where there is one, as bitsandbytes does."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        _refuse_other_parallelism(model, config.stored_as)
+        skipped = self.get_modules_to_not_convert(model, config.modules_to_not_convert)
+        quantize_(
+            model,
+            # a subclass may compute something else
+            lambda name, linear: type(linear) is nn.Linear and should_convert_module(name, skipped),
+            double_quant=config.double_quant,
+        )
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        prefix, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(prefix), NF4Linear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        if self.quantization_config.stored_as == METHOD:
+            return _own_conversions()
+        companions = [f"weight.{name}" for name in bitsandbytes_format.COMPANIONS]
+        return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.quantization_config.stored_as = METHOD
+        _save_in_our_form(model)
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.requires_grad_(False)
+        parallel.use_exact_gather(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """By adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    if distributed is None:
+        return
+    for key in ("tp_size", "pp_size", "ep_size"):
+        if (getattr(distributed, key, None) or 1) > 1:
+            raise ValueError(
+                f"{key} = {getattr(distributed, key)}: a QSharded model can be sharded by FSDP2 alone, not by tensor, "
+                "pipeline or expert parallelism; use DistributedConfig(fsdp_size=...)"
+            )
+    if stored_as != METHOD and (distributed.fsdp_size or 1) > 1:
+        raise ValueError(
+            "a bitsandbytes checkpoint cannot be read into shards: load it in one process, save_pretrained it, and "
+            "load what that wrote"
+        )
+
+
+def _own_conversions() -> list[WeightConverter]:
+    return [WeightConverter(name, name, [_AsParameter()]) for name in (_ABSMAX, "weight")]
+
+
+def _save_in_our_form(model: PreTrainedModel) -> None:
+    """Saving undoes the conversions of loading; wherever the weights came from, they are saved in our form."""
+    used: Any = getattr(model, "_weight_conversions", None) or []
+    others = [conversion for conversion in used if not _is_ours(conversion)]
+    model._weight_conversions = [*others, *_own_conversions()]  # type: ignore[assignment]
+
+
+def _is_ours(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, _TakeOver | _AsParameter) for operation in operations)
+
+
+class _Quantize(ConversionOps):
+    """A 16-bit weight, or this rank's rows of it, becomes what its NF4Linear holds."""
+
+    def __init__(self, quantizer: QShardedQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        [(name, value)] = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        rows = parallel.own_rows(kwargs["model"].get_parameter(name))
+        pack = _pack_doubly if self.hf_quantizer.quantization_config.double_quant else _pack
+        packed = pack(value, rows)
+        if not value.isfinite().all():  # only now: other ranks, whose rows may be sound, have to meet this one in pack
+            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
+        return _named(packed, name)
+
+
+def _pack(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
+    codes, absmax = ops.nf4_quantize(values_NK)
+    return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
+
+
+def _pack_doubly(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
+    """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
+    codes, absmax = ops.nf4_quantize(values_NK)
+    absmax_codes, scales, offset = double_quantize(absmax, rows)
+    return codes.view(torch.bfloat16), pad_absmax(absmax_codes).view(torch.bfloat16), scales, offset
+
+
+class _AsParameter(ConversionOps):
+    """Rows of bytes, as they are stored, become the bf16 rows of an NF4Linear; other weights pass."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        [(name, value)] = input_dict.items()
+        value = value[0] if isinstance(value, list) else value
+        size = _stored_row(kwargs["model"], kwargs["full_layer_name"])
+        return {name: value if size is None else self._change(value, size)}
+
+    def _change(self, rows: Tensor, size: int) -> Tensor:
+        return (pad_absmax(rows) if size % 2 else rows).view(torch.bfloat16)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsStored()
+
+
+class _AsStored(_AsParameter):
+    """And back, for saving."""
+
+    def _change(self, rows: Tensor, size: int) -> Tensor:
+        return rows.view(torch.uint8)[:, :size].contiguous()
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsParameter()
+
+
+def _stored_row(model: PreTrainedModel, name: str) -> int | None:
+    """Bytes of a stored row of the parameter ``name`` if it is a packed layer's codes or absmax, else None."""
+    prefix, _, own = name.rpartition(".")
+    layer = model.get_submodule(prefix)
+    if not isinstance(layer, NF4Linear) or own not in ("weight", _ABSMAX):
+        return None
+    if own == "weight":
+        return layer.in_features // 2
+    return layer.in_features // nf4.BLOCK * (4 if layer.weight_absmax_scales is None else 1)
+
+
+class _TakeOver(ConversionOps):
+    """The tensors of bitsandbytes become those of an NF4Linear; other weights pass."""
+
+    def __init__(self, quantizer: QShardedQuantizer) -> None:
+        self.hf_quantizer = quantizer  # under this name, transformers leaves the stored dtypes alone
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        model, full_name = kwargs["model"], kwargs["full_layer_name"]
+        stored = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        if not self.hf_quantizer.param_needs_quantization(model, full_name):
+            return {"weight": stored["weight"].to(model.get_parameter(full_name).dtype)}
+        by_name = {name.removeprefix("weight."): value for name, value in stored.items()}
+        return _named(bitsandbytes_format.packed_tensors(by_name, full_name), "weight")
+
+
+def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:
+    names = weight, f"{weight}_absmax", f"{weight}_absmax_scales", f"{weight}_absmax_offset"
+    return {name: tensor for name, tensor in zip(names, packed, strict=True) if tensor is not None}

@@ -1,0 +1,202 @@
+"""transformers reads, writes and shards models of NF4Linear layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from qsharded import nf4
+from qsharded.checkpoint import load_model
+from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
+from qsharded.nn import NF4Linear
+from tests.checkpoints import write_checkpoint
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_gather import as_cuda_copies
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 3 and 5 blocks, whose absmax is padded; 97 rows of the head and 96 of k_proj divide by 2 or do not."""
+    return write_checkpoint(tmp_path_factory.mktemp("model"), hidden_size=192, intermediate_size=320)
+
+
+def read(folder: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def quantized(folder: Path, config: Any = None, **settings: Any) -> PreTrainedModel:
+    return read(folder, config=config, quantization_config=QShardedConfig(**settings))
+
+
+def as_bytes(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {name: (t.dtype, t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in state.items()}
+
+
+def test_its_bytes_are_those_of_the_native_loader(checkpoint: Path) -> None:
+    model = quantized(checkpoint)
+    assert as_bytes(model.state_dict()) == as_bytes(load_model(checkpoint, device="cpu").state_dict())
+    assert not any(p.requires_grad for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_saved_model_is_read_bit_for_bit(checkpoint: Path, tmp_path: Path, double_quant: bool) -> None:
+    model = quantized(checkpoint, double_quant=double_quant)
+    model.save_pretrained(tmp_path)
+    again = read(tmp_path)
+    assert isinstance(again.model.layers[0].mlp.up_proj, NF4Linear)
+    assert as_bytes(again.state_dict()) == as_bytes(model.state_dict())
+    tokens = [m.generate(IDS, max_new_tokens=4, do_sample=False) for m in (model, again)]
+    assert torch.equal(*tokens)
+
+
+def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: Path) -> None:
+    """uint8 codes and absmax without padding, under the names and with the words that the native loader reads."""
+    model = quantized(checkpoint)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4Linear):
+            endings = ("", "_absmax", "_absmax_scales", "_absmax_offset")
+            for ending, tensor in zip(endings, layer.packed(), strict=True):
+                found = stored.pop(f"{name}.weight{ending}")
+                assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+                assert torch.equal(found, tensor)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    own = {"quant_method": "qsharded", "version": 1, "format": "nf4", "block_size": 64, "absmax_block_size": 256}
+    assert own.items() <= said.items()
+
+
+@pytest.mark.parametrize(("key", "value"), [("block_size", 128), ("format", "fp4"), ("version", 2)])
+def test_another_format_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"QShardedConfig: {key} must be .*, got {value!r}"):
+        QShardedConfig(**{key: value})
+
+
+def test_without_double_quantization_the_absmax_is_kept_in_fp32(checkpoint: Path) -> None:
+    layer = quantized(checkpoint, double_quant=False).model.layers[1].mlp.down_proj
+    stored = load_file(checkpoint / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(
+        layer.dequantize(torch.float32), nf4.quantize(stored, double_quant=False).dequantize(torch.float32)
+    )
+
+
+def test_the_layers_to_leave_out_can_be_named(checkpoint: Path) -> None:
+    model = quantized(checkpoint, modules_to_not_convert=["lm_head", "o_proj"])
+    kept = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert kept == {"lm_head", "o_proj"}
+
+
+def test_a_bf16_checkpoint_can_be_computed_with_in_fp32(checkpoint: Path) -> None:
+    model = read(checkpoint, dtype=torch.float32, quantization_config=QShardedConfig())
+    assert as_bytes(model.state_dict()) == as_bytes(
+        load_model(checkpoint, dtype=torch.float32, device="cpu").state_dict()
+    )
+
+
+def test_damaged_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(RuntimeError):  # transformers' own, after a report of each weight at fault
+        quantized(tmp_path)
+
+
+@pytest.fixture
+def bitsandbytes_folder(checkpoint: Path, tmp_path: Path) -> Any:
+    def write(**options: Any) -> tuple[PreTrainedModel, Path]:
+        config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        model = read(checkpoint, quantization_config=BitsAndBytesConfig(**config | options))
+        model.save_pretrained(tmp_path)
+        return model, tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
+    bitsandbytes_folder: Any, nested: bool, storage: torch.dtype
+) -> None:
+    theirs, folder = bitsandbytes_folder(bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage)
+    ours = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)))
+    layers = [(m, ours.get_submodule(name)) for name, m in theirs.named_modules() if hasattr(m, "quant_state")]
+    assert len(layers) == 14
+    for their, our in layers:
+        state = their.weight.quant_state
+        codes, absmax, scales, offset = our.packed()
+        assert torch.equal(codes.flatten(), their.weight.detach().view(torch.uint8).flatten())
+        assert torch.equal(absmax.flatten(), state.absmax)
+        assert (scales is not None) == nested
+        if nested:
+            assert torch.equal(scales, state.state2.absmax)
+            assert torch.equal(offset, state.offset)
+    ours.save_pretrained(folder / "ours")
+    assert as_bytes(read(folder / "ours").state_dict()) == as_bytes(ours.state_dict())
+
+
+def test_a_bitsandbytes_checkpoint_can_be_computed_with_in_fp32(bitsandbytes_folder: Any) -> None:
+    _, folder = bitsandbytes_folder(bnb_4bit_use_double_quant=True)
+    ours = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)), dtype=torch.float32)
+    assert ours(IDS).logits.dtype == torch.float32
+
+
+def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any, checkpoint: Path) -> None:
+    _, folder = bitsandbytes_folder(bnb_4bit_quant_type="fp4")
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type must be nf4 to be taken over, got 'fp4'"):
+        from_bitsandbytes(AutoConfig.from_pretrained(folder))
+    with pytest.raises(ValueError, match="not quantized to 4 bits by bitsandbytes"):
+        from_bitsandbytes(AutoConfig.from_pretrained(checkpoint))
+
+
+def sharded(folder: Path, saved: Path) -> list[tuple[Tensor, Tensor, int]]:
+    """Of a model that is quantized into shards, and of what it saves: logits, generated tokens and the rows of a packed
+    weight that are here. Shards are gathered with copies as CUDA makes them."""
+    torch._foreach_copy_ = as_cuda_copies
+    return [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
+
+
+def results(folder: Path, save_to: Path | None, **options: Any) -> tuple[Tensor, Tensor, int]:
+    model = read(folder, distributed_config=DistributedConfig(fsdp_size=3), **options)
+    tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    if save_to is not None:
+        model.save_pretrained(save_to)
+    return model(IDS).logits.detach(), tokens, len(model.model.layers[0].self_attn.k_proj.weight.to_local())
+
+
+def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=44)
+    one = quantized(folder)
+    expected = one(IDS).logits, one.generate(IDS, max_new_tokens=4, do_sample=False)
+    held = []
+    for of_both in run_ranks(sharded, 3, folder, tmp_path / "saved"):
+        for logits, tokens, rows in of_both:
+            assert torch.equal(logits, expected[0])
+            assert torch.equal(tokens, expected[1])
+            held.append(rows)
+    assert held == [15, 15, 15, 15, 14, 14]
+    assert as_bytes(read(tmp_path / "saved").state_dict()) == as_bytes(one.state_dict())
+
+
+def test_tensor_parallelism_is_refused(checkpoint: Path) -> None:
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.distributed_config = DistributedConfig(tp_size=2)
+    with pytest.raises(ValueError, match=r"^tp_size = 2: a QSharded model can be sharded by FSDP2 alone"):
+        quantized(checkpoint, config=config)
+
+
+def test_a_bitsandbytes_checkpoint_is_not_read_into_shards(bitsandbytes_folder: Any) -> None:
+    _, folder = bitsandbytes_folder(bnb_4bit_use_double_quant=True)
+    config = from_bitsandbytes(AutoConfig.from_pretrained(folder))
+    config.distributed_config = DistributedConfig(fsdp_size=2)
+    with pytest.raises(ValueError, match="load it in one process, save_pretrained it"):
+        read(folder, config=config)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_training import BUILTIN, LLAMA3_8B
+from benchmarks.gpu_training import BUILTIN, SHAPES
 from benchmarks.record import environment
 from qsharded.assembly import lora_config
 from qsharded.config import TrainConfig, parse
@@ -25,12 +25,7 @@ from qsharded.models import ModelConfig
 from qsharded.plan.memory import plan
 
 LARGEST_GAP = 0.10
-LLAMA3_70B = LLAMA3_8B | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
+LLAMA3_8B, LLAMA3_70B = SHAPES["llama3-8b"], SHAPES["llama3-70b"]
 TINY = LLAMA3_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 4}
 # name: (shape, GPUs, rows of a micro-batch, tokens of a row, further flags)
 CASES: dict[str, tuple[dict[str, Any], int, int, int, list[str]]] = {

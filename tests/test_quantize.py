@@ -103,6 +103,7 @@ def test_an_unreadable_quantization_is_refused_before_the_data_is_read(
     described = json.loads((original / "config.json").read_text())
     described["quantization_config"] = {"quant_method": "awq"}
     (original / "config.json").write_text(json.dumps(described))
+    (tmp_path / "rows.jsonl").write_text("no row\n")
     with pytest.raises(SystemExit):
-        losses(original, tmp_path / "there are no rows", tmp_path / "run")
+        losses(original, tmp_path / "rows.jsonl", tmp_path / "run")
     assert "quant_method 'awq' is not read here" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """A folder that a command writes: free before, complete or absent after."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +17,21 @@ def refuse_occupied(output: Path) -> None:
 @contextmanager
 def complete_or_absent(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
-    unfinished = output.with_name(output.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    unfinished.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
     try:
         yield unfinished
         unfinished.replace(output)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def copy_files(files: Iterable[Path], folder: Path, target: Path) -> None:

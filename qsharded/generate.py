@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = start_world()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     try:
-        with errors_named(config.prog, world, (ValueError, DamagedGather)):
+        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
             run(config, world)
     finally:

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.manifest import read_manifest, verify
 from qsharded.checkpoint.training import checkpoints, drop_partial_checkpoints, newest_valid, step_of
 from qsharded.config import TrainConfig, write_toml
 from qsharded.parallel import World
@@ -109,7 +109,8 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         return
     folder = Path(config.output_dir)
     if resume_from and _continues(folder, resume_from):
-        _delete(path for path in checkpoints(folder) if step_of(path) > step_of(resume_from))
+        step = read_manifest(resume_from).step  # not by its name: it may be a copy
+        _delete(path for path in checkpoints(folder) if step_of(path) > step)
     else:
         _delete(_results(folder) + _traces(folder))
     drop_partial_checkpoints(folder)

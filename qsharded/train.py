@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
             parts = assembly.prepare(config, world)
-        with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten)):
+        with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten, DamagedGather, OSError)):
             run(config, world, parts)
     finally:
         stop_world(world)
@@ -218,7 +218,14 @@ def _evaluate_and_save(
         _log_validation(parts, world, log)
     writer.check()
     if config.save_steps and step % config.save_steps == 0:
-        writer.save(parts.model, parts.lora, parts.optimizer, parts.progress, base_model=parts.base_model)
+        writer.save(
+            parts.model,
+            parts.lora,
+            parts.optimizer,
+            parts.progress,
+            base_model=parts.base_model,
+            revision=config.revision,
+        )
 
 
 def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:

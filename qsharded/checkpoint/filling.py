@@ -53,10 +53,18 @@ class RowsFill:
 
     Args:
         target: this rank's rows, from row ``first`` on of the stored tensor. uint8 takes the bytes of any dtype.
+        group: the ranks that share the tensor.
     """
 
-    def __init__(self, source: WeightSource, name: str, target: Tensor, first: int = 0) -> None:
-        self._target, self._first, self._finite = target, first, FiniteCheck(name)
+    def __init__(
+        self,
+        source: WeightSource,
+        name: str,
+        target: Tensor,
+        first: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._target, self._first, self._finite = target, first, FiniteCheck(name, group)
         size = 1 if target.dtype == torch.uint8 else source.dtype(name).itemsize
         row_bytes = math.prod(target.shape[1:]) * size
         self.pieces = pieces_of(source, name, first, first + target.shape[0], row_bytes)
@@ -69,7 +77,7 @@ class RowsFill:
         target.copy_(values.view(target.shape))
 
     def finish(self, device: torch.device) -> None:
-        self._finite.demand()
+        self._finite.demand(device)
 
 
 class PackedSink(Protocol):
@@ -93,7 +101,7 @@ class QuantizingFill:
 
     def __init__(self, source: WeightSource, name: str, K: int, rows: parallel.RowRange, sink: PackedSink) -> None:
         self._K, self._rows, self._sink = K, rows, sink
-        self._finite = FiniteCheck(name)
+        self._finite = FiniteCheck(name, rows.group)
         self._absmax: list[Tensor] = []
         self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
@@ -104,7 +112,7 @@ class QuantizingFill:
         self._absmax.append(absmax_NG)
 
     def finish(self, device: torch.device) -> None:
-        self._finite.demand()
+        self._finite.demand(device)
         absmax, self._absmax = self._absmax, []
         empty = torch.empty(0, self._K // nf4.BLOCK, dtype=torch.float32, device=device)
         self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
@@ -135,7 +143,7 @@ def double_quantize(absmax_NG: Tensor, rows: parallel.RowRange) -> tuple[Tensor,
     """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
     offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
-    _all_reduce(scales, dist.ReduceOp.MAX, rows)
+    _all_reduce(scales, dist.ReduceOp.MAX, rows.group)
     return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
 
 
@@ -143,20 +151,24 @@ def _agreed_offset(absmax_NG: Tensor, rows: parallel.RowRange) -> Tensor:
     """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
     sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
     sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
-    _all_reduce(sums_N, dist.ReduceOp.SUM, rows)
+    _all_reduce(sums_N, dist.ReduceOp.SUM, rows.group)
     return backends.absmax_offset(sums_N, absmax_NG.shape[1])
 
 
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, rows: parallel.RowRange) -> None:
-    if rows.group is not None:
-        dist.all_reduce(tensor, op, group=rows.group)
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        dist.all_reduce(tensor, op, group=group)
 
 
 class FiniteCheck:
-    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it."""
+    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    The ranks of ``group`` share the tensor, and learn of each other's: one that raised alone would leave the others in
+    the next collective.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup | None = None) -> None:
+        self._name, self._group = name, group
         self._all: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
@@ -165,7 +177,10 @@ class FiniteCheck:
             finite = nf4.all_finite(values)
             self._all = finite if self._all is None else self._all & finite
 
-    def demand(self) -> None:
-        """Raise ValueError unless all that was looked at is finite."""
-        if self._all is not None:
-            nf4.refuse_not_finite(self._all, self._name)
+    def demand(self, device: torch.device) -> None:
+        """Raise ValueError unless all that was looked at is finite, here and on the other ranks."""
+        if self._all is None and self._group is None:
+            return
+        finite = torch.ones((), dtype=torch.int32, device=device) if self._all is None else self._all.to(torch.int32)
+        _all_reduce(finite, dist.ReduceOp.MIN, self._group)
+        nf4.refuse_not_finite(finite.bool(), self._name)

@@ -168,7 +168,12 @@ def packed_layers(model: nn.Module) -> dict[str, NF4Linear]:
 
 def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
     plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
-    return [filling.RowsFill(source, name, parallel.local(p).detach(), parallel.own_rows(p).start) for name, p in plain]
+    return [_plain_fill(source, name, parameter) for name, parameter in plain]
+
+
+def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> filling.Fill:
+    rows = parallel.own_rows(parameter)
+    return filling.RowsFill(source, name, parallel.local(parameter).detach(), rows.start, rows.group)
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

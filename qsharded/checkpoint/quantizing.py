@@ -111,7 +111,7 @@ class _CopyFill:
         self._file.write(piece.name, values, piece.start * piece.row_bytes)
 
     def finish(self, device: torch.device) -> None:
-        self._finite.demand()
+        self._finite.demand(device)
 
 
 @dataclass(frozen=True)

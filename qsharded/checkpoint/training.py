@@ -20,7 +20,10 @@ from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
 
 STATE_FILE, ADAPTER, OPTIMIZER = "state.json", "adapter", "optimizer"
-_MEANING = {"rows_per_step": " (ranks x --per-device-train-batch-size x --gradient-accumulation-steps)"}
+_MEANING = {
+    "rows_per_step": " (ranks x --per-device-train-batch-size x --gradient-accumulation-steps)",
+    "moments": " (fp32: --optim adamw; 8 bits: the others)",
+}
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or deleted
 
 
@@ -114,8 +117,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def drop_old_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; None keeps all."""
-    complete = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST_FILE).is_file()]
+    """Delete all but the newest ``keep`` checkpoints; None keeps all. What the user renamed stays."""
+    complete = [f for f in checkpoints(output_dir) if step_of(f) >= 0 and (f / MANIFEST_FILE).is_file()]
     if keep is not None:
         for folder in complete[:-keep]:
             delete_checkpoint(folder)

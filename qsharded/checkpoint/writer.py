@@ -93,7 +93,14 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def save(
-        self, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer, progress: Progress, *, base_model: str
+        self,
+        model: nn.Module,
+        lora: LoRAConfig,
+        optimizer: Optimizer,
+        progress: Progress,
+        *,
+        base_model: str,
+        revision: str | None = None,
     ) -> None:
         """Have a checkpoint written of what everything is now. It first waits for the one before.
 
@@ -111,7 +118,7 @@ class CheckpointWriter:
             tensors,
             mark_stream(self._world.device),
             asdict(progress),
-            peft_config(model, lora, base_model),
+            peft_config(model, lora, base_model, revision),
         )
         self._pending = self._thread.submit(self._write, job)
 
@@ -135,9 +142,18 @@ class CheckpointWriter:
             self._write_own_files(job)
             if self._world.is_main:
                 self._complete(job)
-                drop_old_checkpoints(self._output_dir, self._keep)
-        except OSError as error:
+        except CheckpointNotWritten:
+            raise
+        except Exception as error:
             raise CheckpointNotWritten(f"checkpoint {job.folder} was not written: {error}") from error
+        if self._world.is_main:
+            self._drop_old_ones()
+
+    def _drop_old_ones(self) -> None:
+        try:
+            drop_old_checkpoints(self._output_dir, self._keep)
+        except OSError as error:
+            print(f"an old checkpoint could not be deleted: {error}", file=sys.stderr)
 
     def _write_own_files(self, job: _Job) -> None:
         if job.copied is not None:

@@ -22,7 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsharded import blockwise8, nf4, ops, parallel
-from qsharded.checkpoint.filling import double_quantize
+from qsharded.checkpoint.filling import FiniteCheck, double_quantize
 from qsharded.checkpoint.quantized import QUANT_METHOD as METHOD
 from qsharded.checkpoint.quantized import own_config
 from qsharded.integrations import bitsandbytes_format
@@ -191,10 +191,10 @@ class _Quantize(ConversionOps):
         value = value[0] if isinstance(value, list) else value
         rows = parallel.own_rows(kwargs["model"].get_parameter(name))
         pack = _pack_doubly if self.hf_quantizer.quantization_config.double_quant else _pack
-        packed = pack(value, rows)
-        if not value.isfinite().all():  # only now: other ranks, whose rows may be sound, have to meet this one in pack
-            raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
-        return _named(packed, name)
+        finite = FiniteCheck(name, rows.group)
+        finite.add(value)
+        finite.demand(value.device)
+        return _named(pack(value, rows), name)
 
 
 def _pack(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -209,6 +209,22 @@ def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"lm_head\.weight are one tied weight, which target_modules cannot adapt"):
         load_model(folder, lora=LoRAConfig(r=3, target_modules=["q_proj", "lm_head"]))
+
+
+def refusal(path: Path, world_size: int) -> str:
+    with pytest.raises(ValueError, match="NaN or infinity") as error:
+        load_model(path, mesh=init_device_mesh("cpu", (world_size,)), dtype=torch.bfloat16)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"])
+def test_nan_in_one_ranks_rows_is_named_by_all(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors[name][-1, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert all(name in message for message in run_ranks(refusal, 2, folder, 2))
 
 
 def bytes_read(path: Path, world_size: int) -> dict[str, int]:

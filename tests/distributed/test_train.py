@@ -95,6 +95,15 @@ def test_a_resumed_run_continues_to_the_last_bit(model: Path, dataset: Path, tmp
     assert_same_file(tmp_path / "whole" / "adapter", stopped / "adapter")
 
 
+def test_resuming_from_a_copy_deletes_no_older_checkpoint(model: Path, dataset: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", {"max_steps": 6, "save_steps": 2, "save_total_limit": 2}
+    run(model, dataset, out, options | {"max_steps": 4})
+    best = shutil.copytree(out / "checkpoints" / "step-000002", out / "best")
+    kept = shutil.copytree(out / "checkpoints" / "step-000002", out / "checkpoints" / "step-000002-best")
+    run(model, dataset, out, options | {"resume_from_checkpoint": best})
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-000004", "step-000006", kept.name}
+
+
 @pytest.fixture(scope="module")
 def interrupted(model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that went through, and the same one, stopped after its checkpoint of step 2."""

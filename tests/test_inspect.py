@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsharded import inspect, nf4
+from qsharded.checkpoint.files import FileRecord
 from qsharded.checkpoint.inspection import inspect_path
+from qsharded.checkpoint.manifest import Manifest, write_manifest
 from tests.adapters import write_adapter
 from tests.checkpoints import write_checkpoint
 
@@ -248,13 +250,12 @@ def write_training_checkpoint(folder: Path, adapter: Path) -> Path:
     save_file(state, folder / "optimizer-00000-of-00001.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": 3}))
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    files = {name: record((folder / name).read_bytes()) for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"format": "qsharded-checkpoint", "files": files}))
+    write_manifest(folder, Manifest(3, 1, {name: record((folder / name).read_bytes()) for name in names}))
     return folder
 
 
-def record(content: bytes) -> dict[str, int | str]:
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def record(content: bytes) -> FileRecord:
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_a_sound_training_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
@@ -282,7 +283,7 @@ def damage_optimizer(folder: Path) -> None:
             lambda folder: (folder / "manifest.json").unlink(),
             "manifest.json is missing: the checkpoint was not written",
         ),
-        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json is damaged: 'files'"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json is damaged: its format is not"),
         (
             lambda folder: (folder / "optimizer-00000-of-00001.safetensors").unlink(),
             "optimizer-00000-of-00001.safetensors is missing, manifest.json names it",

@@ -12,11 +12,13 @@ import torch
 from qsharded.checkpoint.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_lora_config
 from qsharded.checkpoint.expected import expected_tensors, packed_bytes
 from qsharded.checkpoint.load import expected_shapes, skeleton
+from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from qsharded.checkpoint.scan import Scan, Stored, hash_file, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, read_json
+from qsharded.checkpoint.training import STATE_FILE
 from qsharded.models import ModelConfig
 
-MANIFEST, STATE, INDEX = "manifest.json", "state.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,7 +59,7 @@ def inspect_path(path: Path) -> Report:
     """
     if path.is_file() and path.suffix == ".safetensors":
         return _safetensors_file(path)
-    if (path / STATE).is_file() or ((path / MANIFEST).is_file() and (path / "adapter").is_dir()):
+    if (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and (path / "adapter").is_dir()):
         return _training_checkpoint(path)
     if (path / CONFIG_FILE).is_file():
         return _adapter(path)
@@ -241,7 +243,7 @@ def _training_checkpoint(folder: Path) -> Report:
     _check_adapter(report, folder, folder / "adapter")
     tensors = _scan(report, folder, sorted(folder.glob("*.safetensors")))
     report.classes.update(_by_class(tensors.values(), lambda tensor: f"optimizer: {tensor.name.rpartition(':')[2]}"))
-    for path in (folder / STATE, folder / "adapter" / CONFIG_FILE):
+    for path in (folder / STATE_FILE, folder / "adapter" / CONFIG_FILE):
         _check_json(report, folder, path)
     _check_manifest(report, folder)
     return report
@@ -254,26 +256,23 @@ def _check_json(report: Report, folder: Path, path: Path) -> None:
         report.problems.append(str(error))
         return
     report.files.append(FileReport(str(path.relative_to(folder)), path.stat().st_size, hash_file(path)))
-    if path.name == STATE:
+    if path.name == STATE_FILE:
         report.kind += f" of step {state.get('step')}"
 
 
 def _check_manifest(report: Report, folder: Path) -> None:
     """Every file that the manifest names must be there, with the size and hash that it says."""
-    if not (folder / MANIFEST).is_file():
-        report.problems.append(f"{MANIFEST} is missing: the checkpoint was not written to its end")
-        return
     try:
-        wanted = {str(name): dict(record) for name, record in read_json(folder / MANIFEST)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        report.problems.append(f"{MANIFEST} is damaged: {error}")
+        wanted = read_manifest(folder).files
+    except ValueError as error:
+        report.problems.append(str(error))
         return
     read = {file.name: file for file in report.files}
     for name, record in wanted.items():
         file = read.get(name)
         if file is None:
-            report.problems.append(f"{name} is missing, {MANIFEST} names it")
-        elif (file.size, file.sha256) != (record.get("size"), record.get("sha256")):
-            report.problems.append(f"{name} is damaged: its size or SHA-256 is not the one in {MANIFEST}")
+            report.problems.append(f"{name} is missing, {MANIFEST_FILE} names it")
+        elif (file.size, file.sha256) != (record.size, record.sha256):
+            report.problems.append(f"{name} is damaged: its size or SHA-256 is not the one in {MANIFEST_FILE}")
         else:
-            file.vouched = MANIFEST
+            file.vouched = MANIFEST_FILE

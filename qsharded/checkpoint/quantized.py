@@ -15,6 +15,7 @@ scales and offset. The quantize command does not write that; the integrations ma
 """
 
 import json
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ class Packing:
         if not self.double_quant:
             return Parts(name, name + ABSMAX, None, None)
         _check_kind(source, name + OFFSET, torch.float32, 1)
-        return Parts(name, name + ABSMAX, name + SCALES, source.whole(name + OFFSET).item())
+        offset = _finite(source, name, source.whole(name + OFFSET).item())
+        return Parts(name, name + ABSMAX, name + SCALES, offset)
 
     def _of_bitsandbytes(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "Parts":
         state = _bitsandbytes_state(source, name)
@@ -106,7 +108,15 @@ class Packing:
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float):
             raise ValueError(f"{source.file_of(name)}: {name} has nested_offset {offset!r}, not a number")
-        return Parts(name, name + BNB_ABSMAX, name + BNB_NESTED, float(offset))
+        return Parts(name, name + BNB_ABSMAX, name + BNB_NESTED, _finite(source, name, float(offset)))
+
+
+def _finite(source: SafetensorsFolder, name: str, offset: float) -> float:
+    if not math.isfinite(offset):
+        raise ValueError(
+            f"{source.file_of(name)}: the offset of {name}'s scales is {offset}; the checkpoint is damaged"
+        )
+    return offset
 
 
 @dataclass(frozen=True)

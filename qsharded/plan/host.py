@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qsharded.checkpoint.load import parameter_count
+import torch
+
+from qsharded import nf4
+from qsharded.checkpoint.load import packed_layers, parameter_count
 from qsharded.config import TrainConfig
 from qsharded.machine import GIB
 from qsharded.models import CausalLM
+from qsharded.nn import NF4Linear
 from qsharded.plan.memory import Plan
 from qsharded.plan.parameters import ADAPTERS, parameters
 
@@ -40,14 +44,29 @@ def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
     return [need for need in needs if need.bytes]
 
 
-def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any]) -> list[Need]:
-    """What the run writes, and what it downloads first. ``described`` is the model's config.json."""
+def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any], *, is_packed: bool = False) -> list[Need]:
+    """What the run writes, and what it downloads first. ``described`` is the model's config.json; ``is_packed``: the
+    checkpoint holds the packed layers as they are."""
     trained = parameters(model, ranks=1).resident[ADAPTERS]
     needs = [Need("adapter", trained), _checkpoints(trained, config)]
     if not Path(config.model).is_dir() and not config.random_init:
-        width = 4 if "float32" in str(described.get("dtype", described.get("torch_dtype"))) else 2
-        needs.insert(0, Need("download", parameter_count(model) * width, "unless the Hub's cache has it"))
+        needs.insert(0, Need("download", _download(model, described, is_packed), "unless the Hub's cache has it"))
     return [need for need in needs if need.bytes]
+
+
+def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> int:
+    width = 4 if "float32" in str(described.get("dtype", described.get("torch_dtype"))) else 2
+    layers = list(packed_layers(model).values()) if is_packed else []
+    plain = parameter_count(model) - sum(layer.out_features * layer.in_features for layer in layers)
+    return plain * width + sum(_packed(layer) for layer in layers)
+
+
+def _packed(layer: NF4Linear) -> int:
+    """Bytes of a packed weight in a checkpoint: codes and their scales, without the padding of rows in memory."""
+    blocks = layer.out_features * layer.in_features // nf4.BLOCK
+    if layer.weight_absmax_scales is None:
+        return layer.weight.nbytes + blocks * torch.float32.itemsize
+    return layer.weight.nbytes + blocks + layer.weight_absmax_scales.nbytes
 
 
 def _checkpoints(trained: int, config: TrainConfig) -> Need:

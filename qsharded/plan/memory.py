@@ -9,6 +9,7 @@ import torch
 from qsharded.assembly import fits_whole, layout_of, leaves_sharding_open
 from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.quantized import PackedCheckpoint, Packing
 from qsharded.config import TrainConfig
 from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import CausalLM, ModelConfig
@@ -100,18 +101,20 @@ class Planner:
         lora: its adapters.
         dtype: of the activations, and of what is not quantized.
         gpu_bytes: of each GPU; None where it is not known.
+        packed: how the checkpoint packs its weights, if it does, and which, where it is there to say.
     """
 
     model_config: ModelConfig
     lora: LoRAConfig
     dtype: torch.dtype
     gpu_bytes: int | None = None
+    packed: PackedCheckpoint | Packing | None = None
     _simulated: dict[tuple[int, int, Mode, bool], StepWork] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def model(self) -> CausalLM:
         """The whole model on the meta device."""
-        return skeleton(self.model_config, self.lora, self.dtype)
+        return skeleton(self.model_config, self.lora, self.dtype, self.packed)
 
     def plan(self, config: TrainConfig, ranks: int) -> Plan:
         """The memory of the rank that holds most, with rows of ``--max-length`` tokens.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.quantized import Packing
 from qsharded.config import TrainConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
@@ -42,6 +43,15 @@ def test_a_model_of_the_hub_is_downloaded_in_its_dtype(model: CausalLM, tmp_path
     assert needs(model, LLAMA | {"torch_dtype": "float32"})["download"] == 4 * WEIGHTS
     assert "download" not in needs(model, model=str(tmp_path))
     assert "download" not in needs(model, random_init=True)
+
+
+def test_a_packed_model_of_the_hub_is_downloaded_packed() -> None:
+    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
+    for double_quant, scales in ((True, linear // 64), (False, linear // 64 * 4)):
+        built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, Packing("qsharded", double_quant))
+        found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
+        second_level = 2 * 4 * (1 + 1 + 1 + 1 + 2 + 2 + 2) if double_quant else 0  # a figure for 256 blocks
+        assert found["download"] == linear // 2 + scales + second_level + 2 * (WEIGHTS - linear)
 
 
 def on_host(ranks: int, **changes: Any) -> dict[str, int]:

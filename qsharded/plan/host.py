@@ -13,6 +13,7 @@ from qsharded.machine import GIB
 from qsharded.models import CausalLM
 from qsharded.nn import NF4Linear
 from qsharded.plan.memory import Plan
+from qsharded.plan.optimizer import state_bytes
 from qsharded.plan.parameters import ADAPTERS, parameters
 
 # An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
@@ -33,11 +34,10 @@ class Need:
 def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
     """What a rank takes of its machine's memory; the dataset's rows come to that."""
     sharing = plan.ranks // plan.config.dp_replicate
-    own = parameters(model, ranks=sharing).resident[ADAPTERS]
     needs = [
         Need("interpreter", _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
         Need("reading the checkpoint", _LOADING_BYTES, "at most, and given back"),
-        Need("checkpoint's copy", _checkpoint(own), "adapters and optimizer state, while they are written"),
+        Need("checkpoint's copy", _checkpoint(model, plan.config, sharing), "adapters and optimizer state, while they are written"),
         Need("frozen weights", plan.on_host.weights, "--cpu-offload"),
         Need("activations", plan.on_host.activations, "--activation-checkpointing offloaded"),
     ]
@@ -48,7 +48,7 @@ def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any], *, is_
     """What the run writes, and what it downloads first. ``described`` is the model's config.json; ``is_packed``: the
     checkpoint holds the packed layers as they are."""
     trained = parameters(model, ranks=1).resident[ADAPTERS]
-    needs = [Need("adapter", trained), _checkpoints(trained, config)]
+    needs = [Need("adapter", trained), _checkpoints(model, config)]
     if not Path(config.model).is_dir() and not config.random_init:
         needs.insert(0, Need("download", _download(model, described, is_packed), "unless the Hub's cache has it"))
     return [need for need in needs if need.bytes]
@@ -69,8 +69,8 @@ def _packed(layer: NF4Linear) -> int:
     return layer.weight.nbytes + blocks + layer.weight_absmax_scales.nbytes
 
 
-def _checkpoints(trained: int, config: TrainConfig) -> Need:
-    one = _checkpoint(trained)
+def _checkpoints(model: CausalLM, config: TrainConfig) -> Need:
+    one = _checkpoint(model, config, 1)
     if not config.save_steps:
         return Need("checkpoints", 0)
     planned = config.max_steps // config.save_steps if config.max_steps > 0 else None
@@ -82,5 +82,7 @@ def _checkpoints(trained: int, config: TrainConfig) -> Need:
     return Need("checkpoints", one * min(counts), f"{min(counts)} of {one / GIB:.2f} GiB")
 
 
-def _checkpoint(trained: int) -> int:
-    return 3 * trained  # the adapters and AdamW's two averages of them
+def _checkpoint(model: CausalLM, config: TrainConfig, ranks: int) -> int:
+    """Adapters and optimizer state: the part of one of ``ranks``."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return parameters(model, ranks=ranks).resident[ADAPTERS] + state_bytes(trained, config.optim, ranks=ranks)

@@ -37,8 +37,13 @@ def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
     needs = [
         Need("interpreter", _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
         Need("reading the checkpoint", _LOADING_BYTES, "at most, and given back"),
-        Need("checkpoint's copy", _checkpoint(model, plan.config, sharing), "adapters and optimizer state, while they are written"),
+        Need(
+            "checkpoint's copy",
+            _checkpoint(model, plan.config, sharing),
+            "adapters and optimizer state, while they are written",
+        ),
         Need("frozen weights", plan.on_host.weights, "--cpu-offload"),
+        Need("optimizer state", plan.on_host.optimizer, "paged: the GPU has no room for it"),
         Need("activations", plan.on_host.activations, "--activation-checkpointing offloaded"),
     ]
     return [need for need in needs if need.bytes]

@@ -90,3 +90,23 @@ def test_8_bits_take_a_quarter_of_fp32_in_a_checkpoint() -> None:
     values = 256 * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192))
     eight_bits = values * 2 + values // 256 * 2 * 4 + 2 * 14 * 4  # two codes a value, two scales a block, counters
     assert needs(built)["checkpoints"] == values * 4 + eight_bits
+
+
+def test_state_that_does_not_fit_pages_before_the_verdict() -> None:
+    config, planner = CONFIG, Planner(ModelConfig.from_hf(LLAMA), LoRAConfig(r=16384), torch.bfloat16)
+    values = 16384 * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192))
+    pageable = values * 2 + values // 256 * 2 * 4 - 2 * 2**25
+    resident = planner.plan(config, 1)
+    assert resident.on_host.optimizer == 0
+    short = replace(planner, gpu_bytes=resident.needed - 2**20).plan(config, 1)
+    assert short.fits
+    assert 2**20 / 1.05 <= short.on_host.optimizer < 2**20
+    assert resident.allocated - short.allocated == short.on_host.optimizer
+    found = {need.name: need.bytes for need in host_memory(planner.model, short)}
+    assert found["optimizer state"] == short.on_host.optimizer
+    tiny = replace(planner, gpu_bytes=2**20).plan(config, 1)
+    assert not tiny.fits
+    assert tiny.on_host.optimizer == pageable
+    kept = replace(planner, gpu_bytes=resident.needed - 2**20).plan(replace(config, optim="adamw8bit"), 1)
+    assert not kept.fits
+    assert kept.on_host.optimizer == 0

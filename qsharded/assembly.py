@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.load import load_model, parameter_count, skeleton
-from qsharded.checkpoint.quantized import read_packing
+from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
@@ -64,16 +64,18 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     folder = world.first_on_node(lambda: _downloaded(config))
     described = read_json(folder / "config.json")
     model_config = ModelConfig.from_hf(described)
-    read_packing(described)  # refuses what cannot be read before the data is
+    packing = read_packing(described)  # it and the outline refuse what cannot be read before the data is
+    packed = None if config.random_init else PackedCheckpoint.at(folder, packing)
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    lora = lora_config(config, adapter)
+    outline = skeleton(model_config, lora, compute_dtype(config.dtype, world.device), packed)
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(model_config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
-    adapter = find_adapter(config.adapter) if config.adapter else None
-    lora = lora_config(config, adapter)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
-    layout, why = _layout(config, world, model_config, lora)
+    layout, why = _layout(config, world, frozen_bytes(outline))
     model = load_model(
         folder,
         mesh=mesh_of(world, config.dp_replicate),
@@ -124,11 +126,10 @@ def _eval_dataset_split(config: TrainConfig) -> str:
     return config.eval_dataset_split or config.dataset_split
 
 
-def _layout(config: TrainConfig, world: World, model_config: ModelConfig, lora: LoRAConfig) -> tuple[Layout, str]:
-    """Where the frozen weights go, and, if that was left open, why."""
+def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str]:
+    """Where the frozen weights, so many bytes of them, go, and, if that was left open, why."""
     if not leaves_sharding_open(config, world.size):
         return layout_of(config, replicated=config.sharding == "replicate"), ""
-    frozen = frozen_bytes(skeleton(model_config, lora, compute_dtype(config.dtype, world.device)))
     room = least_memory(world)
     fits = fits_whole(frozen, room)
     verdict = "replicated" if fits else f"cut over {world.size} ranks"

@@ -21,7 +21,8 @@ def layout(memory: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tupl
     """What two ranks of so many bytes each choose."""
     monkeypatch.setattr(assembly, "least_memory", lambda world: memory)
     config = TrainConfig(model="m", dataset="d", **options)
-    return assembly._layout(config, World(0, 2, torch.device("cpu"), object()), MODEL, LORA)
+    frozen = frozen_bytes(skeleton(MODEL, LORA, torch.float32))
+    return assembly._layout(config, World(0, 2, torch.device("cpu"), object()), frozen)
 
 
 def test_auto_replicates_what_takes_less_than_half(monkeypatch: pytest.MonkeyPatch) -> None:

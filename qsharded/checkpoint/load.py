@@ -12,7 +12,7 @@ from qsharded import nf4, parallel
 from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
-from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
+from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.layout import SHARDED, Layout, lay_out
@@ -82,13 +82,17 @@ def load_model(
 
 
 def skeleton(
-    config: ModelConfig, lora: LoRAConfig | None, dtype: torch.dtype, packed: PackedCheckpoint | None = None
+    config: ModelConfig,
+    lora: LoRAConfig | None,
+    dtype: torch.dtype,
+    packed: PackedCheckpoint | Packing | None = None,
 ) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory.
 
     Args:
-        packed: the checkpoint that decides which layers are packed; by default all linear ones that can be, but the
-            head and those that are trained in full.
+        packed: the checkpoint that decides which layers are packed; or how it packs them, where its files are not there
+            to say which: all linear ones that can be, but the head. By default these less those that are trained in
+            full.
 
     Raises:
         ValueError: the checkpoint has packed what this decoder keeps whole.
@@ -98,6 +102,8 @@ def skeleton(
         if packed is None:
             kept = lora.is_saved if lora else lambda name: False
             quantize_(model, lambda name, _: name != "lm_head" and not kept(name))
+        elif isinstance(packed, Packing):
+            quantize_(model, lambda name, _: name != "lm_head", double_quant=packed.double_quant)
         else:
             is_packed, double_quant = packed.is_packed, packed.packing.double_quant
             quantize_(model, lambda name, _: name != "lm_head" and is_packed(name), double_quant=double_quant)

@@ -88,6 +88,8 @@ def _offload(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
     mode, words = config.activation_checkpointing, "--cpu-offload"
     if mode not in ("full", "offloaded"):
         mode, words = "full", f"{words} --activation-checkpointing full"
+    if config.sharding == "replicate":
+        words = f"{words} --sharding full"
     yield words, replace(config, sharding="full", cpu_offload=True, activation_checkpointing=mode), None
 
 

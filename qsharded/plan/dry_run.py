@@ -9,6 +9,7 @@ import torch
 from qsharded import machine
 from qsharded.adapted import find_adapter
 from qsharded.assembly import lora_config
+from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.commands import compute_dtype
 from qsharded.config import TrainConfig
@@ -21,7 +22,8 @@ from qsharded.plan.rendering import render, render_needs
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights.
+    """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights, of a packed
+    folder their names.
 
     Returns the exit status: 1 where the GPU is known and does not hold it.
 
@@ -29,14 +31,25 @@ def dry_run(config: TrainConfig) -> int:
         ValueError: a mistake of the user's, named.
     """
     ranks = config.gpus or machine.default_ranks()
-    described = read_json(find_checkpoint(config.model, config.revision, weights=False) / "config.json")
+    folder = find_checkpoint(config.model, config.revision, weights=False)
+    described = read_json(folder / "config.json")
     adapter = find_adapter(config.adapter) if config.adapter else None
     dtype = compute_dtype(config.dtype, torch.device("cuda"))
-    planner = Planner(ModelConfig.from_hf(described), lora_config(config, adapter), dtype, _gpu_bytes(config))
+    model_config, packed = ModelConfig.from_hf(described), _packed(config, folder, described)
+    planner = Planner(model_config, lora_config(config, adapter), dtype, _gpu_bytes(config), packed)
     plan = planner.plan(config, ranks)
     if os.environ.get("RANK", "0") == "0":
         print(_text(planner, plan, described), end="", flush=True)
     return int(plan.fits is False)
+
+
+def _packed(config: TrainConfig, folder: Path, described: dict[str, Any]) -> PackedCheckpoint | Packing | None:
+    """What is packed; of a Hub id, and of a folder without its weights, only how."""
+    packing = read_packing(described)
+    if config.random_init:
+        return None
+    has_weights = Path(config.model).is_dir() and any(folder.glob("*.safetensors"))
+    return PackedCheckpoint.at(folder, packing) if has_weights else packing
 
 
 def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
@@ -47,7 +60,7 @@ def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
         [
             render(plan, nearest(planner, plan)),
             render_needs("host memory of a rank, GiB", host_memory(model, plan), available),
-            render_needs("disk, GiB", disk(model, config, described), free),
+            render_needs("disk, GiB", disk(model, config, described, is_packed=planner.packed is not None), free),
         ]
     )
 

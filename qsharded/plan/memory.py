@@ -1,6 +1,7 @@
 """What a training run takes on a GPU before any of it is loaded: the bytes of every class, and whether they fit."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -9,16 +10,18 @@ import torch
 from qsharded.assembly import fits_whole, layout_of, leaves_sharding_open
 from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.quantized import PackedCheckpoint, Packing
 from qsharded.config import TrainConfig
 from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
-from qsharded.plan.optimizer import state_bytes
+from qsharded.plan.optimizer import pageable_bytes, state_bytes
 from qsharded.plan.parameters import ADAPTERS, Held, parameters
 from qsharded.plan.step import StepWork, step_work
 
 Phase = Literal["loss", "backward of a block", "optimizer step"]
 ALWAYS: tuple[Phase, ...] = ("loss", "backward of a block", "optimizer step")
+_OPTIMIZER_STATE = "optimizer state"
 _KEPT: tuple[Phase, ...] = ("loss", "backward of a block")
 
 # PyTorch gives cuBLAS 32 MiB of its own memory for each thread that multiplies: forward's and backward's (sm_90).
@@ -42,10 +45,11 @@ class Row:
 
 @dataclass(frozen=True)
 class HostBytes:
-    """What a rank keeps in host memory for the whole run: frozen weights, and blocks' inputs."""
+    """What a rank keeps in host memory for the whole run: frozen weights, blocks' inputs, and optimizer state."""
 
     weights: int = 0
     activations: int = 0
+    optimizer: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,20 @@ class Planner:
         lora: its adapters.
         dtype: of the activations, and of what is not quantized.
         gpu_bytes: of each GPU; None where it is not known.
+        packed: how the checkpoint packs its weights, if it does, and which, where it is there to say.
     """
 
     model_config: ModelConfig
     lora: LoRAConfig
     dtype: torch.dtype
     gpu_bytes: int | None = None
+    packed: PackedCheckpoint | Packing | None = None
     _simulated: dict[tuple[int, int, Mode, bool], StepWork] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def model(self) -> CausalLM:
         """The whole model on the meta device."""
-        return skeleton(self.model_config, self.lora, self.dtype)
+        return skeleton(self.model_config, self.lora, self.dtype, self.packed)
 
     def plan(self, config: TrainConfig, ranks: int) -> Plan:
         """The memory of the rank that holds most, with rows of ``--max-length`` tokens.
@@ -135,7 +141,8 @@ class Planner:
         ]
         boundaries = blocks * work.block.kept if config.activation_checkpointing == "offloaded" else 0
         on_gpu = tuple(row for row in rows if row.bytes)
-        return Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.on_host, boundaries))
+        resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.on_host, boundaries))
+        return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))
 
     def _work(self, config: TrainConfig, ranks: int) -> StepWork:
         shape = (config.per_device_train_batch_size, config.max_length, config.activation_checkpointing, ranks > 1)
@@ -174,7 +181,19 @@ def _resident(held: Held) -> list[Row]:
 
 def _optimizer_state(size: int, config: TrainConfig) -> Row:
     paged = "; what does not fit goes to host memory" if config.optim == "paged_adamw8bit" else ""
-    return Row("optimizer state", size, note=f"--optim {config.optim}{paged}")
+    return Row(_OPTIMIZER_STATE, size, note=f"--optim {config.optim}{paged}")
+
+
+def _paged(resident: Plan, pageable: int) -> Plan:
+    """The plan once as much optimizer state is in host memory as the GPU has no room for."""
+    excess = 0 if resident.gpu_bytes is None else resident.needed - resident.gpu_bytes
+    paged = min(pageable, math.ceil(max(0, excess) / _RESERVED_OVER_ALLOCATED) + 1)  # needed rounds down
+    if excess <= 0 or not paged:
+        return resident
+    rows = tuple(
+        replace(row, bytes=row.bytes - paged) if row.name == _OPTIMIZER_STATE else row for row in resident.rows
+    )
+    return replace(resident, rows=rows, on_host=replace(resident.on_host, optimizer=paged))
 
 
 def _gathers(held: Held) -> list[Row]:

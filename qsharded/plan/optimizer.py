@@ -6,6 +6,7 @@ from torch import nn
 
 from qsharded.blockwise8 import BLOCK
 from qsharded.optim.arena import BLOCK_BYTES
+from qsharded.optim.paging import BUCKET_BYTES
 from qsharded.optim.store import MIN_8BIT_SIZE
 from qsharded.shards import rows_of_rank
 
@@ -21,6 +22,14 @@ def state_bytes(trained: Iterable[nn.Parameter], optim: str, *, ranks: int, rank
     if optim == "adamw":
         return sum(2 * _values(parameter, ranks, rank)[1] * parameter.itemsize for parameter in trained)
     return sum(_in_8_bits(parameter, ranks, rank) for parameter in trained)
+
+
+def pageable_bytes(trained: Iterable[nn.Parameter], optim: str, *, ranks: int) -> int:
+    """How much of that host memory may take, on rank 0: 8-bit state, less the two buckets that it comes through."""
+    if optim != "paged_adamw8bit":
+        return 0
+    large = [parameter for parameter in trained if parameter.numel() >= MIN_8BIT_SIZE]
+    return max(0, state_bytes(large, optim, ranks=ranks) - len(large) * _COUNTER_BYTES - 2 * BUCKET_BYTES)
 
 
 def _in_8_bits(parameter: nn.Parameter, ranks: int, rank: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsharded.config import TrainConfig
+from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.plan.alternatives import Alternative, nearest
@@ -83,6 +83,19 @@ def test_changes_are_combined_where_none_suffices() -> None:
     assert [one.words for one in suggested(least, crowded)] == [f"{words} --cpu-offload"]
     more = [one.words for one in suggested(needed(2, crowded, **frugal), crowded)]
     assert more == [f"{words} --cpu-offload on 2 GPUs"]
+
+
+def test_every_suggestion_is_a_command_line_that_is_taken() -> None:
+    asked = ["--model", "m", "--dataset", "d", "--per-device-train-batch-size", "6"]
+    asked += ["--activation-checkpointing", "none", "--sharding", "replicate"]
+    copies = parse(asked, TrainConfig)
+    kept = {"sharding": "full", "activation_checkpointing": "full"}
+    for gpu_bytes in (needed(config=copies, cpu_offload=True, **kept), needed(config=copies, **kept)):
+        plans = planner(gpu_bytes)
+        for one in nearest(plans, plans.plan(copies, 1)):
+            flags = one.words.partition("on ")[0].split()
+            assert parse([*asked, *flags], TrainConfig) == one.plan.config
+            assert ("--cpu-offload" in flags) <= ("--sharding" in flags)
 
 
 @pytest.mark.parametrize("gpu_bytes", [None, 10**12, 10**8])

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +90,20 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     with pytest.raises(SystemExit):
         train.main(["--model", str(tmp_path), "--dataset", "d", "--gpus", "2"])
     assert "--gpus and --gpu-memory-gib are what --dry-run plans for" in capsys.readouterr().err
+
+
+def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    def packed_by(**said: Any) -> tuple[int, str]:
+        (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": said}))
+        return printed(capsys, model, "--gpus", "1", "--gpu-memory-gib", "80")
+
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    weights = 8 * (2 * 4096 * 4096 + 2 * 4096 * 2048 + 3 * 4096 * 14336)
+    status, text = packed_by(**nf4)
+    assert status == 0
+    assert figure(text, "scales") == pytest.approx(weights / 64 * 4 / 2**30, abs=6e-4)
+    assert figure(packed_by(**nf4, bnb_4bit_use_double_quant=True)[1], "scales") < figure(text, "scales") / 3.8
+    (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(model), "--dry-run"])
+    assert "quant_method 'gptq' is not read here" in capsys.readouterr().err

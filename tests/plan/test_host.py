@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.quantized import Packing
 from qsharded.config import TrainConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
@@ -17,6 +18,10 @@ R = 4
 # q and o: 128x128, k and v: 64x128, gate and up: 192x128, down: 128x192; two layers, fp32
 ADAPTER = 2 * R * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192)) * 4
 WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) + 2 * 97 * 128 + 5 * 128
+# fp32 moments of parameters under 4096 values, which all of these are, by blocks of 256 values, and a counter each: in
+# a matrix of R rows R * 64, R * 128 or R * 192 values are 1, 2 or 3 blocks
+BLOCKS = 2 * (2 * (2 + 2) + 2 * (2 + 1) + 3 * (2 + 3))
+CHECKPOINT = ADAPTER + BLOCKS * 2 * 256 * 4 + 2 * 14 * 4
 CONFIG = TrainConfig(model="some/model", dataset="d")
 
 
@@ -31,9 +36,10 @@ def needs(built: CausalLM, described: dict[str, Any] = LLAMA, **changes: Any) ->
 
 def test_an_adapter_and_its_checkpoints_take_disk(model: CausalLM) -> None:
     assert needs(model)["adapter"] == ADAPTER
-    assert needs(model)["checkpoints"] == 3 * ADAPTER
-    assert needs(model, max_steps=1000, save_steps=300)["checkpoints"] == 3 * 3 * ADAPTER
-    assert needs(model, save_total_limit=2)["checkpoints"] == 3 * 3 * ADAPTER  # one more, while it is written
+    assert needs(model)["checkpoints"] == CHECKPOINT
+    assert needs(model, optim="adamw")["checkpoints"] == 3 * ADAPTER
+    assert needs(model, max_steps=1000, save_steps=300)["checkpoints"] == 3 * CHECKPOINT
+    assert needs(model, save_total_limit=2)["checkpoints"] == 3 * CHECKPOINT  # one more, while it is written
     assert "checkpoints" not in needs(model, save_steps=0)
 
 
@@ -44,6 +50,15 @@ def test_a_model_of_the_hub_is_downloaded_in_its_dtype(model: CausalLM, tmp_path
     assert "download" not in needs(model, random_init=True)
 
 
+def test_a_packed_model_of_the_hub_is_downloaded_packed() -> None:
+    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
+    for double_quant, scales in ((True, linear // 64), (False, linear // 64 * 4)):
+        built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, Packing("qsharded", double_quant))
+        found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
+        second_level = 2 * 4 * (1 + 1 + 1 + 1 + 2 + 2 + 2) if double_quant else 0  # a figure for 256 blocks
+        assert found["download"] == linear // 2 + scales + second_level + 2 * (WEIGHTS - linear)
+
+
 def on_host(ranks: int, **changes: Any) -> dict[str, int]:
     planner = Planner(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16)
     plan = planner.plan(replace(CONFIG, **changes), ranks)
@@ -51,9 +66,10 @@ def on_host(ranks: int, **changes: Any) -> dict[str, int]:
 
 
 def test_the_copy_for_a_checkpoint_is_a_ranks_own() -> None:
-    assert on_host(1)["checkpoint's copy"] == 3 * ADAPTER
-    assert on_host(2)["checkpoint's copy"] == 3 * ADAPTER // 2
-    assert on_host(4, dp_replicate=2)["checkpoint's copy"] == 3 * ADAPTER // 2
+    assert on_host(1)["checkpoint's copy"] == CHECKPOINT
+    assert on_host(1, optim="adamw")["checkpoint's copy"] == 3 * ADAPTER
+    assert on_host(2, optim="adamw")["checkpoint's copy"] == 3 * ADAPTER // 2
+    assert on_host(4, dp_replicate=2, optim="adamw")["checkpoint's copy"] == 3 * ADAPTER // 2
 
 
 def test_what_is_offloaded_lies_in_host_memory() -> None:
@@ -67,3 +83,30 @@ def test_what_is_offloaded_lies_in_host_memory() -> None:
     # codes, absmax in whole words (192 is 3 blocks: a byte more a row of down_proj), norms; rank 0 has 49 of 97 rows
     packed = linear // 2 + blocks + 2 * 128
     assert offloaded["frozen weights"] == (packed + norms) // 2 + 2 * 49 * 128 * 2
+
+
+def test_8_bits_take_a_quarter_of_fp32_in_a_checkpoint() -> None:
+    built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=256), torch.bfloat16)
+    values = 256 * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192))
+    eight_bits = values * 2 + values // 256 * 2 * 4 + 2 * 14 * 4  # two codes a value, two scales a block, counters
+    assert needs(built)["checkpoints"] == values * 4 + eight_bits
+
+
+def test_state_that_does_not_fit_pages_before_the_verdict() -> None:
+    config, planner = CONFIG, Planner(ModelConfig.from_hf(LLAMA), LoRAConfig(r=16384), torch.bfloat16)
+    values = 16384 * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192))
+    pageable = values * 2 + values // 256 * 2 * 4 - 2 * 2**25
+    resident = planner.plan(config, 1)
+    assert resident.on_host.optimizer == 0
+    short = replace(planner, gpu_bytes=resident.needed - 2**20).plan(config, 1)
+    assert short.fits
+    assert 2**20 / 1.05 <= short.on_host.optimizer < 2**20
+    assert resident.allocated - short.allocated == short.on_host.optimizer
+    found = {need.name: need.bytes for need in host_memory(planner.model, short)}
+    assert found["optimizer state"] == short.on_host.optimizer
+    tiny = replace(planner, gpu_bytes=2**20).plan(config, 1)
+    assert not tiny.fits
+    assert tiny.on_host.optimizer == pageable
+    kept = replace(planner, gpu_bytes=resident.needed - 2**20).plan(replace(config, optim="adamw8bit"), 1)
+    assert not kept.fits
+    assert kept.on_host.optimizer == 0

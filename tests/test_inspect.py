@@ -300,7 +300,7 @@ def test_a_damaged_training_checkpoint(
     damage(write_training_checkpoint(tmp_path, adapter))
     status, text = inspected(tmp_path, capsys)
     assert status == 1
-    assert f"DAMAGED: {complaint}" in text
+    assert any(complaint in line for line in text.splitlines() if line.startswith("DAMAGED: "))
 
 
 def test_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

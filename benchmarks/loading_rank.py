@@ -18,6 +18,7 @@ from qsharded.checkpoint import filling, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.pieces import Piece
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.layout import lay_out
 from qsharded.models import CausalLM, ModelConfig
 
 GIB = 2**30
@@ -72,9 +73,8 @@ def synchronize(world: parallel.World) -> None:
 def empty_model(folder: Path, world: parallel.World) -> CausalLM:
     """As ``load_model`` makes it before it reads."""
     model = skeleton(ModelConfig.from_hf(read_json(folder / "config.json")), None, torch.bfloat16)
-    if world.mesh is not None:
-        parallel.shard(model, world.mesh, param_dtype=torch.bfloat16)
-    return model.to_empty(device=world.device)
+    lay_out(model, world.mesh, world.device, param_dtype=torch.bfloat16)
+    return model
 
 
 def pieces(folder: Path, world: parallel.World) -> list[Piece]:

@@ -58,12 +58,11 @@ class Work:
             torch.matmul(self._a, self._b, out=self._out)
 
 
-def gpu_ms(function: Callable[[], object], work: Work, before: Callable[[], object] = lambda: None) -> dict[str, float]:
+def gpu_ms(function: Callable[[], object], work: Work) -> dict[str, float]:
     """Milliseconds from the end of queued work to the end of ``function`` on the current stream."""
     times = []
     for index in range(REPEATS + 3):
         torch.cuda.synchronize()
-        before()
         work(8)  # 13 ms: the host is done with its launches by then
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -129,12 +129,20 @@ def _eval_dataset_split(config: TrainConfig) -> str:
 def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str]:
     """Where the frozen weights, so many bytes of them, go, and, if that was left open, why."""
     if not leaves_sharding_open(config, world.size):
-        return layout_of(config, replicated=config.sharding == "replicate"), ""
+        return layout_of(config, replicated=config.sharding == "replicate"), _why_closed(config, world.size)
     room = least_memory(world)
     fits = fits_whole(frozen, room)
     verdict = "replicated" if fits else f"cut over {world.size} ranks"
     share = f"the frozen weights take {frozen / 2**30:.1f} of a rank's {room / 2**30:.1f} GiB"
     return layout_of(config, fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
+
+
+def _why_closed(config: TrainConfig, ranks: int) -> str:
+    """Why ``--sharding auto`` has nothing to decide; "" where it was not given, or one rank holds all anyway."""
+    if config.sharding != "auto" or ranks == 1:
+        return ""
+    other = "--cpu-offload" if config.cpu_offload else f"--dp-replicate {config.dp_replicate}"
+    return f"sharding: full, as {other} leaves --sharding auto no choice"
 
 
 def leaves_sharding_open(config: TrainConfig, ranks: int) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded import vocabulary
+from qsharded import machine, vocabulary
 from qsharded.autograd import recompute
 from qsharded.models import CausalLM
 from qsharded.parallel import World, blocks_of, shard
@@ -23,8 +23,7 @@ def least_memory(world: World) -> int:
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
     else:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total = machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        total = machine.memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     least = torch.tensor(total, device=world.device)
     if world.mesh is not None:
         dist.all_reduce(least, dist.ReduceOp.MIN)

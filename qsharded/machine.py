@@ -2,20 +2,45 @@
 
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
 GIB = 2**30
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
     """Bytes of host memory that programs can still take, as the kernel and this process's control group see it."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else min(free, max(0, limit - used))
+    return min([free, *(max(0, limit - used) for limit, used in _groups())])
+
+
+def memory() -> int:
+    """Bytes of host memory that this process may share with others: the machine's, or its control group's limit."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *(limit for limit, _ in _groups())])
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of this process's control group and of those around it, where they have a limit."""
+    listed = _OWN_GROUP.read_text().splitlines() if _OWN_GROUP.is_file() else []
+    own = next((line[3:] for line in listed if line.startswith("0::")), "/")
+    inside = PurePosixPath(own.lstrip("/"))
+    for part in (inside, *inside.parents):
+        group = _GROUPS / part
+        limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
+        if limit is not None and used is not None:
+            yield limit, used - _page_cache(group)
+
+
+def _page_cache(group: Path) -> int:
+    """Bytes of files that the kernel gives up as soon as they are asked for; they count as in use."""
+    path = group / "memory.stat"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _number(path: Path) -> int | None:

@@ -46,11 +46,24 @@ def test_auto_replicates_what_takes_less_than_half(monkeypatch: pytest.MonkeyPat
         ({}, Layout()),
         ({"sharding": "replicate"}, Layout(replicated=True)),
         ({"cpu_offload": True}, Layout(on_host=True)),
-        ({"sharding": "auto", "cpu_offload": True}, Layout(on_host=True)),
-        ({"sharding": "auto", "dp_replicate": 2}, Layout()),
     ],
 )
 def test_what_is_given_is_taken_without_a_word(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: Layout
 ) -> None:
     assert layout(1 << 40, monkeypatch, **options) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "reason"),
+    [
+        ({"cpu_offload": True}, Layout(on_host=True), "sharding: full, as --cpu-offload leaves"),
+        ({"dp_replicate": 2}, Layout(), "sharding: full, as --dp-replicate 2 leaves"),
+    ],
+)
+def test_auto_says_what_decides_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: Layout, reason: str
+) -> None:
+    chosen, why = layout(1 << 40, monkeypatch, sharding="auto", **options)
+    assert chosen == expected
+    assert reason in why

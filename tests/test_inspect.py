@@ -317,3 +317,12 @@ def test_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_file_alone(tmp_path: Path) -> None:
     save_file({"x": torch.ones(3), "y": torch.zeros(2, 2, dtype=torch.int64)}, tmp_path / "a.safetensors")
     assert inspect_path(tmp_path / "a.safetensors").classes == {"F32": 12, "I64": 32}
+
+
+def test_a_packed_file_alone(tmp_path: Path) -> None:
+    nan = torch.full((64, 64), 0x7FFF, dtype=torch.int16).view(torch.bfloat16)  # as numbers; as codes nothing amiss
+    tensors = {WEIGHT: nan, f"{WEIGHT}_absmax": torch.zeros(64, 4, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model-00001-of-00002.safetensors")
+    assert inspect_path(tmp_path / "model-00001-of-00002.safetensors").problems == []
+    save_file({WEIGHT: nan}, tmp_path / "plain.safetensors")
+    assert len(inspect_path(tmp_path / "plain.safetensors").problems) == 1

@@ -36,3 +36,23 @@ def test_ranks_are_torchruns_or_one_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert machine.default_ranks() == 1
+
+
+def test_the_tightest_control_group_counts_without_its_page_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = tmp_path / "slurm" / "job"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/slurm/job\n")
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_GROUP", tmp_path / "own")
+    whole = machine.memory()
+    for folder, limit, used in ((job, "max", 5), (job.parent, "9000", 8000), (tmp_path, "99000", 8000)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert (machine.available_memory(), machine.memory()) == (1000, 9000)
+    (job.parent / "memory.stat").write_text("anon 1000\ninactive_file 7000\nactive_file 3\n")
+    assert machine.available_memory() == 8000
+    (job.parent / "memory.max").unlink()
+    (tmp_path / "memory.max").unlink()
+    assert machine.memory() == whole

@@ -94,6 +94,9 @@ def cross_entropy(
     """Sum over this rank's tokens of -log softmax(hidden @ weight.T)[target], as ``chunked_cross_entropy``.
 
     A chunk takes ``chunk_size`` tokens of every rank (None: as many as fill 256 MiB of logits).
+
+    Raises:
+        RuntimeError: a target of any rank's is outside the vocabulary (on a GPU, a device-side assertion).
     """
     if chunk_size is None:
         chunk_size = max(1, LOGITS_PER_CHUNK // rows.total)
@@ -174,7 +177,13 @@ class _Chunk:
         return logits_Nv.gather(-1, self._column()[:, None])[:, 0].where(self._is_here(), 0.0)
 
     def _is_here(self) -> Tensor:
-        return (self.targets_N >= self.rows.start) & (self.targets_N < self.rows.stop)
+        # Targets that no rank has count as the outermost ranks' own, as in the look-up: there the gather refuses them.
+        here_N = self.targets_N != IGNORE
+        if self.rows.start > 0:
+            here_N &= self.targets_N >= self.rows.start
+        if self.rows.stop < self.rows.total:
+            here_N &= self.targets_N < self.rows.stop
+        return here_N
 
     def _column(self) -> Tensor:
         return (self.targets_N - self.rows.start).where(self._is_here(), 0)

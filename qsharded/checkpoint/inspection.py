@@ -73,7 +73,7 @@ def inspect_path(path: Path) -> Report:
 
 def _safetensors_file(path: Path) -> Report:
     report = Report("safetensors file")
-    tensors = _scan(report, path.parent, [path])
+    tensors = _scan(report, path.parent, [path], frozenset(packed_bytes(_names(path))))
     report.classes.update(_by_class(tensors.values(), lambda tensor: tensor.dtype))
     return report
 

@@ -95,7 +95,7 @@ def skeleton(
             full.
 
     Raises:
-        ValueError: the checkpoint has packed what this decoder keeps whole.
+        ValueError: the checkpoint has packed what this decoder keeps whole, or what ``lora`` trains in full.
     """
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype)
@@ -108,10 +108,21 @@ def skeleton(
             is_packed, double_quant = packed.is_packed, packed.packing.double_quant
             quantize_(model, lambda name, _: name != "lm_head" and is_packed(name), double_quant=double_quant)
             _refuse_other_packed(model, packed)
+        if packed is not None and lora is not None:
+            _refuse_trained(model, lora)
         model.requires_grad_(False)
         if lora is not None:
             add_lora(model, lora)
     return model
+
+
+def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear) and lora.is_saved(name):
+            raise ValueError(
+                f"{name} is packed in this checkpoint, so --lora-modules-to-save cannot train it; give the 16-bit "
+                "checkpoint"
+            )
 
 
 def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:

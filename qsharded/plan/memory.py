@@ -16,7 +16,7 @@ from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
-from qsharded.plan.parameters import ADAPTERS, Held, parameters
+from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
 from qsharded.plan.step import StepWork, step_work
 
 Phase = Literal["loss", "backward of a block", "optimizer step"]
@@ -139,7 +139,7 @@ class Planner:
             *_activations(work, blocks, config),
             *_optimizer_step(held, config, ranks),
         ]
-        boundaries = blocks * work.block.kept if config.activation_checkpointing == "offloaded" else 0
+        boundaries = blocks * pinned_bytes(work.block.kept) if config.activation_checkpointing == "offloaded" else 0
         on_gpu = tuple(row for row in rows if row.bytes)
         resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.on_host, boundaries))
         return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))

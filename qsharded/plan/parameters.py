@@ -23,7 +23,7 @@ class Held:
 
     Attributes:
         resident: class -> bytes on the GPU.
-        on_host: bytes of frozen weights in host memory.
+        on_host: bytes of host memory that frozen weights take.
         block: the largest block's bytes when FSDP2 gathers it; 0 where nothing is sharded.
         vocabulary: the largest bytes of embedding or head when they are gathered; 0 where they stay where they are.
         streamed: the largest block's frozen bytes as they come from the host, whole.
@@ -65,7 +65,7 @@ def parameters(
     gathered = _Gathered(model, ranks, host | whole | _split(model, layout, ranks), param_dtype)
     return Held(
         resident,
-        on_host=sum(own_bytes(tensor, ranks, rank) for tensor in host),
+        on_host=sum(pinned_bytes(own_bytes(tensor, ranks, rank)) for tensor in host),
         block=gathered.block(),
         vocabulary=gathered.vocabulary(),
         streamed=max(
@@ -74,6 +74,11 @@ def parameters(
         head_from_host=sum(own_bytes(p, ranks, rank) for p in set(model.lm_head.parameters()) & host),
         block_gradient=gathered.block_gradient(),
     )
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What a tensor in page-locked memory takes: PyTorch's allocator rounds each up to a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def own_bytes(tensor: Tensor, ranks: int, rank: int) -> int:

@@ -126,3 +126,20 @@ def is_refused(unknown: int) -> bool:
 @pytest.mark.parametrize(("unknown", "refusing"), [(17, 2), (-1, 0)])
 def test_an_id_outside_the_vocabulary_is_refused(unknown: int, refusing: int) -> None:
     assert run_ranks(is_refused, 3, unknown) == [rank == refusing for rank in range(3)]
+
+
+def is_target_refused(unknown: int) -> bool:
+    hidden_TD, weight_VD, targets_T = inputs(17, torch.float32)
+    targets_T[2:] = -100
+    targets_T[3] = unknown
+    weight_vD, rows = own(weight_VD)
+    try:  # with no group, as above
+        vocabulary.cross_entropy(hidden_TD, weight_vD, targets_T, dataclasses.replace(rows, group=None))
+    except RuntimeError as error:
+        return "out of bounds" in str(error)
+    return False
+
+
+@pytest.mark.parametrize(("unknown", "refusing"), [(17, 2), (-1, 0), (-100, None)])
+def test_a_target_outside_the_vocabulary_is_refused(unknown: int, refusing: int | None) -> None:
+    assert run_ranks(is_target_refused, 3, unknown) == [rank == refusing for rank in range(3)]

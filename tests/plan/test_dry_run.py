@@ -103,6 +103,9 @@ def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.Captur
     assert status == 0
     assert figure(text, "scales") == pytest.approx(weights / 64 * 4 / 2**30, abs=6e-4)
     assert figure(packed_by(**nf4, bnb_4bit_use_double_quant=True)[1], "scales") < figure(text, "scales") / 3.8
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(model), "--dry-run", "--lora-modules-to-save", "up_proj"])
+    assert "up_proj is packed in this checkpoint" in capsys.readouterr().err
     (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(SystemExit):
         train.main(["--model", str(model), "--dry-run"])

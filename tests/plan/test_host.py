@@ -77,12 +77,14 @@ def test_what_is_offloaded_lies_in_host_memory() -> None:
     offloaded = on_host(2, cpu_offload=True, activation_checkpointing="offloaded", max_length=64)
     inputs = 4 * 64 * 128 * 2  # of a block: rows x tokens x hidden size in bf16
     assert offloaded["activations"] == 2 * inputs
-    linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
-    blocks = linear // 64
-    norms = 4 * 128 * 2
-    # codes, absmax in whole words (192 is 3 blocks: a byte more a row of down_proj), norms; rank 0 has 49 of 97 rows
-    packed = linear // 2 + blocks + 2 * 128
-    assert offloaded["frozen weights"] == (packed + norms) // 2 + 2 * 49 * 128 * 2
+    # page-locked memory comes in powers of two: half of q, o: 64 rows of 64 bytes of codes; k, v: 32 of them; gate, up:
+    # 96, rounded up to 128; down: 64 rows of 96 bytes, to 128
+    codes = 2 * 2**12 + 2 * 2**11 + 2 * 2**13 + 2**13
+    # 2 bytes of absmax a row, 4 (in whole words) for the 3 blocks of down's: 96 rows again as 128
+    absmax = 2 * 2**7 + 2 * 2**6 + 2 * 2**8 + 2**8
+    norms = 2 * 64 * 2
+    # embedding and head: rank 0 has 49 of 97 rows, 12,544 bytes
+    assert offloaded["frozen weights"] == 2 * (codes + absmax + norms) + 2 * 2**14
 
 
 def test_8_bits_take_a_quarter_of_fp32_in_a_checkpoint() -> None:

@@ -22,6 +22,7 @@ from qsharded.machine import GIB
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = Path("/dev/shm")
 _PATIENCE_S = 180  # for two ranks to start, find each other and gather
+_FAREWELL_S = 60  # torchrun gives its ranks 30 s to end before it kills them
 _LOW_MEMORY, _LOW_DISK, _LOW_SHARED = 6 * GIB, 20 * GIB, GIB // 2
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -192,20 +193,37 @@ def check_ranks() -> Iterator[Finding]:
     wire = "NCCL" if torch.cuda.device_count() > 1 else "gloo"
     where = f"{ranks} ranks over {wire}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        result = subprocess.run(
-            [*command, "-m", "qsharded.doctor_rank"],
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
-            env=environment,
-            check=False,
-        )
+        result = _run([*command, "-m", "qsharded.doctor_rank"])
     except subprocess.TimeoutExpired:
         yield Finding(f"{where} did not find each other in {_PATIENCE_S} s", _remedy_for(wire), True)
         return
     yield from _findings_of_ranks(result, where, wire)
+
+
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Run torchrun. When it hangs it is asked to end, which takes its ranks along; killed, it would leave them behind.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``_PATIENCE_S``; it has ended.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            out, err = process.communicate(timeout=_PATIENCE_S)
+        except BaseException:  # an interrupt too
+            _end(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.communicate(timeout=_FAREWELL_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _findings_of_ranks(result: "subprocess.CompletedProcess[str]", where: str, wire: str) -> Iterator[Finding]:

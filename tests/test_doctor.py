@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,7 +117,7 @@ def test_who_serves_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> 
 def ranks_that(monkeypatch: pytest.MonkeyPatch, **result: Any) -> list[Finding]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     process = SimpleNamespace(**({"returncode": 0, "stdout": "", "stderr": ""} | result))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: process)
+    monkeypatch.setattr(doctor, "_run", lambda command: process)
     return list(doctor.check_ranks())
 
 
@@ -134,13 +135,32 @@ def test_ranks_that_fail_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed.is_broken
     assert failed.text.endswith("failed: RuntimeError: no route")
 
-    def hang(*_: Any, timeout: float, **__: Any) -> None:
-        raise subprocess.TimeoutExpired("torchrun", timeout)
+    def hang(command: list[str]) -> None:
+        raise subprocess.TimeoutExpired(command, 180)
 
-    monkeypatch.setattr(subprocess, "run", hang)
+    monkeypatch.setattr(doctor, "_run", hang)
     (hung,) = doctor.check_ranks()
     assert hung.is_broken
     assert "did not find each other" in hung.text
+
+
+def test_a_launcher_that_hangs_takes_its_ranks_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A launcher that, like torchrun, ends its rank when it is asked to end itself."""
+    launcher = """
+import signal, subprocess, sys
+rank = subprocess.Popen(["sleep", "600"])
+def end(*_):
+    rank.terminate()
+    rank.wait()
+    open(sys.argv[1], "w").write("ended")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+signal.pause()
+"""
+    monkeypatch.setattr(doctor, "_PATIENCE_S", 2)
+    with pytest.raises(subprocess.TimeoutExpired):
+        doctor._run([sys.executable, "-c", launcher, str(tmp_path / "said")])
+    assert (tmp_path / "said").read_text() == "ended"
 
 
 def test_little_memory_or_disk_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ class Planner:
         ]
         boundaries = blocks * pinned_bytes(work.block.kept) if config.activation_checkpointing == "offloaded" else 0
         on_gpu = tuple(row for row in rows if row.bytes)
-        resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.on_host, boundaries))
+        resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.pinned, boundaries))
         return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))
 
     def _work(self, config: TrainConfig, ranks: int) -> StepWork:

@@ -23,7 +23,8 @@ class Held:
 
     Attributes:
         resident: class -> bytes on the GPU.
-        on_host: bytes of host memory that frozen weights take.
+        on_host: bytes of frozen weights in host memory.
+        pinned: what those take there, page-locked.
         block: the largest block's bytes when FSDP2 gathers it; 0 where nothing is sharded.
         vocabulary: the largest bytes of embedding or head when they are gathered; 0 where they stay where they are.
         streamed: the largest block's frozen bytes as they come from the host, whole.
@@ -33,6 +34,7 @@ class Held:
 
     resident: Counter[str] = field(default_factory=Counter)
     on_host: int = 0
+    pinned: int = 0
     block: int = 0
     vocabulary: int = 0
     streamed: int = 0
@@ -65,7 +67,8 @@ def parameters(
     gathered = _Gathered(model, ranks, host | whole | _split(model, layout, ranks), param_dtype)
     return Held(
         resident,
-        on_host=sum(pinned_bytes(own_bytes(tensor, ranks, rank)) for tensor in host),
+        on_host=sum(own_bytes(tensor, ranks, rank) for tensor in host),
+        pinned=sum(pinned_bytes(own_bytes(tensor, ranks, rank)) for tensor in host),
         block=gathered.block(),
         vocabulary=gathered.vocabulary(),
         streamed=max(

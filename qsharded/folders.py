@@ -19,8 +19,8 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    unfinished.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
     try:
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
         yield unfinished
         unfinished.replace(output)
     except BaseException:
@@ -29,7 +29,7 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
 

@@ -109,7 +109,7 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         return
     folder = Path(config.output_dir)
     if resume_from and _continues(folder, resume_from):
-        step = read_manifest(resume_from).step  # not by its name: it may be a copy
+        step = read_manifest(resume_from).step  # its folder may have been renamed
         _delete(path for path in checkpoints(folder) if step_of(path) > step)
     else:
         _delete(_results(folder) + _traces(folder))

@@ -22,7 +22,7 @@ from qsharded.nn import LoRAConfig
 STATE_FILE, ADAPTER, OPTIMIZER = "state.json", "adapter", "optimizer"
 _MEANING = {
     "rows_per_step": " (ranks x --per-device-train-batch-size x --gradient-accumulation-steps)",
-    "moments": " (fp32: --optim adamw; 8 bits: the others)",
+    "moments": " (fp32: --optim adamw; 8 bits: adamw8bit, paged_adamw8bit)",
 }
 PARTIAL = ".partial"  # ends the name of a folder that is being written, or deleted
 
@@ -105,20 +105,23 @@ def newest_valid(output_dir: Path, report: Callable[[str], object]) -> Path | No
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
+    """The checkpoint folders of a run, oldest first; one that was renamed is the user's, and not among them."""
     found = (output_dir / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if folder.suffix != PARTIAL), key=step_of)
+    return sorted((folder for folder in found if _number(folder).isdecimal()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its folder's name; -1 for one that was renamed."""
-    number = checkpoint.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+    """The step of one of ``checkpoints``, by its folder's name."""
+    return int(_number(checkpoint))
+
+
+def _number(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
 
 
 def drop_old_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; None keeps all. What the user renamed stays."""
-    complete = [f for f in checkpoints(output_dir) if step_of(f) >= 0 and (f / MANIFEST_FILE).is_file()]
+    """Delete all but the newest ``keep`` checkpoints; None keeps all."""
+    complete = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST_FILE).is_file()]
     if keep is not None:
         for folder in complete[:-keep]:
             delete_checkpoint(folder)

@@ -147,13 +147,14 @@ class CheckpointWriter:
         except Exception as error:
             raise CheckpointNotWritten(f"checkpoint {job.folder} was not written: {error}") from error
         if self._world.is_main:
-            self._drop_old_ones()
+            self._drop_old()
 
-    def _drop_old_ones(self) -> None:
+    def _drop_old(self) -> None:
+        """The new one is complete, so training goes on where an old one cannot be deleted."""
         try:
             drop_old_checkpoints(self._output_dir, self._keep)
         except OSError as error:
-            print(f"an old checkpoint could not be deleted: {error}", file=sys.stderr)
+            print(f"an old checkpoint was not deleted: {error}", file=sys.stderr)
 
     def _write_own_files(self, job: _Job) -> None:
         if job.copied is not None:

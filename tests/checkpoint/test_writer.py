@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from qsharded import parallel
 from qsharded.checkpoint import files, writer
 from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import (
     Progress,
     checkpoints,
@@ -211,3 +212,46 @@ def test_a_death_at_any_moment_leaves_a_valid_checkpoint_and_none_that_only_look
     assert found == sorted(found)
     assert found.count(1) > 10  # before the rename
     assert found.count(2) > 5  # after it, while the old one is deleted
+
+
+def test_what_was_renamed_is_the_users(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    renamed = tmp_path / "checkpoints" / "step-best"
+    (tmp_path / "checkpoints" / "step-000001").rename(renamed)
+    write(tmp_path, 2, keep=1)
+    write(tmp_path, 3, keep=1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-best", "step-000003"}
+
+
+def test_moments_of_another_kind_name_the_option(tmp_path: Path) -> None:
+    model, optimizer = make(1.0)
+    with CheckpointWriter(tmp_path, WORLD, None) as to:
+        to.save(model, LORA, optimizer, Progress(step=1, settings={"moments": "fp32"}), base_model="base")
+    with pytest.raises(ValueError, match=r"moments = 'fp32', this run has '8 bits'.*fp32: --optim adamw; 8 bits"):
+        load_checkpoint(checkpoints(tmp_path)[0], model, LORA, optimizer, {"moments": "8 bits"})
+
+
+def test_an_old_one_that_cannot_be_deleted_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writer, "drop_old_checkpoints", failing)
+    write(tmp_path, 1)
+    assert_holds(checkpoints(tmp_path)[0], 1)
+    assert "an old checkpoint was not deleted: [Errno 28]" in capsys.readouterr().err
+
+
+def test_any_error_of_the_thread_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("qsharded.checkpoint.shards.write_tensors", broken)
+    with pytest.raises(CheckpointNotWritten, match="step-000001 was not written: broken"):
+        write(tmp_path, 1)
+
+
+def test_the_adapter_inside_names_the_revision(tmp_path: Path) -> None:
+    model, optimizer = make(1.0)
+    with CheckpointWriter(tmp_path, WORLD, None) as to:
+        to.save(model, LORA, optimizer, Progress(step=1), base_model="base", revision="v2")
+    described = read_json(checkpoints(tmp_path)[0] / "adapter" / "adapter_config.json")
+    assert (described["base_model_name_or_path"], described["revision"]) == ("base", "v2")

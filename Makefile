@@ -65,6 +65,8 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(call INSTALL,.[test])
 	@touch $@ $(VENV)/.installed-run
 
+# mypy sees what the libraries that we fit into declare
+COMMA := ,
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
-	$(call INSTALL,.[dev])
-	@touch $@ $(VENV)/.installed-run
+	$(call INSTALL,.[dev$(COMMA)test])
+	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test

@@ -14,7 +14,7 @@ from qsharded import machine, vocabulary
 from qsharded.autograd import recompute
 from qsharded.models import CausalLM
 from qsharded.parallel import World, blocks_of, shard
-from qsharded.shards import local, place_in, rows_of_rank
+from qsharded.shards import local, place_in, rows_each, rows_of_rank
 from qsharded.streaming import HostWeights
 
 
@@ -139,7 +139,7 @@ def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHA
         ranks, rank = (1, 0) if mesh is None or replicated else place_in(mesh)
         row_bytes = parameter.shape[1:].numel() * parameter.itemsize
         start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
-        room = -(-parameter.shape[0] // ranks) * row_bytes  # FSDP2 pads the last ranks' shards
+        room = rows_each(parameter.shape[0], ranks) * row_bytes  # FSDP2 pads the last ranks' shards
         own = local(parameter)
         if own.nbytes != (stop - start) * row_bytes or own.untyped_storage().nbytes() > room:
             raise RuntimeError(

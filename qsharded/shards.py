@@ -22,9 +22,14 @@ class RowRange:
         return self.stop - self.start
 
 
+def rows_each(total: int, ranks: int) -> int:
+    """Rows of ``total`` that FSDP2 and DTensor give to each of ``ranks``; the last ones may have fewer, or none."""
+    return -(-total // ranks)
+
+
 def rows_of_rank(total: int, ranks: int, rank: int) -> tuple[int, int]:
     """(start, stop): FSDP2 and DTensor cut dim 0 into equal runs, the last ones shorter or empty."""
-    step = -(-total // ranks)
+    step = rows_each(total, ranks)
     start = min(rank * step, total)
     return start, min(start + step, total)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded import collectives
-from qsharded.shards import local, own_rows
+from qsharded.shards import local, own_rows, rows_each
 from qsharded.vocabulary import shard_rows
 
 Place = tuple[nn.Module, str]
@@ -97,7 +97,7 @@ def _frozen(block: nn.Module) -> list[Place]:
 def _room(parameter: nn.Parameter, device: torch.device) -> Tensor:
     """[W, R, ...] for the rows of all W ranks, R to each, the last of which may have fewer."""
     rows, ranks = own_rows(parameter), collectives.size(own_rows(parameter).group)
-    share = -(-rows.total // ranks)
+    share = rows_each(rows.total, ranks)
     return torch.empty(ranks, share, *parameter.shape[1:], dtype=parameter.dtype, device=device)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qsharded import collectives
 from qsharded.autograd.chunked_loss import IGNORE, LOGITS_PER_CHUNK
-from qsharded.shards import RowRange
+from qsharded.shards import RowRange, rows_each
 
 # 2^25 bf16 values are 64 MiB: the rows looked up for all ranks at a time.
 _LOOKED_UP_AT_A_TIME = 1 << 25
@@ -194,7 +194,7 @@ def _most(own_T: Tensor, rows: RowRange) -> int:
 
 
 def _share(rows: RowRange) -> int:
-    return -(-rows.total // collectives.size(rows.group))
+    return rows_each(rows.total, collectives.size(rows.group))
 
 
 def _padded(own_T: Tensor, length: int, value: int) -> Tensor:

@@ -7,10 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from qsharded import nf4
+from qsharded import blockwise8, nf4
+from qsharded.checkpoint.quantized import (
+    ABSMAX,
+    BNB_ABSMAX,
+    BNB_MAP,
+    BNB_NESTED,
+    BNB_NESTED_MAP,
+    BNB_STATE,
+    OFFSET,
+    SCALES,
+)
 from qsharded.checkpoint.scan import Stored
 
-_STATE = ".quant_state.bitsandbytes__nf4"
 _PLAIN = ("BF16", "F16", "F32")
 
 
@@ -37,9 +46,9 @@ class Expected:
 def packed_bytes(names: Iterable[str]) -> set[str]:
     """The tensors among ``names`` that hold codes: bytes, though their dtype may be a float's."""
     there = set(names)
-    marks = ("_absmax", "_absmax_scales")
+    marks = (ABSMAX, SCALES)
     ours = {name.removesuffix(mark) for mark in marks for name in there if name.endswith(mark)}
-    return ours | {name.removesuffix(_STATE) for name in there if name.endswith(_STATE)}
+    return ours | {name.removesuffix(BNB_STATE) for name in there if name.endswith(BNB_STATE)}
 
 
 def expected_tensors(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> dict[str, Expected]:
@@ -54,10 +63,10 @@ def expected_tensors(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str,
     for name, shape in shapes.items():
         if name not in packed:
             expected[name] = Expected(_PLAIN, shape)
-        elif name + _STATE in stored:
-            expected |= _by_bitsandbytes(name, *shape, is_nested=name + ".nested_absmax" in stored)
+        elif name + BNB_STATE in stored:
+            expected |= _by_bitsandbytes(name, *shape, is_nested=name + BNB_NESTED in stored)
         else:
-            expected |= _by_us(name, *shape, is_nested=f"{name}_absmax_scales" in stored)
+            expected |= _by_us(name, *shape, is_nested=name + SCALES in stored)
     return expected
 
 
@@ -65,13 +74,13 @@ def _by_us(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]
     G = K // nf4.BLOCK
     common = {
         name: Expected(("U8",), (N, K // 2)),
-        f"{name}_absmax": Expected(("U8",), (N, G if is_nested else 4 * G)),  # codes, or the bytes of fp32 values
+        name + ABSMAX: Expected(("U8",), (N, G if is_nested else 4 * G)),  # codes, or the bytes of fp32 values
     }
     if not is_nested:
         return common
     return common | {
-        f"{name}_absmax_scales": Expected(("F32",), (nf4.second_level_blocks(N, G),)),
-        f"{name}_absmax_offset": Expected(("F32",), nbytes=4),
+        name + SCALES: Expected(("F32",), (nf4.second_level_blocks(N, G),)),
+        name + OFFSET: Expected(("F32",), nbytes=4),
     }
 
 
@@ -79,13 +88,13 @@ def _by_bitsandbytes(name: str, N: int, K: int, *, is_nested: bool) -> dict[str,
     G = K // nf4.BLOCK
     common = {
         name: Expected(nbytes=prod((N, K)) // 2),  # in any storage type
-        f"{name}.absmax": Expected(("U8",) if is_nested else ("F32",), (N * G,)),
-        f"{name}.quant_map": Expected(("F32",), (len(nf4.LEVELS),)),
-        name + _STATE: Expected(("U8",)),
+        name + BNB_ABSMAX: Expected(("U8",) if is_nested else ("F32",), (N * G,)),
+        name + BNB_MAP: Expected(("F32",), (len(nf4.LEVELS),)),
+        name + BNB_STATE: Expected(("U8",)),
     }
     if not is_nested:
         return common
     return common | {
-        f"{name}.nested_absmax": Expected(("F32",), (nf4.second_level_blocks(N, G),)),
-        f"{name}.nested_quant_map": Expected(("F32",), (256,)),
+        name + BNB_NESTED: Expected(("F32",), (nf4.second_level_blocks(N, G),)),
+        name + BNB_NESTED_MAP: Expected(("F32",), (blockwise8.dynamic_map().numel(),)),
     }

@@ -1,7 +1,7 @@
 """How bitsandbytes stores an NF4 weight, read into the tensors of an NF4Linear. bitsandbytes itself is not needed.
 
-A checkpoint holds, beside ``weight`` (the codes, uint8 or bf16, flat): ``weight.absmax``, ``weight.quant_map`` and
-``weight.quant_state.bitsandbytes__nf4`` (JSON as uint8), and with double quantization ("nested") also
+A checkpoint holds, beside ``weight`` (the codes, in any storage type, flat): ``weight.absmax``, ``weight.quant_map``
+and ``weight.quant_state.bitsandbytes__nf4`` (JSON as uint8), and with double quantization ("nested") also
 ``weight.nested_absmax`` and ``weight.nested_quant_map``. The codes are ours byte for byte.
 """
 
@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+from qsharded.checkpoint import quantized
 from qsharded.nn.nf4_linear import pad_absmax
 
-QUANT_STATE = "quant_state.bitsandbytes__nf4"
-COMPANIONS = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", QUANT_STATE)
-# transformers' defaults, for a config.json that leaves them out
-_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"}
-_READ = {"bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", "bfloat16")}
+_ABSMAX, _NESTED_ABSMAX, _MAP, _NESTED_MAP, _STATE = COMPANIONS = tuple(
+    ending.removeprefix(".")
+    for ending in (
+        quantized.BNB_ABSMAX,
+        quantized.BNB_NESTED,
+        quantized.BNB_MAP,
+        quantized.BNB_NESTED_MAP,
+        quantized.BNB_STATE,
+    )
+)
+"""What lies beside ``weight``, by names without "weight."."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,13 @@ def read_settings(config: Any) -> Settings:
     """The settings in a bitsandbytes quantization_config, a dict or transformers' class.
 
     Raises:
-        ValueError: it is not bitsandbytes', or not of 4 bits in NF4, stored as uint8 or bfloat16.
+        ValueError: it is not bitsandbytes', or not of 4 bits in NF4.
     """
-    described = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
-    if described.get("quant_method") != "bitsandbytes" or not described.get("load_in_4bit"):
+    described = config if isinstance(config, dict | None) else config.to_dict()
+    packing = quantized.read_packing({quantized.CONFIG_KEY: described})
+    if described is None or packing is None or packing.form != quantized.BITSANDBYTES:
         raise ValueError("the checkpoint is not quantized to 4 bits by bitsandbytes: its config.json does not say so")
-    for key, values in _READ.items():
-        found = described.get(key, _DEFAULTS[key])
-        if found not in values:
-            raise ValueError(f"{key} must be {' or '.join(values)} to be taken over, got {found!r}")
-    return Settings(bool(described.get("bnb_4bit_use_double_quant")), described.get("llm_int8_skip_modules"))
+    return Settings(packing.double_quant, described.get("llm_int8_skip_modules"))
 
 
 def packed_tensors(stored: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -60,17 +64,17 @@ def packed_tensors(stored: Mapping[str, Tensor], name: str) -> tuple[Tensor, Ten
         ValueError: a weight of another kind than NF4Linear holds (block size, type, levels), or tensors that do not fit
             each other.
     """
-    if QUANT_STATE not in stored:
-        raise ValueError(f"{name} comes without {name}.{QUANT_STATE}: it is no NF4 weight of bitsandbytes")
-    state = json.loads(stored[QUANT_STATE].cpu().numpy().tobytes())
+    if _STATE not in stored:
+        raise ValueError(f"{name} comes without {name}.{_STATE}: it is no NF4 weight of bitsandbytes")
+    state = json.loads(stored[_STATE].cpu().numpy().tobytes())
     check_kind(state["quant_type"], state["blocksize"], state.get("nested_blocksize"), name)
-    check_map(stored["quant_map"], nf4.levels("cpu"), name)
+    check_map(stored[_MAP], nf4.levels("cpu"), name)
     offset = state.get("nested_offset")
     if offset is None:
-        return (*rows_as_parameters(stored["weight"], stored["absmax"], state["shape"], name), None, None)
-    check_map(stored["nested_quant_map"], blockwise8.dynamic_map(True, "cpu"), name)
-    rows = rows_as_parameters(stored["weight"], stored["absmax"], state["shape"], name)
-    return (*rows, stored["nested_absmax"], torch.tensor(offset, dtype=torch.float32, device=rows[0].device))
+        return (*rows_as_parameters(stored["weight"], stored[_ABSMAX], state["shape"], name), None, None)
+    check_map(stored[_NESTED_MAP], blockwise8.dynamic_map(True, "cpu"), name)
+    rows = rows_as_parameters(stored["weight"], stored[_ABSMAX], state["shape"], name)
+    return (*rows, stored[_NESTED_ABSMAX], torch.tensor(offset, dtype=torch.float32, device=rows[0].device))
 
 
 def rows_as_parameters(codes: Tensor, absmax: Tensor, shape: Sequence[int], name: str) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from qsharded.shards import rows_of_rank
+
 
 def first_value(parameter: Tensor) -> int:
     """Where this rank's values begin among the parameter's, counted in row order.
@@ -18,9 +20,8 @@ def first_value(parameter: Tensor) -> int:
     mesh, start, rows = parameter.device_mesh, 0, parameter.shape[0]
     for dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
-            step = -(-rows // mesh.size(dim))
-            skipped = min(mesh.get_local_rank(dim) * step, rows)
-            start, rows = start + skipped, min(step, rows - skipped)
+            first, stop = rows_of_rank(rows, mesh.size(dim), mesh.get_local_rank(dim))
+            start, rows = start + first, stop - first
     return start * prod(parameter.shape[1:])
 
 

@@ -122,7 +122,7 @@ def bitsandbytes_folder(checkpoint: Path, tmp_path: Path) -> Any:
     return write
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
     bitsandbytes_folder: Any, nested: bool, storage: torch.dtype
@@ -150,9 +150,23 @@ def test_a_bitsandbytes_checkpoint_can_be_computed_with_in_fp32(bitsandbytes_fol
     assert ours(IDS).logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kept", ["load_in_4bit", "_load_in_4bit"])
+def test_a_bitsandbytes_checkpoint_need_not_name_its_method(bitsandbytes_folder: Any, kept: str) -> None:
+    """As transformers wrote them in 2023."""
+    _, folder = bitsandbytes_folder()
+    expected = as_bytes(read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder))).state_dict())
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    for key in {"quant_method", "load_in_4bit", "_load_in_4bit"} - {kept}:
+        del described["quantization_config"][key]
+    path.write_text(json.dumps(described))
+    ours = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)))
+    assert as_bytes(ours.state_dict()) == expected
+
+
 def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any, checkpoint: Path) -> None:
     _, folder = bitsandbytes_folder(bnb_4bit_quant_type="fp4")
-    with pytest.raises(ValueError, match="bnb_4bit_quant_type must be nf4 to be taken over, got 'fp4'"):
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type is 'fp4'; only nf4 is read"):
         from_bitsandbytes(AutoConfig.from_pretrained(folder))
     with pytest.raises(ValueError, match="not quantized to 4 bits by bitsandbytes"):
         from_bitsandbytes(AutoConfig.from_pretrained(checkpoint))

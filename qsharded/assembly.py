@@ -11,16 +11,15 @@ from torch.optim import AdamW, Optimizer
 
 from qsharded.adapted import find_adapter
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
-from qsharded.checkpoint.load import load_model, parameter_count, skeleton
-from qsharded.checkpoint.quantized import PackedCheckpoint, read_packing
-from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.checkpoint.load import Outline, parameter_count
+from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
 from qsharded.data.sources import find_files
 from qsharded.layout import Layout, frozen_bytes, least_memory
-from qsharded.models import CausalLM, ModelConfig
+from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
@@ -62,29 +61,22 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
     folder = world.first_on_node(lambda: _downloaded(config))
-    described = read_json(folder / "config.json")
-    model_config = ModelConfig.from_hf(described)
-    packing = read_packing(described)  # it and the outline refuse what cannot be read before the data is
-    packed = None if config.random_init else PackedCheckpoint.at(folder, packing)
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
-    outline = skeleton(model_config, lora, compute_dtype(config.dtype, world.device), packed)
+    # refuses what cannot be read before the data is
+    outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
-    _check_vocabulary(model_config.vocab_size, train_data, eval_data, prompts)
+    _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
-    layout, why = _layout(config, world, frozen_bytes(outline))
-    model = load_model(
-        folder,
-        mesh=mesh_of(world, config.dp_replicate),
-        lora=lora,
-        dtype=compute_dtype(config.dtype, world.device),
-        device=world.device,
-        activation_checkpointing=config.activation_checkpointing,
+    layout, why = _layout(config, world, frozen_bytes(outline.model))
+    model = outline.filled(
+        mesh_of(world, config.dp_replicate),
+        world.device,
         layout=layout,
-        random_init=config.random_init,
+        checkpointing=config.activation_checkpointing,
         seed=config.seed,
     )
     if adapter:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,26 +60,50 @@ def load_model(
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
     folder = find_checkpoint(path_or_id, revision, weights=not random_init)
-    described = read_json(folder / "config.json")
-    config = ModelConfig.from_hf(described)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    packed = None if random_init else PackedCheckpoint.at(folder, read_packing(described))
-    model = skeleton(config, lora, dtype, packed)
-    lay_out(
-        model,
-        mesh,
-        device,
-        layout=layout,
-        checkpointing=activation_checkpointing,
-        param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
-    )
-    if packed is not None:
-        filling.run(_packed_fills(model, packed), packed.source, device)
-    else:
-        source = RandomWeights(seed, 0.02, device, {}) if random_init else SafetensorsFolder(folder)
-        filling.run(quantizing_fills(model, source), source, device)
-    _fill_adapters(model, seed)
-    return model
+    outline = Outline.of(folder, lora, dtype, random_init=random_init)
+    return outline.filled(mesh, device, layout=layout, checkpointing=activation_checkpointing, seed=seed)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model that is known, and not yet read: ``model`` is on the meta device.
+
+    Attributes:
+        packed: the checkpoint, where it is packed already.
+    """
+
+    folder: Path
+    model: CausalLM
+    dtype: torch.dtype
+    packed: PackedCheckpoint | None
+    random_init: bool
+
+    @classmethod
+    def of(cls, folder: Path, lora: LoRAConfig | None, dtype: torch.dtype, *, random_init: bool) -> "Outline":
+        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``.
+
+        Raises:
+            ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
+        """
+        described = read_json(folder / "config.json")
+        config, packing = ModelConfig.from_hf(described), read_packing(described)
+        packed = None if random_init else PackedCheckpoint.at(folder, packing)
+        return cls(folder, skeleton(config, lora, dtype, packed), dtype, packed, random_init)
+
+    def filled(
+        self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Mode, seed: int
+    ) -> CausalLM:
+        """The model in memory; the arguments and errors are those of :func:`load_model`. Once: it is the same one."""
+        param_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
+        lay_out(self.model, mesh, device, layout=layout, checkpointing=checkpointing, param_dtype=param_dtype)
+        if self.packed is not None:
+            filling.run(_packed_fills(self.model, self.packed), self.packed.source, device)
+        else:
+            source = RandomWeights(seed, 0.02, device, {}) if self.random_init else SafetensorsFolder(self.folder)
+            filling.run(quantizing_fills(self.model, source), source, device)
+        _fill_adapters(self.model, seed)
+        return self.model
 
 
 def skeleton(

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, World(0, 1, torch.device("cpu"), None), (ValueError, OSError)):
+    with errors_named(config.prog, World.alone(torch.device("cpu")), (ValueError, OSError)):
         run(config)
 
 

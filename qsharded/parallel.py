@@ -92,6 +92,11 @@ class World:
     local_rank: int = 0
     patient: dist.ProcessGroup | None = None
 
+    @classmethod
+    def alone(cls, device: torch.device) -> "World":
+        """A single process."""
+        return cls(0, 1, device, None)
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -123,7 +128,7 @@ def start_world() -> World:
         _check_enough_gpus(local_rank)
         torch.cuda.set_device(device)
     if size == 1:
-        return World(0, 1, device, None)
+        return World.alone(device)
     # gloo beside NCCL: offloaded shards and small host values are gathered on the CPU
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=_not_given)
     if config.dry_run:
-        with errors_named(config.prog, World(0, 1, torch.device("cpu"), None)):
+        with errors_named(config.prog, World.alone(torch.device("cpu"))):
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()

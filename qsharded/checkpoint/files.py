@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22  # bytes read at once: enough to keep a disk busy, small beside what a rank holds
-_SAFETENSORS_NAME = {
+# The format's names. In this order within a file, as safetensors writes it: wide ones first, so that all are aligned.
+SAFETENSORS_NAME = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -74,7 +75,7 @@ def _safetensors_head(tensors: Mapping[str, Parts], metadata: Mapping[str, str])
     end = 0
     for name, parts in tensors.items():
         offsets = [end, end + parts.size]
-        header[name] = {"dtype": _SAFETENSORS_NAME[parts.dtype], "shape": parts.shape, "data_offsets": offsets}
+        header[name] = {"dtype": SAFETENSORS_NAME[parts.dtype], "shape": parts.shape, "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

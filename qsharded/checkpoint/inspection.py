@@ -11,9 +11,10 @@ import torch
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_lora_config
 from qsharded.checkpoint.expected import expected_tensors, packed_bytes
+from qsharded.checkpoint.files import FileRecord, read_record
 from qsharded.checkpoint.load import expected_shapes, skeleton
 from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from qsharded.checkpoint.scan import Scan, Stored, hash_file, read_header, scan_file
+from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, read_json
 from qsharded.checkpoint.training import STATE_FILE
 from qsharded.models import ModelConfig
@@ -255,7 +256,8 @@ def _check_json(report: Report, folder: Path, path: Path) -> None:
     except ValueError as error:
         report.problems.append(str(error))
         return
-    report.files.append(FileReport(str(path.relative_to(folder)), path.stat().st_size, hash_file(path)))
+    record = read_record(path)
+    report.files.append(FileReport(str(path.relative_to(folder)), record.size, record.sha256))
     if path.name == STATE_FILE:
         report.kind += f" of step {state.get('step')}"
 
@@ -272,7 +274,7 @@ def _check_manifest(report: Report, folder: Path) -> None:
         file = read.get(name)
         if file is None:
             report.problems.append(f"{name} is missing, {MANIFEST_FILE} names it")
-        elif (file.size, file.sha256) != (record.size, record.sha256):
+        elif FileRecord(file.size, file.sha256) != record:
             report.problems.append(f"{name} is damaged: its size or SHA-256 is not the one in {MANIFEST_FILE}")
         else:
             file.vouched = MANIFEST_FILE

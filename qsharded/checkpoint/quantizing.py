@@ -3,7 +3,6 @@
 Axes: N = out_features, K = in_features, P = K/2, G = K/64.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from qsharded import blockwise8, nf4, parallel
 from qsharded.checkpoint import filling, quantized
+from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.pieces import Piece, pieces_of
 from qsharded.checkpoint.quantized import Form
@@ -51,9 +51,9 @@ def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torc
     if (checkpoint / INDEX).exists():
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
-        _write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     said = quantized.own_config() if form == "qsharded" else _bitsandbytes_config(model, writer.source)
-    _write_json(target / "config.json", described | {quantized.CONFIG_KEY: said})
+    write_json(target / "config.json", described | {quantized.CONFIG_KEY: said})
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,3 @@ class _FileSink:
 def _bitsandbytes_config(model: nn.Module, source: SafetensorsFolder) -> dict[str, Any]:
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     return quantized.bitsandbytes_config(source.dtype(next(iter(packed_layers(model)))), plain)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from qsharded.checkpoint.files import read_record
+
 _CHUNK = 1 << 24  # bytes, a multiple of every element's size
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -68,7 +70,8 @@ def scan_file(path: Path, packed: Container[str] = ()) -> Scan:
     try:
         header = read_header(path)
     except ValueError as error:
-        return Scan(path.stat().st_size, hash_file(path), problems=[str(error)])
+        record = read_record(path)
+        return Scan(record.size, record.sha256, problems=[str(error)])
     scan = Scan(path.stat().st_size, "", header.tensors)
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -82,14 +85,6 @@ def scan_file(path: Path, packed: Container[str] = ()) -> Scan:
         scan.problems.append(f"{path.name} has {surplus} bytes behind its last tensor")
     scan.sha256 = digest.hexdigest()
     return scan
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        _hash_rest(file, digest)
-    return digest.hexdigest()
 
 
 def _hash_rest(file: BinaryIO, digest: Any) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+from qsharded.checkpoint.files import SAFETENSORS_NAME
 
-# In this order within a file, as safetensors writes it: wide ones first, so that all are aligned.
-_WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 class SafetensorsFile:
@@ -26,7 +25,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Spec], late: Iterable[str] = ()) -> None:
-        order = sorted(tensors, key=lambda name: (list(_WORDS).index(tensors[name][0]), name))
+        order = sorted(tensors, key=lambda name: (list(SAFETENSORS_NAME).index(tensors[name][0]), name))
         self._entries: dict[str, dict[str, Any]] = {}
         self._end = 0
         for name in order:
@@ -75,7 +74,7 @@ class SafetensorsFile:
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    return {"dtype": SAFETENSORS_NAME[dtype], "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def _header(entries: Mapping[str, Any]) -> bytes:

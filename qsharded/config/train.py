@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+from qsharded.autograd.recompute import Mode
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
 
 _model = partial(option, group="Model")
@@ -62,7 +63,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = _batch(
         "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
     )
-    activation_checkpointing: Literal["none", "selective", "full", "offloaded"] = _memory(
+    activation_checkpointing: Mode = _memory(
         "What the backward pass computes again. full keeps each block's input alone: a third more work for a fraction "
         "of the memory; selective keeps what attention and the large matmuls put out as well; offloaded is full with "
         "the inputs in host memory.",

@@ -27,7 +27,7 @@ from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.nn import LoRAConfig
 
 LORA = LoRAConfig(r=2, target_modules=["layer"])
-WORLD = parallel.World(0, 1, torch.device("cpu"), None)
+WORLD = parallel.World.alone(torch.device("cpu"))
 
 
 class Tiny(nn.Module):
@@ -105,7 +105,7 @@ def test_what_a_gpu_holds_is_copied_before_it_changes(tmp_path: Path) -> None:
     model, optimizer = make(0.0)
     model.cuda()
     busy = torch.randn(8192, 8192, device="cuda")
-    with CheckpointWriter(tmp_path, parallel.World(0, 1, torch.device("cuda", 0), None), None) as to:
+    with CheckpointWriter(tmp_path, parallel.World.alone(torch.device("cuda", 0)), None) as to:
         for step in (1, 2):
             for _ in range(20):
                 busy = (busy @ busy).clamp(-1, 1)

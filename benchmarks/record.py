@@ -44,8 +44,8 @@ def command(module: str) -> str:
 
 
 def commit() -> str | None:
-    """What QSHARDED_COMMIT says, for a copy without its history; else the commit that is checked out, marked where files
-    differ from it, or None."""
+    """What QSHARDED_COMMIT says, for a copy without its history; else the commit that is checked out, marked where
+    files differ from it, or None."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     said = os.environ.get("QSHARDED_COMMIT")
     return said or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsharded import backends, nf4
 
@@ -63,7 +64,16 @@ def nf4_linear(
     Raises:
         ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
     """
-    return torch.ops.qsharded.nf4_linear(x, codes, absmax, absmax_scales, absmax_offset, bias)
+    run = _linear if _needs_no_dispatch(x) else torch.ops.qsharded.nf4_linear
+    return run(x, codes, absmax, absmax_scales, absmax_offset, bias)
+
+
+def _needs_no_dispatch(x: Tensor) -> bool:
+    """Whether the dispatcher would do nothing but come to our implementation, 25 us later: no gradient is recorded and
+    nobody watches. Generating calls hundreds of layers a token."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.is_meta:
+        return False
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
 def _check_packed(codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None) -> None:

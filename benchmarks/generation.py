@@ -1,17 +1,17 @@
 """A transformers model generating with bitsandbytes, with our kernels behind bitsandbytes, and with NF4Linear layers.
 
-    python -m benchmarks.generation [--record FILE]
+    python -m benchmarks.generation [--ways graph compiled-graph generate] [--record FILE]
 
 The model has the shape of Llama-3-8B and random weights, quantized once: the three variants share their bytes. Each
-generates greedily at batch 1, 8 and 64, in three ways: by ``generate()`` as it comes, and token by token from a CUDA
-graph of one forward over transformers' static cache, plain and compiled. Takes about six minutes on an H200.
+generates greedily at batch 1, 8 and 64, in three ways: token by token from a CUDA graph of one forward over
+transformers' static cache, plain (graph) and compiled (compiled-graph), and by ``generate()`` as it comes. Takes about
+six minutes on an H200, most of it to compile.
 """
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import qsharded
 from benchmarks.gpu_training import SHAPES
-from benchmarks.record import environment
+from benchmarks.record import command, environment
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
+from qsharded.nn import NF4Linear
 
 BATCHES = (1, 8, 64)
 PROMPT, NEW_TOKENS, ROUNDS = 128, 64, 3
@@ -33,35 +34,36 @@ WANTED = {1: 1.5, 8: 2.0, 64: 2.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/generation.json"))
     arguments = parser.parse_args()
-    rows = list(measure(SHAPES["llama3-8b"], torch.device("cuda"), BATCHES, NEW_TOKENS))
-    command = "python -m " + " ".join(["benchmarks.generation", *sys.argv[1:]])
     record = environment() | {
-        "command": command,
+        "command": command("benchmarks.generation"),
         "shape": "llama3-8b, random weights, bf16",
         "prompt_tokens": PROMPT,
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
         "wanted_over_bitsandbytes": WANTED,
-        "rows": rows,
-        "over_bitsandbytes": ratios(rows),
     }
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    rows: list[dict[str, Any]] = []
+    for row in measure(SHAPES["llama3-8b"], torch.device("cuda"), BATCHES, NEW_TOKENS, arguments.ways):
+        rows.append(row)
+        record |= {"rows": rows, "over_bitsandbytes": ratios(rows)}
+        arguments.record.write_text(json.dumps(record, indent=2) + "\n")  # each time: compiling takes long
     print(json.dumps(record["over_bitsandbytes"], indent=2))
 
 
 def measure(
-    shape: dict[str, Any], device: torch.device, batches: tuple[int, ...], new: int
+    shape: dict[str, Any], device: torch.device, batches: tuple[int, ...], new: int, ways: Iterable[str]
 ) -> Iterator[dict[str, Any]]:
-    """One row for each variant, batch and way to run it, printed as it comes."""
+    """One row for each way to run it, variant and batch, printed as it comes."""
     model = random_model(shape, device)
-    for variant, prepare in VARIANTS.items():
-        prepare(model)
-        for batch in batches:
-            ids = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
-            for way, run in WAYS.items():
-                row = {"variant": variant, "batch": batch, "way": way} | _attempt(run, model, ids, new)
+    for way in ways:
+        for variant, prepare in VARIANTS.items():
+            prepare(model)
+            for batch in batches:
+                ids = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
+                row = {"variant": variant, "batch": batch, "way": way} | _attempt(WAYS[way], model, ids, new)
                 print(json.dumps(row), flush=True)
                 yield row
     uninstall()
@@ -76,22 +78,30 @@ def random_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def _as_bitsandbytes(model: nn.Module) -> None:
-    to_bitsandbytes(model, torch.bfloat16)
+    uninstall()
+    if _has_nf4_linear(model):
+        to_bitsandbytes(model, torch.bfloat16)
 
 
 def _with_our_kernels(model: nn.Module) -> None:
+    _as_bitsandbytes(model)
     install()
 
 
 def _as_nf4_linear(model: nn.Module) -> None:
     uninstall()
-    convert_bitsandbytes(model)
+    if not _has_nf4_linear(model):
+        convert_bitsandbytes(model)
+
+
+def _has_nf4_linear(model: nn.Module) -> bool:
+    return any(isinstance(module, NF4Linear) for module in model.modules())
 
 
 VARIANTS: dict[str, Callable[[nn.Module], None]] = {
     "bitsandbytes": _as_bitsandbytes,
-    "bitsandbytes, our kernels": _with_our_kernels,
     "NF4Linear": _as_nf4_linear,
+    "bitsandbytes, our kernels": _with_our_kernels,
 }
 
 
@@ -166,9 +176,9 @@ def _captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 WAYS: dict[str, Callable[..., list[float]]] = {
+    "graph": _by_graph,
+    "compiled-graph": _by_compiled_graph,
     "generate": _by_generate,
-    "CUDA graph, static cache": _by_graph,
-    "compiled, CUDA graph, static cache": _by_compiled_graph,
 }
 
 

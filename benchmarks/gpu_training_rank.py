@@ -13,7 +13,7 @@ from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.determinism import use_deterministic_algorithms
 from qsharded.metrics import MetricsLog
-from qsharded.parallel import World, stop_world
+from qsharded.parallel import World, let_reserved_memory_grow, stop_world
 
 
 def main() -> None:
@@ -22,6 +22,7 @@ def main() -> None:
     config = parse(sys.argv[1:], TrainConfig, fill=builtin_overrides)
     if config.deterministic:
         use_deterministic_algorithms()
+    let_reserved_memory_grow()
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)  # a device that is in use is not chosen anew by the mesh
     dist.init_process_group("gloo")

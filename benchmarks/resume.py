@@ -26,7 +26,7 @@ from benchmarks.gpu_training import shape_options
 from benchmarks.record import environment
 from qsharded.metrics import read_metrics
 
-STEPS, SAVE_STEPS, KILLED_AFTER = 30, 8, 20
+STEPS, SAVE_STEPS, KILLED_AFTER = 15, 4, 10
 POLL_S = 0.01
 
 

@@ -115,11 +115,11 @@ enum { QSHARDED_ADAMW8BIT_BINS = 2945 };
 // scales in absmax1 and absmax2; or fp32 moments where absmax1 is null. row_of_block: a block's row in the tables that
 // follow. table: a row has addresses of parameter and gradient (0 for none), how many values they have, and where the
 // first stands among the values of all blocks. coefficients: nine a row, as the reference has them. skip: not 0 to leave
-// everything as it is. map, thresholds: 256 and 255, signed for state1 and unsigned for state2. below: for each bin how
-// many of the thresholds above zero lie below it, which leaves one at most within it.
+// everything as it is. map: 256 entries, signed for state1 and unsigned for state2. search: for each bin, what the bits of
+// a magnitude there are added to for the sum to have the code in bits 16 to 23; smaller magnitudes count as 2^-23. search1
+// goes on with all bins for values below zero, where the sum has 255 less the code.
 QSHARDED_API int qsharded_cuda_adamw8bit(void* state1, void* state2, float* absmax1, float* absmax2,
                                          int64_t first_block, int64_t blocks, const int32_t* row_of_block,
                                          const int64_t* table, const float* coefficients, const float* skip,
-                                         const float* map1, const float* map2, const float* thresholds1,
-                                         const float* thresholds2, const uint8_t* below1, const uint8_t* below2,
-                                         int dtype, void* stream);
+                                         const float* map1, const float* map2, const uint32_t* search1,
+                                         const uint32_t* search2, int dtype, void* stream);

@@ -6,9 +6,11 @@ The bytes are those of ``qsharded.optim.reference``.
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import adamw8bit_checks, cuda, library
+from . import adamw8bit_checks as checks
+from . import cuda, library
 
 BINS = 2945  # QSHARDED_ADAMW8BIT_BINS in csrc/qsharded.h
 _FIRST_BIN = 0x3400  # the upper half of 2^-23
@@ -28,23 +30,36 @@ def update(
     dtype: torch.dtype,
 ) -> None:
     """As ``triton_adamw8bit.update``."""
-    adamw8bit_checks.assert_state(state1, state2, absmax1, absmax2, row_of_block, table, coefficients, skip, tables)
-    _, _, thresholds1, thresholds2 = tables
+    checks.assert_state(state1, state2, absmax1, absmax2, row_of_block, table, coefficients, skip, tables)
+    map1, map2, thresholds1, thresholds2 = tables
     cuda.call(
         "adamw8bit",
         *(state1, state2, absmax1, absmax2, first_block, row_of_block.numel(), row_of_block),
-        *(table, coefficients, skip, *tables),
-        *(_below(thresholds1), _below(thresholds2), library.DTYPES[dtype]),
+        *(table, coefficients, skip, map1, map2),
+        *(_search(thresholds1, True), _search(thresholds2, False), library.DTYPES[dtype]),
     )
 
 
 @cache
-def _below(thresholds: Tensor) -> Tensor:
-    """uint8 [2945]: how many of the thresholds above zero lie below each bin."""
-    return below(thresholds.cpu()).to(thresholds.device)
+def _search(thresholds: Tensor, signed: bool) -> Tensor:
+    return search(thresholds.cpu(), signed).to(thresholds.device)
 
 
-def below(thresholds: Tensor) -> Tensor:
-    """The same for thresholds on the CPU."""
-    edges = ((torch.arange(BINS, dtype=torch.int32) + _FIRST_BIN) << 16).view(torch.float32)
-    return torch.searchsorted(thresholds[thresholds > 0], edges).to(torch.uint8)
+def search(thresholds: Tensor, signed: bool) -> Tensor:
+    """int32 [2 if signed else 1, 2945], from thresholds on the CPU: what the bits of a magnitude are added to, by its
+    bin, for the sum to have the code in bits 16 to 23. Row 1 gives 255 less the code of a value below zero."""
+    bits = thresholds[thresholds > 0].view(torch.int32).long()
+    if not signed:
+        return _entries(bits + 1, 0)[None]  # + 1: a magnitude at a threshold has the code below it
+    # below zero codes are at most ZERO_CODE - 1, however small the magnitude, and 0, however large
+    below_zero = _entries(bits[1:-1], 255 - (checks.ZERO_CODE - 1))
+    return torch.stack([_entries(bits + 1, checks.ZERO_CODE), below_zero])
+
+
+def _entries(steps: Tensor, first: int) -> Tensor:
+    """``steps``: the bits of the magnitudes from which on the code is one more, ``first`` at the beginning."""
+    bins = (torch.arange(BINS) + _FIRST_BIN) << 16
+    passed = torch.searchsorted(steps, bins, right=True)
+    to_next = F.pad(steps, (0, 1), value=2**31)[passed] - bins
+    carry = torch.where(to_next < 1 << 16, (1 << 16) - to_next, 0)  # the sum's lower half overflows from the step on
+    return (((first + passed) << 16) + carry - bins).int()

@@ -120,6 +120,6 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_void_p, c_void_p, c_void_p),  # state1, state2, absmax1, absmax2
         *(c_int64, c_int64, c_void_p),  # first_block, blocks, row_of_block
         *(c_void_p, c_void_p, c_void_p),  # table, coefficients, skip
-        *(c_void_p, c_void_p, c_void_p, c_void_p),  # both maps, both thresholds
-        *(c_void_p, c_void_p, c_int, c_void_p),  # below1, below2, dtype, stream
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # map1, map2, search1, search2
+        *(c_int, c_void_p),  # dtype, stream
     ]

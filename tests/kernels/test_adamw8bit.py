@@ -60,18 +60,19 @@ def test_steps_are_the_references(options: dict[str, Any], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_bin_holds_one_threshold_at_most(signed: bool) -> None:
-    thresholds = blockwise8.thresholds(signed)
-    positive = thresholds[thresholds > 0]
-    below = cuda_adamw8bit.below(thresholds).int()
-    assert below[0] == 0
-    assert (below.diff() <= 1).all()
-    last = torch.tensor(1.0).view(torch.int32).item() >> 16
-    assert below.numel() == last - cuda_adamw8bit._FIRST_BIN + 1
-    assert positive.numel() - below[-1] <= 1
+def test_sums_with_the_bits_of_a_magnitude_hold_the_nearest_codes(signed: bool) -> None:
+    """At, before and behind every threshold and the beginning of every bin; so beyond 1, where rounding may lead."""
+    search = cuda_adamw8bit.search(blockwise8.thresholds(signed), signed)
+    least, one = torch.tensor([2.0**-23, 1.0]).view(torch.int32).tolist()
+    thresholds = blockwise8.thresholds(signed).abs().view(torch.int32)
+    ends = torch.arange(least, one + 1, 1 << 16, dtype=torch.int32)
+    magnitudes = torch.cat([thresholds - 1, thresholds, thresholds + 1, ends - 1, ends, ends + 1]).view(torch.float32)
+    values = torch.cat([magnitudes, magnitudes.new_tensor([0, 1e-45]), -magnitudes[: magnitudes.numel() * signed]])
 
-
-def test_the_signed_map_mirrors_its_thresholds_but_for_the_last() -> None:
-    thresholds = blockwise8.thresholds(True)
-    assert torch.equal(thresholds[:127].neg().flip(0), thresholds[127:254])
-    assert (thresholds < 0).sum() == 127
+    below_zero = (values < 0).long()
+    bits = values.abs().clamp(min=2.0**-23).view(torch.int32)
+    codes = (search[below_zero, (bits - least) >> 16] + bits >> 16) & 255
+    expected = blockwise8.nearest_codes(values, torch.ones(()), signed).int()
+    expected -= below_zero * (expected == blockwise8.ZERO_CODE)  # what is below zero stays below
+    assert torch.equal(torch.where(values < 0, 255 - codes, codes), expected)
+    assert search.shape == (1 + signed, ends.numel())

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "bulk_copy.cuh"
-#include "nf4.cuh"
+#include "launch.cuh"
 
 namespace qsharded {
 namespace {
@@ -408,20 +408,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) adamw_kernel(St
   }
 }
 
-int processors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <typename T, bool kQuantized>
 int launch(const Step& step, cudaStream_t stream) {
   if (step.blocks == 0) return QSHARDED_OK;
   int at_a_time = 0;  // on a processor, whose shared memory may hold fewer than its registers
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_a_time, adamw_kernel<T, kQuantized>, kThreads, 0);
   const unsigned needed = ceil_div(step.blocks, kThreads / kWarp);
-  const unsigned grid = min(needed, static_cast<unsigned>(processors() * at_a_time));
+  const unsigned grid = min(needed, static_cast<unsigned>(Device::current().processors * at_a_time));
   adamw_kernel<T, kQuantized><<<grid, kThreads, 0, stream>>>(step);
   return launch_result();
 }

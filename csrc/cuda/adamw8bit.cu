@@ -4,6 +4,7 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "nf4.cuh"
@@ -17,6 +18,16 @@ constexpr int kVector = 4;                               // consecutive values o
 constexpr int kVectors = kStateBlock / kWarp / kVector;  // a warp has one block
 constexpr int kBlocksPerProcessor = 3;                   // of threads, which their registers allow: all run at a time
 
+// A parameter's entry in the table.
+struct Row {
+  int64_t parameter, gradient, count, origin;
+};
+
+// A parameter's coefficients, in their order.
+struct Coefficients {
+  float factor, beta1, rest1, beta2, rest2, eps, keep, rate, root;
+};
+
 // What a launch is given; qsharded.h says more.
 struct Step {
   void *state1, *state2;
@@ -28,16 +39,9 @@ struct Step {
   const float* skip;
   const float *map1, *map2, *thresholds1, *thresholds2;
   const uint8_t *below1, *below2;
-};
-
-// A parameter's entry in the table.
-struct Row {
-  int64_t parameter, gradient, count, origin;
-};
-
-// A parameter's coefficients, in their order.
-struct Coefficients {
-  float factor, beta1, rest1, beta2, rest2, eps, keep, rate, root;
+  // of a launch for one parameter, which then needs no table in the GPU's memory
+  Row row;
+  Coefficients alone;
 };
 
 // Magnitudes in bins that hold one threshold at most: the upper half of a float is its bin, 128 bins an octave, and the
@@ -230,11 +234,19 @@ __device__ void update(const Coefficients& c, float gradient, float& m, float& v
   p = __fsub_rn(__fmul_rn(p, c.keep), __fmul_rn(__fdiv_rn(m, divisor), c.rate));
 }
 
+// kFiniteOnly: as bitsandbytes has it, a value whose gradient is not finite stays, and its moments become 0.
+template <bool kFiniteOnly>
 __device__ void update(const Coefficients& c, const Values& gradient, Values* m, Values* v, Values* p) {
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) update(c, gradient.of[j][i], m->of[j][i], v->of[j][i], p->of[j][i]);
+    for (int i = 0; i < kVector; ++i) {
+      if (kFiniteOnly && !isfinite(gradient.of[j][i])) {
+        m->of[j][i] = v->of[j][i] = 0;
+      } else {
+        update(c, gradient.of[j][i], m->of[j][i], v->of[j][i], p->of[j][i]);
+      }
+    }
   }
 }
 
@@ -246,19 +258,21 @@ __device__ Place place_of(const Row& row, int64_t block) {
   return {start + threadIdx.x % kWarp * kVector, row.count, aligned && start >= 0 && start + kStateBlock <= row.count};
 }
 
-template <typename T>
+template <typename T, bool kAlone>
 __device__ void step_8_bits(const Step& step, const Shared& shared, int64_t block, int32_t number) {
   // state first: its address is known, that of the gradient is yet to be looked up
   const Codes codes1 = load_codes(step.state1, block), codes2 = load_codes(step.state2, block);
   const float old1 = step.absmax1[block], old2 = step.absmax2[block];
-  const Row row = reinterpret_cast<const Row*>(step.table)[number];
+  const Row row = kAlone ? step.row : reinterpret_cast<const Row*>(step.table)[number];
   if (row.gradient == 0) return;
   const Place place = place_of<T>(row, step.first_block + block);
   T* parameter = reinterpret_cast<T*>(row.parameter);
   const Values gradient = load(reinterpret_cast<const T*>(row.gradient), place);
   Values p = load(parameter, place);
   Values m = decode(codes1, old1, place, shared.map1), v = decode(codes2, old2, place, shared.map2);
-  update(reinterpret_cast<const Coefficients*>(step.coefficients)[number], gradient, &m, &v, &p);
+  const Coefficients& coefficients =
+      kAlone ? step.alone : reinterpret_cast<const Coefficients*>(step.coefficients)[number];
+  update<kAlone>(coefficients, gradient, &m, &v, &p);
   store(parameter, place, p);
   const float scale1 = largest(m), scale2 = largest(v);
   encode(step.state1, codes1, scale1, block, place, m,
@@ -280,28 +294,36 @@ __device__ void step_fp32(const Step& step, int64_t block, int32_t number) {
   T* parameter = reinterpret_cast<T*>(row.parameter);
   const Values gradient = load(reinterpret_cast<const T*>(row.gradient), place);
   Values p = load(parameter, place), m = load(state1, unaligned), v = load(state2, unaligned);
-  update(reinterpret_cast<const Coefficients*>(step.coefficients)[number], gradient, &m, &v, &p);
+  update<false>(reinterpret_cast<const Coefficients*>(step.coefficients)[number], gradient, &m, &v, &p);
   store(parameter, place, p);
   store(state1, unaligned, m);
   store(state2, unaligned, v);
 }
 
-// A warp takes one block after the other.
-template <typename T, bool kQuantized>
+template <bool kAlone>
+__device__ int32_t row_of(const Step& step, int64_t block) {
+  if constexpr (kAlone) return 0;
+  return block < step.blocks ? step.row_of_block[block] : 0;
+}
+
+// A warp takes one block after the other. kAlone: all are of one parameter.
+template <typename T, bool kQuantized, bool kAlone>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) adamw_kernel(Step step) {
   __shared__ Shared shared;
-  if (*step.skip != 0) return;
+  if constexpr (!kAlone) {
+    if (*step.skip != 0) return;
+  }
   if constexpr (kQuantized) {
     shared.fill(step);
     __syncthreads();
   }
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-  int32_t number = block < step.blocks ? step.row_of_block[block] : 0;
+  int32_t number = row_of<kAlone>(step, block);
   for (; block < step.blocks; block += warps) {
-    const int32_t next = block + warps < step.blocks ? step.row_of_block[block + warps] : 0;  // on its way meanwhile
+    const int32_t next = row_of<kAlone>(step, block + warps);  // on its way meanwhile
     if constexpr (kQuantized) {
-      step_8_bits<T>(step, shared, block, number);
+      step_8_bits<T, kAlone>(step, shared, block, number);
     } else {
       step_fp32<T>(step, block, number);
     }
@@ -321,12 +343,21 @@ int launch(const Step& step, cudaStream_t stream) {
   if (step.blocks == 0) return QSHARDED_OK;
   const unsigned needed = ceil_div(step.blocks, kThreads / kWarp);
   const unsigned grid = min(needed, static_cast<unsigned>(processors() * kBlocksPerProcessor));
-  if (step.absmax1 != nullptr) {
-    adamw_kernel<T, true><<<grid, kThreads, 0, stream>>>(step);
+  if (step.table == nullptr) {
+    adamw_kernel<T, true, true><<<grid, kThreads, 0, stream>>>(step);
+  } else if (step.absmax1 != nullptr) {
+    adamw_kernel<T, true, false><<<grid, kThreads, 0, stream>>>(step);
   } else {
-    adamw_kernel<T, false><<<grid, kThreads, 0, stream>>>(step);
+    adamw_kernel<T, false, false><<<grid, kThreads, 0, stream>>>(step);
   }
   return launch_result();
+}
+
+int launch(const Step& step, int dtype, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (dtype == QSHARDED_FLOAT32) return launch<float>(step, on);
+  if (dtype == QSHARDED_BFLOAT16) return launch<__nv_bfloat16>(step, on);
+  return QSHARDED_BAD_DTYPE;
 }
 
 }  // namespace
@@ -341,8 +372,16 @@ int qsharded_cuda_adamw8bit(void* state1, void* state2, float* absmax1, float* a
                             const uint8_t* below2, int dtype, void* stream) {
   const Step step = {state1,       state2, absmax1, absmax2, first_block, blocks,      row_of_block, table,
                      coefficients, skip,   map1,    map2,    thresholds1, thresholds2, below1,       below2};
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (dtype == QSHARDED_FLOAT32) return launch<float>(step, on);
-  if (dtype == QSHARDED_BFLOAT16) return launch<__nv_bfloat16>(step, on);
-  return QSHARDED_BAD_DTYPE;
+  return launch(step, dtype, stream);
+}
+
+int qsharded_cuda_adamw8bit_alone(void* parameter, const void* gradient, int64_t count, void* state1, void* state2,
+                                  float* absmax1, float* absmax2, const float* coefficients, const float* map1,
+                                  const float* map2, const float* thresholds1, const float* thresholds2,
+                                  const uint8_t* below1, const uint8_t* below2, int dtype, void* stream) {
+  Step step = {state1,  state2,  absmax1, absmax2, 0,           count / kStateBlock, nullptr, nullptr,
+               nullptr, nullptr, map1,    map2,    thresholds1, thresholds2,         below1,  below2};
+  step.row = {reinterpret_cast<int64_t>(parameter), reinterpret_cast<int64_t>(gradient), count, 0};
+  std::memcpy(&step.alone, coefficients, sizeof(step.alone));
+  return launch(step, dtype, stream);
 }

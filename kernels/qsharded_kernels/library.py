@@ -123,3 +123,10 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_void_p, c_void_p, c_void_p),  # both maps, both thresholds
         *(c_void_p, c_void_p, c_int, c_void_p),  # below1, below2, dtype, stream
     ]
+    library.qsharded_cuda_adamw8bit_alone.argtypes = [
+        *(c_void_p, c_void_p, c_int64),  # parameter, gradient, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # state1, state2, absmax1, absmax2
+        c_void_p,  # coefficients, on the host
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # both maps, both thresholds
+        *(c_void_p, c_void_p, c_int, c_void_p),  # below1, below2, dtype, stream
+    ]

@@ -3,12 +3,12 @@
 It serves "adam" (which AdamW8bit and Adam8bit call) on whole blocks of 256, in fp32 and bf16, with bitsandbytes' own
 maps, by the compiled library on a GPU; whatever else goes to bitsandbytes. On CPUs there is no compiled step of ours.
 
-Both compute m and v alike but for fused multiply-adds, so that scales differ in their last bits and codes by one step
-at most, where a value lies next to a threshold. (A block that is zero throughout has our codes of 0; theirs are of 0/0,
-and mean 0 too.) Of a value whose gradient is not finite both leave the parameter and make the moments 0. They apply the
-weight decay after the update, we before it; their root and quotients are approximate, and their bias correction takes
-``__powf``, whose error moves early updates by some parts in ten thousand. bf16 parameters are rounded once here, there
-after the update and after the decay. We launch on the current stream, they on the default one.
+What differs from bitsandbytes' kernel for GPUs: it takes 1 - beta in fp32 and fuses multiplications with additions, so
+that scales agree to about five digits and codes to one step, where a value lies next to a threshold. (A block that is
+zero throughout has our codes of 0; theirs are of 0/0, and mean 0 too.) Its quotients and the powers of its bias
+correction are approximate, which moves the first updates by some parts in ten thousand. It applies the weight decay
+after the update, we before it; it rounds a bf16 parameter after each of the two, we once. It launches on the default
+stream, we on the current one. As there, a value whose gradient is not finite stays, and its moments become 0.
 Source of theirs: kOptimizerStatic8bit2StateBlockwise.
 """
 

@@ -74,8 +74,9 @@ def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     rtol = 1e-6 if ours["p"].dtype == torch.float32 else 2**-7
     # theirs on GPUs has an approximate power in the bias correction
     torch.testing.assert_close(ours["p"], theirs["p"], rtol=rtol, atol=NUMBERS["lr"] * (1e-3 if on_gpu else 1e-5))
+    # theirs on GPUs takes 1 - beta in fp32
     for scales in ("absmax1", "absmax2"):
-        torch.testing.assert_close(ours[scales], theirs[scales], rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours[scales], theirs[scales], rtol=3e-6, atol=0)
     for codes in ("state1", "state2"):
         apart = (ours[codes].int() - theirs[codes].int()).abs()
         assert apart.max() <= 1

@@ -123,3 +123,11 @@ QSHARDED_API int qsharded_cuda_adamw8bit(void* state1, void* state2, float* absm
                                          const int64_t* table, const float* coefficients, const float* skip,
                                          const float* map1, const float* map2, const uint32_t* search1,
                                          const uint32_t* search2, int dtype, void* stream);
+
+// The same for one parameter of `count` values, a multiple of 256, whose state this is, with what the launch needs to know
+// in its arguments. coefficients: nine, in host memory, not needed after the call. A value whose gradient is not finite
+// stays as it is and its moments become 0, as bitsandbytes' kernel has it.
+QSHARDED_API int qsharded_cuda_adamw8bit_alone(void* parameter, const void* gradient, int64_t count, void* state1,
+                                               void* state2, float* absmax1, float* absmax2, const float* coefficients,
+                                               const float* map1, const float* map2, const uint32_t* search1,
+                                               const uint32_t* search2, int dtype, void* stream);

@@ -280,8 +280,22 @@ __device__ float largest(const Values& values) {
   return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most(values))));
 }
 
+// What becomes of a value whose gradient is not finite. The optimizer looks for such a gradient before it launches and
+// skips the step; bitsandbytes leaves the value as it is, and its moments become 0.
+enum class NotFinite { kUnknown, kStays };
+
+template <NotFinite kRule>
+__device__ bool stays(float gradient) {
+  return kRule == NotFinite::kStays && !isfinite(gradient);
+}
+
+template <NotFinite kRule>
 __device__ void update_moments(const Coefficients& c, const Values& gradient, Values* m, Values* v) {
   for_each([&](int j, int i) {
+    if (stays<kRule>(gradient.of[j][i])) {
+      m->of[j][i] = v->of[j][i] = 0;
+      return;
+    }
     const float g = __fmul_rn(gradient.of[j][i], c.factor);
     m->of[j][i] = __fadd_rn(__fmul_rn(m->of[j][i], c.beta1), __fmul_rn(g, c.rest1));
     v->of[j][i] = __fadd_rn(__fmul_rn(v->of[j][i], c.beta2), __fmul_rn(__fmul_rn(g, c.rest2), g));
@@ -326,16 +340,17 @@ __device__ void update_parameters(const Coefficients& c, const Values& m, const 
   });
 }
 
-template <typename T, bool kWhole>
+template <typename T, NotFinite kRule, bool kWhole>
 __device__ void step_8_bits(const Step& step, const Tables& tables, int block, const Place<kWhole>& place,
                             const Row& row, const Coefficients& c) {
   T* parameter = reinterpret_cast<T*>(row.parameter);
   const Codes codes1 = load_codes(step.state1, block), codes2 = load_codes(step.state2, block);
   const Values gradient = load(reinterpret_cast<const T*>(row.gradient), place);
   Values p = load(parameter, place);
+  const Values old = p;
   Values m = decode(codes1, step.absmax1[block], place, tables.map1);
   Values v = decode(codes2, step.absmax2[block], place, tables.map2);
-  update_moments(c, gradient, &m, &v);
+  update_moments<kRule>(c, gradient, &m, &v);
   const float scale1 = largest(m);
   float scale2 = largest(v);
   if (__all_sync(~0u, moderate(c, m, v, scale1, scale2))) {
@@ -345,6 +360,9 @@ __device__ void step_8_bits(const Step& step, const Tables& tables, int block, c
     scale2 = fminf(scale2, FLT_MAX);
     update_parameters<false>(c, m, v, &p);
   }
+  for_each([&](int j, int i) {
+    if (stays<kRule>(gradient.of[j][i])) p.of[j][i] = old.of[j][i];
+  });
   store(parameter, place, p);
   encode(step.state1, codes1, scale1, block, place, m, [&](float scaled) { return tables.code1(scaled); });
   encode(step.state2, codes2, scale2, block, place, v, [&](float scaled) { return tables.code2(scaled); });
@@ -361,7 +379,7 @@ __device__ void step_fp32(const Step& step, int block, const Place<false>& place
   T* parameter = reinterpret_cast<T*>(row.parameter);
   const Values gradient = load(reinterpret_cast<const T*>(row.gradient), place);
   Values p = load(parameter, place), m = load(state1, place), v = load(state2, place);
-  update_moments(c, gradient, &m, &v);
+  update_moments<NotFinite::kUnknown>(c, gradient, &m, &v);
   limit(&v);
   update_parameters<false>(c, m, v, &p);
   store(parameter, place, p);
@@ -369,7 +387,7 @@ __device__ void step_fp32(const Step& step, int block, const Place<false>& place
   store(state2, place, v);
 }
 
-template <typename T, bool kQuantized>
+template <typename T, bool kQuantized, NotFinite kRule = NotFinite::kUnknown>
 __device__ void step_block(const Step& step, const Tables& tables, int block, const Row& row, const Coefficients& c) {
   if (row.gradient == 0) return;
   const int64_t start = (step.first_block + block) * kStateBlock - row.origin;  // the block's first value
@@ -379,9 +397,9 @@ __device__ void step_block(const Step& step, const Tables& tables, int block, co
   if constexpr (!kQuantized) {
     step_fp32<T>(step, block, {first, row.count}, row, c);
   } else if (aligned && start >= 0 && start + kStateBlock <= row.count) {
-    step_8_bits<T, true>(step, tables, block, {first, row.count}, row, c);
+    step_8_bits<T, kRule, true>(step, tables, block, {first, row.count}, row, c);
   } else {
-    step_8_bits<T, false>(step, tables, block, {first, row.count}, row, c);
+    step_8_bits<T, kRule, false>(step, tables, block, {first, row.count}, row, c);
   }
 }
 
@@ -408,20 +426,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) adamw_kernel(St
   }
 }
 
-template <typename T, bool kQuantized>
-int launch(const Step& step, cudaStream_t stream) {
-  if (step.blocks == 0) return QSHARDED_OK;
+// The same for blocks that are all one parameter's: what the tables would say comes with the launch.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    adamw_alone_kernel(const __grid_constant__ Step step, const __grid_constant__ Row row,
+                       const __grid_constant__ Coefficients coefficients) {
+  __shared__ Tables tables;
+  tables.fill(step);
+  __syncthreads();
+  const int blocks = static_cast<int>(step.blocks), warps = gridDim.x * (kThreads / kWarp);
+  for (int block = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp; block < blocks; block += warps) {
+    step_block<T, true, NotFinite::kStays>(step, tables, block, row, coefficients);
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_for(int64_t blocks, void (*kernel)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return QSHARDED_OK;
   int at_a_time = 0;  // on a processor, whose shared memory may hold fewer than its registers
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_a_time, adamw_kernel<T, kQuantized>, kThreads, 0);
-  const unsigned needed = ceil_div(step.blocks, kThreads / kWarp);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_a_time, kernel, kThreads, 0);
+  const unsigned needed = ceil_div(blocks, kThreads / kWarp);
   const unsigned grid = min(needed, static_cast<unsigned>(Device::current().processors * at_a_time));
-  adamw_kernel<T, kQuantized><<<grid, kThreads, 0, stream>>>(step);
+  kernel<<<grid, kThreads, 0, stream>>>(arguments...);
   return launch_result();
 }
 
 template <typename T>
 int launch(const Step& step, cudaStream_t stream) {
-  return step.absmax1 != nullptr ? launch<T, true>(step, stream) : launch<T, false>(step, stream);
+  return launch_for(step.blocks, step.absmax1 != nullptr ? adamw_kernel<T, true> : adamw_kernel<T, false>, stream, step);
 }
 
 }  // namespace
@@ -438,5 +470,20 @@ int qsharded_cuda_adamw8bit(void* state1, void* state2, float* absmax1, float* a
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == QSHARDED_FLOAT32) return launch<float>(step, on);
   if (dtype == QSHARDED_BFLOAT16) return launch<__nv_bfloat16>(step, on);
+  return QSHARDED_BAD_DTYPE;
+}
+
+int qsharded_cuda_adamw8bit_alone(void* parameter, const void* gradient, int64_t count, void* state1, void* state2,
+                                  float* absmax1, float* absmax2, const float* coefficients, const float* map1,
+                                  const float* map2, const uint32_t* search1, const uint32_t* search2, int dtype,
+                                  void* stream) {
+  const Step step = {state1,  state2,  absmax1, absmax2, 0,    count / kStateBlock, nullptr,
+                     nullptr, nullptr, nullptr, map1,    map2, search1,             search2};
+  const Row row = {reinterpret_cast<int64_t>(parameter), reinterpret_cast<int64_t>(gradient), count, 0};
+  Coefficients c;
+  std::memcpy(&c, coefficients, sizeof(c));
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (dtype == QSHARDED_FLOAT32) return launch_for(step.blocks, adamw_alone_kernel<float>, on, step, row, c);
+  if (dtype == QSHARDED_BFLOAT16) return launch_for(step.blocks, adamw_alone_kernel<__nv_bfloat16>, on, step, row, c);
   return QSHARDED_BAD_DTYPE;
 }

@@ -3,6 +3,8 @@
 The bytes are those of ``qsharded.optim.reference``.
 """
 
+from collections.abc import Sequence
+from ctypes import addressof, c_float
 from functools import cache
 
 import torch
@@ -37,6 +39,33 @@ def update(
         *(state1, state2, absmax1, absmax2, first_block, row_of_block.numel(), row_of_block),
         *(table, coefficients, skip, map1, map2),
         *(_search(thresholds1, True), _search(thresholds2, False), library.DTYPES[dtype]),
+    )
+
+
+def update_alone(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    coefficients: Sequence[float],
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """One step of one parameter [n], n a multiple of 256, whose state this is, without a copy to the GPU.
+
+    ``gradient``: of the parameter's type. ``state1``, ``state2``: uint8 [n], on the GPU or in memory that it manages.
+    ``absmax1``, ``absmax2``: fp32 [n / 256]. ``coefficients``: nine numbers, as the reference has them. ``tables``: as
+    in :func:`update`. A value whose gradient is not finite stays as it is, and its moments become 0.
+    """
+    count, (map1, map2, thresholds1, thresholds2) = parameter.numel(), tables
+    checks.assert_alone(parameter, gradient, state1, state2, absmax1, absmax2, coefficients)
+    on_host = (c_float * checks.COEFFICIENTS)(*coefficients)
+    cuda.call(
+        "adamw8bit_alone",
+        *(parameter, gradient, count),
+        *(state1.data_ptr(), state2.data_ptr(), absmax1, absmax2, addressof(on_host)),
+        *(map1, map2, _search(thresholds1, True), _search(thresholds2, False), library.DTYPES[parameter.dtype]),
     )
 
 

@@ -123,3 +123,10 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_void_p, c_void_p, c_void_p),  # map1, map2, search1, search2
         *(c_int, c_void_p),  # dtype, stream
     ]
+    library.qsharded_cuda_adamw8bit_alone.argtypes = [
+        *(c_void_p, c_void_p, c_int64),  # parameter, gradient, count
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # state1, state2, absmax1, absmax2
+        c_void_p,  # coefficients, on the host
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # both maps, search1, search2
+        *(c_int, c_void_p),  # dtype, stream
+    ]

@@ -3,7 +3,7 @@
 Whatever else an operation is called with (FP4, other block sizes, rows that are no whole blocks) goes to the kernel of
 bitsandbytes that served it before. What is replaced is what was measured to be faster: on GPUs all four operations, on
 CPUs quantizing (100 times) and the product for many rows; dequantizing is as fast there, and the product for one row
-takes a layout of its own.
+takes a layout of its own. On GPUs the 8-bit AdamW step is replaced too, see ``bitsandbytes_optimizer``.
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
 """
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qsharded import blockwise8, nf4, ops
+from qsharded.integrations import bitsandbytes_optimizer
+from qsharded.integrations.bitsandbytes_tables import is_table
 
 _Kernel = Callable[..., Any]
 _NAMESPACE = "bitsandbytes"
@@ -96,7 +97,7 @@ def _gemm(before: _Kernel) -> _Kernel:
         absmax_offset: Tensor | None = None,
     ) -> Tensor:
         nested = (absmax_8bit, absmax_code, absmax_offset)
-        known = absmax_code is None or _is_table(absmax_code, blockwise8.dynamic_map(True, absmax_code.device))
+        known = absmax_code is None or is_table(absmax_code, blockwise8.dynamic_map(True, absmax_code.device))
         if not known or not _is_ours(quant_type, blocksize) or not _fits(A, shapeB):
             return before(A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
         return _product(A, B, shapeB, absmax, bias, absmax_8bit, absmax_offset)
@@ -106,7 +107,7 @@ def _gemm(before: _Kernel) -> _Kernel:
 
 def _gemv(before: _Kernel) -> _Kernel:
     def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-        if blocksize != nf4.BLOCK or not _fits(A, shapeB) or not _is_table(code, nf4.levels(code.device)):
+        if blocksize != nf4.BLOCK or not _fits(A, shapeB) or not is_table(code, nf4.levels(code.device)):
             return before(A, B, shapeB, absmax, code, blocksize)
         return _product(A, B, shapeB, absmax)
 
@@ -115,7 +116,13 @@ def _gemv(before: _Kernel) -> _Kernel:
 
 _REPLACED: dict[str, dict[str, Callable[[_Kernel], _Kernel]]] = {
     "CPU": {"quantize_4bit": _quantize, "gemm_4bit": _gemm},
-    "CUDA": {"quantize_4bit": _quantize, "dequantize_4bit": _dequantize, "gemm_4bit": _gemm, "gemv_4bit": _gemv},
+    "CUDA": {
+        "quantize_4bit": _quantize,
+        "dequantize_4bit": _dequantize,
+        "gemm_4bit": _gemm,
+        "gemv_4bit": _gemv,
+        "optimizer_update_8bit_blockwise": bitsandbytes_optimizer.update,
+    },
 }
 
 
@@ -142,18 +149,6 @@ def _is_ours(quant_type: str, blocksize: int) -> bool:
 def _fits(x: Tensor, shape: Sequence[int]) -> bool:
     """Rows of whole blocks, and numbers that our kernels multiply without decoding first."""
     return shape[1] % nf4.BLOCK == 0 and x.shape[-1] == shape[1] and x.numel() > 0 and x.dtype != torch.float32
-
-
-_same_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _is_table(found: Tensor, ours: Tensor) -> bool:
-    """Whether a table of bitsandbytes holds our numbers. Compared once a tensor: on a GPU a comparison waits for it."""
-    if found not in _same_tables:
-        if found.is_cuda and torch.cuda.is_current_stream_capturing():
-            return True  # a graph's inputs are copies of tensors that the run before it compared
-        _same_tables[found] = found.shape == ours.shape and torch.equal(found, ours)
-    return _same_tables[found]
 
 
 def _bytes(codes: Tensor) -> Tensor:

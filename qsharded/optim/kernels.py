@@ -1,11 +1,12 @@
-"""Which implementation steps the optimizer on a device."""
+"""Which implementation steps the optimizer on a device, and the tables that it takes."""
 
 from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from qsharded import backends
+from qsharded import backends, blockwise8
 from qsharded_kernels import cuda
 
 
@@ -28,3 +29,9 @@ def optimizer_kernels(device: torch.device) -> ModuleType | None:
     from qsharded_kernels import triton_adamw8bit  # here: Triton loads slowly
 
     return triton_adamw8bit
+
+
+def step_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The signed and the unsigned map, and the thresholds of each."""
+    maps = blockwise8.dynamic_map(True, device), blockwise8.dynamic_map(False, device)
+    return *maps, blockwise8.thresholds(True, device), blockwise8.thresholds(False, device)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qsharded import blockwise8
 from qsharded.optim import reference
 from qsharded.optim.arena import Arena, Blocks, Bucket, place
-from qsharded.optim.kernels import optimizer_kernels
+from qsharded.optim.kernels import optimizer_kernels, step_tables
 from qsharded.optim.paging import PageBudget, Pager, resident_bytes
 from qsharded.optim.shards import first_value, holds_rows
 from qsharded.shards import local
@@ -127,7 +126,7 @@ class Store:
             if not skip:
                 self._update_by_reference(gradients, coefficients)
             return
-        table, tables = self._current_table(gradients), _tables(self.device)
+        table, tables = self._current_table(gradients), step_tables(self.device)
         for section, bucket, blocks in self._buckets():
             kernels.update(
                 *(blocks.state1, blocks.state2, blocks.absmax1, blocks.absmax2, bucket.first_block),
@@ -212,11 +211,6 @@ def _fits(gradient: Tensor, parameter: Tensor) -> bool:
             f"{parameter.dtype}"
         )
     return gradient.is_contiguous()
-
-
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    maps = blockwise8.dynamic_map(True, device), blockwise8.dynamic_map(False, device)
-    return *maps, blockwise8.thresholds(True, device), blockwise8.thresholds(False, device)
 
 
 def _check(parameters: Sequence[Tensor]) -> None:

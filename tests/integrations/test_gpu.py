@@ -60,6 +60,32 @@ def test_quantizing_gives_the_bytes_of_bitsandbytes_on_the_cpu(installed: None, 
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_strided_weight_is_quantized_as_it_reads(installed: None, weight: torch.Tensor, storage: torch.dtype) -> None:
+    wide = torch.cat([weight, weight], dim=1).cuda()
+    for view in (wide[:, :576], weight.cuda().t(), wide.view(8, 64, 1152)[:, ::2]):
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit(view, 64, "nf4", storage)
+        expected_codes, expected_absmax = nf4.encode(view.cpu().reshape(-1, 64))
+        assert codes.dtype == storage
+        assert torch.equal(codes.view(torch.uint8).cpu().view(-1), expected_codes.view(-1))
+        assert torch.equal(absmax.cpu(), expected_absmax.view(-1))
+
+
+@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_pytorch_finds_nothing_wrong_with_the_operations(
+    installed: None, weight: torch.Tensor, dtype: torch.dtype, storage: torch.dtype
+) -> None:
+    operations, weight, x = torch.ops.bitsandbytes, weight.cuda(), torch.randn(2, 1, 576, device="cuda", dtype=dtype)
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", quant_storage=storage)
+    packed = [512, 576], state.absmax
+    torch.library.opcheck(operations.dequantize_4bit.default, (codes, state.absmax, 64, "nf4", [512, 576], dtype))
+    torch.library.opcheck(operations.gemm_4bit.default, (x, codes, *packed, 64, "nf4"))
+    torch.library.opcheck(operations.gemv_4bit.default, (x[:1], codes.t(), *packed, state.code, 64))
+    if storage == torch.uint8:  # else bitsandbytes' own description of the result has another size
+        torch.library.opcheck(operations.quantize_4bit.default, (weight.to(dtype), 64, "nf4", storage))
+
+
 @pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
 def test_dequantizing_is_exact(installed: None, weight: torch.Tensor, dtype: torch.dtype) -> None:
     packed = nf4.quantize(weight, double_quant=False)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qsharded import blockwise8
-from qsharded.optim import PagedAdamW8bit, store
+from qsharded.optim import PagedAdamW8bit, reference, store
 from qsharded.optim.arena import BLOCK_BYTES
+from qsharded.optim.kernels import step_tables
 from qsharded_kernels import cuda_adamw8bit, triton_adamw8bit
 from tests.kernels.cases import assert_same_bits
 from tests.optim import cases
@@ -76,3 +77,50 @@ def test_sums_with_the_bits_of_a_magnitude_hold_the_nearest_codes(signed: bool) 
     expected -= below_zero * (expected == blockwise8.ZERO_CODE)  # what is below zero stays below
     assert torch.equal(torch.where(values < 0, 255 - codes, codes), expected)
     assert search.shape == (1 + signed, ends.numel())
+
+
+# factor, both betas and their rests, eps, what decay leaves, the rate and the root's factor of steps 1 and 2
+FIRST = [0.5, 0.9, 0.1, 0.99, 0.01, 1e-8, 0.999, 0.1, 10.0]
+SECOND = [1.0, 0.9, 0.1, 0.99, 0.01, 1e-8, 0.999, 0.0526, 7.09]
+
+
+def fresh(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """A parameter and its moments before the first step."""
+    parameter = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, scales = torch.zeros(count, dtype=torch.uint8), torch.zeros(count // 256)
+    return [parameter, codes, codes.clone(), scales, scales.clone()]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one.cpu(), other)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("needs_cuda_part")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [256, 256 * 1000])
+def test_one_parameters_steps_are_the_references(dtype: torch.dtype, count: int) -> None:
+    expected = fresh(count, dtype)
+    actual = [tensor.to(DEVICE) for tensor in expected]
+    for step, coefficients in enumerate([FIRST, SECOND]):
+        [gradient] = cases.hard_gradients(expected[:1], step)
+        reference.adamw_(expected[0], gradient, reference.Moments(*expected[1:]), torch.tensor(coefficients))
+        given = unaligned(gradient.to(DEVICE)) if step else gradient.to(DEVICE)
+        cuda_adamw8bit.update_alone(actual[0], given, *actual[1:], coefficients, step_tables(DEVICE))
+        assert_same(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("needs_cuda_part")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_parameters_values_without_a_finite_gradient_stay(dtype: torch.dtype) -> None:
+    """As do those with a gradient of 0 in a first step without decay."""
+    expected, coefficients = fresh(1024, dtype), [*FIRST[:6], 1.0, *FIRST[7:]]
+    actual = [tensor.to(DEVICE) for tensor in expected]
+    gradient, bad = torch.randn(1024, generator=torch.Generator().manual_seed(2)).to(dtype), [0, 300, 301, 1023]
+    gradient[bad] = 0
+    reference.adamw_(expected[0], gradient, reference.Moments(*expected[1:]), torch.tensor(coefficients))
+    gradient[bad] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    cuda_adamw8bit.update_alone(actual[0], gradient.to(DEVICE), *actual[1:], coefficients, step_tables(DEVICE))
+    assert_same(actual, expected)

@@ -1,4 +1,7 @@
-"""Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``."""
+"""Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``.
+
+The kernels are for NF4 in blocks of 64. FP4 and other blocks are served by the reference everywhere.
+"""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+from qsharded.nf4 import NF4_64, Kind
 from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 BACKENDS = ("compiled", "triton", "reference")
@@ -23,21 +27,26 @@ class Kernels:
     absmax: ModuleType
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a checked weight, by the fastest implementation for its device."""
-    kernels = _kernels(weight.device)
+    kernels = _kernels_for(kind, weight.device)
     if kernels is None:
-        return nf4.encode(weight)
+        return nf4.encode(weight, kind)
     return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
 
 
 def dequantize(
-    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    dtype: torch.dtype,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
-    kernels = _kernels(codes.device)
+    kernels = _kernels_for(kind, codes.device)
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
-        return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype)
+        return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
     levels, absmax_map = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
     return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
@@ -49,27 +58,34 @@ def linear(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
     M, device = x.numel() // K, codes.device
-    if not _has_fused_linear(device, x.dtype) or not 0 < M <= fused_rows.most_rows(N, K, device):
+    can_fuse = kind == NF4_64 and _has_fused_linear(device, x.dtype)
+    if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
         # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
         # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
         # nothing is decoded, and could not grow once a captured graph points at it.
-        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype), bias)
+        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, kind), bias)
     tables = nf4.levels(device), blockwise8.dynamic_map(True, device)
     y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
 
 def dequantize_by_reference(
-    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    dtype: torch.dtype,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """The same in plain PyTorch, on any device."""
     if absmax_scales is not None and absmax_offset is not None:
         absmax = nf4.decode_absmax(absmax, absmax_scales, absmax_offset)
-    return nf4.decode(codes, absmax, dtype)
+    return nf4.decode(codes, absmax, dtype, kind)
 
 
 # Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.
@@ -124,6 +140,10 @@ def wanted_backend() -> str | None:
     if name not in (None, *BACKENDS):
         raise ValueError(f"QSHARDED_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def _kernels_for(kind: Kind, device: torch.device) -> Kernels | None:
+    return _kernels(device) if kind == NF4_64 else None
 
 
 @cache

@@ -34,7 +34,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     encode = nf4.encode
     monkeypatch.setattr(cpu_nf4, "quantize", lambda weight, _: asked.append("compiled") or encode(weight))
-    monkeypatch.setattr(nf4, "encode", lambda weight: asked.append("reference") or encode(weight))
+    monkeypatch.setattr(nf4, "encode", lambda weight, kind: asked.append("reference") or encode(weight, kind))
     return asked
 
 

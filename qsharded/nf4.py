@@ -14,6 +14,7 @@ Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ _NF4 = (
 )
 # A sign bit, then three bits of a float. The levels do not ascend, and 0 stands there twice.
 _FP4 = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+QuantType = Literal["nf4", "fp4"]
 LEVELS = {"nf4": _NF4, "fp4": _FP4}
 
 _SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0

@@ -57,9 +57,7 @@ def nf4_dequantize(
         ValueError: another dtype, codes that are not uint8 [N, K/2], absmax, scales and offset that do not fit them, or
             no such kind.
     """
-    return torch.ops.qsharded.nf4_dequantize(
-        codes, absmax, absmax_scales, absmax_offset, dtype, quant_type, block_size
-    )
+    return torch.ops.qsharded.nf4_dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, quant_type, block_size)
 
 
 def nf4_linear(
@@ -77,9 +75,7 @@ def nf4_linear(
     Raises:
         ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
     """
-    return torch.ops.qsharded.nf4_linear(
-        x, codes, absmax, absmax_scales, absmax_offset, bias, quant_type, block_size
-    )
+    return torch.ops.qsharded.nf4_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, quant_type, block_size)
 
 
 def _check_packed(

@@ -20,7 +20,7 @@ class NF4Linear(nn.Module):
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
         weight_absmax: bf16 [N, ceil(G/2)], the bytes of the absmax codes uint8 [N, G]; one zero byte pads an odd G.
-            Without double quantization bf16 [N, 2G], the bytes of the absmax fp32 [N, G]. G is in_features / block_size.
+            Without double quantization bf16 [N, 2G], the bytes of the absmax fp32 [N, G]. G = in_features / block_size.
         weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
@@ -77,9 +77,7 @@ class NF4Linear(nn.Module):
         """
         weight = linear.weight.detach()
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        new = cls(
-            *sizes, quant_type=quant_type, block_size=block_size, double_quant=double_quant, device=weight.device
-        )
+        new = cls(*sizes, quant_type=quant_type, block_size=block_size, double_quant=double_quant, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         new.train(linear.training)

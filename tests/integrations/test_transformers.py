@@ -75,9 +75,9 @@ def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: P
     assert own.items() <= said.items()
 
 
-@pytest.mark.parametrize(("key", "value"), [("block_size", 128), ("format", "fp4"), ("version", 2)])
+@pytest.mark.parametrize(("key", "value"), [("block_size", 96), ("format", "int4"), ("version", 2)])
 def test_another_format_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"QShardedConfig: {key} must be .*, got {value!r}"):
+    with pytest.raises(ValueError, match=f"QShardedConfig: .*{key}.* must be .*, got {value!r}"):
         QShardedConfig(**{key: value})
 
 

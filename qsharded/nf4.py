@@ -208,15 +208,27 @@ def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, kind: Kind =
     """The weight [N, K]: level times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
     N, P = codes_NP.shape
     out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
-    table = _level_pairs(codes_NP.device, kind.quant_type)
     for rows in _row_chunks(N, P * 2):
-        pairs = table.index_select(0, codes_NP[rows].flatten().int())
-        out_NK[rows] = (pairs.view(-1, absmax_NG.shape[1], kind.block_size) * absmax_NG[rows].unsqueeze(-1)).flatten(1)
+        out_NK[rows] = _decode_rows(codes_NP[rows], absmax_NG[rows], kind)
     return out_NK
 
 
+def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, kind: Kind) -> Tensor:
+    pairs = _level_pairs(codes_NP.device, kind.quant_type).index_select(0, codes_NP.flatten().int())
+    return (pairs.view(*absmax_NG.shape, kind.block_size) * absmax_NG.unsqueeze(-1)).flatten(1)
+
+
+def decode_workspace(N: int, K: int) -> int:
+    """Bytes that :func:`decode` takes beside its result: the levels of some rows in fp32, and their products."""
+    return min(N, _rows_at_a_time(K)) * K * (4 + 4)
+
+
+def _rows_at_a_time(K: int) -> int:
+    return max(1, _ELEMENTS_AT_A_TIME // max(K, 1))
+
+
 def _row_chunks(N: int, K: int) -> Iterator[slice]:
-    step = max(1, _ELEMENTS_AT_A_TIME // max(K, 1))
+    step = _rows_at_a_time(K)
     return (slice(start, start + step) for start in range(0, N, step))
 
 

@@ -69,8 +69,8 @@ def packed_by_bitsandbytes(
 def pack_by_bitsandbytes(
     folder: Path, target: Path, quant_type: str, block_size: int, nested: bool, *, torn_rows: bool = False
 ) -> Path:
-    """The checkpoint in ``folder``, in one file, with its projections packed by bitsandbytes' own functions: those whose
-    rows are whole blocks, or with ``torn_rows`` all. transformers gives bitsandbytes no block size, so cannot do it."""
+    """The checkpoint in ``folder``, in one file, with its projections packed by bitsandbytes' own functions: those
+    whose rows are whole blocks, or with ``torn_rows`` all. transformers gives bitsandbytes no block size, so cannot."""
     weights, described = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     skipped = ["lm_head"]
     for name in [name for name in weights if name.endswith("_proj.weight")]:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qsharded import nf4
 from qsharded import ops as ops  # defines torch.ops.qsharded
 
 
@@ -68,9 +69,13 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _decoded(x: Tensor, codes: Tensor, *_: Any) -> int:
-    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype."""
-    return codes.numel() * 2 * x.itemsize
+def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
+    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; FP4 and other blocks by plain PyTorch."""
+    N, K = codes.shape[0], codes.shape[1] * 2
+    is_default = not any(
+        isinstance(other, str | int) for other in others
+    )  # arguments at their defaults do not come here
+    return N * K * x.itemsize + (0 if is_default else nf4.decode_workspace(N, K))
 
 
 def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays in NF4, or in a kind like it, laid out so that FSDP2 can shard it."""
+"""A linear layer whose weight stays in 4 bits, NF4 or a kind like it, laid out so that FSDP2 can shard it."""
 
 from collections.abc import Callable
 from typing import Any

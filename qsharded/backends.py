@@ -1,6 +1,7 @@
 """Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``.
 
-The kernels are for NF4 in blocks of 64. FP4 and other blocks are served by the reference everywhere.
+The kernels are for blocks of 64. They decode whatever levels they are given, and quantize to NF4 alone: to FP4, and in
+other blocks, the reference serves everywhere.
 """
 
 import os
@@ -29,7 +30,7 @@ class Kernels:
 
 def quantize(weight: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a checked weight, by the fastest implementation for its device."""
-    kernels = _kernels_for(kind, weight.device)
+    kernels = _kernels(weight.device) if kind == NF4_64 else None
     if kernels is None:
         return nf4.encode(weight, kind)
     return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
@@ -44,10 +45,10 @@ def dequantize(
     kind: Kind = NF4_64,
 ) -> Tensor:
     """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
-    kernels = _kernels_for(kind, codes.device)
+    kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
         return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
-    levels, absmax_map = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
+    levels, absmax_map = nf4.levels(codes.device, kind.quant_type), blockwise8.dynamic_map(True, codes.device)
     return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
@@ -63,13 +64,13 @@ def linear(
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
     M, device = x.numel() // K, codes.device
-    can_fuse = kind == NF4_64 and _has_fused_linear(device, x.dtype)
+    can_fuse = kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
     if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
         # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
         # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
         # nothing is decoded, and could not grow once a captured graph points at it.
         return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, kind), bias)
-    tables = nf4.levels(device), blockwise8.dynamic_map(True, device)
+    tables = nf4.levels(device, kind.quant_type), blockwise8.dynamic_map(True, device)
     y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
@@ -140,10 +141,6 @@ def wanted_backend() -> str | None:
     if name not in (None, *BACKENDS):
         raise ValueError(f"QSHARDED_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
-
-
-def _kernels_for(kind: Kind, device: torch.device) -> Kernels | None:
-    return _kernels(device) if kind == NF4_64 else None
 
 
 @cache

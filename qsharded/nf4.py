@@ -54,7 +54,7 @@ _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB
 
 @dataclass(frozen=True)
 class Kind:
-    """Which levels, and how many weights share an absmax. The kernels are written for the default, NF4 in blocks of 64.
+    """Which levels, and how many weights share an absmax. The kernels are written for blocks of 64.
 
     Attributes:
         quant_type: "nf4" or "fp4".

@@ -47,7 +47,7 @@ class QuantizeConfig:
     quant_type: QuantType = _out("The 16 levels, as bitsandbytes calls them.", "nf4")
     block_size: int = _out(
         "Weights that share an absmax. Layers whose in_features is no multiple of it stay as they are. The fast "
-        "kernels are for NF4 in blocks of 64; PyTorch's own operations serve the others.",
+        "kernels are for blocks of 64; PyTorch's own operations serve the others.",
         64,
         unit="weights",
         check=_BLOCK_SIZES,

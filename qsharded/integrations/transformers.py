@@ -46,8 +46,7 @@ class QShardedConfig(QuantizationConfigMixin):
         stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
             :func:`from_bitsandbytes`; a saved model is always "qsharded".
         format: the levels: "nf4", or bitsandbytes' "fp4".
-        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for NF4 in blocks
-            of 64 alone.
+        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         version, absmax_block_size: what a saved model says besides; there is no other yet.
 
     Raises:

@@ -15,7 +15,7 @@ class NF4Linear(nn.Module):
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
-    It holds the other kinds of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for the default.
+    It holds the other kinds of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
 
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].

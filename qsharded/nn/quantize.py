@@ -30,8 +30,7 @@ def quantize_(
         filter: called with each linear's name and module, True to quantize it. By default every linear but the output
             head ("lm_head"). Adapters are left alone.
         quant_type: "nf4", or bitsandbytes' "fp4".
-        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for NF4 in blocks
-            of 64 alone.
+        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
 
     A layer whose in_features is no multiple of the block size keeps its dtype, and a warning names it.

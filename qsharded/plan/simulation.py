@@ -70,12 +70,10 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
-    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; FP4 and other blocks by plain PyTorch."""
+    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; blocks that are not of 64 by PyTorch."""
     N, K = codes.shape[0], codes.shape[1] * 2
-    is_default = not any(
-        isinstance(other, str | int) for other in others
-    )  # arguments at their defaults do not come here
-    return N * K * x.itemsize + (0 if is_default else nf4.decode_workspace(N, K))
+    has_kernel = not any(isinstance(other, int) for other in others)  # a block size at its default does not come here
+    return N * K * x.itemsize + (0 if has_kernel else nf4.decode_workspace(N, K))
 
 
 def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:

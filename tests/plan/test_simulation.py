@@ -53,16 +53,20 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
         assert live.decoded == 320 * 128 * 2
 
 
-def test_another_kind_is_decoded_by_plain_pytorch_in_pieces() -> None:
-    layer = NF4Linear(128, 320, bias=False, quant_type="fp4", device="meta")
+def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
+    layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), quant_type="fp4", double_quant=False).packed()
+    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed()
     nf4.decode(codes, absmax, torch.bfloat16, layer.kind)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
         nf4.decode(codes, absmax, torch.bfloat16, layer.kind)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         layer(x)
     assert live.decoded == real.peak
+    fp4 = NF4Linear(128, 320, bias=False, quant_type="fp4", device="meta")
+    with LiveBytes([x, *fp4.parameters(), *fp4.buffers()]) as live:
+        fp4(x)  # the kernels decode it
+    assert live.decoded == 320 * 128 * 2
     wide = NF4Linear(2**13, 2**12, bias=False, block_size=128, device="meta")
     with LiveBytes([x, *wide.parameters(), *wide.buffers()]) as live:
         wide(torch.empty(1, 2**13, dtype=torch.bfloat16, device="meta"))

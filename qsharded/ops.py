@@ -23,7 +23,9 @@ _PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scales, Tensor? absmax_of
 _KIND = "str quant_type='nf4', int block_size=64"
 _library.define(f"nf4_quantize(Tensor weight, {_KIND}) -> (Tensor, Tensor)")
 _library.define(f"nf4_dequantize({_PACKED}, ScalarType dtype, {_KIND}) -> Tensor")
-_library.define(f"nf4_linear(Tensor x, {_PACKED}, Tensor? bias, {_KIND}) -> Tensor")
+# Two overloads: torch.library's autograd walks through all of a schema's arguments at every call that needs a gradient.
+_library.define(f"nf4_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
+_library.define(f"nf4_linear.kind(Tensor x, {_PACKED}, Tensor? bias, str quant_type, int block_size) -> Tensor")
 _library.define(f"nf4_linear_input_grad(Tensor grad, {_PACKED}, {_KIND}) -> Tensor")
 
 # What a weight can be decoded to and multiplied in. fp64 is for gradcheck; the reference alone has it.
@@ -75,7 +77,10 @@ def nf4_linear(
     Raises:
         ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
     """
-    return torch.ops.qsharded.nf4_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, quant_type, block_size)
+    arguments = x, codes, absmax, absmax_scales, absmax_offset, bias
+    if quant_type == "nf4" and block_size == nf4.BLOCK:
+        return torch.ops.qsharded.nf4_linear.default(*arguments)
+    return torch.ops.qsharded.nf4_linear.kind(*arguments, quant_type, block_size)
 
 
 def _check_packed(
@@ -192,6 +197,7 @@ def _dequantize_fake(
 
 
 @torch.library.impl(_library, "nf4_linear", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "nf4_linear.kind", "CompositeExplicitAutograd")
 def _linear(
     x: Tensor,
     codes: Tensor,
@@ -209,6 +215,7 @@ def _linear(
 
 
 @torch.library.register_fake("qsharded::nf4_linear", lib=_library)
+@torch.library.register_fake("qsharded::nf4_linear.kind", lib=_library)
 def _linear_fake(
     x: Tensor,
     codes: Tensor,
@@ -268,10 +275,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors, *ctx.kind)
     if ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.kind)
 
 
-torch.library.register_autograd("qsharded::nf4_linear", _linear_backward, setup_context=_save_packed, lib=_library)
+for _name in ("qsharded::nf4_linear", "qsharded::nf4_linear.kind"):
+    torch.library.register_autograd(_name, _linear_backward, setup_context=_save_packed, lib=_library)
 
 
 def _save_packed_of_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,7 +288,8 @@ def _save_packed_of_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor
 
 
 def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_grad = torch.ops.qsharded.nf4_linear(grad, *ctx.saved_tensors, None, *ctx.kind)
+    codes, absmax, absmax_scales, absmax_offset = ctx.saved_tensors
+    grad_grad = nf4_linear(grad, codes, absmax, absmax_scales, absmax_offset, None, *ctx.kind)
     return grad_grad, None, None, None, None, None, None
 
 

@@ -229,7 +229,7 @@ def test_opcheck_other_kinds(quant_type: str, block_size: int, blocks: int) -> N
     size, kind = blocks * block_size, (quant_type, block_size)
     check(Q.nf4_quantize, random_weight((3, size), torch.float32), *kind)
     check(Q.nf4_dequantize, *packed, torch.float32, *kind)
-    check(Q.nf4_linear, random(3, size, requires_grad=True), *packed, random(N, requires_grad=True), *kind)
+    check(Q.nf4_linear.kind, random(3, size, requires_grad=True), *packed, random(N, requires_grad=True), *kind)
     check(Q.nf4_linear_input_grad, random(3, N, requires_grad=True), *packed, *kind)
 
 
@@ -318,12 +318,12 @@ def test_opcheck_dequantize(packing: Callable[[], Packed], dtype: torch.dtype) -
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 def test_opcheck_linear(with_bias: bool, packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     bias = random(N, dtype=dtype, requires_grad=True) if with_bias else None
-    check(Q.nf4_linear, random(2, 3, K, dtype=dtype, requires_grad=True), *packing(), bias)
+    check(Q.nf4_linear.default, random(2, 3, K, dtype=dtype, requires_grad=True), *packing(), bias)
 
 
 @pytest.mark.parametrize("make", [transposed, columns, expanded, lambda: random(0, K), lambda: random(K)])
 def test_opcheck_linear_on_other_layouts(make: Callable[[], Tensor]) -> None:
-    check(Q.nf4_linear, make().requires_grad_(), *strided(), random(N))
+    check(Q.nf4_linear.default, make().requires_grad_(), *strided(), random(N))
 
 
 @fp32_and_bf16

@@ -136,7 +136,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     packed, x = packed_weight(), random(2, 3, K, dtype=dtype, requires_grad=True)
     torch.library.opcheck(Q.nf4_quantize, (random_weight((3, 192), dtype).cuda(),))
     torch.library.opcheck(Q.nf4_dequantize, (*packed, dtype))
-    torch.library.opcheck(Q.nf4_linear, (x, *packed, random(N, dtype=dtype, requires_grad=True)))
+    torch.library.opcheck(Q.nf4_linear.default, (x, *packed, random(N, dtype=dtype, requires_grad=True)))
     torch.library.opcheck(Q.nf4_linear_input_grad, (random(2, 3, N, dtype=dtype), *packed))
 
 

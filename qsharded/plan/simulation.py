@@ -72,8 +72,9 @@ def _tensors(values: Any) -> list[Tensor]:
 def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
     """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; blocks that are not of 64 by PyTorch."""
     N, K = codes.shape[0], codes.shape[1] * 2
-    has_kernel = not any(isinstance(other, int) for other in others)  # a block size at its default does not come here
-    return N * K * x.itemsize + (0 if has_kernel else nf4.decode_workspace(N, K))
+    # the last argument, which is not passed on here where it is at its default
+    block_size = next((other for other in others if isinstance(other, int)), nf4.BLOCK)
+    return N * K * x.itemsize + (0 if block_size == nf4.BLOCK else nf4.decode_workspace(N, K))
 
 
 def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:

@@ -108,7 +108,7 @@ class NF4Weight:
 def quantize(
     weight: Tensor, *, quant_type: str = "nf4", block_size: int = BLOCK, double_quant: bool = True
 ) -> NF4Weight:
-    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device.
+    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the kind of those two names.
 
     Raises:
         ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a kind or dtype that the format lacks,

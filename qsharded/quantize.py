@@ -30,9 +30,9 @@ _BLOCK_SIZES = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value:
 class QuantizeConfig:
     """Quantize a checkpoint to 4 bits once, so that later runs read a quarter of the bytes and quantize nothing.
 
-    Every linear layer but the head is packed, in NF4 and blocks of 64 with the bytes that training and generating would
-    make of it; all else keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model
-    of any size fits.
+    Every linear layer but the head is packed, by default with the bytes that training and generating would make of it;
+    all else keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model of any size
+    fits.
     """
 
     prog: ClassVar[str] = "qsharded.quantize"

@@ -58,14 +58,14 @@ def read_settings(config: Any) -> Settings:
 
 
 def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:
-    """Weights in a block of the first packed weight in safetensors ``files``; None where there is none. The
-    quantization_config does not say it."""
+    """Weights in a block of the first packed weight in ``files``, of which the safetensors are looked at; None where
+    there is none. The quantization_config does not say it."""
     ending = quantized.BNB_STATE + quant_type
-    for path in files:
+    for path in (path for path in files if path.endswith(".safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is no dict)
                 if name.endswith(ending):
-                    return _described(file.get_tensor(name))["blocksize"]
+                    return _described(file.get_tensor(name)).get("blocksize")
     return None
 
 

@@ -217,6 +217,7 @@ def test_other_kinds_are_computed_with_their_decoded_weight(
     y = ops.nf4_linear(x, *packed, bias, quant_type, block_size)
     plain_y = F.linear(plain_x, dense, bias)
     assert torch.equal(y, plain_y)
+    assert torch.equal(Q.nf4_linear(x, *packed, bias, quant_type, block_size), plain_y)  # the overload is found
     upstream = random(2, 3, N, dtype=torch.bfloat16)
     y.backward(upstream)
     plain_y.backward(upstream)

@@ -30,7 +30,7 @@ from qsharded.layout import materialize
 from qsharded.streaming import HostWeights
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
-MODES = {
+MODES: dict[str, tuple[Any, ...]] = {
     "rows": (512, 511, 1),
     "companion": (None, torch.bfloat16, torch.float32),
     "param_dtype": (None, torch.bfloat16),
@@ -102,7 +102,7 @@ class Watched(Packed):
 
     damaged = forwards = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # blocks that are chained give one tensor
         # first of all: a recomputation ends with the last tensor that backward needs
         self.damaged += int((self.packed.view(torch.uint8) != self.expected).sum())
         self.forwards += 1
@@ -122,6 +122,7 @@ def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str 
         own = parallel.own_rows(block.packed)
         stored = parallel.local(block.packed).detach()
         stored.view(torch.uint8).copy_(block.expected[own.start : own.stop])
+        assert block.companion is not None
         nn.init.eye_(block.companion)
     for _ in range(2):
         x = torch.randn(4, 8, device=device, requires_grad=True)

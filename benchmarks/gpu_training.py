@@ -75,20 +75,25 @@ def main() -> None:
 
 
 def run_options(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The built-in run, or a shape with the built-in model's tokenizer on rows of random text."""
+    """The built-in run, or a shape on rows of random text."""
     if name == "builtin":
         return {"max_steps": arguments.steps}
-    model = folder / f"{name}-model"
+    rows = arguments.rows_per_step * (1 if arguments.repeat else arguments.steps)
+    return shape_options(name, folder, rows, arguments.length) | {"max_steps": arguments.steps}
+
+
+def shape_options(name: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
+    """A shape with the built-in model's tokenizer, and so many rows of about ``length`` tokens."""
+    model, dataset = folder / f"{name}-model", folder / f"{name}.jsonl"
     model.mkdir()
     for file in BUILTIN.joinpath("model").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             (model / file.name).write_bytes(file.read_bytes())
     (model / "config.json").write_text(json.dumps(SHAPES[name]))
-    random, dataset = Random(0), folder / f"{name}.jsonl"
-    count = arguments.rows_per_step * (1 if arguments.repeat else arguments.steps)
-    rows = [{"text": "".join(random.choices("abcdefghij", k=arguments.length - 8))} for _ in range(count)]
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"model": model, "dataset": dataset, "max_steps": arguments.steps, "max_length": arguments.length}
+    random = Random(0)
+    text = [{"text": "".join(random.choices("abcdefghij", k=length - 8))} for _ in range(rows)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in text))
+    return {"model": model, "dataset": dataset, "max_length": length}
 
 
 def compare(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsharded import assembly, train
+from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.config import TrainConfig, parse
 from qsharded.metrics import MetricsLog
 from qsharded.parallel import World, start_world, stop_world
@@ -19,8 +20,12 @@ def main() -> None:
     parts = assembly.prepare(config, world)
     torch.cuda.empty_cache()  # what loading reserved is not the step's
     torch.cuda.reset_peak_memory_stats()
-    with MetricsLog(Path(config.output_dir, "metrics.jsonl"), parts.total_steps, world.is_main) as log:
-        train.train_steps(config, world, parts, log)
+    output = Path(config.output_dir)
+    with (
+        MetricsLog(output / "metrics.jsonl", parts.total_steps, world.is_main) as log,
+        CheckpointWriter(output, world, config.save_total_limit) as writer,
+    ):
+        train.train_steps(config, world, parts, log, writer)
     free, total = torch.cuda.mem_get_info()
     found = {
         "allocated": torch.cuda.max_memory_allocated(),
@@ -29,7 +34,7 @@ def main() -> None:
     }
     most = {name: largest(value, world) for name, value in found.items()}
     if world.is_main:
-        Path(config.output_dir, "memory.json").write_text(json.dumps(most))
+        (output / "memory.json").write_text(json.dumps(most))
     stop_world(world)
 
 

@@ -44,11 +44,11 @@ def command(module: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, marked where files differ from it; where there is no repository, what
-    QSHARDED_COMMIT says, or None."""
+    """What QSHARDED_COMMIT says, for a copy without its history; else the commit that is checked out, marked where
+    files differ from it, or None."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or os.environ.get("QSHARDED_COMMIT")
+    said = os.environ.get("QSHARDED_COMMIT")
+    return said or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def version(package: str) -> str | None:

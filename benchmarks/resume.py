@@ -65,8 +65,8 @@ def measure(folder: Path, name: str, ranks: int) -> dict[str, Any]:
 
 
 def settings(folder: Path, name: str) -> dict[str, Any]:
-    """Dropout, so that random numbers matter; rows of many lengths, or of about 2,048 tokens."""
-    common = {
+    """Dropout, so that random numbers matter; rows of many lengths, or of about 1,024 tokens."""
+    common: dict[str, Any] = {
         "max_steps": STEPS,
         "save_steps": SAVE_STEPS,
         "logging_steps": 1,
@@ -77,7 +77,8 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
     }
     if name == "builtin":
         return common
-    return common | shape_options(folder, STEPS) | {"max_steps": STEPS, "random_init": True}
+    rows = STEPS * common["per_device_train_batch_size"] * common["gradient_accumulation_steps"]
+    return common | shape_options(name, folder, rows, 1024) | {"random_init": True}
 
 
 def start(options: dict[str, Any], output: Path, ranks: int) -> list[subprocess.Popen[bytes]]:

@@ -126,6 +126,7 @@ def start_world() -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         _check_enough_gpus(local_rank)
+        _let_reserved_memory_grow()
         torch.cuda.set_device(device)
     if size == 1:
         return World.alone(device)
@@ -134,6 +135,13 @@ def start_world() -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return World(dist.get_rank(), size, device, mesh, local_rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+def _let_reserved_memory_grow() -> None:
+    """Else what is reserved is cut into blocks to fit, and a model that comes from the host has half as much again
+    reserved as it allocates. PyTorch reads this when it allocates first; what the user has set stays."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _check_enough_gpus(local_rank: int) -> None:

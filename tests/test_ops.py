@@ -4,11 +4,14 @@ Axes: N = out_features, K = in_features, G = K/64 blocks in a row.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsharded import backends, nf4, ops
 from tests.kernels.cases import assert_same_bits, hard_weight, random_weight
@@ -357,6 +360,34 @@ def test_linear_compiles_whole_and_gives_the_same(dynamic: bool, dtype: torch.dt
             results.append((y, x.grad, bias.grad))
         for eager, traced in zip(*results, strict=True):
             assert_same_bits(traced.detach(), eager.detach())
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_without_gradients_the_dispatcher_is_left_out_only_where_nobody_misses_it() -> None:
+    packed, x = double(), random(3, K)
+    expected = torch.ops.qsharded.nf4_linear(x, *packed, None)
+    assert torch.equal(ops.nf4_linear(x, *packed), expected)
+    with Seen() as seen:
+        ops.nf4_linear(x, *packed)
+    assert "qsharded.nf4_linear.default" in seen.names
+    with FakeTensorMode() as fake:
+        faked = ops.nf4_linear(fake.from_tensor(x), *(None if t is None else fake.from_tensor(t) for t in packed))
+    assert isinstance(faked, FakeTensor)
+    assert faked.shape == expected.shape
+    on_meta = ops.nf4_linear(x.to("meta"), *(None if t is None else t.to("meta") for t in packed))
+    assert (on_meta.is_meta, on_meta.shape) == (True, expected.shape)
 
 
 def test_autocast_leaves_the_output_in_the_dtype_of_x() -> None:

@@ -6,6 +6,29 @@
 
 namespace qsharded {
 
+struct Device {
+  int number = -1, major, minor, processors, shared_bytes;
+
+  static Device of(int number) {
+    Device found;
+    found.number = number;
+    cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, number);
+    cudaDeviceGetAttribute(&found.minor, cudaDevAttrComputeCapabilityMinor, number);
+    cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, number);
+    cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+    return found;
+  }
+
+  // Asked for in every call, so the last one is kept.
+  static const Device& current() {
+    thread_local Device last;
+    int number;
+    cudaGetDevice(&number);
+    if (number != last.number) last = of(number);
+    return last;
+  }
+};
+
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -16,13 +39,6 @@ __device__ inline void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-inline bool can_overlap_launches() {
-  int device, major;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -37,7 +53,7 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int thr
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = can_overlap_launches() ? 1 : 0;
+  config.numAttrs = Device::current().major >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

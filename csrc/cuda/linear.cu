@@ -1,6 +1,7 @@
 // The fused product's plain C interface: which kernel serves which sizes.
 #include "linear_mma.cuh"
 #include "linear_vector.cuh"
+#include "linear_vector_small.cuh"
 #include "linear_wgmma.cuh"
 
 namespace qsharded {
@@ -23,6 +24,11 @@ Kernel<T> vector_kernel() {
   return {1, vector_workspace, launch_vector<T>};
 }
 
+template <typename T>
+Kernel<T> vector_small_kernel() {
+  return {1, [](const LinearSizes&) { return int64_t{0}; }, launch_vector_small<T>};
+}
+
 template <typename T, typename Shape>
 Kernel<T> mma_kernel() {
   return {kMostM, mma_workspace<Shape>, launch_mma<Shape, T>};
@@ -35,25 +41,12 @@ Kernel<T> wgmma_kernel() {
 
 using AnyWgmma = WgmmaShape<2, 256, 4, 1>;
 
-struct Device {
-  int processors, shared_bytes;
-  bool wgmma;
-
-  static Device current() {
-    int device, major, minor;
-    Device found;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaFuncAttributes attributes;
-    const auto kernel = linear_wgmma_kernel<AnyWgmma, __nv_bfloat16, true>;
-    found.wgmma = major == 9 && minor == 0 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                  attributes.numRegs > kWgmmaRegisters;
-    return found;
-  }
-};
+bool has_wgmma(const Device& device) {
+  cudaFuncAttributes attributes;
+  const auto kernel = linear_wgmma_kernel<AnyWgmma, __nv_bfloat16, true>;
+  return device.major == 9 && device.minor == 0 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.numRegs > kWgmmaRegisters;
+}
 
 // Small weights have too few tiles for blocks of four warpgroups.
 template <typename T>
@@ -69,14 +62,15 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
 template <typename T>
 Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
+  if (s.m == 1 && s.rows >= kRowBatch && weights < kSmall) return vector_small_kernel<T>();
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
-  if (device.wgmma && (s.m > 8 || weights >= kLarge)) return choose_wgmma<T>(s.m, weights);
+  if ((s.m > 8 || weights >= kLarge) && has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
   return s.m <= 8 ? mma_kernel<T, MmaShape<4, 2, 2, 1, 1>>() : mma_kernel<T, MmaShape<4, 2, 2, 2, 1>>();
 }
 
 template <typename T>
 int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void* y, void* workspace, void* stream) {
-  const Device device = Device::current();
+  const Device& device = Device::current();
   const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device);
   LinearArguments<T> a = {w, nullptr, 0, nullptr, static_cast<const T*>(bias), static_cast<uint8_t*>(workspace),
                           device.processors};
@@ -92,7 +86,7 @@ int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void*
 
 template <typename T>
 int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
-  const Device device = Device::current();
+  const Device& device = Device::current();
   LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
   const Kernel<T> kernel = choose<T>(sizes, device);
   if (sizes.m > kernel.most_m) sizes.m = kernel.most_m;

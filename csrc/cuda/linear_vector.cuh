@@ -7,12 +7,10 @@
 // halves, so that a lane is left with a row. Each slice leaves its sums in the workspace; they are added in order.
 #pragma once
 
-#include "linear_arguments.cuh"
+#include "linear_row_batch.cuh"
 
 namespace qsharded {
 
-constexpr int kSliceBlocks = 4;
-constexpr int kSlice = kSliceBlocks * kBlock;
 constexpr int kVectorWarps = 16;  // one for every first code, when the tables are made
 constexpr int kBatch = 32;        // rows
 constexpr int kEntryRow = kWarp * 4;             // bytes: an entry of every lane
@@ -38,40 +36,8 @@ __device__ inline void fill_sum_tables(uint8_t* tables, const uint4& own_x, cons
   }
 }
 
-// Of two values a lane keeps one and gets its partner's share of it.
-__device__ inline float exchange(float low, float high, int distance) {
-  const bool upper = threadIdx.x & distance;
-  return (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, distance);
-}
-
-// A warp's next 32 rows: a word of codes each, and the absmax of one row and block in eight.
-struct Batch {
-  uint32_t codes[kBatch];
-  uint32_t absmax_bits[4];
-  float scale[4];  // or, not double-quantized, the absmax itself
-};
-
-// Rows 8 part to 8 part + 7. Lanes beyond the last column load what their neighbours do.
-template <bool kDoubleQuant>
-__device__ inline void load_rows(Batch& batch, int part, const PackedWeight& w, int64_t first_row) {
-  const int lane = threadIdx.x % kWarp;
-  const int stride = w.blocks_per_row * (kBlock / 2);
-  const int byte = min(static_cast<int>(blockIdx.x * (kSlice / 2) + lane * 4), stride - 4);
-  const uint8_t* codes = w.codes + (first_row + part * 8) * stride + byte;
-#pragma unroll
-  for (int i = 0; i < 8; ++i, codes += stride) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(batch.codes[part * 8 + i]) : "l"(codes));
-  }
-  const int64_t row = first_row + part * 8 + lane % 8;
-  const int block = min(static_cast<int>(blockIdx.x * kSliceBlocks + lane / 8), w.blocks_per_row - 1);
-  const int64_t at = row * w.absmax_row_stride + block;
-  if constexpr (kDoubleQuant) {
-    batch.absmax_bits[part] = __ldg(static_cast<const uint8_t*>(w.absmax) + at);
-    batch.scale[part] = __ldg(w.absmax_scales + static_cast<unsigned>(row * w.blocks_per_row + block) / kAbsmaxBlock);
-  } else {
-    batch.scale[part] = __ldg(static_cast<const float*>(w.absmax) + at);
-  }
-}
+// A warp's next 32 rows.
+using Batch = RowBatch[kBatch / kRowBatch];
 
 // At least 32 rows: the last batch ends with the last row, and may share rows with the one before it.
 template <typename T, bool kDoubleQuant>
@@ -95,8 +61,9 @@ __global__ void __launch_bounds__(kVectorWarps * kWarp, 1)
   const float first_level = __ldg(a.w.levels + warp);
   const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
   Batch batch;
+  const auto load = [&](int part, int64_t row) { batch[part].template load<kDoubleQuant>(a.w, row + part * kRowBatch, blockIdx.x); };
 #pragma unroll
-  for (int part = 0; part < 4; ++part) load_rows<kDoubleQuant>(batch, part, a.w, first_row(begin + warp));
+  for (int part = 0; part < 4; ++part) load(part, first_row(begin + warp));
   fill_sum_tables<T>(shared, own_x, levels, first_level);
   absmax_map.store(map);
   __syncthreads();
@@ -116,20 +83,13 @@ __global__ void __launch_bounds__(kVectorWarps * kWarp, 1)
         float entry[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint32_t at = __dp4a(batch.codes[part * 8 + i], static_cast<uint32_t>(kEntryRow) << 8 * j, own_entries);
+          const uint32_t at = __dp4a(batch[part].codes[i], static_cast<uint32_t>(kEntryRow) << 8 * j, own_entries);
           asm volatile("ld.shared.f32 %0, [%1];" : "=f"(entry[j]) : "r"(at + j * kSumTable));
         }
         row[i] = (entry[0] + entry[1]) + (entry[2] + entry[3]);
       }
-      // over the eight lanes of a block: lane 8 b + r is left with row r of block b
-#pragma unroll
-      for (int i = 0; i < 4; ++i) row[i] = exchange(row[i], row[i + 4], 4);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) row[i] = exchange(row[i], row[i + 2], 2);
-      float absmax = batch.scale[part];
-      if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[batch.absmax_bits[part]], absmax), absmax_map.offset);
-      sums[part] = __fmul_rn(exchange(row[0], row[1], 1), inside ? absmax : 0);
-      load_rows<kDoubleQuant>(batch, part, a.w, next_row);
+      sums[part] = batch[part].template scaled_sum<kDoubleQuant>(row, map, absmax_map.offset, inside);
+      load(part, next_row);
     }
     // over the blocks: lane 8 p + r is left with row r of part p
 #pragma unroll
@@ -152,8 +112,6 @@ __global__ void __launch_bounds__(128) sum_slices_kernel(const __grid_constant__
   if (a.bias) sum += static_cast<float>(a.bias[row]);
   a.y[row] = static_cast<T>(sum);
 }
-
-inline int slices_of(int blocks_per_row) { return ceil_div(blocks_per_row, kSliceBlocks); }
 
 inline int64_t vector_workspace(const LinearSizes& s) { return slices_of(s.blocks_per_row) * s.rows * sizeof(float); }
 

@@ -155,33 +155,46 @@ struct LevelTable {
       : own(static_cast<uint32_t>(__cvta_generic_to_shared(table)) + threadIdx.x % kCopies * 8) {}
 
   // All loads are under way before the first store.
-  template <int kThreads>
-  static __device__ void fill(uint8_t* table, const float* levels) {
-    constexpr int kVectors = kRow / 16, kRounds = (256 * kVectors + kThreads - 1) / kThreads;
+  template <int kFewestThreads>
+  static __device__ void fill(uint8_t* table, const float* levels, int threads = kFewestThreads) {
+    constexpr int kVectors = kRow / 16, kRounds = (256 * kVectors + kFewestThreads - 1) / kFewestThreads;
     float2 pairs[kRounds];
 #pragma unroll
     for (int j = 0; j < kRounds; ++j) {
-      const int byte = (threadIdx.x + j * kThreads) / kVectors % 256;
+      const int byte = (threadIdx.x + j * threads) / kVectors % 256;
       pairs[j] = make_float2(__ldg(levels + (byte >> 4)), __ldg(levels + (byte & 15)));
     }
 #pragma unroll
     for (int j = 0; j < kRounds; ++j) {
-      const int i = threadIdx.x + j * kThreads;
+      const int i = threadIdx.x + j * threads;
       const float4 vector = make_float4(pairs[j].x, pairs[j].y, pairs[j].x, pairs[j].y);
       if (i < 256 * kVectors) *reinterpret_cast<float4*>(table + i * 16) = vector;
     }
   }
 
   // The four pairs of a word.
-  template <typename T>
-  __device__ void decode(uint32_t word, float absmax, uint32_t (&pairs)[4]) const {
+  __device__ void look_up(uint32_t word, float2 (&pairs)[4]) const {
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
       const uint32_t entry = __dp4a(word, static_cast<uint32_t>(kRow) << 8 * byte, own);  // own + kRow * the byte
-      float first, second;
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(entry));
-      pairs[byte] = Pair<T>::pack(__fmul_rn(first, absmax), __fmul_rn(second, absmax));
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pairs[byte].x), "=f"(pairs[byte].y) : "r"(entry));
     }
+  }
+
+  // Weights, as dequantize has them.
+  template <typename T>
+  static __device__ void scale(const float2 (&pairs)[4], float absmax, uint32_t (&weights)[4]) {
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      weights[byte] = Pair<T>::pack(__fmul_rn(pairs[byte].x, absmax), __fmul_rn(pairs[byte].y, absmax));
+    }
+  }
+
+  template <typename T>
+  __device__ void decode(uint32_t word, float absmax, uint32_t (&weights)[4]) const {
+    float2 pairs[4];
+    look_up(word, pairs);
+    scale<T>(pairs, absmax, weights);
   }
 };
 

@@ -23,7 +23,7 @@ template <int kWarpgroups_, int kM_, int kSlots_, int kSlotSlabs_>
 struct WgmmaShape {
   static constexpr int kWarpgroups = kWarpgroups_, kM = kM_, kSlots = kSlots_;
   static constexpr int kSlotSlabs = kSlotSlabs_;  // kSlabs or a part of it
-  static_assert((kSlots & (kSlots - 1)) == 0);
+  static_assert((kSlots & (kSlots - 1)) == 0 && kSlots > 2);
   static constexpr int kWarps = kWarpgroups * 4;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarpgroups * 64;
@@ -124,17 +124,16 @@ __device__ inline void write_sums(const LinearArguments<T>& a, const float (&sum
 // A block that begins within a tile leaves its part of the sums to the block that began the tile. Every block has a place
 // for them, and a flag.
 template <typename Shape>
-__device__ inline void leave_sums(const WgmmaWorkspace& workspace, const float (&sums)[Shape::kSums]) {
-  float* own = workspace.partials + static_cast<int64_t>(blockIdx.x) * Shape::kSums * Shape::kThreads + threadIdx.x;
+__device__ inline void leave_sums(int block, const WgmmaWorkspace& workspace, const float (&sums)[Shape::kSums]) {
+  float* own = workspace.partials + static_cast<int64_t>(block) * Shape::kSums * Shape::kThreads + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < Shape::kSums; ++i) own[i * Shape::kThreads] = sums[i];
   __syncthreads();
   if (threadIdx.x != 0) return;
   __threadfence();
-  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(workspace.flags + blockIdx.x) : "memory");
+  asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(workspace.flags + block) : "memory");
 }
 
-// All of a launch's blocks run at once, so that waiting for another ends.
 template <typename Shape>
 __device__ inline void add_sums_of(int block, const WgmmaWorkspace& workspace, float (&sums)[Shape::kSums]) {
   if (threadIdx.x == 0) {
@@ -161,7 +160,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int own_row = warp * 16 + lane / 4;
   const int chunks = partition.chunks;
-  const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1);
+  // From the last to the first: a block waits for blocks of higher numbers, which were started before it, so that waiting
+  // ends whatever else the device runs.
+  const int own_block = gridDim.x - 1 - blockIdx.x;
+  const int begin = partition.begin(own_block), end = partition.begin(own_block + 1);
   constexpr unsigned kLoads = kSlabs / Shape::kSlotSlabs;  // of a piece
   const unsigned all_loads = (end - begin) * kLoads;
   const int piece_of_first = begin % chunks;
@@ -260,9 +262,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     release(number - 1);
     if (tile * chunks < begin) {
-      leave_sums<Shape>(workspace, sums);
+      leave_sums<Shape>(own_block, workspace, sums);
     } else {
-      for (int block = blockIdx.x + 1; partition.begin(block) < (tile + 1) * chunks; ++block) {
+      for (int block = own_block + 1; partition.begin(block) < (tile + 1) * chunks; ++block) {
         add_sums_of<Shape>(block, workspace, sums);
       }
       write_sums<Shape>(a, sums, tile);

@@ -4,6 +4,8 @@ Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = 
 The callers check what users pass; the assertions here guard raw memory.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -42,20 +44,21 @@ def linear(
         assert (bias_N.shape, bias_N.dtype) == ((N,), x_MK.dtype), (bias_N.shape, bias_N.dtype)
     y_MN = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
     dtype = library.DTYPES[x_MK.dtype]
+    workspace = _workspace_bytes(x_MK.device, dtype, M, N, G)
     cuda.call(
         "nf4_linear",
         *(x_MK, dtype, M),
         *(codes_NP, N, G),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
         *(levels, bias_N, y_MN),
-        _workspace(x_MK.device, dtype, M, N, G),
+        torch.empty(workspace, dtype=torch.uint8, device=x_MK.device) if workspace else None,
     )
     return y_MN
 
 
-def _workspace(device: torch.device, dtype: int, M: int, N: int, G: int) -> Tensor | None:
+@cache
+def _workspace_bytes(device: torch.device, dtype: int, M: int, N: int, G: int) -> int:
     compiled = library.load()
     assert compiled is not None, "ask cuda.is_available() first"
     with torch.cuda.device(device):
-        size = compiled.qsharded_cuda_nf4_linear_workspace(dtype, M, N, G)
-    return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        return compiled.qsharded_cuda_nf4_linear_workspace(dtype, M, N, G)

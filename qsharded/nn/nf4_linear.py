@@ -103,16 +103,19 @@ class NF4Linear(nn.Module):
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double
         quantization, as ``ops`` takes them: views, nothing is copied."""
-        for name, packed in (("weight", self.weight), ("weight_absmax", self.weight_absmax)):
-            if packed.dtype != torch.bfloat16:
-                raise TypeError(
-                    f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
-                    "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
-                )
+        codes, absmax, G = self.weight, self.weight_absmax, self.in_features // self.block_size
+        if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
+            name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
+            raise TypeError(
+                f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
+                "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
+            )
         if self.weight_absmax_scales is None:
-            return self.weight.view(torch.uint8), self.weight_absmax.view(torch.float32), None, None
-        absmax_codes = self.weight_absmax.view(torch.uint8)[:, : self.in_features // self.block_size]
-        return self.weight.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
+            return codes.view(torch.uint8), absmax.view(torch.float32), None, None
+        absmax_codes = absmax.view(torch.uint8)
+        if G % 2:
+            absmax_codes = absmax_codes[:, :G]
+        return codes.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype``."""

@@ -203,7 +203,7 @@ def _gathers(held: Held) -> list[Row]:
     return [
         Row("gather buffers", last, ("loss",), "embedding or head, whole" if held.vocabulary else "the last block's"),
         Row("gather buffers", 2 * held.block, ("backward of a block",), "a block, and the next one's buffer"),
-        Row("weights from the host", held.streamed + held.head_from_host, ("loss",), "the head, the last block"),
+        Row("weights from the host", held.head_from_host, ("loss",), "the head"),
         Row("weights from the host", 2 * held.streamed, ("backward of a block",), "a block, and the next one"),
         Row("gradient reduction", held.block_gradient, ("backward of a block",), "a block's, in fp32"),
     ]

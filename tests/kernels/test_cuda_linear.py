@@ -16,8 +16,8 @@ DTYPES = cuda_linear.DTYPES
 # around the edges of every tile of rows of x
 ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300]
 # one output, fewer than a batch's rows, no multiple of any tile; odd numbers of blocks; chunks that end early; a tile
-# that many thread blocks share, and several tiles for each
-WEIGHTS = [(1, 1), (7, 45), (33, 5), (1000, 9), (520, 45), (300, 64), (4100, 16), (8200, 64)]
+# that many thread blocks share, and several tiles for each; rows that a thread block takes several passes for
+WEIGHTS = [(1, 1), (7, 45), (33, 5), (1000, 9), (520, 45), (300, 64), (4100, 16), (8200, 64), (300, 230)]
 # the output's own rounding, 2^-8 or 2^-11 of it, and fp32 sums of at most 4,096 products: relative to |x||w|
 OUTPUT_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUM_ERROR = 2**-20
@@ -46,7 +46,7 @@ def random_rows(M: int, K: int, dtype: torch.dtype) -> Tensor:
 
 def weight_of(encoded: cases.Encoded, M: int, dtype: torch.dtype) -> Tensor:
     """The weight that a product of M rows of ``dtype`` is one of: a single row's is not rounded."""
-    unrounded = M == 1 and encoded.codes.shape[0] >= 32
+    unrounded = M == 1 and encoded.codes.shape[0] >= 8
     return encoded.expected(torch.float32 if unrounded else dtype).cuda()
 
 

@@ -273,7 +273,7 @@ def _summary(
 ) -> list[str]:
     trained = sum(parameter.numel() for _, parameter in trainable(parts.model))
     lines = [
-        f"model {config.model}: {parameter_count(parts.model):,} parameters in NF4, {trained:,} trained in "
+        f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
         f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
         f"data {config.dataset}: {_counts(train_data, config.max_length)}",
     ]

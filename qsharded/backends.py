@@ -1,4 +1,8 @@
-"""Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``."""
+"""Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``.
+
+The kernels are for blocks of 64. They decode whatever levels they are given, and quantize to NF4 alone: to FP4, and in
+other blocks, the reference serves everywhere.
+"""
 
 import os
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded import blockwise8, nf4
+from qsharded.nf4 import NF4_64, Kind
 from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 BACKENDS = ("compiled", "triton", "reference")
@@ -23,22 +28,27 @@ class Kernels:
     absmax: ModuleType
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a checked weight, by the fastest implementation for its device."""
-    kernels = _kernels(weight.device)
+    kernels = _kernels(weight.device) if kind == NF4_64 else None
     if kernels is None:
-        return nf4.encode(weight)
+        return nf4.encode(weight, kind)
     return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
 
 
 def dequantize(
-    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    dtype: torch.dtype,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
-    kernels = _kernels(codes.device)
+    kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
-        return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype)
-    levels, absmax_map = nf4.levels(codes.device), blockwise8.dynamic_map(True, codes.device)
+        return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
+    levels, absmax_map = nf4.levels(codes.device, kind.quant_type), blockwise8.dynamic_map(True, codes.device)
     return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
 
 
@@ -49,27 +59,34 @@ def linear(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
     M, device = x.numel() // K, codes.device
-    if not _has_fused_linear(device, x.dtype) or not 0 < M <= fused_rows.most_rows(N, K, device):
+    can_fuse = kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
+    if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
         # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
         # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
         # nothing is decoded, and could not grow once a captured graph points at it.
-        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype), bias)
-    tables = nf4.levels(device), blockwise8.dynamic_map(True, device)
+        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, kind), bias)
+    tables = nf4.levels(device, kind.quant_type), blockwise8.dynamic_map(True, device)
     y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
 
 def dequantize_by_reference(
-    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    dtype: torch.dtype,
+    kind: Kind = NF4_64,
 ) -> Tensor:
     """The same in plain PyTorch, on any device."""
     if absmax_scales is not None and absmax_offset is not None:
         absmax = nf4.decode_absmax(absmax, absmax_scales, absmax_offset)
-    return nf4.decode(codes, absmax, dtype)
+    return nf4.decode(codes, absmax, dtype, kind)
 
 
 # Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.

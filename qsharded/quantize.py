@@ -15,20 +15,24 @@ from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.commands import errors_named
 from qsharded.config import check_values, option, parse
+from qsharded.config.options import Check
 from qsharded.data.tokenizer_files import present_files
 from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
+from qsharded.nf4 import BLOCK_SIZES, Kind, QuantType
 from qsharded.parallel import World
 
 _in = partial(option, group="What is quantized")
 _out = partial(option, group="What is written")
+_BLOCK_SIZES = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """Quantize a checkpoint to NF4 once, so that later runs read a quarter of the bytes and quantize nothing.
+    """Quantize a checkpoint to 4 bits once, so that later runs read a quarter of the bytes and quantize nothing.
 
-    Every linear layer but the head is packed, with the bytes that training and generating would make of it; all else
-    keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model of any size fits.
+    Every linear layer but the head is packed, by default with the bytes that training and generating would make of it;
+    all else keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model of any size
+    fits.
     """
 
     prog: ClassVar[str] = "qsharded.quantize"
@@ -39,6 +43,14 @@ class QuantizeConfig:
     format: Form = _out(
         "Whose files. qsharded: ours. bitsandbytes: what transformers loads with it; qsharded reads them too.",
         "qsharded",
+    )
+    quant_type: QuantType = _out("The 16 levels, as bitsandbytes calls them.", "nf4")
+    block_size: int = _out(
+        "Weights that share an absmax. Layers whose in_features is no multiple of it stay as they are. The fast "
+        "kernels are for blocks of 64; PyTorch's own operations serve the others.",
+        64,
+        unit="weights",
+        check=_BLOCK_SIZES,
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +76,8 @@ def run(config: QuantizeConfig, device: torch.device) -> None:
     refuse_occupied(output)
     checkpoint = find_checkpoint(config.model, config.revision)
     with complete_or_absent(output) as unfinished:
-        quantize_checkpoint(checkpoint, unfinished, config.format, device)
+        kind = Kind(config.quant_type, config.block_size)
+        quantize_checkpoint(checkpoint, unfinished, config.format, device, kind)
         others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
         copy_files(others, checkpoint, unfinished)
     logging.getLogger(__name__).info("quantized model written to %s", output)

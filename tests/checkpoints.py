@@ -9,7 +9,7 @@ import tokenizers.decoders
 import tokenizers.models
 import tokenizers.pre_tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qsharded.models import CausalLM, ModelConfig
 
@@ -53,6 +53,37 @@ def _write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int) -
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def packed_by_bitsandbytes(
+    name: str, weight: torch.Tensor, quant_type: str, block_size: int, nested: bool, storage: torch.dtype = torch.uint8
+) -> dict[str, torch.Tensor]:
+    """What bitsandbytes stores for one weight."""
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight, None, None, block_size, nested, quant_type, storage)
+    # frombuffer in as_dict gives tensors that share memory
+    return {name: codes} | {f"{name}.{key}": value.clone() for key, value in state.as_dict(packed=True).items()}
+
+
+def pack_by_bitsandbytes(
+    folder: Path, target: Path, quant_type: str, block_size: int, nested: bool, *, torn_rows: bool = False
+) -> Path:
+    """The checkpoint in ``folder``, in one file, with its projections packed by bitsandbytes' own functions: those
+    whose rows are whole blocks, or with ``torn_rows`` all. transformers gives bitsandbytes no block size, so cannot."""
+    weights, described = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    skipped = ["lm_head"]
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        if torn_rows or weights[name].shape[1] % block_size == 0:
+            weights |= packed_by_bitsandbytes(name, weights[name], quant_type, block_size, nested)
+        else:
+            skipped.append(name.removesuffix(".weight"))
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": quant_type}
+    said |= {"bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": skipped}
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text(json.dumps(described | {"quantization_config": said}))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 CHAT_TEMPLATE = (

@@ -34,7 +34,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     encode = nf4.encode
     monkeypatch.setattr(cpu_nf4, "quantize", lambda weight, _: asked.append("compiled") or encode(weight))
-    monkeypatch.setattr(nf4, "encode", lambda weight: asked.append("reference") or encode(weight))
+    monkeypatch.setattr(nf4, "encode", lambda weight, kind: asked.append("reference") or encode(weight, kind))
     return asked
 
 
@@ -45,6 +45,35 @@ def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkey
     choose(name)
     ops.nf4_quantize(torch.randn(2, 64))
     assert asked == [serves]
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "block_size", "expected"),
+    [
+        ("nf4", 64, ["quantize", "dequantize", "dequantize"]),
+        ("fp4", 64, ["dequantize", "dequantize"]),
+        ("nf4", 128, []),
+        ("fp4", 32, []),
+    ],
+)
+def test_kernels_serve_the_kinds_that_they_are_for(
+    quant_type: str, block_size: int, expected: list[str], choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others are served by the reference, whatever QSHARDED_BACKEND says."""
+    if not cpu.is_available():
+        pytest.skip("the CPU's kernels are not built")
+    choose("compiled")
+    asked: list[str] = []
+    for name in ("quantize", "dequantize"):
+        kernel = getattr(cpu_nf4, name)
+        monkeypatch.setattr(cpu_nf4, name, lambda *a, n=name, k=kernel: asked.append(n) or k(*a))
+    weight = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    kind = {"quant_type": quant_type, "block_size": block_size}
+    codes, absmax = ops.nf4_quantize(weight, **kind)
+    dense = nf4.quantize(weight, **kind, double_quant=False).dequantize(torch.float32)
+    assert_same_bits(ops.nf4_dequantize(codes, absmax, dtype=torch.float32, **kind), dense)
+    assert torch.equal(ops.nf4_linear(weight, codes, absmax, **kind), weight @ dense.T)
+    assert asked == expected
 
 
 def test_one_that_does_not_serve_the_device_is_named(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:

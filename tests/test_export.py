@@ -3,28 +3,31 @@
 import io
 import itertools
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import qsharded
 
 
-def packed(*sizes: int) -> nn.Sequential:
+def packed(*sizes: int, **kind: Any) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(K, N, bias=True) for K, N in itertools.pairwise(sizes)]
-    return qsharded.quantize_(nn.Sequential(*layers).bfloat16()).eval()
+    return qsharded.quantize_(nn.Sequential(*layers).bfloat16(), **kind).eval()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def test_export_keeps_results_for_any_number_of_rows_and_bytes_through_a_file() -> None:
-    model, x = packed(192, 320, 75), torch.randn(3, 192).bfloat16()
+@pytest.mark.parametrize("kind", [{}, {"quant_type": "fp4", "block_size": 32}])
+def test_export_keeps_results_for_any_number_of_rows_and_bytes_through_a_file(kind: dict[str, Any]) -> None:
+    model, x = packed(192, 320, 75, **kind), torch.randn(3, 192).bfloat16()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "qsharded.nf4_linear.default" in called
+    assert f"qsharded.nf4_linear.{'kind' if kind else 'default'}" in called
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -15,7 +15,7 @@ from qsharded.checkpoint.files import FileRecord
 from qsharded.checkpoint.inspection import inspect_path
 from qsharded.checkpoint.manifest import Manifest, write_manifest
 from tests.adapters import write_adapter
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import packed_by_bitsandbytes, write_checkpoint
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -58,11 +58,7 @@ def by_us(name: str, weight: Tensor, nested: bool = True) -> dict[str, Tensor]:
 
 
 def by_bitsandbytes(name: str, weight: Tensor, nested: bool = True, storage: torch.dtype = torch.uint8) -> dict:
-    import bitsandbytes.functional as bnb
-
-    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested, quant_storage=storage)
-    # frombuffer in as_dict gives tensors that share memory
-    return {name: codes} | {f"{name}.{key}": value.clone() for key, value in state.as_dict(packed=True).items()}
+    return packed_by_bitsandbytes(name, weight, "nf4", 64, nested, storage)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -36,13 +36,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def theirs(functional: ModuleType, weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
-    codes, state = functional.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+def theirs(functional: ModuleType, weight: Tensor, kind: nf4.Kind = nf4.NF4_64) -> tuple[Tensor, Tensor]:
+    codes, state = functional.quantize_4bit(weight, blocksize=kind.block_size, quant_type=kind.quant_type)
     return codes.view(weight.shape[0], -1), state.absmax.view(weight.shape[0], -1)
 
 
-def assert_encodes_like(expected: tuple[Tensor, Tensor], weight: Tensor, block_size: int = 64) -> None:
-    codes, absmax = nf4.encode(weight, block_size)
+def assert_encodes_like(expected: tuple[Tensor, Tensor], weight: Tensor, kind: nf4.Kind = nf4.NF4_64) -> None:
+    codes, absmax = nf4.encode(weight, kind)
     assert_same_bits(codes, expected[0])
     assert_same_bits(absmax, expected[1])
 
@@ -58,6 +58,7 @@ def codes_of(weight: Tensor) -> Tensor:
 
 def test_levels_are_bitsandbytes_own() -> None:
     assert_same_bits(nf4.levels(), GOLDEN["levels"])
+    assert_same_bits(nf4.levels(quant_type="fp4"), GOLDEN["levels.fp4"])
 
 
 def test_thresholds_are_the_levels_fp32_midpoints() -> None:
@@ -105,28 +106,66 @@ def test_every_16_bit_number_equals_bitsandbytes_live(bitsandbytes: ModuleType) 
             assert_encodes_like(theirs(bitsandbytes, weight), weight)
 
 
+@pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
-def test_other_block_sizes_equal_bitsandbytes_live(bitsandbytes: ModuleType, block_size: int) -> None:
-    weight = random_weight((3, 2 * block_size), torch.bfloat16)
-    assert_encodes_like(theirs(bitsandbytes, weight, block_size), weight, block_size)
-    packed = nf4.quantize(weight, block_size=block_size, double_quant=False)
-    assert packed.absmax.shape == (3, 2)
-    expected = nf4.levels()[codes_by_definition(weight, block_size)] * packed.absmax.repeat_interleave(block_size, 1)
-    assert_same_bits(packed.dequantize(torch.float32), expected)
+def test_other_kinds_equal_bitsandbytes_live(bitsandbytes: ModuleType, quant_type: str, block_size: int) -> None:
+    kind = nf4.Kind(quant_type, block_size)
+    weight = random_weight((3, 2 * block_size), torch.float32)  # bf16 ones would meet FP4's thresholds
+    weight[0, :block_size] = 0
+    assert_encodes_like(theirs(bitsandbytes, weight, kind), weight, kind)
+    packed = nf4.quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
+    assert (packed.absmax.shape, packed.kind) == ((3, 2), kind)
+    decoded = bitsandbytes.dequantize_4bit(
+        *bitsandbytes.quantize_4bit(weight, None, None, block_size, False, quant_type)
+    )
+    assert_same_bits(packed.dequantize(torch.float32), decoded)
+    nearest = nf4.levels(quant_type=quant_type)[codes_by_definition(weight, kind)]
+    assert torch.equal(decoded, nearest * packed.absmax.repeat_interleave(block_size, 1))
 
 
-def codes_by_definition(weight: Tensor, block_size: int) -> Tensor:
+def codes_by_definition(weight: Tensor, kind: nf4.Kind = nf4.NF4_64) -> Tensor:
     """int64 [N, K]: the nearest level in fp64 of the fp32 quotient. Exact but on ties, which random weights lack."""
-    blocks = weight.float().unflatten(1, (-1, block_size))
-    scaled = blocks * (1 / blocks.abs().amax(-1, keepdim=True))
-    distance = (scaled.double().unsqueeze(-1) - nf4.levels().double()).abs()
+    blocks = weight.float().unflatten(1, (-1, kind.block_size))
+    scaled = blocks * (1 / blocks.abs().amax(-1, keepdim=True).clamp(min=1e-38))
+    distance = (scaled.double().unsqueeze(-1) - nf4.levels(quant_type=kind.quant_type).double()).abs()
     return distance.argmin(-1).flatten(1)
+
+
+def fp4_rows(dtype: torch.dtype) -> Tensor:
+    """[N, 64]: thresholds of FP4 and their neighbours, of both signs and at several scales; zeros of both signs."""
+    levels = torch.tensor(sorted({twelfths / 12 for twelfths in (0, 0.0625, 2, 3, 4, 6, 8, 12)}))
+    ties = torch.cat([torch.ones(1), (levels[:-1] + levels[1:]) / 2, torch.tensor([0.0, -0.0, 1e-7, -1e-7, 1e-30])])
+    rows = [ties, torch.nextafter(ties, torch.tensor(2.0)).clamp(max=1), torch.nextafter(ties, torch.tensor(-2.0))]
+    both = torch.stack([sign * row * scale for row in rows for sign in (1, -1) for scale in (1, 2.0**-9, 3.7)])
+    return torch.nn.functional.pad(both, (0, 64 - both.shape[1])).to(dtype)
+
+
+@all_dtypes
+def test_hard_weights_in_fp4_equal_bitsandbytes_live(bitsandbytes: ModuleType, name: str) -> None:
+    kind = nf4.Kind("fp4")
+    for weight in (fp4_rows(DTYPES[name]), hard_weight(DTYPES[name])):
+        assert_encodes_like(theirs(bitsandbytes, weight, kind), weight, kind)
+
+
+@all_dtypes
+def test_every_byte_in_fp4_decodes_as_bitsandbytes_decodes_it(bitsandbytes: ModuleType, name: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    absmax = torch.tensor([0.1, 3.3, -0.02]).unsqueeze(1).expand(-1, 4).contiguous()
+    expected = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax.flatten(), 128, "fp4", [3, 512], DTYPES[name])
+    assert_same_bits(nf4.decode(codes, absmax, DTYPES[name], nf4.Kind("fp4", 128)), expected)
+
+
+def test_golden_bytes_of_other_kinds() -> None:
+    for quant_type, block_size in (("fp4", 64), ("fp4", 32), ("nf4", 128)):
+        stored = {part: GOLDEN[f"{quant_type}.{block_size}.{part}"] for part in ("weight", "codes", "absmax")}
+        kind = nf4.Kind(quant_type, block_size)
+        assert_encodes_like((stored["codes"], stored["absmax"]), stored["weight"], kind)
 
 
 @all_dtypes
 def test_a_code_is_the_nearest_level(name: str) -> None:
     weight = random_weight((40, 576), DTYPES[name])
-    assert torch.equal(codes_of(weight).long(), codes_by_definition(weight, 64))
+    assert torch.equal(codes_of(weight).long(), codes_by_definition(weight))
 
 
 @all_dtypes
@@ -239,7 +278,7 @@ def test_every_byte_decodes_to_its_two_levels_at_every_scale(name: str) -> None:
     decoded = nf4.decode(codes, scales.unsqueeze(1).expand(-1, 8), DTYPES[name])
     assert decoded.shape == (len(scales), 512)
     for row, scale in zip(decoded, scales, strict=True):
-        levels = [nf4.LEVELS[code] for byte in range(256) for code in (byte >> 4, byte & 15)]
+        levels = [nf4.LEVELS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
         assert_same_bits(row, (torch.tensor(levels) * scale).to(DTYPES[name]))
 
 
@@ -277,7 +316,7 @@ def test_without_double_quantization_absmax_is_exact_and_has_no_codes() -> None:
 
 def test_the_default_device_does_not_reach_the_tables() -> None:
     """They are made at first use, which may be while a model is built on the meta device or a GPU, and stay."""
-    tables = (nf4.levels, nf4.thresholds, nf4._level_pairs)
+    tables = (nf4.levels, nf4.thresholds, nf4._level_pairs, nf4._ascending_codes)
     for table in tables:
         table.cache_clear()
     with torch.device("meta"):
@@ -478,6 +517,11 @@ def test_a_K_that_is_a_multiple_of_64_alone_is_refused_for_larger_blocks() -> No
 def test_block_sizes_that_the_format_lacks_are_refused(block_size: int) -> None:
     with pytest.raises(ValueError, match=rf"block_size must be one of \(32, .*, 4096\), got {block_size}$"):
         nf4.quantize(torch.ones(2, 8192), block_size=block_size)
+
+
+def test_levels_that_the_format_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"quant_type must be one of \('nf4', 'fp4'\), got 'int4'$"):
+        nf4.quantize(torch.ones(2, 64), quant_type="int4")
 
 
 @pytest.mark.parametrize(

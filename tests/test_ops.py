@@ -186,6 +186,65 @@ def test_fp64_holds_the_fp32_weight(packing: Callable[[], Packed]) -> None:
     assert_same_bits(ops.nf4_dequantize(*packed, dtype=torch.float64), decoded(packed, torch.float32).double())
 
 
+# --- FP4, and other blocks ---
+
+# rows of 3 blocks, whose absmax NF4Linear pads, and of 1
+OTHER_KINDS = [("fp4", 64, 3), ("nf4", 32, 3), ("fp4", 128, 1), ("nf4", 4096, 1)]
+other_kinds = pytest.mark.parametrize(("quant_type", "block_size", "blocks"), OTHER_KINDS)
+nested_or_not = pytest.mark.parametrize("double_quant", [True, False])
+
+
+def packed_weight(quant_type: str, block_size: int, blocks: int, double_quant: bool) -> tuple[nf4.NF4Weight, Packed]:
+    weight = random_weight((N, blocks * block_size), torch.float32)
+    kind = {"quant_type": quant_type, "block_size": block_size}
+    packed = nf4.quantize(weight, **kind, double_quant=double_quant)
+    absmax = packed.absmax_codes if double_quant else packed.absmax
+    return packed, (packed.codes, absmax, packed.absmax_scales, packed.absmax_offset)
+
+
+@other_kinds
+@nested_or_not
+def test_other_kinds_are_computed_with_their_decoded_weight(
+    quant_type: str, block_size: int, blocks: int, double_quant: bool
+) -> None:
+    expected, packed = packed_weight(quant_type, block_size, blocks, double_quant)
+    size = blocks * block_size
+    weight = random_weight((N, size), torch.float32)
+    codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
+    assert_same_bits(codes, expected.codes)
+    assert_same_bits(absmax, nf4.encode(weight, expected.kind)[1])
+    dense = expected.dequantize(torch.bfloat16)
+    assert_same_bits(ops.nf4_dequantize(*packed, torch.bfloat16, quant_type, block_size), dense)
+    bias = random(N, dtype=torch.bfloat16, requires_grad=True)
+    x, plain_x = (random(2, 3, size, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    y = ops.nf4_linear(x, *packed, bias, quant_type, block_size)
+    plain_y = F.linear(plain_x, dense, bias)
+    assert torch.equal(y, plain_y)
+    assert torch.equal(Q.nf4_linear(x, *packed, bias, quant_type, block_size), plain_y)  # the overload is found
+    upstream = random(2, 3, N, dtype=torch.bfloat16)
+    y.backward(upstream)
+    plain_y.backward(upstream)
+    assert torch.equal(x.grad, plain_x.grad)
+
+
+@other_kinds
+def test_opcheck_other_kinds(quant_type: str, block_size: int, blocks: int) -> None:
+    _, packed = packed_weight(quant_type, block_size, blocks, True)
+    size, kind = blocks * block_size, (quant_type, block_size)
+    check(Q.nf4_quantize, random_weight((3, size), torch.float32), *kind)
+    check(Q.nf4_dequantize, *packed, torch.float32, *kind)
+    check(Q.nf4_linear.kind, random(3, size, requires_grad=True), *packed, random(N, requires_grad=True), *kind)
+    check(Q.nf4_linear_input_grad, random(3, N, requires_grad=True), *packed, *kind)
+
+
+def test_the_gradient_of_another_kind_has_a_gradient() -> None:
+    packed = nf4.quantize(random_weight((7, 64), torch.float32), quant_type="fp4", block_size=32, double_quant=False)
+    x = random(2, 64, dtype=torch.float64, requires_grad=True)
+    arguments = packed.codes, packed.absmax, None, None, None, "fp4", 32
+    assert torch.autograd.gradcheck(lambda x: ops.nf4_linear(x, *arguments), x)
+    assert torch.autograd.gradgradcheck(lambda x: ops.nf4_linear(x, *arguments), x)
+
+
 # --- layouts of x ---
 
 
@@ -263,12 +322,12 @@ def test_opcheck_dequantize(packing: Callable[[], Packed], dtype: torch.dtype) -
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 def test_opcheck_linear(with_bias: bool, packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     bias = random(N, dtype=dtype, requires_grad=True) if with_bias else None
-    check(Q.nf4_linear, random(2, 3, K, dtype=dtype, requires_grad=True), *packing(), bias)
+    check(Q.nf4_linear.default, random(2, 3, K, dtype=dtype, requires_grad=True), *packing(), bias)
 
 
 @pytest.mark.parametrize("make", [transposed, columns, expanded, lambda: random(0, K), lambda: random(K)])
 def test_opcheck_linear_on_other_layouts(make: Callable[[], Tensor]) -> None:
-    check(Q.nf4_linear, make().requires_grad_(), *strided(), random(N))
+    check(Q.nf4_linear.default, make().requires_grad_(), *strided(), random(N))
 
 
 @fp32_and_bf16
@@ -413,6 +472,25 @@ def test_products_refuse_them_too(case: str, device: str) -> None:
         ops.nf4_linear(**given)
     with pytest.raises(ValueError, match=message):
         Q.nf4_linear_input_grad(random(3, N).to(device), **packed_part(given))
+
+
+@cpu_and_fake
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (("int4", 64), r"quant_type must be one of \('nf4', 'fp4'\), got 'int4'"),
+        (("nf4", 48), r"block_size must be one of \(32, .*, 4096\), got 48"),
+        (("nf4", 128), rf"codes must be uint8 \[N, K/2\] with K a multiple of 128, got torch.uint8 \[{N}, {K // 2}\]"),
+        (("fp4", 32), rf"absmax must be \[N, K/32\] = \[{N}, 18\], got torch.uint8 \[{N}, 9\]"),
+    ],
+)
+def test_kinds_that_do_not_fit_are_refused(kind: tuple[str, int], message: str, device: str) -> None:
+    given = list(on(device, arguments()).values())
+    for call in (lambda: ops.nf4_linear(*given, *kind), lambda: Q.nf4_linear_input_grad(given[0], *given[1:5], *kind)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=message):
+        ops.nf4_dequantize(*given[1:5], torch.float32, *kind)
 
 
 @cpu_and_fake

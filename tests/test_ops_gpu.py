@@ -107,12 +107,36 @@ def test_output_and_gradient(rows: int, columns: int, M: int, dtype: torch.dtype
     assert_close(x.grad, grad, weight)
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("M", [1, FEW, MANY])
+@pytest.mark.parametrize(("quant_type", "block_size"), [("fp4", 64), ("fp4", 32), ("nf4", 128), ("fp4", 4096)])
+def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: bool) -> None:
+    """Rows of 9 blocks, or of one; quantized on the GPU to the bytes of the CPU."""
+    columns = block_size * (1 if block_size == 4096 else 9)
+    dense = random_weight((70, columns), torch.float32)
+    kind = {"quant_type": quant_type, "block_size": block_size}
+    expected = nf4.quantize(dense, **kind, double_quant=double_quant)
+    codes, absmax = ops.nf4_quantize(dense.cuda(), **kind)
+    assert_same_bits(codes.cpu(), expected.codes)
+    assert_same_bits(absmax.cpu(), nf4.encode(dense, expected.kind)[1])
+    second_level = expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
+    packed = (codes, *(t.cuda() for t in second_level)) if double_quant else (codes, absmax, None, None)
+    weight = expected.dequantize(torch.bfloat16).cuda()
+    assert_same_bits(ops.nf4_dequantize(*packed, torch.bfloat16, **kind), weight)
+    x, grad = random(M, columns, requires_grad=True), random(M, 70)
+    y = ops.nf4_linear(x, *packed, **kind)
+    y.backward(grad)
+    assert_close(y.detach(), x.detach(), weight.T)
+    assert_close(x.grad, grad, weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     packed, x = packed_weight(), random(2, 3, K, dtype=dtype, requires_grad=True)
     torch.library.opcheck(Q.nf4_quantize, (random_weight((3, 192), dtype).cuda(),))
     torch.library.opcheck(Q.nf4_dequantize, (*packed, dtype))
-    torch.library.opcheck(Q.nf4_linear, (x, *packed, random(N, dtype=dtype, requires_grad=True)))
+    torch.library.opcheck(Q.nf4_linear.default, (x, *packed, random(N, dtype=dtype, requires_grad=True)))
     torch.library.opcheck(Q.nf4_linear_input_grad, (random(2, 3, N, dtype=dtype), *packed))
 
 

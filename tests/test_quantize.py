@@ -1,6 +1,7 @@
 """The quantize command: what it writes is what train and generate read, and it is there whole or not at all."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,35 @@ def test_training_on_it_is_training_on_the_original(original: Path, tmp_path: Pa
     adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("first", "second")]
     for name, weight in adapters[0].items():
         assert torch.equal(adapters[1][name], weight)
+
+
+def test_training_on_fp4_is_the_same_from_either_form(original: Path, tmp_path: Path) -> None:
+    """And not training on NF4."""
+    rows = write_chat_rows(tmp_path / "rows.jsonl", 40)
+    found = []
+    for form in ("qsharded", "bitsandbytes"):
+        kind = ("--quant-type", "fp4", "--block-size", "32", "--format", form)
+        found.append(losses(quantize(original, tmp_path / form, *kind), rows, tmp_path / f"run-{form}"))
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+    assert found[0] != losses(original, rows, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--block-size", "48"), "--block-size must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 48"),
+        (("--quant-type", "int4"), "--quant-type must be one of nf4, fp4, got 'int4'"),
+        (("--block-size", "4096"), "no linear layer was quantized: .* a multiple of 4096"),
+    ],
+)
+def test_kinds_that_cannot_be_written_are_refused(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit):
+        quantize(original, tmp_path / "packed", *flags)
+    assert re.search(complaint, capsys.readouterr().err)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_merging_into_it_is_refused_and_into_the_original_works(

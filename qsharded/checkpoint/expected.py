@@ -1,6 +1,6 @@
 """The tensors that a checkpoint must hold, weights packed by us or by bitsandbytes among them.
 
-Axes: N = out_features, K = in_features, G = K/64 blocks in a row.
+Axes: N = out_features, K = in_features, B = weights in a block, G = K/B blocks in a row.
 """
 
 from collections.abc import Iterable, Mapping
@@ -48,30 +48,39 @@ def packed_bytes(names: Iterable[str]) -> set[str]:
     there = set(names)
     marks = (ABSMAX, SCALES)
     ours = {name.removesuffix(mark) for mark in marks for name in there if name.endswith(mark)}
-    return ours | {name.removesuffix(BNB_STATE) for name in there if name.endswith(BNB_STATE)}
+    return ours | bitsandbytes_states(there).keys()
 
 
-def expected_tensors(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> dict[str, Expected]:
+def bitsandbytes_states(names: Iterable[str]) -> dict[str, str]:
+    """Of the weights that bitsandbytes packed, the names of what it notes beside them."""
+    return {name.partition(BNB_STATE)[0]: name for name in names if BNB_STATE in name}
+
+
+def expected_tensors(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], block_size: int
+) -> dict[str, Expected]:
     """What must be there, by name.
 
     Args:
         shapes: of the model's weights in 16 bits.
         stored: what is there; it tells which weights are packed, and by whom.
+        block_size: weights that share an absmax.
     """
     expected: dict[str, Expected] = {}
-    packed = packed_bytes(stored)
+    packed, states = packed_bytes(stored), bitsandbytes_states(stored)
     for name, shape in shapes.items():
         if name not in packed:
             expected[name] = Expected(_PLAIN, shape)
-        elif name + BNB_STATE in stored:
-            expected |= _by_bitsandbytes(name, *shape, is_nested=name + BNB_NESTED in stored)
+        elif name in states:
+            there = _by_bitsandbytes(name, block_size, *shape, is_nested=name + BNB_NESTED in stored)
+            expected |= there | {states[name]: Expected(("U8",))}
         else:
-            expected |= _by_us(name, *shape, is_nested=name + SCALES in stored)
+            expected |= _by_us(name, block_size, *shape, is_nested=name + SCALES in stored)
     return expected
 
 
-def _by_us(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
-    G = K // nf4.BLOCK
+def _by_us(name: str, B: int, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
+    G = K // B
     common = {
         name: Expected(("U8",), (N, K // 2)),
         name + ABSMAX: Expected(("U8",), (N, G if is_nested else 4 * G)),  # codes, or the bytes of fp32 values
@@ -84,13 +93,12 @@ def _by_us(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]
     }
 
 
-def _by_bitsandbytes(name: str, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
-    G = K // nf4.BLOCK
+def _by_bitsandbytes(name: str, B: int, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:
+    G = K // B
     common = {
         name: Expected(nbytes=prod((N, K)) // 2),  # in any storage type
         name + BNB_ABSMAX: Expected(("U8",) if is_nested else ("F32",), (N * G,)),
-        name + BNB_MAP: Expected(("F32",), (len(nf4.LEVELS),)),
-        name + BNB_STATE: Expected(("U8",)),
+        name + BNB_MAP: Expected(("F32",), (nf4.levels().numel(),)),
     }
     if not is_nested:
         return common

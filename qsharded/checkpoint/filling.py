@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qsharded import backends, nf4, ops, parallel
 from qsharded.checkpoint.pieces import Piece, WeightSource, pieces_of
+from qsharded.nf4 import Kind
 from qsharded.nn import NF4Linear
 from qsharded.nn.nf4_linear import pad_absmax
 
@@ -97,24 +98,28 @@ class QuantizingFill:
     Args:
         K: in_features.
         rows: this rank's.
+        kind: to quantize to.
     """
 
-    def __init__(self, source: WeightSource, name: str, K: int, rows: parallel.RowRange, sink: PackedSink) -> None:
-        self._K, self._rows, self._sink = K, rows, sink
+    def __init__(
+        self, source: WeightSource, name: str, K: int, rows: parallel.RowRange, kind: Kind, sink: PackedSink
+    ) -> None:
+        self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
         self._finite = FiniteCheck(name, rows.group)
         self._absmax: list[Tensor] = []
         self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
     def take(self, piece: Piece, values: Tensor) -> None:
         self._finite.add(values)
-        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K))
+        kind = self._kind
+        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), kind.quant_type, kind.block_size)
         self._sink.put_codes(piece.start, codes_NP)
         self._absmax.append(absmax_NG)
 
     def finish(self, device: torch.device) -> None:
         self._finite.demand(device)
         absmax, self._absmax = self._absmax, []
-        empty = torch.empty(0, self._K // nf4.BLOCK, dtype=torch.float32, device=device)
+        empty = torch.empty(0, self._K // self._kind.block_size, dtype=torch.float32, device=device)
         self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
 
 

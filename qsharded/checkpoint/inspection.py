@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_lora_config
-from qsharded.checkpoint.expected import expected_tensors, packed_bytes
+from qsharded.checkpoint.expected import bitsandbytes_states, expected_tensors, packed_bytes
 from qsharded.checkpoint.files import FileRecord, read_record
 from qsharded.checkpoint.load import expected_shapes, skeleton
 from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from qsharded.checkpoint.quantized import CONFIG_KEY, Packing, own_config, own_kind
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
-from qsharded.checkpoint.source import RECOMPUTED, read_json
+from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder, read_json
 from qsharded.checkpoint.training import STATE_FILE
 from qsharded.models import ModelConfig
+from qsharded.nf4 import NF4_64, Kind
 
 INDEX = "model.safetensors.index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -140,7 +142,7 @@ def _model(folder: Path) -> Report:
     codes = packed_bytes(tensors)
     report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
     if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
-        _check_against_config(report, described, tensors)
+        _check_against_config(report, folder, described, tensors)
     return report
 
 
@@ -180,18 +182,35 @@ def _model_class(tensor: Stored, codes: Container[str]) -> str:
     return "linear weights" if len(tensor.shape) == 2 else "norms and others"
 
 
-def _check_against_config(report: Report, described: dict[str, Any], tensors: Mapping[str, Stored]) -> None:
+def _check_against_config(
+    report: Report, folder: Path, described: dict[str, Any], tensors: Mapping[str, Stored]
+) -> None:
     try:
         config = ModelConfig.from_hf({**described, "quantization_config": None})
     except ValueError as error:
         report.notes.append(f"names and shapes were not checked, as qsharded does not read this model: {error}")
         return
-    expected = expected_tensors(expected_shapes(skeleton(config, None, torch.bfloat16)), tensors)
+    try:
+        kind = _kind(folder, described, tensors)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    shapes = expected_shapes(skeleton(config, None, torch.bfloat16))
+    expected = expected_tensors(shapes, tensors, kind.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))
     report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
     for name in sorted(expected.keys() & tensors.keys()):
         report.problems += [f"{name} {fault}" for fault in expected[name].faults(tensors[name])]
+
+
+def _kind(folder: Path, described: Mapping[str, Any], names: Iterable[str]) -> Kind:
+    """Of the packed weights, if there are any. Ours say it in config.json, bitsandbytes' beside each."""
+    if states := bitsandbytes_states(names):
+        name = min(states)
+        packing = Packing("bitsandbytes", kind=Kind(states[name].rpartition("__")[2]))
+        return packing.as_stored(SafetensorsFolder(folder), name).kind
+    return own_kind({**own_config(), **(described.get(CONFIG_KEY) or {})}) if packed_bytes(names) else NF4_64
 
 
 # An adapter

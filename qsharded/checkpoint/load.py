@@ -1,7 +1,7 @@
 """Build a model and fill it: meta init, quantize, adapt, shard, then each rank reads its own rows and packs them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded import nf4, parallel
+from qsharded import parallel
 from qsharded.autograd.recompute import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
-from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing
+from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.layout import SHARDED, Layout, lay_out
@@ -39,7 +39,7 @@ def load_model(
 
     No rank ever holds a full-size 16-bit model, or so much as a tensor of it: each reads its own rows of each tensor in
     pieces, quantizes them while the next are read, and keeps the packed bytes, which are the same for any number of
-    ranks. A checkpoint that is packed already (``qsharded.quantize``, or bitsandbytes' NF4) keeps its bytes.
+    ranks. A checkpoint that is packed already (``qsharded.quantize``, or bitsandbytes in 4 bits) keeps its bytes.
 
     Args:
         path_or_id: a folder with config.json and safetensors, or a Hub id.
@@ -128,10 +128,10 @@ def skeleton(
             kept = lora.is_saved if lora else lambda name: False
             quantize_(model, lambda name, _: name != "lm_head" and not kept(name))
         elif isinstance(packed, Packing):
-            quantize_(model, lambda name, _: name != "lm_head", double_quant=packed.double_quant)
+            _quantize_as(packed, model, lambda name, _: name != "lm_head")
         else:
-            is_packed, double_quant = packed.is_packed, packed.packing.double_quant
-            quantize_(model, lambda name, _: name != "lm_head" and is_packed(name), double_quant=double_quant)
+            _refuse_torn_rows(model, packed)
+            _quantize_as(packed.packing, model, lambda name, _: name != "lm_head" and packed.is_packed(name))
             _refuse_other_packed(model, packed)
         if packed is not None and lora is not None:
             _refuse_trained(model, lora)
@@ -139,6 +139,11 @@ def skeleton(
         if lora is not None:
             add_lora(model, lora)
     return model
+
+
+def _quantize_as(packing: Packing, model: nn.Module, filter: Callable[[str, nn.Linear], bool]) -> None:
+    kind, double_quant = packing.kind, packing.double_quant
+    quantize_(model, filter, quant_type=kind.quant_type, block_size=kind.block_size, double_quant=double_quant)
 
 
 def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
@@ -150,12 +155,18 @@ def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
             )
 
 
+def _refuse_torn_rows(model: nn.Module, packed: PackedCheckpoint) -> None:
+    kind = packed.packing.kind
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and packed.is_packed(name) and module.in_features % kind.block_size:
+            raise ValueError(torn_rows(f"{packed.source.folder}: {name}", module.in_features, kind))
+
+
 def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
-    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    for name in sorted(packed.weights - layers):
+    for name in sorted(packed.weights - packed_layers(model).keys()):
         raise ValueError(
-            f"{packed.source.file_of(name)}: {name} is packed; only linear layers other than the head can be, with "
-            f"in_features a multiple of {nf4.BLOCK}. Give the 16-bit checkpoint it was made from"
+            f"{packed.source.file_of(name)}: {name} is packed; only linear layers other than the head can be. Give the "
+            "16-bit checkpoint it was made from"
         )
 
 
@@ -173,7 +184,7 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[filling.Fill
 
 def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filling.Fill:
     rows = parallel.own_rows(layer.weight)
-    return filling.QuantizingFill(source, name, layer.in_features, rows, filling.LayerSink(layer))
+    return filling.QuantizingFill(source, name, layer.in_features, rows, layer.kind, filling.LayerSink(layer))
 
 
 def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fill]:
@@ -187,7 +198,7 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fil
 
 def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[filling.Fill]:
     parts = packed.packing.parts(packed.source, name, layer.out_features, layer.in_features)
-    first, G = parallel.own_rows(layer.weight).start, layer.in_features // nf4.BLOCK
+    first, G = parallel.own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (parallel.local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:

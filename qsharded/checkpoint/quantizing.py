@@ -1,6 +1,6 @@
 """Write a packed checkpoint from one in 16 or 32 bits, file by file, with a piece of a tensor in memory at a time.
 
-Axes: N = out_features, K = in_features, P = K/2, G = K/64.
+Axes: N = out_features, K = in_features, P = K/2, G = blocks in a row.
 """
 
 import logging
@@ -18,41 +18,44 @@ from qsharded.checkpoint import filling, quantized
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.pieces import Piece, pieces_of
-from qsharded.checkpoint.quantized import Form
+from qsharded.checkpoint.quantized import Form, Packing
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.writing import SafetensorsFile, Spec
 from qsharded.models import ModelConfig
+from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import NF4Linear
 
 logger = logging.getLogger(__name__)
 
 
-def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torch.device) -> None:
+def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torch.device, kind: Kind = NF4_64) -> None:
     """Write ``checkpoint`` with its linear layers packed: safetensors under the same names, their index, config.json.
 
-    The bytes are those that ``load_model`` makes of it. What is not packed keeps its dtype.
+    The bytes are those that ``load_model`` makes of it, for the default kind. What is not packed keeps its dtype, and
+    so do linear layers whose in_features is no multiple of the block size.
 
     Args:
         checkpoint: a folder, as ``find_checkpoint`` gives it.
         target: an existing folder.
         form: "qsharded", or "bitsandbytes" for transformers and bitsandbytes.
         device: to quantize on.
+        kind: of levels and blocks.
 
     Raises:
-        ValueError: the checkpoint is damaged, not supported, packed already, or not finite.
+        ValueError: the checkpoint is damaged, not supported, packed already, or not finite; or no layer fits.
     """
     described = read_json(checkpoint / "config.json")
     if quantized.read_packing(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
-    model = skeleton(ModelConfig.from_hf(described), None, torch.bfloat16)
-    writer = _Writer(SafetensorsFolder(checkpoint), packed_layers(model), form, device)
+    model = skeleton(ModelConfig.from_hf(described), None, torch.bfloat16, Packing(form, kind=kind))
+    writer = _Writer(SafetensorsFolder(checkpoint), packed_layers(model), form, kind, device)
     names_of = writer.names_by_file(expected_shapes(model))
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if (checkpoint / INDEX).exists():
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    said = quantized.own_config() if form == "qsharded" else _bitsandbytes_config(model, writer.source)
+    said = quantized.own_config(kind) if form == "qsharded" else _bitsandbytes_config(model, writer)
     write_json(target / "config.json", described | {quantized.CONFIG_KEY: said})
 
 
@@ -63,6 +66,7 @@ class _Writer:
     source: SafetensorsFolder
     layers: Mapping[str, NF4Linear]
     form: Form
+    kind: Kind
     device: torch.device
 
     def names_by_file(self, shapes: dict[str, tuple[int, ...]]) -> dict[Path, list[str]]:
@@ -87,14 +91,14 @@ class _Writer:
     def _specs(self, name: str) -> Mapping[str, Spec | None]:
         if name not in self.layers:
             return {name: (self.source.dtype(name), self.source.shape(name))}
-        return quantized.packed_specs(self.form, name, *self.source.shape(name))
+        return quantized.packed_specs(self.form, self.kind, name, *self.source.shape(name))
 
     def _fill(self, name: str, file: SafetensorsFile) -> filling.Fill:
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
-        sink = _FileSink(file, self.form, name, N, K, dtype)
-        return filling.QuantizingFill(self.source, name, K, parallel.RowRange(0, N, N, None), sink)
+        sink = _FileSink(file, self.form, self.kind, name, N, K, dtype)
+        return filling.QuantizingFill(self.source, name, K, parallel.RowRange(0, N, N, None), self.kind, sink)
 
 
 class _CopyFill:
@@ -120,6 +124,7 @@ class _FileSink:
 
     file: SafetensorsFile
     form: Form
+    kind: Kind
     name: str
     N: int
     K: int
@@ -136,15 +141,16 @@ class _FileSink:
         parts = {
             quantized.BNB_ABSMAX: codes_NG,
             quantized.BNB_NESTED: scales,
-            quantized.BNB_MAP: nf4.levels(),
+            quantized.BNB_MAP: nf4.levels(quant_type=self.kind.quant_type),
             quantized.BNB_NESTED_MAP: blockwise8.dynamic_map(),
         }
         for ending, part in parts.items():
             self.file.write(self.name + ending, part)
-        state = quantized.bitsandbytes_state(self.N, self.K, self.dtype, offset.item())
-        self.file.append(self.name + quantized.BNB_STATE, state)
+        state = quantized.bitsandbytes_state(self.kind, self.N, self.K, self.dtype, offset.item())
+        self.file.append(self.name + quantized.BNB_STATE + self.kind.quant_type, state)
 
 
-def _bitsandbytes_config(model: nn.Module, source: SafetensorsFolder) -> dict[str, Any]:
+def _bitsandbytes_config(model: nn.Module, writer: _Writer) -> dict[str, Any]:
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
-    return quantized.bitsandbytes_config(source.dtype(next(iter(packed_layers(model)))), plain)
+    dtype = writer.source.dtype(next(iter(writer.layers)))
+    return quantized.bitsandbytes_config(writer.kind.quant_type, dtype, plain)

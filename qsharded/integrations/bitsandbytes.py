@@ -1,6 +1,6 @@
 """bitsandbytes: its 4-bit models made ours in place and back, and our kernels behind its operations.
 
-convert_bitsandbytes(model)  # every Linear4bit in NF4 becomes an NF4Linear that shares its bytes
+convert_bitsandbytes(model)  # every Linear4bit becomes an NF4Linear that shares its bytes
 to_bitsandbytes(model)  # and back
 
 install()  # bitsandbytes' own layers and functions run on our kernels, until uninstall()
@@ -15,7 +15,7 @@ from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_i
 from torch import Tensor, nn
 
 from qsharded import blockwise8, nf4
-from qsharded.integrations.bitsandbytes_format import check_kind, check_map, rows_as_parameters
+from qsharded.integrations.bitsandbytes_format import check_map, kind_of, rows_as_parameters
 from qsharded.integrations.bitsandbytes_kernels import install as install
 from qsharded.integrations.bitsandbytes_kernels import uninstall as uninstall
 from qsharded.nn import NF4Linear
@@ -28,8 +28,8 @@ def convert_bitsandbytes(model: nn.Module) -> nn.Module:
     computes in the dtype of its input; bitsandbytes' compute_dtype is given up.
 
     Raises:
-        ValueError: the model has no such layer, or one that is not quantized yet, or not in NF4 in blocks of 64. The
-            model is then as it was.
+        ValueError: the model has no such layer, or one that is not quantized yet, or whose in_features is no multiple
+            of its block size. The model is then as it was.
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
     if not layers:
@@ -43,12 +43,20 @@ def convert_bitsandbytes(model: nn.Module) -> nn.Module:
 def _ours(layer: Any, name: str) -> NF4Linear:
     codes, state = _plain_order(layer, name)
     nested = state.state2 if state.nested else None
-    check_kind(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
-    check_map(state.code, nf4.levels("cpu"), name)
+    kind = kind_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
+    check_map(state.code, nf4.levels("cpu", kind.quant_type), name)
     if nested is not None:
         check_map(nested.code, blockwise8.dynamic_map(True, "cpu"), name)
-    new = NF4Linear(layer.in_features, layer.out_features, False, double_quant=state.nested, device="meta")
-    rows = rows_as_parameters(codes, state.absmax, state.shape, name)
+    rows = rows_as_parameters(codes, state.absmax, state.shape, kind, name)
+    new = NF4Linear(
+        layer.in_features,
+        layer.out_features,
+        False,
+        quant_type=kind.quant_type,
+        block_size=kind.block_size,
+        double_quant=state.nested,
+        device="meta",
+    )
     new.weight, new.weight_absmax = (nn.Parameter(tensor, requires_grad=False) for tensor in rows)
     if nested is not None:
         new.weight_absmax_scales, new.weight_absmax_offset = nested.absmax.float(), state.offset.float()
@@ -89,14 +97,14 @@ def to_bitsandbytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn
 
 def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
     codes, absmax, scales, offset = layer.packed()
-    nested = scales is not None
-    new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, dtype, nested, "nf4", device="meta")
+    nested, quant_type = scales is not None, layer.quant_type
+    new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, dtype, nested, quant_type, device="meta")
     new.quant_state = QuantState(
         absmax=absmax.flatten(),
         shape=torch.Size([layer.out_features, layer.in_features]),
-        code=nf4.levels(codes.device).clone(),
-        blocksize=nf4.BLOCK,
-        quant_type="nf4",
+        code=nf4.levels(codes.device, quant_type).clone(),
+        blocksize=layer.block_size,
+        quant_type=quant_type,
         dtype=dtype,
         offset=offset,
         state2=_second_level(scales) if scales is not None else None,
@@ -104,8 +112,9 @@ def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
     new.weight = bnb.nn.Params4bit(
         codes.detach().view(-1, 1),
         quant_state=new.quant_state,
+        blocksize=layer.block_size,
         compress_statistics=nested,
-        quant_type="nf4",
+        quant_type=quant_type,
         module=new,
         bnb_quantized=True,
     )

@@ -191,7 +191,10 @@ def _to_merge_into(packed: NF4Linear) -> nn.Linear:
 
 
 def _packed_again(linear: nn.Linear, like: NF4Linear) -> NF4Linear:
-    return NF4Linear.from_linear(linear, double_quant=like.weight_absmax_scales is not None)
+    double_quant = like.weight_absmax_scales is not None
+    return NF4Linear.from_linear(
+        linear, quant_type=like.quant_type, block_size=like.block_size, double_quant=double_quant
+    )
 
 
 def save_adapter(model: PeftModel, folder: Path | str) -> None:

@@ -24,12 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qsharded import blockwise8, nf4, ops, parallel
 from qsharded.checkpoint.filling import FiniteCheck, double_quantize
 from qsharded.checkpoint.quantized import QUANT_METHOD as METHOD
-from qsharded.checkpoint.quantized import own_config
+from qsharded.checkpoint.quantized import own_kind, torn_rows
 from qsharded.integrations import bitsandbytes_format
 from qsharded.nn import NF4Linear, quantize_
 from qsharded.nn.nf4_linear import pad_absmax
 
-_FORMAT = own_config()
 _ABSMAX = "weight_absmax"
 
 _Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -38,7 +37,7 @@ _Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 @register_quantization_config(METHOD)
 @dataclass(kw_only=True, repr=False)
 class QShardedConfig(QuantizationConfigMixin):
-    """How a model is quantized: to NF4, in every linear layer but the output head.
+    """How a model is quantized: to 4 bits, in every linear layer but the output head.
 
     Args:
         modules_to_not_convert: names, endings or regexes of linear layers to leave in 16 bits, in place of the head
@@ -46,7 +45,9 @@ class QShardedConfig(QuantizationConfigMixin):
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
         stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
             :func:`from_bitsandbytes`; a saved model is always "qsharded".
-        version, format, block_size, absmax_block_size: what a saved model says of its format; there is no other yet.
+        format: the levels: "nf4", or bitsandbytes' "fp4".
+        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
+        version, absmax_block_size: what a saved model says besides; there is no other yet.
 
     Raises:
         ValueError: a format that is not supported.
@@ -62,13 +63,14 @@ class QShardedConfig(QuantizationConfigMixin):
     absmax_block_size: int = blockwise8.BLOCK
 
     def __post_init__(self) -> None:
-        for key, supported in _FORMAT.items():
-            if getattr(self, key) != supported:
-                raise ValueError(f"QShardedConfig: {key} must be {supported!r}, got {getattr(self, key)!r}")
+        try:
+            own_kind(vars(self))
+        except ValueError as error:
+            raise ValueError(f"QShardedConfig: {error}") from None
 
 
 def from_bitsandbytes(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a model that bitsandbytes quantized to NF4, changed so that it loads into NF4Linear layers.
+    """The configuration of a model that bitsandbytes quantized to 4 bits, changed so that it loads into our layers.
 
         config = from_bitsandbytes(AutoConfig.from_pretrained(path_or_id))
         model = AutoModelForCausalLM.from_pretrained(path_or_id, config=config)
@@ -76,11 +78,14 @@ def from_bitsandbytes(config: PreTrainedConfig) -> PreTrainedConfig:
     The bytes are taken over, nothing is quantized again. bitsandbytes itself is not needed.
 
     Raises:
-        ValueError: the checkpoint is not bitsandbytes' NF4, or of a kind that NF4Linear cannot hold.
+        ValueError: the checkpoint is not bitsandbytes' in 4 bits.
     """
     settings = bitsandbytes_format.read_settings(getattr(config, "quantization_config", None))
     config.quantization_config = QShardedConfig(
-        modules_to_not_convert=settings.skipped, double_quant=settings.double_quant, stored_as="bitsandbytes"
+        modules_to_not_convert=settings.skipped,
+        double_quant=settings.double_quant,
+        stored_as="bitsandbytes",
+        format=settings.quant_type,  # the size of the blocks is not said: it is read with the weights
     ).to_dict()
     return config
 
@@ -97,14 +102,28 @@ class QShardedQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         _refuse_other_parallelism(model, config.stored_as)
         skipped = self.get_modules_to_not_convert(model, config.modules_to_not_convert)
+
+        def is_quantized(name: str, linear: nn.Module) -> bool:
+            # a subclass may compute something else
+            return type(linear) is nn.Linear and should_convert_module(name, skipped)
+
+        if config.stored_as != METHOD:
+            files = checkpoint_files or []
+            config.block_size = bitsandbytes_format.stored_block_size(files, config.format) or config.block_size
+            _refuse_torn_rows(
+                [named for named in model.named_modules() if is_quantized(*named)], own_kind(vars(config))
+            )
         quantize_(
             model,
-            # a subclass may compute something else
-            lambda name, linear: type(linear) is nn.Linear and should_convert_module(name, skipped),
+            is_quantized,
+            quant_type=config.format,
+            block_size=config.block_size,
             double_quant=config.double_quant,
         )
 
@@ -120,7 +139,7 @@ class QShardedQuantizer(HfQuantizer):
             return []
         if self.quantization_config.stored_as == METHOD:
             return _own_conversions()
-        companions = [f"weight.{name}" for name in bitsandbytes_format.COMPANIONS]
+        companions = [f"weight.{name}" for name in bitsandbytes_format.companions(self.quantization_config.format)]
         return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -162,6 +181,12 @@ def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
         )
 
 
+def _refuse_torn_rows(linears: list[tuple[str, Any]], kind: nf4.Kind) -> None:
+    for name, linear in linears:
+        if linear.in_features % kind.block_size:
+            raise ValueError(torn_rows(name, linear.in_features, kind))
+
+
 def _own_conversions() -> list[WeightConverter]:
     return [WeightConverter(name, name, [_AsParameter()]) for name in (_ABSMAX, "weight")]
 
@@ -190,21 +215,20 @@ class _Quantize(ConversionOps):
         [(name, value)] = input_dict.items()
         value = value[0] if isinstance(value, list) else value
         rows = parallel.own_rows(kwargs["model"].get_parameter(name))
-        pack = _pack_doubly if self.hf_quantizer.quantization_config.double_quant else _pack
+        config = self.hf_quantizer.quantization_config
+        pack = _pack_doubly if config.double_quant else _pack
         finite = FiniteCheck(name, rows.group)
         finite.add(value)
         finite.demand(value.device)
-        return _named(pack(value, rows), name)
+        return _named(pack(*ops.nf4_quantize(value, config.format, config.block_size), rows), name)
 
 
-def _pack(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
-    codes, absmax = ops.nf4_quantize(values_NK)
+def _pack(codes: Tensor, absmax: Tensor, rows: parallel.RowRange) -> _Packed:
     return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
 
 
-def _pack_doubly(values_NK: Tensor, rows: parallel.RowRange) -> _Packed:
+def _pack_doubly(codes: Tensor, absmax: Tensor, rows: parallel.RowRange) -> _Packed:
     """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
-    codes, absmax = ops.nf4_quantize(values_NK)
     absmax_codes, scales, offset = double_quantize(absmax, rows)
     return codes.view(torch.bfloat16), pad_absmax(absmax_codes).view(torch.bfloat16), scales, offset
 
@@ -247,7 +271,7 @@ def _stored_row(model: PreTrainedModel, name: str) -> int | None:
         return None
     if own == "weight":
         return layer.in_features // 2
-    return layer.in_features // nf4.BLOCK * (4 if layer.weight_absmax_scales is None else 1)
+    return layer.in_features // layer.block_size * (4 if layer.weight_absmax_scales is None else 1)
 
 
 class _TakeOver(ConversionOps):
@@ -264,7 +288,8 @@ class _TakeOver(ConversionOps):
         if not self.hf_quantizer.param_needs_quantization(model, full_name):
             return {"weight": stored["weight"].to(model.get_parameter(full_name).dtype)}
         by_name = {name.removeprefix("weight."): value for name, value in stored.items()}
-        return _named(bitsandbytes_format.packed_tensors(by_name, full_name), "weight")
+        kind = own_kind(vars(self.hf_quantizer.quantization_config))
+        return _named(bitsandbytes_format.packed_tensors(by_name, kind, full_name), "weight")
 
 
 def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:

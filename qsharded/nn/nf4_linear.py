@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays in NF4, laid out so that FSDP2 can shard it."""
+"""A linear layer whose weight stays in 4 bits, NF4 or a kind like it, laid out so that FSDP2 can shard it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +15,19 @@ class NF4Linear(nn.Module):
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
+    It holds the other kinds of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
+
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
         weight_absmax: bf16 [N, ceil(G/2)], the bytes of the absmax codes uint8 [N, G]; one zero byte pads an odd G.
-            Without double quantization bf16 [N, 2G], the bytes of the absmax fp32 [N, G].
+            Without double quantization bf16 [N, 2G], the bytes of the absmax fp32 [N, G]. G = in_features / block_size.
         weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
+        quant_type, block_size: those of :class:`qsharded.nf4.Kind`.
 
     Raises:
-        ValueError: ``in_features`` is no multiple of 64.
+        ValueError: ``in_features`` is no multiple of the block size, or there is no such kind.
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
 
@@ -37,15 +40,19 @@ class NF4Linear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
+        quant_type: str = "nf4",
+        block_size: int = nf4.BLOCK,
         double_quant: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if in_features % nf4.BLOCK:
-            raise ValueError(f"in_features must be a multiple of {nf4.BLOCK}, got {in_features}")
+        nf4.Kind(quant_type, block_size)  # there is one
+        if in_features % block_size:
+            raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
-        G = in_features // nf4.BLOCK
+        self.quant_type, self.block_size = quant_type, block_size
+        G = in_features // block_size
         self.weight = _packed_parameter(out_features, in_features // 4, device)
         self.weight_absmax = _packed_parameter(out_features, -(-G // 2) if double_quant else 2 * G, device)
         scales = torch.zeros(nf4.second_level_blocks(out_features, G), dtype=torch.float32, device=device)
@@ -54,7 +61,15 @@ class NF4Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, name: str = "weight", *, double_quant: bool = True) -> "NF4Linear":
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        name: str = "weight",
+        *,
+        quant_type: str = "nf4",
+        block_size: int = nf4.BLOCK,
+        double_quant: bool = True,
+    ) -> "NF4Linear":
         """Quantize ``linear`` on its device; on the meta device only the shapes are taken. The bias is shared.
 
         Raises:
@@ -62,14 +77,14 @@ class NF4Linear(nn.Module):
         """
         weight = linear.weight.detach()
         sizes = linear.in_features, linear.out_features, linear.bias is not None
-        new = cls(*sizes, double_quant=double_quant, device=weight.device)
+        new = cls(*sizes, quant_type=quant_type, block_size=block_size, double_quant=double_quant, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         new.train(linear.training)
         if weight.is_meta:
             return new
-        nf4.check_weight(weight, name=name)
-        codes, absmax = ops.nf4_quantize(weight)
+        nf4.check_weight(weight, new.kind, name)
+        codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
         new.weight.data.view(torch.uint8).copy_(codes)
         if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
             new.weight_absmax.data.view(torch.float32).copy_(absmax)
@@ -80,10 +95,15 @@ class NF4Linear(nn.Module):
         new.weight_absmax_offset.copy_(offset)
         return new
 
+    @property
+    def kind(self) -> nf4.Kind:
+        """Its levels and blocks."""
+        return nf4.Kind(self.quant_type, self.block_size)
+
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double
         quantization, as ``ops`` takes them: views, nothing is copied."""
-        codes, absmax, G = self.weight, self.weight_absmax, self.in_features // nf4.BLOCK
+        codes, absmax, G = self.weight, self.weight_absmax, self.in_features // self.block_size
         if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
             name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
             raise TypeError(
@@ -99,14 +119,14 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype``."""
-        return ops.nf4_dequantize(*self.packed(), dtype=dtype)
+        return ops.nf4_dequantize(*self.packed(), dtype, self.quant_type, self.block_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it raises on the meta device
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.nf4_linear(x, *self.packed(), bias=bias)
+        return ops.nf4_linear(x, *self.packed(), bias, self.quant_type, self.block_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
@@ -132,7 +152,8 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, quant_type={self.quant_type}, block_size={self.block_size}"
 
 
 def _packed_parameter(rows: int, columns: int, device: torch.device | str | None) -> nn.Parameter:

@@ -23,7 +23,7 @@ from qsharded.plan.rendering import render, render_needs
 
 def dry_run(config: TrainConfig) -> int:
     """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights, of a packed
-    folder their names.
+    folder their names and the size of their blocks.
 
     Returns the exit status: 1 where the GPU is known and does not hold it.
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from qsharded import nf4
 from qsharded.checkpoint.load import packed_layers, parameter_count
 from qsharded.config import TrainConfig
 from qsharded.machine import GIB
@@ -68,7 +67,7 @@ def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> in
 
 def _packed(layer: NF4Linear) -> int:
     """Bytes of a packed weight in a checkpoint: codes and their scales, without the padding of rows in memory."""
-    blocks = layer.out_features * layer.in_features // nf4.BLOCK
+    blocks = layer.out_features * layer.in_features // layer.block_size
     if layer.weight_absmax_scales is None:
         return layer.weight.nbytes + blocks * torch.float32.itemsize
     return layer.weight.nbytes + blocks + layer.weight_absmax_scales.nbytes

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qsharded import nf4
 from qsharded import ops as ops  # defines torch.ops.qsharded
 
 
@@ -68,9 +69,12 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _decoded(x: Tensor, codes: Tensor, *_: Any) -> int:
-    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype."""
-    return codes.numel() * 2 * x.itemsize
+def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
+    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; blocks that are not of 64 by PyTorch."""
+    N, K = codes.shape[0], codes.shape[1] * 2
+    # the last argument, which is not passed on here where it is at its default
+    block_size = next((other for other in others if isinstance(other, int)), nf4.BLOCK)
+    return N * K * x.itemsize + (0 if block_size == nf4.BLOCK else nf4.decode_workspace(N, K))
 
 
 def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from qsharded import backends
 from qsharded.autograd.recompute import Mode, recomputed
 from qsharded.checkpoint import load_model
+from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint
 
@@ -19,8 +21,13 @@ from tests.checkpoints import write_checkpoint
     # 2 blocks of 7 packed layers
     [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
 )
-def test_what_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, again: int) -> None:
-    folder = write_checkpoint(tmp_path)
+@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+def test_what_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: int
+) -> None:
+    original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
+    folder.mkdir()
+    quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
     lora = LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])  # the last layer is packed, not adapted
     model = load_model(folder, lora=lora, dtype=torch.float32, device="cpu", activation_checkpointing=mode)
     linear, calls = backends.linear, []

@@ -301,10 +301,12 @@ def without_any(_: dict[str, Any], weights: dict[str, Tensor]) -> None:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "fp4": (said(bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type is 'fp4'; only nf4 is read; give the 16-bit"),
+    "other levels": (said(bnb_4bit_quant_type="fp4"), r"packed weights \(bitsandbytes, fp4\), but there is none"),
+    "af4": (said(bnb_4bit_quant_type="af4"), "bnb_4bit_quant_type is 'af4'; only nf4 and fp4 are read; give"),
     "int8": (said(load_in_8bit=True, load_in_4bit=False), "this is an LLM.int8 checkpoint; .*; give the 16-bit"),
     "gptq": (said(quant_method="gptq"), "quant_method 'gptq' is not read here; give the 16-bit"),
-    "our next version": (said(quant_method="qsharded", version=2), "version is 2, this version of qsharded reads 1"),
+    "our next version": (said(quant_method="qsharded", version=2), "version must be 1 .*, got 2; quantize the 16-bit"),
+    "our blocks of 96": (said(**own_config() | {"block_size": 96}), r"block_size must be one of \(32, .*, got 96; "),
     "blocks of 128": (state(blocksize=128), rf"{UP} has blocksize 128, only 64 is read here; give the 16-bit"),
     "nested blocks": (state(nested_blocksize=512), rf"{UP} has nested_blocksize 512, only 256"),
     "another shape": (state(shape=[192, 320]), rf"{UP} has shape \[192, 320\], only \[320, 192\]"),
@@ -317,7 +319,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "fp32 absmax": (tensor(f"{UP}.absmax", lambda t: t.float()), r"\.absmax is torch\.float32, must be torch\.uint8"),
     "infinite scales": (tensor(f"{UP}.nested_absmax", lambda t: t / 0), r"nested_absmax holds NaN or infinity"),
     "not nested after all": (said(bnb_4bit_use_double_quant=False), "no place for: .*nested_absmax"),
-    "nothing packed": (without_any, r"speaks of packed weights \(bitsandbytes\), but there is none"),
+    "nothing packed": (without_any, r"speaks of packed weights \(bitsandbytes, nf4\), but there is none"),
 }  # fmt: skip
 
 

@@ -41,8 +41,8 @@ def hard_rows(dtype: torch.dtype) -> Tensor:
     return torch.stack(rows).to(dtype)
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+def quantized(weight: Tensor, quant_type: str = "nf4", block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+    codes, state = functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
     return codes.view(weight.shape[0], -1), state.absmax.view(weight.shape[0], -1)
 
 
@@ -52,6 +52,19 @@ def weights(tensors: dict[str, Tensor]) -> None:
         for kind, weight in (("random", random.to(dtype)), ("hard", hard_rows(dtype))):
             codes, absmax = quantized(weight)
             tensors |= {f"{kind}.{name}.weight": weight, f"{kind}.{name}.codes": codes, f"{kind}.{name}.absmax": absmax}
+
+
+def other_kinds(tensors: dict[str, Tensor]) -> None:
+    """Random rows, zeros, and values just on either side of 0, which FP4 gives two codes."""
+    for quant_type, block_size in (("fp4", 64), ("fp4", 32), ("nf4", 128)):
+        weight = torch.randn(4, 2 * block_size, generator=torch.Generator().manual_seed(block_size))
+        weight[0, :block_size] = 0
+        weight[1, 1:5] = torch.tensor([1e-9, -1e-9, 0.0, -0.0])
+        codes, absmax = quantized(weight, quant_type, block_size)
+        tensors |= {
+            f"{quant_type}.{block_size}.{part}": t
+            for part, t in (("weight", weight), ("codes", codes), ("absmax", absmax))
+        }
 
 
 def decoding(tensors: dict[str, Tensor]) -> None:
@@ -84,10 +97,12 @@ def main() -> None:
     torch.set_num_threads(1)  # bitsandbytes' offset is an fp32 mean, whose order of summation the threads change
     tensors = {
         "levels": functional.get_4bit_type("nf4", device="cpu"),
+        "levels.fp4": functional.get_4bit_type("fp4", device="cpu"),
         "map.signed": functional.create_dynamic_map(signed=True),
         "map.unsigned": functional.create_dynamic_map(signed=False),
     }
     weights(tensors)
+    other_kinds(tensors)
     decoding(tensors)
     double_quantization(tensors)
     path = Path(__file__).with_name("nf4.safetensors")

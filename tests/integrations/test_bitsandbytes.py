@@ -27,13 +27,19 @@ X = torch.randn(5, 192, generator=torch.Generator().manual_seed(1))
 
 
 def theirs(
-    nested: bool, storage: torch.dtype = torch.uint8, kind: str = "nf4", columns: int = 192, rows: int = 75
+    nested: bool,
+    storage: torch.dtype = torch.uint8,
+    kind: str = "nf4",
+    columns: int = 192,
+    rows: int = 75,
+    block_size: int = 64,
 ) -> nn.Sequential:
     """A model of one layer, quantized by bitsandbytes; 192 columns make an odd number of blocks a row."""
     torch.manual_seed(0)
     plain = nn.Linear(columns, rows)
     layer = bnb.nn.Linear4bit(columns, rows, True, torch.float32, nested, kind, storage)
     layer.load_state_dict(plain.state_dict())
+    layer.weight.blocksize = block_size  # the layer has no argument for it
     return nn.Sequential(layer.to("cpu"))
 
 
@@ -60,8 +66,31 @@ def test_a_model_is_converted_and_back_with_its_bytes(nested: bool, storage: tor
     assert model[0].weight.quant_state.nested == nested
 
 
-def test_a_converted_layer_computes_what_it_did() -> None:
-    model = theirs(True).train()
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "block_size", "columns"), [("fp4", 64, 192), ("nf4", 32, 96), ("fp4", 128, 128), ("nf4", 1024, 1024)]
+)
+def test_every_kind_is_converted_and_back_with_its_bytes(
+    kind: str, block_size: int, columns: int, nested: bool
+) -> None:
+    model = theirs(nested, kind=kind, columns=columns, rows=7, block_size=block_size)
+    before, stored = decoded(model[0]), {name: value.clone() for name, value in model.state_dict().items()}
+    address = model[0].weight.data_ptr()
+    convert_bitsandbytes(model)
+    assert (model[0].quant_type, model[0].block_size) == (kind, block_size)
+    assert model[0].weight.data_ptr() == address
+    assert torch.equal(model[0].dequantize(torch.float32), before)
+    to_bitsandbytes(model, torch.float32)
+    again = model.state_dict()
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+    assert torch.equal(decoded(model[0]), before)
+    assert model[0].weight.blocksize == block_size
+
+
+@pytest.mark.parametrize(("kind", "block_size"), [("nf4", 64), ("fp4", 64), ("fp4", 32), ("nf4", 32)])
+def test_a_converted_layer_computes_what_it_did(kind: str, block_size: int) -> None:
+    model = theirs(True, kind=kind, block_size=block_size).train()
     x = X.clone().requires_grad_()
     expected = model(x)
     [gradient] = torch.autograd.grad(expected.square().sum(), x)
@@ -70,8 +99,11 @@ def test_a_converted_layer_computes_what_it_did() -> None:
     assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], gradient)
 
 
-def test_a_layer_that_bitsandbytes_has_reordered_for_its_cpu_kernel_is_taken_as_it_saves_it() -> None:
-    model = theirs(True, columns=128, rows=64)
+@pytest.mark.parametrize(("kind", "block_size"), [("nf4", 64), ("fp4", 64), ("nf4", 128)])
+def test_a_layer_that_bitsandbytes_has_reordered_for_its_cpu_kernel_is_taken_as_it_saves_it(
+    kind: str, block_size: int
+) -> None:
+    model = theirs(True, kind=kind, columns=128, rows=64, block_size=block_size)
     with torch.no_grad():
         model.eval()(X[:, :128])  # on a CPU with AVX-512 for bf16, this reorders, and rounds the absmax
     saved = copy.deepcopy(model)
@@ -107,8 +139,10 @@ def test_a_converted_model_is_sharded_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_held_is_refused_and_the_model_left_as_it_was() -> None:
-    model = nn.Sequential(*theirs(True), *theirs(True, kind="fp4"))
-    with pytest.raises(ValueError, match="1 is fp4 in blocks of 64"):
+    model = nn.Sequential(*theirs(True), *theirs(True, kind="fp4", block_size=128))
+    with pytest.raises(
+        ValueError, match=r"1: in_features = 192 is no multiple of its blocks of 128; .* leave this layer"
+    ):
         convert_bitsandbytes(model)
     assert isinstance(model[0], bnb.nn.Linear4bit)
     with pytest.raises(ValueError, match="0 is not quantized yet"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qsharded import parallel
+from qsharded import nf4, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.adapter import save_adapter as native_save
@@ -111,6 +111,20 @@ def test_merging_quantizes_the_sum_and_unmerging_gives_back_the_bytes(
     model.unmerge_adapter()
     for found, expected in zip(packed_bytes(model), before, strict=True):
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_merging_keeps_the_kind(checkpoint: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, checkpoint)
+    config = QShardedConfig(format="fp4", block_size=32, double_quant=False)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder)
+    [name, *_] = [name for name, module in model.named_modules() if isinstance(module, NF4LoraLinear)]
+    layer = model.get_submodule(name)
+    expected = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
+    merged = model.merge_and_unload().get_submodule(name.removeprefix("base_model.model."))
+    again = nf4.quantize(expected.detach(), quant_type="fp4", block_size=32, double_quant=False)
+    assert torch.equal(merged.packed()[0], again.codes)
+    assert (merged.quant_type, merged.block_size, merged.weight_absmax_scales) == ("fp4", 32, None)
 
 
 def test_merging_in_turn_gives_the_bytes_of_merging_at_once(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -13,9 +14,10 @@ from transformers.distributed import DistributedConfig
 
 from qsharded import nf4
 from qsharded.checkpoint import load_model
+from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
 from qsharded.nn import NF4Linear
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_gather import as_cuda_copies
 
@@ -75,9 +77,9 @@ def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: P
     assert own.items() <= said.items()
 
 
-@pytest.mark.parametrize(("key", "value"), [("block_size", 128), ("format", "fp4"), ("version", 2)])
+@pytest.mark.parametrize(("key", "value"), [("block_size", 96), ("format", "int4"), ("version", 2)])
 def test_another_format_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"QShardedConfig: {key} must be .*, got {value!r}"):
+    with pytest.raises(ValueError, match=f"QShardedConfig: .*{key}.* must be .*, got {value!r}"):
         QShardedConfig(**{key: value})
 
 
@@ -144,6 +146,50 @@ def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
     assert as_bytes(read(folder / "ours").state_dict()) == as_bytes(ours.state_dict())
 
 
+def test_a_bitsandbytes_checkpoint_in_fp4_keeps_its_bytes(bitsandbytes_folder: Any) -> None:
+    theirs, folder = bitsandbytes_folder(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True)
+    ours = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)))
+    layers = [(m, ours.get_submodule(name)) for name, m in theirs.named_modules() if hasattr(m, "quant_state")]
+    for their, our in layers:
+        expected = dequantize_4bit(their.weight.data, their.weight.quant_state)
+        assert torch.equal(our.dequantize(expected.dtype), expected)
+
+
+KINDS = [("fp4", 64, True), ("nf4", 32, False), ("fp4", 32, True)]
+
+
+@pytest.mark.parametrize(("quant_type", "block_size", "nested"), KINDS)
+def test_every_kind_is_read_and_saved_as_the_native_loader_has_it(
+    checkpoint: Path, tmp_path: Path, quant_type: str, block_size: int, nested: bool
+) -> None:
+    """From bitsandbytes' files, and then from ours."""
+    folder = pack_by_bitsandbytes(checkpoint, tmp_path / "theirs", quant_type, block_size, nested)
+    expected = as_bytes(load_model(folder, device="cpu").state_dict())
+    model = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)), dtype=torch.bfloat16)
+    assert as_bytes(model.state_dict()) == expected
+    model.save_pretrained(tmp_path / "ours")
+    said = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert (said["format"], said["block_size"], said["double_quant"]) == (quant_type, block_size, nested)
+    for again in (read(tmp_path / "ours"), load_model(tmp_path / "ours", device="cpu")):
+        assert as_bytes(again.state_dict()) == expected
+
+
+@pytest.mark.parametrize(("quant_type", "block_size"), [("fp4", 64), ("nf4", 32)])
+def test_every_kind_is_quantized_as_the_quantize_command_does(
+    checkpoint: Path, tmp_path: Path, quant_type: str, block_size: int
+) -> None:
+    model = quantized(checkpoint, format=quant_type, block_size=block_size)
+    quantize_checkpoint(checkpoint, tmp_path, "qsharded", torch.device("cpu"), nf4.Kind(quant_type, block_size))
+    assert as_bytes(model.state_dict()) == as_bytes(load_model(tmp_path, device="cpu").state_dict())
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_rows_of_bitsandbytes_that_are_no_whole_blocks_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    folder = pack_by_bitsandbytes(checkpoint, tmp_path, "nf4", 256, True, torn_rows=True)
+    with pytest.raises(ValueError, match=r"q_proj: in_features = 192 is no multiple of its blocks of 256"):
+        read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)))
+
+
 def test_a_bitsandbytes_checkpoint_can_be_computed_with_in_fp32(bitsandbytes_folder: Any) -> None:
     _, folder = bitsandbytes_folder(bnb_4bit_use_double_quant=True)
     ours = read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)), dtype=torch.float32)
@@ -165,9 +211,11 @@ def test_a_bitsandbytes_checkpoint_need_not_name_its_method(bitsandbytes_folder:
 
 
 def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any, checkpoint: Path) -> None:
-    _, folder = bitsandbytes_folder(bnb_4bit_quant_type="fp4")
-    with pytest.raises(ValueError, match="bnb_4bit_quant_type is 'fp4'; only nf4 is read"):
-        from_bitsandbytes(AutoConfig.from_pretrained(folder))
+    _, folder = bitsandbytes_folder()
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["bnb_4bit_quant_type"] = "af4"
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type is 'af4'; only nf4 and fp4 are read"):
+        from_bitsandbytes(config)
     with pytest.raises(ValueError, match="not quantized to 4 bits by bitsandbytes"):
         from_bitsandbytes(AutoConfig.from_pretrained(checkpoint))
 

@@ -59,13 +59,15 @@ class Encoded:
     scales: Tensor | None
     offset: Tensor | None
     decoded_absmax: Tensor
+    quant_type: str = "nf4"  # whose levels
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         absmax_map = None if self.scales is None else blockwise8.dynamic_map()
-        return self.codes, self.absmax, self.scales, self.offset, nf4.levels(), absmax_map
+        levels = nf4.levels(quant_type=self.quant_type)
+        return self.codes, self.absmax, self.scales, self.offset, levels, absmax_map
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        return nf4.decode(self.codes, self.decoded_absmax, dtype)
+        return nf4.decode(self.codes, self.decoded_absmax, dtype, nf4.Kind(self.quant_type))
 
 
 def double_quantized(rows: int, blocks_per_row: int) -> Encoded:
@@ -78,13 +80,13 @@ def double_quantized(rows: int, blocks_per_row: int) -> Encoded:
     return Encoded(codes, absmax, scales, offset, nf4.decode_absmax(absmax, scales, offset))
 
 
-def every_pair_of_bytes() -> Encoded:
+def every_pair_of_bytes(quant_type: str = "nf4") -> Encoded:
     """All 65,536 patterns of two bytes, under absmax of all magnitudes, fp32 and in strided rows."""
     patterns = torch.arange(65536, dtype=torch.int32)
     codes = torch.stack([patterns >> 8, patterns & 255], dim=1).to(torch.uint8).view(512, 256)
     exponents = torch.linspace(-145, 127, 512 * 9).view(512, 9)
     absmax = (2.0**exponents)[:, :8]
-    return Encoded(codes, absmax, None, None, absmax)
+    return Encoded(codes, absmax, None, None, absmax, quant_type)
 
 
 def fused_absmax(encoded: Encoded) -> Tensor:

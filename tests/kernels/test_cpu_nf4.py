@@ -76,9 +76,10 @@ def test_dequantize_equals_reference(isa: str, dtype: torch.dtype, shape: tuple[
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
 
 
+@pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
-def test_dequantize_every_pair_of_bytes(isa: str, dtype: torch.dtype) -> None:
-    encoded = cases.every_pair_of_bytes()
+def test_dequantize_every_pair_of_bytes(isa: str, dtype: torch.dtype, quant_type: str) -> None:
+    encoded = cases.every_pair_of_bytes(quant_type)
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qsharded import nf4
 from qsharded_kernels import cuda_linear, cuda_nf4
 from tests.kernels import cases
 
@@ -76,11 +77,12 @@ def test_identity_returns_the_weight(dtype: torch.dtype, M: int) -> None:
     assert torch.equal(torch.cat(columns, dim=1).cpu(), weight)  # by value: a sum that starts at 0 has no -0
 
 
+@pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 8, 16, 64, 256])
-def test_every_pair_of_bytes(M: int, dtype: torch.dtype) -> None:
+def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str) -> None:
     """Under fp32 absmax in strided rows, of magnitudes that the dtype holds."""
-    encoded = cases.every_pair_of_bytes()
+    encoded = cases.every_pair_of_bytes(quant_type)
     arguments = on_gpu(encoded)
     arguments[1].clamp_(2.0**-10, 2.0**10)
     weight = cuda_nf4.dequantize(*arguments, dtype)

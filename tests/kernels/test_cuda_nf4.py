@@ -89,9 +89,10 @@ def test_dequantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int])
     assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
 
 
+@pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
-def test_dequantize_every_pair_of_bytes(dtype: torch.dtype) -> None:
-    assert_dequantizes(cases.every_pair_of_bytes(), dtype)
+def test_dequantize_every_pair_of_bytes(dtype: torch.dtype, quant_type: str) -> None:
+    assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)
 
 
 def test_absmax_is_not_fused() -> None:

@@ -114,6 +114,35 @@ def test_storage_is_bf16_words_in_whole_rows_and_an_odd_row_of_absmax_ends_in_ze
     assert layer.packed()[1].shape == (7, K // 64)
 
 
+@pytest.mark.parametrize(
+    ("K", "block_size", "words", "fp32_words"), [(96, 32, 2, 6), (128, 128, 1, 2), (384, 128, 2, 6), (8192, 4096, 1, 4)]
+)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_other_kinds_are_stored_in_whole_rows_too(
+    K: int, block_size: int, words: int, fp32_words: int, quant_type: str
+) -> None:
+    dense, kind = linear(K, 7), {"quant_type": quant_type, "block_size": block_size}
+    layer, expected = NF4Linear.from_linear(dense, **kind), nf4.quantize(dense.weight, **kind)
+    assert (layer.weight.shape, layer.weight_absmax.shape) == ((7, K // 4), (7, words))
+    parts = expected.codes, expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
+    for actual, wanted in zip(layer.packed(), parts, strict=True):
+        assert_same_bits(actual.contiguous(), wanted)
+    if K // block_size % 2:
+        assert (layer.weight_absmax.view(torch.uint8)[:, -1] == 0).all()
+    assert f"quant_type={quant_type}, block_size={block_size}" in repr(layer)
+    plain = NF4Linear.from_linear(dense, double_quant=False, **kind)
+    assert plain.weight_absmax.shape == (7, fp32_words)
+    assert_same_bits(plain.packed()[1], nf4.encode(dense.weight, layer.kind)[1])
+    assert copy.deepcopy(layer).kind == layer.kind == nf4.Kind(**kind)
+
+
+def test_rows_of_no_whole_blocks_and_unknown_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="in_features must be a multiple of 128, got 192"):
+        NF4Linear(192, 8, block_size=128)
+    with pytest.raises(ValueError, match="quant_type must be one of"):
+        NF4Linear(192, 8, quant_type="int4")
+
+
 def test_packed_are_views() -> None:
     layer = NF4Linear.from_linear(linear())
     codes, absmax, scales, offset = layer.packed()

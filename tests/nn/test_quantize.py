@@ -1,10 +1,13 @@
+import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import qsharded
+from qsharded import nf4
 from qsharded.nn import NF4Linear, quantize_
 from tests.kernels.cases import assert_same_bits
 
@@ -95,6 +98,36 @@ def test_a_quantized_model_computes_with_the_decoded_weights() -> None:
         block.norm, block.down.bias = other.norm, other.down.bias
         block.up.weight.data, block.down.weight.data = (m.dequantize(torch.float32) for m in (other.up, other.down))
     assert_same_bits(quantized.detach(), dense[1](dense[0](x)).detach())
+
+
+@pytest.mark.parametrize(("quant_type", "block_size"), [("fp4", 64), ("nf4", 32), ("fp4", 4096)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_every_kind_computes_and_learns_with_the_decoded_weights(
+    quant_type: str, block_size: int, double_quant: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(block_size, 6)
+    expected = nf4.quantize(plain.weight, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    model = nn.Sequential(nn.Linear(3, block_size, bias=False), copy.deepcopy(plain))
+    kind: Any = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    quantize_(model, lambda name, _: name == "1", **kind)
+    plain.weight.data = expected.dequantize(torch.float32)
+    outputs = [module(model[0](torch.ones(2, 3))) for module in (model[1], plain)]
+    assert_same_bits(outputs[0].detach(), outputs[1].detach())
+    gradients = [torch.autograd.grad(y.square().sum(), model[0].weight, retain_graph=True)[0] for y in outputs]
+    assert_same_bits(*gradients)
+
+
+def test_a_layer_of_no_whole_blocks_stays_and_a_kind_that_is_none_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    with caplog.at_level(logging.WARNING, "qsharded"):
+        quantize_(model, block_size=128)
+    assert caplog.records[0].getMessage().startswith("not quantized, in_features is no multiple of 128: layers.0.up")
+    with pytest.raises(ValueError, match=r"whose in_features is a multiple of 4096$"):
+        quantize_(Model(), block_size=4096)
+    for kind in ({"quant_type": "af4"}, {"block_size": 0}):
+        with pytest.raises(ValueError, match="must be one of"):
+            quantize_(Model(), **kind)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qsharded import train
-from tests.checkpoints import LLAMA
+from qsharded.checkpoint.quantized import own_config
+from qsharded.nf4 import Kind
+from tests.checkpoints import LLAMA, pack_by_bitsandbytes, write_checkpoint
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}
 
@@ -92,6 +94,18 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "--gpus and --gpu-memory-gib are what --dry-run plans for" in capsys.readouterr().err
 
 
+def test_a_folder_of_bitsandbytes_is_planned_with_the_blocks_that_it_holds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """config.json does not say their size."""
+    original = write_checkpoint(tmp_path, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)
+    scales = []
+    for block_size in (64, 128):
+        folder = pack_by_bitsandbytes(original, tmp_path / str(block_size), "fp4", block_size, False)
+        scales.append(figure(printed(capsys, folder, "--gpus", "1", "--gpu-memory-gib", "1")[1], "scales"))
+    assert scales == [pytest.approx(5.5 * 2**20 / size * 4 / 2**30, abs=6e-4) for size in (64, 128)]
+
+
 def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     def packed_by(**said: Any) -> tuple[int, str]:
         (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": said}))
@@ -103,6 +117,9 @@ def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.Captur
     assert status == 0
     assert figure(text, "scales") == pytest.approx(weights / 64 * 4 / 2**30, abs=6e-4)
     assert figure(packed_by(**nf4, bnb_4bit_use_double_quant=True)[1], "scales") < figure(text, "scales") / 3.8
+    ours = own_config(Kind("fp4", 256)) | {"double_quant": False}
+    assert figure(packed_by(**ours)[1], "scales") == pytest.approx(weights / 256 * 4 / 2**30, abs=6e-4)
+    packed_by(**nf4)
     with pytest.raises(SystemExit):
         train.main(["--model", str(model), "--dry-run", "--lora-modules-to-save", "up_proj"])
     assert "up_proj is packed in this checkpoint" in capsys.readouterr().err

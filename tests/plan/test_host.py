@@ -9,9 +9,11 @@ from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.quantized import Packing
 from qsharded.config import TrainConfig
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.nf4 import Kind
 from qsharded.nn import LoRAConfig
 from qsharded.plan.host import disk, host_memory
 from qsharded.plan.memory import Planner
+from qsharded.plan.parameters import parameters
 from tests.checkpoints import LLAMA
 
 R = 4
@@ -57,6 +59,24 @@ def test_a_packed_model_of_the_hub_is_downloaded_packed() -> None:
         found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
         second_level = 2 * 4 * (1 + 1 + 1 + 1 + 2 + 2 + 2) if double_quant else 0  # a figure for 256 blocks
         assert found["download"] == linear // 2 + scales + second_level + 2 * (WEIGHTS - linear)
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_a_packed_model_of_another_kind_is_counted_with_its_scales(block_size: int) -> None:
+    """down_proj, of 192 columns, stays in 16 bits where blocks are of 128."""
+    plain = 2 * 128 * 192 if block_size == 128 else 0
+    packed = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) - plain
+    packing = Packing("qsharded", kind=Kind("fp4", block_size))
+    built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, packing)
+    found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
+    # 128x128, 64x128 and 192x128 in blocks of 32 have 512, 256, 768 scales, and down_proj 768; of 128: a quarter
+    second_level = 2 * 4 * (2 * 2 + 2 * 1 + 3 * 3 if block_size == 32 else 2 * 1 + 2 * 1 + 2 * 1)
+    assert found["download"] == packed // 2 + packed // block_size + second_level + 2 * (WEIGHTS - packed)
+    held = parameters(built, ranks=1).resident
+    assert held["codes"] == packed // 2
+    rows = 2 * (2 * 128 + 2 * 64 + 2 * 192 + (0 if plain else 128))
+    padding = rows if block_size == 128 else 0  # a row of one block
+    assert held["scales"] == packed // block_size + padding + second_level + 2 * 4 * (6 if plain else 7)
 
 
 def on_host(ranks: int, **changes: Any) -> dict[str, int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qsharded import nf4
 from qsharded.nn import NF4Linear
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 
@@ -50,6 +51,26 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
         assert live.now() == 7 * 320 * 2
         y.backward(torch.empty_like(y))
         assert live.decoded == 320 * 128 * 2
+
+
+def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
+    layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
+    x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed()
+    nf4.decode(codes, absmax, torch.bfloat16, layer.kind)  # its table is made once, and stays
+    with LiveBytes([codes, absmax]) as real:
+        nf4.decode(codes, absmax, torch.bfloat16, layer.kind)
+    with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
+        layer(x)
+    assert live.decoded == real.peak
+    fp4 = NF4Linear(128, 320, bias=False, quant_type="fp4", device="meta")
+    with LiveBytes([x, *fp4.parameters(), *fp4.buffers()]) as live:
+        fp4(x)  # the kernels decode it
+    assert live.decoded == 320 * 128 * 2
+    wide = NF4Linear(2**13, 2**12, bias=False, block_size=128, device="meta")
+    with LiveBytes([x, *wide.parameters(), *wide.buffers()]) as live:
+        wide(torch.empty(1, 2**13, dtype=torch.bfloat16, device="meta"))
+    assert live.decoded == 2**25 * 2 + 2**24 * 8
 
 
 def test_fused_norms_keep_their_input_and_a_figure_a_row() -> None:

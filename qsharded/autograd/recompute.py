@@ -6,15 +6,13 @@ Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-Mode = Literal["none", "selective", "full", "offloaded"]
-"""none keeps every activation; selective keeps what attention and the packed matmuls put out, the dearest to compute;
-full keeps a block's input alone; offloaded keeps that in host memory."""
+from qsharded.autograd.modes import Mode
 
 Forward = Callable[..., Tensor]
 

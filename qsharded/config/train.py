@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from qsharded.autograd.recompute import Mode
+from qsharded.autograd.modes import Mode
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
 
 _model = partial(option, group="Model")

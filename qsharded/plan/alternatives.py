@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from qsharded.autograd.recompute import Mode
+from qsharded.autograd.modes import Mode
 from qsharded.config import TrainConfig
 from qsharded.plan.memory import Plan, Planner
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from qsharded.assembly import fits_whole, layout_of, leaves_sharding_open
-from qsharded.autograd.recompute import Mode
+from qsharded.autograd.modes import Mode
 from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.quantized import PackedCheckpoint, Packing
 from qsharded.config import TrainConfig

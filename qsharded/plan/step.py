@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded.autograd.recompute import Mode, recomputed
+from qsharded.autograd.modes import Mode
+from qsharded.autograd.recompute import recomputed
 from qsharded.checkpoint.load import skeleton
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.masks import attention_mask

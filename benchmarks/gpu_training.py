@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--runs", nargs="+", choices=["builtin", *SHAPES], default=["builtin", "llama3-8b"])
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, max(1, torch.cuda.device_count())])
+    parser.add_argument("--gpus", type=int, nargs="*", default=[1, max(1, torch.cuda.device_count())])
     parser.add_argument("--share-gpu", action="store_true", help="two ranks on the first GPU as well, over gloo")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch on one GPU")

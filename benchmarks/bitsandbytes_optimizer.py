@@ -56,7 +56,7 @@ def operation(shape: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Parameter,
 def of_both(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``measure`` finds of bitsandbytes' kernels, and of ours in their place."""
     theirs = measure()
-    install()
+    install(optimizer=True)
     try:
         ours = measure()
     finally:

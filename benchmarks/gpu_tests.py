@@ -5,6 +5,7 @@ python -m benchmarks.gpu_tests [--record FILE] [PYTEST_ARGUMENT ...]
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ class Outcomes:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
         if report.failed:
+            print(f"\nfailed: {report.nodeid}", flush=True)  # at once, for who does not see the end
             self.failed.append(report.nodeid)
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here; every test would be skipped")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is cut off still leaves its record
     outcomes = Outcomes()
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *rest], plugins=[outcomes])
     record = environment() | {

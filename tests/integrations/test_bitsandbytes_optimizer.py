@@ -131,15 +131,14 @@ def test_the_operation_finds_ours_and_ours_finds_the_one_before(
     on_cpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through PyTorch's dispatcher, on CPUs, where ours is put for a test."""
-    replaced = {"optimizer_update_8bit_blockwise": bitsandbytes_optimizer.update}
-    monkeypatch.setitem(bitsandbytes_kernels._REPLACED, "CPU", replaced)
+    monkeypatch.setitem(bitsandbytes_kernels._OPTIMIZER, "CPU", bitsandbytes_kernels._OPTIMIZER["CUDA"])
     given, seen = tensors(), []
     step = cuda_adamw8bit.update_alone
     monkeypatch.setattr(cuda_adamw8bit, "update_alone", lambda *a: (seen.append("ours"), step(*a))[1])
     skipping = NUMBERS | {"skip_zeros": True}
     expected, ours, theirs = copied(given), copied(given), copied(given)
     OPERATION("adam", **expected, **skipping)
-    install()
+    install(optimizer=True)
     try:
         OPERATION("adam", **theirs, **skipping)
         assert seen == []
@@ -173,7 +172,7 @@ def test_on_a_gpu_it_is_the_step_of_bitsandbytes(steps: list[int], dtype: torch.
     given = tensors(2**20, dtype, "cuda")
     ours, theirs = copied(given), copied(given)
     OPERATION("adam", **theirs, **NUMBERS)
-    install()
+    install(optimizer=True)
     OPERATION("adam", **ours, **NUMBERS)
     assert steps == [2**20]
     assert_same_step(ours, theirs)
@@ -186,7 +185,7 @@ def test_a_value_without_a_finite_gradient_stays_as_it_does_with_bitsandbytes(st
     given["g"][::7] = value
     ours, theirs = copied(given), copied(given)
     OPERATION("adam", **theirs, **NUMBERS)
-    install()
+    install(optimizer=True)
     OPERATION("adam", **ours, **NUMBERS)
     assert torch.equal(ours["p"][::7], given["p"][::7])
     assert (ours["state1"][::7] == 127).all()
@@ -212,7 +211,7 @@ def test_its_optimizers_train_on_our_step(steps: list[int], kind: str) -> None:
         return p.detach()
 
     expected = trained()
-    install()
+    install(optimizer=True)
     found = trained()
     assert steps == [2**18] * 5
     assert (expected - start).abs().min() > 4e-3

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,10 +13,12 @@ from transformers import AutoTokenizer
 
 import qsharded
 from qsharded import merge
-from qsharded.integrations.gguf import write_gguf
-from qsharded.integrations.gguf_tokenizer import pre_tokenizer_name
 from tests.adapters import recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
+
+gguf = pytest.importorskip("gguf")
+from qsharded.integrations.gguf import write_gguf  # noqa: E402
+from qsharded.integrations.gguf_tokenizer import pre_tokenizer_name  # noqa: E402
 
 BUILTIN = Path(qsharded.__file__).parent / "builtin" / "model"
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32}

@@ -1,4 +1,4 @@
-"""What the commands share: how mistakes are told, and what "auto" means."""
+"""What the commands share: how mistakes are told, what "auto" means, and which block sizes there are."""
 
 import os
 import sys
@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from qsharded.config.options import Check
+from qsharded.nf4 import BLOCK_SIZES
 from qsharded.parallel import World
 
+BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -15,7 +15,7 @@ import torch
 from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import errors_named
+from qsharded.commands import BLOCK_SIZE, errors_named
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
 from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
@@ -50,8 +50,14 @@ class MergeConfig:
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
         "people publish. nf4: those weights rounded to NF4 and back, which are the very ones that the adapter was "
         "trained on; the merged model then answers as the trained one does, but for the rounding of the sum to the "
-        "checkpoint's dtype.",
+        "checkpoint's dtype. fp4: the same, for adapters that were trained on a checkpoint packed in FP4.",
         "16bit",
+    )
+    block_size: int = _in(
+        "Weights that shared an absmax when the adapter was trained, unless --base is 16bit.",
+        64,
+        unit="weights",
+        check=BLOCK_SIZE,
     )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
     format: Format = _out(
@@ -87,7 +93,7 @@ def run(config: MergeConfig) -> None:
         _check_gguf(checkpoint, tokenizer)
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
-            merge_weights(checkpoint, adapter, unfinished, config.base)
+            merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
         copy_files([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":

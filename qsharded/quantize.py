@@ -13,17 +13,15 @@ import torch
 from qsharded.checkpoint.quantized import Form
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import errors_named
+from qsharded.commands import BLOCK_SIZE, errors_named
 from qsharded.config import check_values, option, parse
-from qsharded.config.options import Check
 from qsharded.data.tokenizer_files import present_files
 from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
-from qsharded.nf4 import BLOCK_SIZES, Kind, QuantType
+from qsharded.nf4 import Kind, QuantType
 from qsharded.parallel import World
 
 _in = partial(option, group="What is quantized")
 _out = partial(option, group="What is written")
-_BLOCK_SIZES = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class QuantizeConfig:
         "kernels are for blocks of 64; PyTorch's own operations serve the others.",
         64,
         unit="weights",
-        check=_BLOCK_SIZES,
+        check=BLOCK_SIZE,
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qsharded import nf4
+from qsharded import nf4, quantize
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
 from qsharded.checkpoint.merging import merge_weights
@@ -111,6 +111,20 @@ def test_on_nf4_answers_as_the_trained_model(tmp_path: Path, kind: str) -> None:
         base = transformers_model(merge(checkpoint, adapter, tmp_path / "16bit"))(IDS).logits
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert (base - expected).abs().max() > 0.01  # the other base is another model
+
+
+@pytest.mark.parametrize(("quant_type", "block_size"), [("fp4", 32), ("nf4", 128)])
+def test_on_another_kind_answers_as_what_was_trained_on_it(tmp_path: Path, quant_type: str, block_size: int) -> None:
+    (tmp_path / "model").mkdir()
+    checkpoint = recast(write_checkpoint(tmp_path / "model", intermediate_size=160), torch.float32)
+    adapter, packed = write_adapter(tmp_path / "adapter", checkpoint), tmp_path / "packed"
+    kind = [f"--quant-type={quant_type}", f"--block-size={block_size}"]
+    quantize.main([f"--model={checkpoint}", f"--output={packed}", *kind])
+    trained = load_model(packed, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu")
+    load_adapter(trained, adapter)
+    merged = merge(checkpoint, adapter, tmp_path / "merged", base=quant_type, block_size=block_size)
+    with torch.no_grad():
+        torch.testing.assert_close(transformers_model(merged)(IDS).logits, trained(IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_on_nf4_rounds_the_fp32_sum_once(tmp_path: Path, checkpoint: Path, adapter: Path) -> None:
@@ -246,7 +260,7 @@ def test_the_command_finds_the_base_that_the_adapter_names(tmp_path: Path, check
         (["--output", "out"], 2, "--adapter is required"),
         (["--adapter", "nowhere", "--output", "out"], 2, "--adapter nowhere is no adapter folder"),
         (["--model", "nowhere", "--adapter", "{adapter}", "--output", "out"], 1, "nowhere is neither a folder"),
-        (["--adapter", "{adapter}", "--output", "out", "--base", "8bit"], 2, "--base must be one of 16bit, nf4, got"),
+        (["--adapter", "{adapter}", "--output", "out", "--base", "8bit"], 2, "--base must be one of 16bit, nf4, fp4, got"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -1,7 +1,7 @@
 """Build a model and fill it: meta init, quantize, adapt, shard, then each rank reads its own rows and packs them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded import parallel
-from qsharded.autograd.recompute import Mode
+from qsharded.autograd.modes import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
 from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing, torn_rows
@@ -18,8 +18,10 @@ from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.layout import SHARDED, Layout, lay_out
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
 from qsharded.nn.lora import initial_A, lora_layers
+from qsharded.nn.quantize import Filter
 
 
 def load_model(
@@ -111,13 +113,14 @@ def skeleton(
     lora: LoRAConfig | None,
     dtype: torch.dtype,
     packed: PackedCheckpoint | Packing | None = None,
+    kind: Kind = NF4_64,
 ) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory.
 
     Args:
         packed: the checkpoint that decides which layers are packed; or how it packs them, where its files are not there
             to say which: all linear ones that can be, but the head. By default these less those that are trained in
-            full.
+            full, in ``kind``.
 
     Raises:
         ValueError: the checkpoint has packed what this decoder keeps whole, or what ``lora`` trains in full.
@@ -126,12 +129,13 @@ def skeleton(
         model = CausalLM(config, dtype=dtype)
         if packed is None:
             kept = lora.is_saved if lora else lambda name: False
-            quantize_(model, lambda name, _: name != "lm_head" and not kept(name))
+            _quantize(model, kind, True, lambda name, _: name != "lm_head" and not kept(name))
         elif isinstance(packed, Packing):
-            _quantize_as(packed, model, lambda name, _: name != "lm_head")
+            _quantize(model, packed.kind, packed.double_quant, lambda name, _: name != "lm_head")
         else:
             _refuse_torn_rows(model, packed)
-            _quantize_as(packed.packing, model, lambda name, _: name != "lm_head" and packed.is_packed(name))
+            kind, double_quant = packed.packing.kind, packed.packing.double_quant
+            _quantize(model, kind, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))
             _refuse_other_packed(model, packed)
         if packed is not None and lora is not None:
             _refuse_trained(model, lora)
@@ -141,8 +145,7 @@ def skeleton(
     return model
 
 
-def _quantize_as(packing: Packing, model: nn.Module, filter: Callable[[str, nn.Linear], bool]) -> None:
-    kind, double_quant = packing.kind, packing.double_quant
+def _quantize(model: nn.Module, kind: Kind, double_quant: bool, filter: Filter) -> None:
     quantize_(model, filter, quant_type=kind.quant_type, block_size=kind.block_size, double_quant=double_quant)
 
 

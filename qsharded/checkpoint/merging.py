@@ -32,10 +32,10 @@ from qsharded.nn.lora import lora_layers
 
 logger = logging.getLogger(__name__)
 
-Base = Literal["16bit", "nf4"]
+Base = Literal["16bit", "nf4", "fp4"]
 
 
-def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> None:
+def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base, block_size: int = nf4.BLOCK) -> None:
     """Write the safetensors of ``checkpoint`` into ``target``, under their names, with the adapter folded in.
 
     Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
@@ -45,8 +45,9 @@ def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> 
         checkpoint: a folder, as ``find_checkpoint`` gives it.
         adapter: a folder that PEFT or qsharded wrote.
         target: an existing folder.
-        base: "16bit" adds to the checkpoint's weights, "nf4" to what is left of them after quantization, which is what
-            the adapter was trained on.
+        base: "16bit" adds to the checkpoint's weights, "nf4" and "fp4" to what is left of them after quantization,
+            which is what the adapter was trained on.
+        block_size: of that quantization.
 
     Raises:
         ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a checkpoint that is
@@ -58,12 +59,13 @@ def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base) -> 
             f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
             "--model the 16-bit checkpoint it was made from"
         )
-    model = skeleton(ModelConfig.from_hf(described), read_lora_config(adapter), torch.float32)
+    kind = nf4.NF4_64 if base == "16bit" else nf4.Kind(base, block_size)
+    model = skeleton(ModelConfig.from_hf(described), read_lora_config(adapter), torch.float32, kind=kind)
     source = SafetensorsFolder(checkpoint)
     source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
-        merge = _Merge.of(model, base, file, adapter / WEIGHTS_FILE)
+        merge = _Merge.of(model, None if base == "16bit" else kind, file, adapter / WEIGHTS_FILE)
         for path in sorted({source.file_of(name) for name in source.names()}):
             logger.info("merging %s", path.name)
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor)
@@ -76,25 +78,28 @@ class _Merge:
     Attributes:
         adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
         replaced: tensors that the adapter holds whole (modules_to_save).
-        rounded: tensors to pass through NF4 first.
+        rounded: tensors to quantize and decode first.
+        kind: to which, or None.
         file, path: the adapter's, open.
     """
 
     adapted: dict[str, tuple[str, LoRALinear]]
     replaced: set[str]
     rounded: set[str]
+    kind: nf4.Kind | None
     file: Any
     path: Path
 
     @classmethod
-    def of(cls, model: nn.Module, base: Base, file: Any, path: Path) -> "_Merge":
+    def of(cls, model: nn.Module, kind: nf4.Kind | None, file: Any, path: Path) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
         return cls(
             adapted={f"{name}.weight": (name, layer) for name, layer in lora_layers(model)},
             replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
-            rounded=packed if base == "nf4" else set(),
+            rounded=packed if kind else set(),
+            kind=kind,
             file=file,
             path=path,
         )
@@ -111,7 +116,9 @@ class _Merge:
     def _new(self, name: str, stored: Tensor) -> Tensor:
         if name in self.replaced:
             return self.file.get_tensor(PREFIX + name)
-        base = through_nf4(stored, name) if name in self.rounded else stored
+        base = stored
+        if self.kind is not None and name in self.rounded:
+            base = quantized_and_decoded(stored, name, self.kind)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
 
     def _delta(self, name: str, layer: LoRALinear) -> Tensor:
@@ -127,15 +134,16 @@ class _Merge:
         return delta
 
 
-def through_nf4(weight: Tensor, name: str) -> Tensor:
-    """The weight [N, K] in fp32 as a model in NF4 computes with it: quantized, doubly, and decoded.
+def quantized_and_decoded(weight: Tensor, name: str, kind: nf4.Kind) -> Tensor:
+    """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and decoded.
 
     Raises:
         ValueError: NaN or infinity in the tensor ``name``.
     """
-    nf4.check_weight(weight, name=name)
-    codes, absmax = ops.nf4_quantize(weight)
-    return ops.nf4_dequantize(codes, *nf4.double_quantize(absmax), dtype=torch.float32)
+    nf4.check_weight(weight, kind, name)
+    codes, absmax = ops.nf4_quantize(weight, kind.quant_type, kind.block_size)
+    scales = nf4.double_quantize(absmax)
+    return ops.nf4_dequantize(codes, *scales, torch.float32, kind.quant_type, kind.block_size)
 
 
 def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:

@@ -27,6 +27,7 @@ from benchmarks.record import environment
 from qsharded import parallel
 from qsharded.autograd.recompute import recomputed
 from qsharded.layout import materialize
+from qsharded.shards import local, own_rows
 from qsharded.streaming import HostWeights
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
@@ -119,8 +120,8 @@ def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str 
     materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
     for block in blocks:
         block.expected = ALL_PATTERNS[-rows:].to(device)
-        own = parallel.own_rows(block.packed)
-        stored = parallel.local(block.packed).detach()
+        own = own_rows(block.packed)
+        stored = local(block.packed).detach()
         stored.view(torch.uint8).copy_(block.expected[own.start : own.stop])
         assert block.companion is not None
         nn.init.eye_(block.companion)

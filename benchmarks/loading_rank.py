@@ -20,6 +20,7 @@ from qsharded.checkpoint.pieces import Piece
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.layout import lay_out
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.shards import RowRange, local
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def warm_up(world: parallel.World) -> None:
     """Contexts, compiled kernels and communicators, which a run needs once whatever it loads."""
     absmax_NG = torch.rand(8, 4, device=world.device)
     group = world.mesh.get_group() if world.mesh else None
-    filling.double_quantize(absmax_NG, parallel.RowRange(0, 8, 8, group))
+    filling.double_quantize(absmax_NG, RowRange(0, 8, 8, group))
     torch.ops.qsharded.nf4_quantize(torch.randn(8, 256, device=world.device).bfloat16())
 
 
@@ -108,7 +109,7 @@ def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:
     took = seconds(
         lambda: loaded.append(load_model(folder, mesh=world.mesh, dtype=torch.bfloat16, device=world.device)), world
     )
-    shard = sum(parallel.local(t).nbytes for t in [*loaded[0].parameters(), *loaded[0].buffers()])
+    shard = sum(local(t).nbytes for t in [*loaded[0].parameters(), *loaded[0].buffers()])
     largest = max(2 * math.prod(shape) for shape in expected_shapes(loaded[0]).values())
     on_host = 0 if world.device.type == "cuda" else shard  # there the model is no scratch
     return {

@@ -22,10 +22,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qsharded import collectives
-from qsharded.shards import RowRange as RowRange
-from qsharded.shards import local as local
-from qsharded.shards import own_rows as own_rows
-from qsharded.shards import whole as whole
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs

@@ -23,9 +23,10 @@ from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import DamagedGather, World, start_world, stop_world, whole
+from qsharded.parallel import DamagedGather, World, start_world, stop_world
 from qsharded.plan.dry_run import dry_run
 from qsharded.seeds import derived_seed
+from qsharded.shards import whole
 
 
 class SkippedTooOften(RuntimeError):

@@ -260,7 +260,11 @@ def test_the_command_finds_the_base_that_the_adapter_names(tmp_path: Path, check
         (["--output", "out"], 2, "--adapter is required"),
         (["--adapter", "nowhere", "--output", "out"], 2, "--adapter nowhere is no adapter folder"),
         (["--model", "nowhere", "--adapter", "{adapter}", "--output", "out"], 1, "nowhere is neither a folder"),
-        (["--adapter", "{adapter}", "--output", "out", "--base", "8bit"], 2, "--base must be one of 16bit, nf4, fp4, got"),
+        (
+            ["--adapter", "{adapter}", "--output", "out", "--base", "8bit"],
+            2,
+            "--base must be one of 16bit, nf4, fp4, got",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qsharded import parallel
 from qsharded.checkpoint.source import read_json
 from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
+from qsharded.shards import local, own_rows, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -52,7 +52,7 @@ def save_adapter(
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in trainable(model):
-        full = parallel.whole(parameter.detach())
+        full = whole(parameter.detach())
         if is_main:
             weights[name] = full.cpu().contiguous()
     if not is_main:
@@ -168,6 +168,6 @@ def copy_rows(file: Any, name: str, target: Tensor, path: Path) -> None:
     stored = file.get_slice(name)
     if tuple(stored.get_shape()) != tuple(target.shape):
         raise ValueError(f"{path}: {name} is {tuple(stored.get_shape())}, the model's is {tuple(target.shape)}")
-    rows = parallel.own_rows(target)
+    rows = own_rows(target)
     with torch.no_grad():
-        parallel.local(target).copy_(stored[rows.start : rows.stop])
+        local(target).copy_(stored[rows.start : rows.stop])

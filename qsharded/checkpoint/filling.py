@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsharded import backends, nf4, ops, parallel
+from qsharded import backends, nf4, ops
 from qsharded.checkpoint.pieces import Piece, WeightSource, pieces_of
 from qsharded.nf4 import Kind
 from qsharded.nn import NF4Linear
 from qsharded.nn.nf4_linear import pad_absmax
+from qsharded.shards import RowRange, local, own_rows
 
 
 class Fill(Protocol):
@@ -101,9 +102,7 @@ class QuantizingFill:
         kind: to quantize to.
     """
 
-    def __init__(
-        self, source: WeightSource, name: str, K: int, rows: parallel.RowRange, kind: Kind, sink: PackedSink
-    ) -> None:
+    def __init__(self, source: WeightSource, name: str, K: int, rows: RowRange, kind: Kind, sink: PackedSink) -> None:
         self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
         self._finite = FiniteCheck(name, rows.group)
         self._absmax: list[Tensor] = []
@@ -128,8 +127,8 @@ class LayerSink:
 
     def __init__(self, layer: NF4Linear) -> None:
         self._layer = layer
-        self._first = parallel.own_rows(layer.weight).start
-        self._codes_NP = parallel.local(layer.weight).view(torch.uint8)
+        self._first = own_rows(layer.weight).start
+        self._codes_NP = local(layer.weight).view(torch.uint8)
 
     def put_codes(self, first: int, codes_NP: Tensor) -> None:
         first -= self._first
@@ -139,12 +138,12 @@ class LayerSink:
         layer = self._layer
         assert layer.weight_absmax_scales is not None
         assert layer.weight_absmax_offset is not None
-        parallel.local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(codes_NG))
+        local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(codes_NG))
         layer.weight_absmax_scales.copy_(scales)
         layer.weight_absmax_offset.copy_(offset)
 
 
-def double_quantize(absmax_NG: Tensor, rows: parallel.RowRange) -> tuple[Tensor, Tensor, Tensor]:
+def double_quantize(absmax_NG: Tensor, rows: RowRange) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
     offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
@@ -152,7 +151,7 @@ def double_quantize(absmax_NG: Tensor, rows: parallel.RowRange) -> tuple[Tensor,
     return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
 
 
-def _agreed_offset(absmax_NG: Tensor, rows: parallel.RowRange) -> Tensor:
+def _agreed_offset(absmax_NG: Tensor, rows: RowRange) -> Tensor:
     """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
     sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
     sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded import parallel
 from qsharded.autograd.modes import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
@@ -22,6 +21,7 @@ from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
 from qsharded.nn.lora import initial_A, lora_layers
 from qsharded.nn.quantize import Filter
+from qsharded.shards import local, own_rows
 
 
 def load_model(
@@ -186,7 +186,7 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[filling.Fill
 
 
 def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filling.Fill:
-    rows = parallel.own_rows(layer.weight)
+    rows = own_rows(layer.weight)
     return filling.QuantizingFill(source, name, layer.in_features, rows, layer.kind, filling.LayerSink(layer))
 
 
@@ -201,8 +201,8 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fil
 
 def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[filling.Fill]:
     parts = packed.packing.parts(packed.source, name, layer.out_features, layer.in_features)
-    first, G = parallel.own_rows(layer.weight).start, layer.in_features // layer.block_size
-    codes, absmax = (parallel.local(tensor) for tensor in (layer.weight, layer.weight_absmax))
+    first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
+    codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
         as_stored = absmax.view(packed.source.dtype(parts.absmax))
@@ -228,8 +228,8 @@ def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
 
 
 def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> filling.Fill:
-    rows = parallel.own_rows(parameter)
-    return filling.RowsFill(source, name, parallel.local(parameter).detach(), rows.start, rows.group)
+    rows = own_rows(parameter)
+    return filling.RowsFill(source, name, local(parameter).detach(), rows.start, rows.group)
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -264,7 +264,7 @@ def parameter_count(model: nn.Module) -> int:
 @torch.no_grad()
 def _fill_adapters(model: nn.Module, seed: int) -> None:
     for name, layer in lora_layers(model):
-        rows = parallel.own_rows(layer.lora_A.weight)
+        rows = own_rows(layer.lora_A.weight)
         whole_A = initial_A(name, seed, *layer.lora_A.weight.shape)
-        parallel.local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
-        parallel.local(layer.lora_B.weight).zero_()
+        local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
+        local(layer.lora_B.weight).zero_()

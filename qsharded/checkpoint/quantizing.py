@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded import blockwise8, nf4, parallel
+from qsharded import blockwise8, nf4
 from qsharded.checkpoint import filling, quantized
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
@@ -24,6 +24,7 @@ from qsharded.checkpoint.writing import SafetensorsFile, Spec
 from qsharded.models import ModelConfig
 from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import NF4Linear
+from qsharded.shards import RowRange
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class _Writer:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
         sink = _FileSink(file, self.form, self.kind, name, N, K, dtype)
-        return filling.QuantizingFill(self.source, name, K, parallel.RowRange(0, N, N, None), self.kind, sink)
+        return filling.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.kind, sink)
 
 
 class _CopyFill:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from qsharded import parallel
 from qsharded.checkpoint.adapter import open_weights, trainable
 from qsharded.checkpoint.files import FileRecord, Parts, write_tensors
+from qsharded.shards import local, own_rows
 
 _ROWS = "rows"
 
@@ -68,7 +68,7 @@ def _key(name: str, what: str) -> str:
 
 def own_weights(model: nn.Module, rank: int) -> RankTensors:
     """The rows of what trains that this rank is to write."""
-    return RankTensors({n: _rows(p, {"weight": parallel.local(p.detach())}) for n, p in _written_by(rank, model)})
+    return RankTensors({n: _rows(p, {"weight": local(p.detach())}) for n, p in _written_by(rank, model)})
 
 
 def own_state(model: nn.Module, optimizer: Optimizer, rank: int) -> RankTensors:
@@ -77,7 +77,7 @@ def own_state(model: nn.Module, optimizer: Optimizer, rank: int) -> RankTensors:
 
 
 def _rows(parameter: Tensor, tensors: Mapping[str, Tensor]) -> Rows:
-    own = parallel.own_rows(parameter)
+    own = own_rows(parameter)
     return Rows(own.start, own.stop, tensors)
 
 
@@ -86,7 +86,7 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
         return optimizer.parameter_state(parameter)
     state = optimizer.state.get(parameter, {})
     assert all(isinstance(value, Tensor) for value in state.values()), f"{type(optimizer)} keeps more than tensors"
-    return {what: parallel.local(value) for what, value in state.items()}
+    return {what: local(value) for what, value in state.items()}
 
 
 def _written_by(rank: int, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -206,7 +206,7 @@ def load_state(model: nn.Module, optimizer: Optimizer, written: WrittenTensors) 
 
 
 def _needed(runs: Sequence[_Run], parameter: Tensor) -> Sequence[_Run]:
-    own = parallel.own_rows(parameter)
+    own = own_rows(parameter)
     holding_all = [run for run in runs if own.count and run.start <= own.start and own.stop <= run.stop]
     return holding_all or runs
 
@@ -217,7 +217,7 @@ def _own_value(what: str, parameter: Tensor, runs: Sequence[_Run]) -> Tensor:
     if first.shape(what) != (first.stop - first.start, *parameter.shape[1:]):
         return first.read(what)
     value = torch.empty_like(parameter, dtype=first.dtype(what), requires_grad=False)
-    own, mine = parallel.own_rows(parameter), parallel.local(value)
+    own, mine = own_rows(parameter), local(value)
     for run in runs:
         start, stop = max(run.start, own.start), min(run.stop, own.stop)
         if start < stop:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qsharded import parallel
 from qsharded.checkpoint.adapter import STARTS_ON_BASE
 from qsharded.nn import NF4Linear
+from qsharded.shards import whole
 
 _HOOK = "_maybe_include_all_linear_layers"
 _ALL_LINEAR = "all-linear"
@@ -206,7 +206,7 @@ def save_adapter(model: PeftModel, folder: Path | str) -> None:
     gathered: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            full = parallel.whole(parameter.detach())
+            full = whole(parameter.detach())
             if is_main:
                 gathered[name] = full.cpu()
     if is_main:

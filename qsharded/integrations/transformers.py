@@ -28,6 +28,7 @@ from qsharded.checkpoint.quantized import own_kind, torn_rows
 from qsharded.integrations import bitsandbytes_format
 from qsharded.nn import NF4Linear, quantize_
 from qsharded.nn.nf4_linear import pad_absmax
+from qsharded.shards import RowRange, own_rows
 
 _ABSMAX = "weight_absmax"
 
@@ -214,7 +215,7 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         [(name, value)] = input_dict.items()
         value = value[0] if isinstance(value, list) else value
-        rows = parallel.own_rows(kwargs["model"].get_parameter(name))
+        rows = own_rows(kwargs["model"].get_parameter(name))
         config = self.hf_quantizer.quantization_config
         pack = _pack_doubly if config.double_quant else _pack
         finite = FiniteCheck(name, rows.group)
@@ -223,11 +224,11 @@ class _Quantize(ConversionOps):
         return _named(pack(*ops.nf4_quantize(value, config.format, config.block_size), rows), name)
 
 
-def _pack(codes: Tensor, absmax: Tensor, rows: parallel.RowRange) -> _Packed:
+def _pack(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
     return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
 
 
-def _pack_doubly(codes: Tensor, absmax: Tensor, rows: parallel.RowRange) -> _Packed:
+def _pack_doubly(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
     """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
     absmax_codes, scales, offset = double_quantize(absmax, rows)
     return codes.view(torch.bfloat16), pad_absmax(absmax_codes).view(torch.bfloat16), scales, offset

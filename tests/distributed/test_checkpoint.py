@@ -19,6 +19,7 @@ from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.nn import LoRAConfig
 from qsharded.seeds import derived_seed
+from qsharded.shards import local, own_rows
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -33,7 +34,7 @@ def whole(shape: Sequence[int], *what: str) -> Tensor:
 
 
 def own(parameter: Tensor, *what: str) -> Tensor:
-    rows = parallel.own_rows(parameter)
+    rows = own_rows(parameter)
     return whole(parameter.shape, *what)[rows.start : rows.stop]
 
 
@@ -59,7 +60,7 @@ class CodedOptimizer(Optimizer):
         return {"codes": codes, "scales": scales}
 
     def set_parameter_state(self, parameter: Tensor, written: Sequence[Rows]) -> None:
-        rows, first, rest = parallel.own_rows(parameter), written[0].start, parameter.shape[1:]
+        rows, first, rest = own_rows(parameter), written[0].start, parameter.shape[1:]
         if [(run.start, run.stop) for run in written] == [(rows.start, rows.stop)]:
             self.codes[parameter] = written[0].tensors["codes"], written[0].tensors["scales"]
             return
@@ -80,10 +81,10 @@ def write(folder: Path, layout: str) -> None:
     world, model, parameters = start(folder, layout)
     adamw, coded = AdamW(parameters), CodedOptimizer(parameters)
     for name, parameter in trainable(model):
-        parallel.local(parameter.detach()).copy_(own(parameter, name))
+        local(parameter.detach()).copy_(own(parameter, name))
         state = {what: torch.zeros_like(parameter) for what in ("exp_avg", "exp_avg_sq")}
         for what, value in state.items():
-            parallel.local(value).copy_(own(parameter, name, what))
+            local(value).copy_(own(parameter, name, what))
         adamw.state[parameter] = {"step": torch.tensor(5.0), **state}
         coded.encode(parameter, own(parameter, name, "coded"))
     for kind, optimizer in (("adamw", adamw), ("coded", coded)):
@@ -98,11 +99,11 @@ def read(folder: Path, layout: str) -> None:
     for written_by in WRITERS:
         for kind, optimizer in (("adamw", AdamW(parameters)), ("coded", CodedOptimizer(parameters))):
             for parameter in parameters:
-                parallel.local(parameter.detach()).zero_()
+                local(parameter.detach()).zero_()
             checkpoint = folder / kind / written_by / "checkpoints" / "step-000005"
             assert load_checkpoint(checkpoint, model, LORA, optimizer, {}) == Progress(step=5)
             for name, parameter in trainable(model):
-                assert torch.equal(parallel.local(parameter), own(parameter, name))
+                assert torch.equal(local(parameter), own(parameter, name))
                 if kind == "adamw":
                     check_adamw(optimizer, name, parameter)
                 else:
@@ -115,7 +116,7 @@ def check_adamw(optimizer: Optimizer, name: str, parameter: Tensor) -> None:
     assert torch.equal(state["step"], torch.tensor(5.0))
     for what in ("exp_avg", "exp_avg_sq"):
         assert isinstance(state[what], DTensor) == isinstance(parameter, DTensor)
-        assert torch.equal(parallel.local(state[what]), own(parameter, name, what))
+        assert torch.equal(local(state[what]), own(parameter, name, what))
 
 
 def check_coded(optimizer: Any, name: str, parameter: Tensor, *, exact: bool) -> None:

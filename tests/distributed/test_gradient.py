@@ -12,6 +12,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, StepLoader
 from qsharded.nn import LoRAConfig
+from qsharded.shards import local, whole
 from qsharded.train import accumulate_gradient
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -43,7 +44,7 @@ def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) ->
     with torch.no_grad():  # with B at zero, A's gradient would be zero too
         for name, parameter in trainable(model):
             if "lora_B" in name:
-                parallel.local(parameter).fill_(0.02)
+                local(parameter).fill_(0.02)
     loader = StepLoader(
         examples(),
         max_length=64,
@@ -57,7 +58,7 @@ def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) ->
     )
     step = next(loader.steps(Cursor()))
     accumulate_gradient(model, step, world, seed=0, step_number=0)
-    return {name: parallel.whole(parameter.grad) for name, parameter in trainable(model)}
+    return {name: whole(parameter.grad) for name, parameter in trainable(model)}
 
 
 @pytest.fixture(scope="module")

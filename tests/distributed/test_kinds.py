@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded import parallel
 from qsharded.checkpoint import load_model
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.shards import local
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_gather import as_cuda_copies
@@ -44,7 +44,7 @@ def of_model(model: nn.Module) -> Found:
     state |= {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
     k_proj = model.get_submodule("model.layers.0.self_attn.k_proj.base_layer")
     assert isinstance(k_proj, NF4Linear)
-    rows = parallel.local(k_proj.weight).shape[0]
+    rows = local(k_proj.weight).shape[0]
     return Found(state, two_steps(model), k_proj.quant_type, k_proj.block_size, rows)
 
 

@@ -14,6 +14,7 @@ from qsharded.checkpoint import load_model
 from qsharded.layout import Layout, check_shares
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
+from qsharded.shards import local
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -38,7 +39,7 @@ def held(folder: Path, replicas: int, modes: list[dict[str, Any]]) -> list[Held]
 
 def _held(model: nn.Module) -> Held:
     return {
-        name: (parallel.local(p).untyped_storage().nbytes(), p.numel() * p.itemsize, p.requires_grad)
+        name: (local(p).untyped_storage().nbytes(), p.numel() * p.itemsize, p.requires_grad)
         for name, p in model.named_parameters()
     }
 

@@ -11,12 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qsharded import nf4, parallel
+from qsharded import nf4
 from qsharded.checkpoint import load_model, staging
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.layout import SHARDED, Layout
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.shards import local, own_rows, whole
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -64,7 +65,7 @@ def gathered_bytes(
 def whole_bytes(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().contiguous().view(torch.uint8)
-    rows, own = parallel.own_rows(tensor), tensor.to_local().detach().contiguous()
+    rows, own = own_rows(tensor), tensor.to_local().detach().contiguous()
     assert own.shape[0] == rows.count
     full = torch.zeros(tensor.shape, dtype=tensor.dtype)
     full[rows.start : rows.stop].view(torch.uint8).copy_(own.view(torch.uint8))
@@ -160,7 +161,7 @@ def loss_and_gradient(path: Path, world_size: int, checkpointing: bool) -> tuple
     ids = torch.arange(24).view(2, 12) % 97
     loss = model(ids, targets_BS=ids)
     loss.backward()
-    gradient = parallel.whole(model.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight").grad)
+    gradient = whole(model.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight").grad)
     return loss.detach(), gradient
 
 
@@ -188,12 +189,12 @@ def head_adapter_gradients(path: Path, world_size: int) -> tuple[Tensor, dict[st
     lora = LoRAConfig(r=3, target_modules=".*")
     model = load_model(path, mesh=mesh, lora=lora, dtype=torch.float32, seed=7)
     with torch.no_grad():
-        parallel.local(model.get_parameter("lm_head.lora_B.weight")).fill_(0.02)
+        local(model.get_parameter("lm_head.lora_B.weight")).fill_(0.02)
     ids = torch.arange(24).view(2, 12) % 97
     loss = model(ids, targets_BS=ids)
     loss.backward()
     names = [f"lm_head.lora_{part}.weight" for part in "AB"]
-    return loss.detach(), {name: parallel.whole(model.get_parameter(name).grad) for name in names}
+    return loss.detach(), {name: whole(model.get_parameter(name).grad) for name in names}
 
 
 def test_an_adapted_head_trains_alike_on_any_number_of_ranks(folder: Path) -> None:

@@ -17,6 +17,7 @@ from qsharded.layout import Layout
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
+from qsharded.shards import whole
 from qsharded.train import accumulate_gradient
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -75,7 +76,7 @@ def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> R
         optimizer.step()
         optimizer.zero_grad()
     said = generate(model, [[5, 6, 7], [9]], max_new_tokens=6, eos_ids=[])
-    return {"losses": losses, "adapter": {n: parallel.whole(p.detach()) for n, p in trainable(model)}, "said": said}
+    return {"losses": losses, "adapter": {n: whole(p.detach()) for n, p in trainable(model)}, "said": said}
 
 
 def recomputing(mode: str, **others: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.state import merged
-from qsharded.parallel import local, own_rows
+from qsharded.shards import local, own_rows
 from tests.distributed.harness import run_ranks
 from tests.kernels.cases import assert_same_bits
 

@@ -127,7 +127,10 @@ def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: boo
     x, grad = random(M, columns, requires_grad=True), random(M, 70)
     y = ops.nf4_linear(x, *packed, **kind)
     y.backward(grad)
-    assert_close(y.detach(), x.detach(), weight.T)
+    # the fused product of a single row does not round its weights
+    fused_row = M == 1 and block_size == nf4.BLOCK and backends._has_fused_linear(x.device, x.dtype)
+    multiplied = expected.dequantize(torch.float32).cuda() if fused_row else weight
+    assert_close(y.detach(), x.detach(), multiplied.T)
     assert_close(x.grad, grad, weight)
 
 

@@ -18,6 +18,11 @@ _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
 
 TIMEOUT_S = 240
+ATTEMPTS = 3  # gloo now and then fails to connect ranks that start at the same time as others on this machine
+
+
+class NeverMet(AssertionError):
+    """The ranks did not find each other: nothing of the test has run."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -26,6 +31,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         AssertionError: a rank failed; the message holds its traceback.
     """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _run_ranks(function, world_size, *args)
+        except NeverMet as error:
+            print(error)
+    return _run_ranks(function, world_size, *args)
+
+
+def _run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
@@ -51,6 +65,10 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
     )
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    except BaseException:
+        Path(folder, f"{rank}.unmet").write_text(traceback.format_exc())
+        os._exit(1)
+    try:
         torch.save(function(*args), Path(folder, f"{rank}.pt"))
         if dist.is_initialized():  # the function may have left it by itself
             dist.destroy_process_group()
@@ -70,9 +88,14 @@ def _join(ranks: list[Any], folder: Path) -> None:
         failed = [process for process in finished if process.exitcode != 0]
         if failed or not done:
             _end(ranks)
-            errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
-            raise AssertionError(errors or f"no rank finished within {TIMEOUT_S} s")
+            if unmet := _read(folder, "*.unmet"):
+                raise NeverMet(unmet)
+            raise AssertionError(_read(folder, "*.error") or f"no rank finished within {TIMEOUT_S} s")
         waiting = [process for process in waiting if process not in finished]
+
+
+def _read(folder: Path, names: str) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.glob(names)))
 
 
 def _end(ranks: list[Any]) -> None:

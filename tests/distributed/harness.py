@@ -88,9 +88,10 @@ def _join(ranks: list[Any], folder: Path) -> None:
         failed = [process for process in finished if process.exitcode != 0]
         if failed or not done:
             _end(ranks)
+            errors = _read(folder, "*.error")
             if unmet := _read(folder, "*.unmet"):
-                raise NeverMet(unmet)
-            raise AssertionError(_read(folder, "*.error") or f"no rank finished within {TIMEOUT_S} s")
+                raise NeverMet(f"{unmet}\n{errors}")  # a rank that met others may have failed by itself
+            raise AssertionError(errors or f"no rank finished within {TIMEOUT_S} s")
         waiting = [process for process in waiting if process not in finished]
 
 

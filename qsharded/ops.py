@@ -32,6 +32,8 @@ _library.define(f"nf4_linear_input_grad(Tensor grad, {_PACKED}, {_KIND}) -> Tens
 # What a weight can be decoded to and multiplied in. fp64 is for gradcheck; the reference alone has it.
 _DTYPES = (*nf4.FLOAT_DTYPES, torch.float64)
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _kind = cache(Kind)
 
 
@@ -79,19 +81,27 @@ def nf4_linear(
         ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
     """
     arguments = x, codes, absmax, absmax_scales, absmax_offset, bias
-    if _needs_no_dispatch(x):
+    if _needs_no_dispatch(*arguments):
         return _linear(*arguments, quant_type, block_size)
     if quant_type == "nf4" and block_size == nf4.BLOCK:
         return torch.ops.qsharded.nf4_linear.default(*arguments)
     return torch.ops.qsharded.nf4_linear.kind(*arguments, quant_type, block_size)
 
 
-def _needs_no_dispatch(x: Tensor) -> bool:
-    """Whether the dispatcher would do nothing but come to our implementation, 25 us later: no gradient is recorded and
-    nobody watches. Generating calls hundreds of layers a token."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.is_meta:
+def _needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but come to our implementation, 25 us later: no gradient is recorded,
+    nobody watches, and all are tensors with memory of their own, which kernels ask for. Generating calls hundreds of
+    layers a token."""
+    if torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling() or _is_watched():
         return False
-    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+    return type(x) in _PLAIN and all(other is None or type(other) in _PLAIN for other in others)
+
+
+def _is_watched() -> bool:
+    """By fake tensors or another mode, by ``torch.jit.trace``, or by ``torch.func``, whose tensors look plain."""
+    if _get_current_dispatch_mode() is not None or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0:
+        return True
+    return torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check_packed(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsharded import backends, nf4, ops
@@ -388,6 +389,53 @@ def test_without_gradients_the_dispatcher_is_left_out_only_where_nobody_misses_i
     assert faked.shape == expected.shape
     on_meta = ops.nf4_linear(x.to("meta"), *(None if t is None else t.to("meta") for t in packed))
     assert (on_meta.is_meta, on_meta.shape) == (True, expected.shape)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_a_trace_without_gradients_has_the_operation() -> None:
+    packed, x = double(), random(3, K)
+    traced = torch.jit.trace(lambda x: ops.nf4_linear(x, *packed), random(3, K))
+    assert "qsharded::nf4_linear" in [node.kind() for node in traced.graph.nodes()]
+    assert torch.equal(traced(x), ops.nf4_linear(x, *packed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_without_gradients_has_the_operation(pre_dispatch: bool) -> None:
+    packed, x = double(), random(3, K)
+    graph = make_fx(lambda x: ops.nf4_linear(x, *packed), pre_dispatch=pre_dispatch)(random(3, K))
+    assert torch.equal(graph(x), ops.nf4_linear(x, *packed))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_without_gradients_goes_over_weights_too() -> None:
+    codes, absmax, scales, offset = double()
+    x, both = random(3, K), torch.stack([codes, codes.flip(0)])
+    y = torch.vmap(lambda codes: ops.nf4_linear(x, codes, absmax, scales, offset))(both)
+    assert torch.equal(y, torch.stack([ops.nf4_linear(x, codes, absmax, scales, offset) for codes in both]))
+
+
+class WithoutMemory(Tensor):
+    """Wraps a tensor, as DTensor does: its own address is 0."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "WithoutMemory":
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapped", range(4))
+def test_a_wrapped_part_of_the_weight_meets_its_own_dispatch_and_no_kernel(wrapped: int) -> None:
+    packed = list(double())
+    packed[wrapped] = WithoutMemory(packed[wrapped])
+    with pytest.raises(NotImplementedError, match=r"qsharded\.nf4_linear"):
+        ops.nf4_linear(random(3, K), *packed)
 
 
 def test_autocast_leaves_the_output_in_the_dtype_of_x() -> None:

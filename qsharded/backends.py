@@ -63,8 +63,8 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
-    M, device = x.numel() // K, codes.device
-    can_fuse = kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
+    M, device = x.shape[:-1].numel(), codes.device
+    can_fuse = K > 0 and kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
     if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
         # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
         # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where

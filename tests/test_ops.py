@@ -287,6 +287,12 @@ def test_an_empty_batch_works_both_ways(shape: tuple[int, ...]) -> None:
     assert bias.grad.tolist() == [0] * N
 
 
+def test_a_weight_without_columns_leaves_the_bias() -> None:
+    nothing = torch.zeros(N, 0, dtype=torch.uint8), torch.zeros(N, 0)
+    bias = random(N)
+    assert torch.equal(ops.nf4_linear(random(2, 0), *nothing, bias=bias), bias.expand(2, N))
+
+
 def test_a_rank_without_rows_has_a_weight_without_rows() -> None:
     codes, absmax = ops.nf4_quantize(torch.empty(0, K))
     assert (codes.shape, absmax.shape) == ((0, K // 2), (0, K // 64))

@@ -68,9 +68,10 @@ class Kind:
     block_size: int = BLOCK
 
     def __post_init__(self) -> None:
-        if self.quant_type not in LEVELS:
+        # types too: these come from JSON, where a list cannot be looked up, and 64.0 equals 64 until it is a size
+        if not isinstance(self.quant_type, str) or self.quant_type not in LEVELS:
             raise ValueError(f"quant_type must be one of {tuple(LEVELS)}, got {self.quant_type!r}")
-        if self.block_size not in BLOCK_SIZES:
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
 
     def __str__(self) -> str:

@@ -127,6 +127,15 @@ def test_on_another_kind_answers_as_what_was_trained_on_it(tmp_path: Path, quant
         torch.testing.assert_close(transformers_model(merged)(IDS).logits, trained(IDS), atol=1e-5, rtol=1e-5)
 
 
+def test_on_16_bits_any_in_features_will_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "model").mkdir()
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 160}
+    checkpoint = write_checkpoint(tmp_path / "model", **sizes)  # no multiples of 64
+    adapter = write_adapter(tmp_path / "adapter", checkpoint)
+    assert tensors(merge(checkpoint, adapter, tmp_path / "merged")).keys() == tensors(checkpoint).keys()
+    assert "not quantized" not in caplog.text
+
+
 def test_on_nf4_rounds_the_fp32_sum_once(tmp_path: Path, checkpoint: Path, adapter: Path) -> None:
     merged, stored = tensors(merge(checkpoint, adapter, tmp_path / "merged", base="nf4")), tensors(checkpoint)
     update = load_file(adapter / "adapter_model.safetensors")

@@ -6,6 +6,7 @@ Axes: N = out_features, K = in_features, G = blocks in a row.
 import logging
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -517,6 +518,12 @@ def test_a_K_that_is_a_multiple_of_64_alone_is_refused_for_larger_blocks() -> No
 def test_block_sizes_that_the_format_lacks_are_refused(block_size: int) -> None:
     with pytest.raises(ValueError, match=rf"block_size must be one of \(32, .*, 4096\), got {block_size}$"):
         nf4.quantize(torch.ones(2, 8192), block_size=block_size)
+
+
+@pytest.mark.parametrize("said", [("nf4", 64.0), ("nf4", [64]), ("nf4", "64"), (["fp4"], 64), (None, 64)])
+def test_kinds_that_json_spells_otherwise_are_refused(said: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*, got"):
+        nf4.Kind(*said)
 
 
 def test_levels_that_the_format_lacks_are_refused() -> None:

@@ -195,7 +195,7 @@ def _check_against_config(
     except ValueError as error:
         report.problems.append(str(error))
         return
-    shapes = expected_shapes(skeleton(config, None, torch.bfloat16))
+    shapes = expected_shapes(skeleton(config, None, torch.bfloat16, kind=None))
     expected = expected_tensors(shapes, tensors, kind.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))

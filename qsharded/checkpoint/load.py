@@ -113,7 +113,7 @@ def skeleton(
     lora: LoRAConfig | None,
     dtype: torch.dtype,
     packed: PackedCheckpoint | Packing | None = None,
-    kind: Kind = NF4_64,
+    kind: Kind | None = NF4_64,
 ) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory.
 
@@ -121,18 +121,19 @@ def skeleton(
         packed: the checkpoint that decides which layers are packed; or how it packs them, where its files are not there
             to say which: all linear ones that can be, but the head. By default these less those that are trained in
             full, in ``kind``.
+        kind: of the layers where ``packed`` does not say it. None packs none: then any in_features will do.
 
     Raises:
         ValueError: the checkpoint has packed what this decoder keeps whole, or what ``lora`` trains in full.
     """
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype)
-        if packed is None:
+        if packed is None and kind is not None:
             kept = lora.is_saved if lora else lambda name: False
             _quantize(model, kind, True, lambda name, _: name != "lm_head" and not kept(name))
         elif isinstance(packed, Packing):
             _quantize(model, packed.kind, packed.double_quant, lambda name, _: name != "lm_head")
-        else:
+        elif packed is not None:
             _refuse_torn_rows(model, packed)
             kind, double_quant = packed.packing.kind, packed.packing.double_quant
             _quantize(model, kind, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))

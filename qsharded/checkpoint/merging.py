@@ -59,13 +59,13 @@ def merge_weights(checkpoint: Path, adapter: Path, target: Path, base: Base, blo
             f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
             "--model the 16-bit checkpoint it was made from"
         )
-    kind = nf4.NF4_64 if base == "16bit" else nf4.Kind(base, block_size)
+    kind = None if base == "16bit" else nf4.Kind(base, block_size)
     model = skeleton(ModelConfig.from_hf(described), read_lora_config(adapter), torch.float32, kind=kind)
     source = SafetensorsFolder(checkpoint)
     source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
-        merge = _Merge.of(model, None if base == "16bit" else kind, file, adapter / WEIGHTS_FILE)
+        merge = _Merge.of(model, kind, file, adapter / WEIGHTS_FILE)
         for path in sorted({source.file_of(name) for name in source.names()}):
             logger.info("merging %s", path.name)
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor)

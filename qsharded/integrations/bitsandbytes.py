@@ -73,6 +73,8 @@ def _plain_order(layer: Any, name: str) -> tuple[Tensor, Any]:
         raise ValueError(f"{name} is not quantized yet: bitsandbytes does that when the model moves to a device")
     if getattr(state, "packing_format_for_cpu", False):
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        if not state.nested:  # which the inverse leaves as they are for the kernel: transposed, in bf16
+            state.absmax = state.absmax.T.float().reshape(-1)
         return weight.data, weight.quant_state
     return weight.data, state
 

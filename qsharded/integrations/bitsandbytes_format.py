@@ -110,7 +110,8 @@ def rows_as_parameters(
     """The flat codes (of any dtype) and absmax (uint8 or fp32) of a weight [N, K] as the bf16 rows of an NF4Linear.
 
     Raises:
-        ValueError: K is no multiple of the block size, or there are not as many bytes as the shape asks for.
+        ValueError: K is no multiple of the block size, there are not as many bytes as the shape asks for, or the absmax
+            is of another type.
     """
     N, K = shape
     B = kind.block_size
@@ -120,6 +121,11 @@ def rows_as_parameters(
     if rows.numel() * 2 != N * K or absmax.numel() * B != N * K:
         raise ValueError(
             f"{name} is {[N, K]} with {rows.numel()} bytes of codes and {absmax.numel()} absmax: not {kind}"
+        )
+    if absmax.dtype not in (torch.uint8, torch.float32):
+        # bitsandbytes saves that where it had reordered the layer for its kernel on CPUs, whose order nothing tells
+        raise ValueError(
+            f"{name} has its absmax in {absmax.dtype}, must be uint8 or float32; quantize the 16-bit model"
         )
     absmax_NG = absmax.reshape(N, K // B)
     absmax_rows = absmax_NG.view(torch.uint8)

@@ -14,6 +14,7 @@ from qsharded.checkpoint.quantized import PackedCheckpoint, Packing
 from qsharded.config import TrainConfig
 from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
 from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
@@ -156,8 +157,14 @@ class Planner:
                 length=length,
                 checkpointing=mode,
                 is_sharded=is_sharded,
+                kind=self._kind,
             )
         return self._simulated[shape]
+
+    @property
+    def _kind(self) -> Kind:
+        packing = self.packed.packing if isinstance(self.packed, PackedCheckpoint) else self.packed
+        return packing.kind if packing else NF4_64
 
     def _layout(self, config: TrainConfig, ranks: int) -> Layout:
         replicated = config.sharding == "replicate"

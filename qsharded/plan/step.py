@@ -17,6 +17,7 @@ from qsharded.checkpoint.load import skeleton
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.masks import attention_mask
 from qsharded.models.rope import rope_tables
+from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 
@@ -50,14 +51,15 @@ def step_work(
     length: int,
     checkpointing: Mode,
     is_sharded: bool,
+    kind: Kind = NF4_64,
 ) -> StepWork:
     """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first block stands for all.
 
     A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
-    and add to gradients that are there (counted as the gradients' own class).
+    and add to gradients that are there (counted as the gradients' own class). ``kind``: of its packed weights.
     """
     one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
-    model = skeleton(one_block, dataclasses.replace(lora, dtype=dtype) if is_sharded else lora, dtype)
+    model = skeleton(one_block, dataclasses.replace(lora, dtype=dtype) if is_sharded else lora, dtype, kind=kind)
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)

@@ -143,3 +143,15 @@ def test_inspecting_counts_the_scales_of_the_kind(originals: dict[bool, Path], t
     save_file(weights, tmp_path / "model.safetensors")
     [problem] = inspect_path(tmp_path).problems
     assert problem.startswith(f"{name} is [768], config.json asks for")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_model_that_only_blocks_of_32_fit_is_inspected(tmp_path: Path, is_packed: bool) -> None:
+    original = tmp_path / "original"
+    original.mkdir()
+    write_checkpoint(original, hidden_size=96, num_attention_heads=3, num_key_value_heads=3, intermediate_size=160)
+    if is_packed:
+        (tmp_path / "packed").mkdir()
+        kind = nf4.Kind("fp4", 32)
+        quantize_checkpoint(original, tmp_path / "packed", "qsharded", torch.device("cpu"), kind)
+    assert not inspect_path(tmp_path / ("packed" if is_packed else "original")).problems

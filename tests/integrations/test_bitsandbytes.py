@@ -18,6 +18,7 @@ import qsharded
 from qsharded import nf4, ops, parallel
 from qsharded.integrations import bitsandbytes_kernels, entry
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
+from qsharded.integrations.bitsandbytes_format import rows_as_parameters
 from qsharded.nn import NF4Linear
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -110,6 +111,28 @@ def test_a_layer_that_bitsandbytes_has_reordered_for_its_cpu_kernel_is_taken_as_
     saved.state_dict()  # puts the layer into the order in which it is saved
     convert_bitsandbytes(model)
     assert torch.equal(model[0].dequantize(torch.float32), decoded(saved[0]))
+
+
+@pytest.mark.parametrize(("kind", "block_size"), [("nf4", 64), ("fp4", 32)])
+def test_a_reordered_layer_whose_absmax_is_in_fp32_keeps_them_but_for_their_rounding(
+    kind: str, block_size: int
+) -> None:
+    """bitsandbytes' own inverse leaves these transposed and in bf16."""
+    model = theirs(False, kind=kind, columns=128, rows=64, block_size=block_size)
+    layer, before = model[0], copy.deepcopy(model[0].weight.quant_state.absmax)
+    codes, shape = layer.weight.data, (64, 128)
+    layer.weight.data, layer.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        codes, layer.weight.quant_state
+    )
+    convert_bitsandbytes(model)
+    rounded = before.bfloat16().float().view(64, -1)
+    expected = nf4.decode(codes.view(64, 64), rounded, torch.float32, nf4.Kind(kind, block_size))
+    assert torch.equal(model[0].dequantize(torch.float32), expected.view(shape))
+
+
+def test_absmax_of_another_type_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"w has its absmax in torch.bfloat16, must be uint8 or float32"):
+        rows_as_parameters(torch.zeros(64, 1, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64), nf4.NF4_64, "w")
 
 
 def test_back_and_forth_keeps_the_keys_of_a_bitsandbytes_checkpoint() -> None:

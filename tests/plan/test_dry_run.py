@@ -106,6 +106,23 @@ def test_a_folder_of_bitsandbytes_is_planned_with_the_blocks_that_it_holds(
     assert scales == [pytest.approx(5.5 * 2**20 / size * 4 / 2**30, abs=6e-4) for size in (64, 128)]
 
 
+def test_a_model_that_only_blocks_of_32_fit_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 160}
+    original = write_checkpoint(tmp_path, **sizes)
+    folder = pack_by_bitsandbytes(original, tmp_path / "packed", "fp4", 32, False)
+    assert printed(capsys, folder, "--gpus", "1", "--gpu-memory-gib", "80")[0] == 0
+
+
+def test_the_work_of_decoding_other_blocks_is_planned(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    def work(kind: Kind) -> float:
+        (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": own_config(kind)}))
+        return figure(printed(capsys, model, "--gpus", "1", "--gpu-memory-gib", "80")[1], "decode workspace")
+
+    largest = 4096 * 14336 * 2
+    assert work(Kind("fp4", 64)) == pytest.approx(largest / 2**30, abs=6e-4)
+    assert work(Kind("fp4", 128)) > work(Kind("fp4", 64))
+
+
 def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     def packed_by(**said: Any) -> tuple[int, str]:
         (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": said}))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import environment
+from benchmarks.record import command, environment
 from qsharded import train
 from qsharded.metrics import read_metrics
 
@@ -67,8 +67,11 @@ def main() -> None:
             name: compare(arguments, Path(scratch, name), run_options(name, Path(scratch), arguments), trainer_flags)
             for name in arguments.runs
         }
-    command = "python -m " + " ".join(["benchmarks.gpu_training", *sys.argv[1:]])
-    record = environment() | {"command": command, "largest_gap_allowed": LARGEST_LOSS_GAP, "runs": runs}
+    record = environment() | {
+        "command": command("benchmarks.gpu_training"),
+        "largest_gap_allowed": LARGEST_LOSS_GAP,
+        "runs": runs,
+    }
     arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
     sys.exit(any(run["largest_gap"] > LARGEST_LOSS_GAP for run in runs.values()))
@@ -85,15 +88,20 @@ def run_options(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
 def shape_options(name: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
     """A shape with the built-in model's tokenizer, and so many rows of about ``length`` tokens."""
     model, dataset = folder / f"{name}-model", folder / f"{name}.jsonl"
-    model.mkdir()
-    for file in BUILTIN.joinpath("model").iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(SHAPES[name]))
+    write_model(model, SHAPES[name])
     random = Random(0)
     text = [{"text": "".join(random.choices("abcdefghij", k=length - 8))} for _ in range(rows)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in text))
     return {"model": model, "dataset": dataset, "max_length": length}
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A model of that shape without weights, with the built-in tokenizer."""
+    folder.mkdir()
+    for file in BUILTIN.joinpath("model").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(shape))
 
 
 def compare(

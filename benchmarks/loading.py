@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import environment
+from benchmarks.record import command, environment
 from qsharded.checkpoint.load import expected_shapes, parameter_count, skeleton
 from qsharded.checkpoint.source import INDEX
 from qsharded.checkpoint.writing import SafetensorsFile
@@ -62,7 +62,7 @@ def main() -> None:
         measured = [[run_phase(phase, Path(folder), arguments.ranks) for phase in PHASES]
                     for _ in range(arguments.repeats)]  # fmt: skip
     record = environment() | {
-        "command": "python -m " + " ".join(["benchmarks.loading", *sys.argv[1:]]),
+        "command": command("benchmarks.loading"),
         "shape": arguments.shape,
         "gib": size / 2**30,
         "ranks": arguments.ranks,

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_training import BUILTIN, SHAPES
-from benchmarks.record import environment
+from benchmarks.gpu_training import SHAPES, write_model
+from benchmarks.record import command, environment
 from qsharded.assembly import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
@@ -57,8 +57,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             results[name] = compare(Path(scratch), *CASES[name])
         print(name, json.dumps(results[name]), flush=True)
-    command = "python -m " + " ".join(["benchmarks.plan", *sys.argv[1:]])
-    record = environment() | {"command": command, "largest_gap_allowed": LARGEST_GAP, "cases": results}
+    record = environment() | {
+        "command": command("benchmarks.plan"),
+        "largest_gap_allowed": LARGEST_GAP,
+        "cases": results,
+    }
     arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     sys.exit(any(abs(result["gap"]) > LARGEST_GAP for result in results.values()))
 
@@ -93,11 +96,7 @@ def compare(
 def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list[str]:
     """Flags of a run on full rows of random text, with a model of that shape and the built-in tokenizer."""
     model = folder / "model"
-    model.mkdir()
-    for file in BUILTIN.joinpath("model").iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": length}))
+    write_model(model, shape | {"max_position_embeddings": length})
     random = Random(0)
     text = [{"text": "".join(random.choices("abcdefghij", k=length + 10))} for _ in range(16 * rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_training import shape_options
-from benchmarks.record import environment
+from benchmarks.record import command, environment
 from qsharded.metrics import read_metrics
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 15, 4, 10
@@ -38,8 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = {name: measure(Path(scratch, name), name, arguments.ranks) for name in arguments.runs}
-    command = "python -m " + " ".join(["benchmarks.resume", *sys.argv[1:]])
-    record = environment() | {"command": command, "ranks": arguments.ranks, "runs": runs}
+    record = environment() | {"command": command("benchmarks.resume"), "ranks": arguments.ranks, "runs": runs}
     arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
     sys.exit(not all(run["losses_equal"] and run["adapters_equal"] is not False for run in runs.values()))
@@ -87,10 +86,10 @@ def start(options: dict[str, Any], output: Path, ranks: int) -> list[subprocess.
     flags = [f"--{key}={value}" for key, value in given.items() if value is not True]
     flags += [f"--{key}" for key, value in given.items() if value is True]
     shares = torch.cuda.is_available() and ranks > torch.cuda.device_count()
-    command = [sys.executable, "-m", "benchmarks.gpu_training_rank" if shares else "qsharded.train", *flags]
+    launcher = [sys.executable, "-m", "benchmarks.gpu_training_rank" if shares else "qsharded.train", *flags]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [subprocess.Popen(command, env=os.environ | shared | variables) for variables in own]
+    return [subprocess.Popen(launcher, env=os.environ | shared | variables) for variables in own]
 
 
 def free_port() -> int:

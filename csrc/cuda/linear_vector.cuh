@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kVectorWarps * kWarp, 1)
   const float first_level = __ldg(a.w.levels + warp);
   const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
   Batch batch;
-  const auto load = [&](int part, int64_t row) { batch[part].template load<kDoubleQuant>(a.w, row + part * kRowBatch, blockIdx.x); };
+  const auto load = [&](int part, int64_t row) {
+    batch[part].template load<kDoubleQuant>(a.w, row + part * kRowBatch, blockIdx.x);
+  };
 #pragma unroll
   for (int part = 0; part < 4; ++part) load(part, first_row(begin + warp));
   fill_sum_tables<T>(shared, own_x, levels, first_level);

@@ -172,7 +172,7 @@ struct LevelTable {
     }
   }
 
-  // The four pairs of a word.
+  // The levels of a word's four bytes.
   __device__ void look_up(uint32_t word, float2 (&pairs)[4]) const {
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
@@ -181,20 +181,15 @@ struct LevelTable {
     }
   }
 
-  // Weights, as dequantize has them.
-  template <typename T>
-  static __device__ void scale(const float2 (&pairs)[4], float absmax, uint32_t (&weights)[4]) {
-#pragma unroll
-    for (int byte = 0; byte < 4; ++byte) {
-      weights[byte] = Pair<T>::pack(__fmul_rn(pairs[byte].x, absmax), __fmul_rn(pairs[byte].y, absmax));
-    }
-  }
-
+  // The word's weights, as dequantize has them.
   template <typename T>
   __device__ void decode(uint32_t word, float absmax, uint32_t (&weights)[4]) const {
     float2 pairs[4];
     look_up(word, pairs);
-    scale<T>(pairs, absmax, weights);
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      weights[byte] = Pair<T>::pack(__fmul_rn(pairs[byte].x, absmax), __fmul_rn(pairs[byte].y, absmax));
+    }
   }
 };
 

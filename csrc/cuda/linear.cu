@@ -1,5 +1,8 @@
 // The fused product's plain C interface: which kernel serves which sizes.
+#include <algorithm>
+
 #include "linear_mma.cuh"
+#include "linear_stream.cuh"
 #include "linear_vector.cuh"
 #include "linear_vector_small.cuh"
 #include "linear_wgmma.cuh"
@@ -10,7 +13,7 @@ namespace {
 constexpr int64_t kMostColumns = 1 << 20;  // offsets within a tile are 32-bit
 constexpr int64_t kMostM = 1 << 15;        // of a grid's second axis
 constexpr int kWgmmaRegisters = 64;        // more than the empty kernel takes that other targets are built with
-constexpr int64_t kSmall = 1 << 25, kLarge = 1 << 27;  // weights
+constexpr int64_t kTiny = 1 << 24, kSmall = 1 << 25, kLarge = 1 << 27;  // weights
 
 template <typename T>
 struct Kernel {
@@ -32,6 +35,11 @@ Kernel<T> vector_small_kernel() {
 template <typename T, typename Shape>
 Kernel<T> mma_kernel() {
   return {kMostM, mma_workspace<Shape>, launch_mma<Shape, T>};
+}
+
+template <typename T, typename Shape>
+Kernel<T> stream_kernel() {
+  return {kMostM, mma_workspace<Shape>, launch_stream<Shape, T>};
 }
 
 template <typename T, typename Shape>
@@ -58,12 +66,26 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
   return m <= 128 ? wgmma_kernel<T, WgmmaShape<2, 128, 4, 2>>() : wgmma_kernel<T, AnyWgmma>();
 }
 
+// Of large weights every thread block has tiles of 128 rows to do, which spares loads of x.
+template <typename T>
+Kernel<T> choose_stream(int64_t m, int64_t weights) {
+  const bool large = weights >= kLarge;
+  if (m <= 8) return large ? stream_kernel<T, StreamShape<3, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<4, 1, 1, 12, 4>>();
+  if (m <= 16) return large ? stream_kernel<T, StreamShape<3, 2, 2, 6, 4>>() : stream_kernel<T, StreamShape<3, 1, 2, 9, 4>>();
+  return stream_kernel<T, StreamShape<2, 1, 4, 6, 4>>();
+}
+
+bool has_stream(const Device& device) {
+  return device.major >= 9 && device.shared_bytes >= kMostStreamBytes && tensor_map_encoder() != nullptr;
+}
+
 // From benchmarks on an H200. The shapes of mma fit the shared memory of every device from sm_80 on.
 template <typename T>
-Kernel<T> choose(const LinearSizes& s, const Device& device) {
+Kernel<T> choose(const LinearSizes& s, const Device& device, bool streams) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
   if (s.m == 1 && s.rows >= kRowBatch && weights < kSmall) return vector_small_kernel<T>();
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
+  if (streams && s.m <= (weights < kTiny ? 64 : 16) && has_stream(device)) return choose_stream<T>(s.m, weights);
   if ((s.m > 8 || weights >= kLarge) && has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
   return s.m <= 8 ? mma_kernel<T, MmaShape<4, 2, 2, 1, 1>>() : mma_kernel<T, MmaShape<4, 2, 2, 2, 1>>();
 }
@@ -71,7 +93,7 @@ Kernel<T> choose(const LinearSizes& s, const Device& device) {
 template <typename T>
 int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void* y, void* workspace, void* stream) {
   const Device& device = Device::current();
-  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device);
+  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device, streams(w));
   LinearArguments<T> a = {w, nullptr, 0, nullptr, static_cast<const T*>(bias), static_cast<uint8_t*>(workspace),
                           device.processors};
   for (int64_t m0 = 0; m0 < m; m0 += kernel.most_m) {
@@ -84,13 +106,19 @@ int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void*
   return QSHARDED_OK;
 }
 
+// What the kernel needs that takes the sizes, whether or not W lies so that it can be streamed.
 template <typename T>
 int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
   const Device& device = Device::current();
-  LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
-  const Kernel<T> kernel = choose<T>(sizes, device);
-  if (sizes.m > kernel.most_m) sizes.m = kernel.most_m;
-  return kernel.workspace(sizes);
+  const LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
+  int64_t most = 0;
+  for (const bool streams : {false, true}) {
+    const Kernel<T> kernel = choose<T>(sizes, device, streams);
+    LinearSizes launched = sizes;
+    launched.m = std::min(m, kernel.most_m);
+    most = std::max(most, kernel.workspace(launched));
+  }
+  return most;
 }
 
 }  // namespace

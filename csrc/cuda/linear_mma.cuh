@@ -7,27 +7,13 @@
 
 #include <type_traits>
 
-#include "linear_arguments.cuh"
-#include "linear_partition.cuh"
+#include "linear_mma_tile.cuh"
 
 namespace qsharded {
 
 __device__ inline void copy_async(void* shared, const void* global, bool inside) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? 16 : 0));
-}
-
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1, __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 template <int kRowWarps_, int kColumnWarps_, int kSubtiles_, int kMTiles_, int kPieces_>
@@ -80,27 +66,10 @@ __device__ void write_tile(const LinearArguments<T>& a, const Partition& partiti
   constexpr int kColumnWarps = Shape::kColumnWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
-  const int first_unit = tile * partition.chunks;
-  const bool split = first_unit < partition.begin(blockIdx.x) ||
-                     first_unit + partition.chunks > partition.begin(blockIdx.x + 1);
-  const int64_t tile_row = static_cast<int64_t>(tile) * Shape::kRows;
-  float* partial = reinterpret_cast<float*>(a.workspace) + (static_cast<int64_t>(blockIdx.y) * partition.slots() +
-                                 partition.slot(tile, blockIdx.x)) * (Shape::kM * Shape::kRows);
-  const auto write = [&](int i, float sum) {
-    const int subtile = i / (Shape::kMTiles * 4), m_tile = i / 4 % Shape::kMTiles;
-    const int row = (row_warp * Shape::kSubtiles + subtile) * 16 + lane / 4 + (i % 4) / 2 * 8;
-    const int m = m_tile * 8 + lane % 4 * 2 + i % 2;
-    if (m0 + m >= a.m || tile_row + row >= a.w.rows) return;
-    if (split) {
-      partial[m * Shape::kRows + row] = sum;
-    } else {
-      if (a.bias) sum += static_cast<float>(a.bias[tile_row + row]);
-      a.y[(m0 + m) * a.w.rows + tile_row + row] = static_cast<T>(sum);
-    }
-  };
+  const MmaTile<Shape, T> out(a, partition, tile, m0, row_warp);
   if constexpr (kColumnWarps == 1) {
 #pragma unroll
-    for (int i = 0; i < Shape::kSums; ++i) write(i, sums[i]);
+    for (int i = 0; i < Shape::kSums; ++i) out.write(i, sums[i]);
   } else {
     float* own = shared + row_warp * kColumnWarps * Shape::kSums * kWarp + lane;
 #pragma unroll
@@ -110,7 +79,7 @@ __device__ void write_tile(const LinearArguments<T>& a, const Partition& partiti
       float sum = 0;
 #pragma unroll
       for (int j = 0; j < kColumnWarps; ++j) sum += own[(j * Shape::kSums + i) * kWarp];
-      write(i, sum);
+      out.write(i, sum);
     }
     // the next tile's sums are written after another barrier
   }
@@ -218,33 +187,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 }
 
-// Sums, in the order of the thread blocks, the partial sums of the tiles that several of them share.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    sum_partials_kernel(const LinearArguments<T> a, const Partition partition, int tile_rows, int tile_m) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int m = blockIdx.y;
-  const int tile = static_cast<int>(row / tile_rows);
-  const bool inside = row < a.w.rows;
-  const int first = inside ? partition.first_block(tile) : 0, last = inside ? partition.last_block(tile) : 0;
-  wait_for_kernel_before();
-  if (first == last) return;
-  const int64_t slot = static_cast<int64_t>(m / tile_m) * partition.slots() + partition.slot(tile, first);
-  const float* partial =
-      reinterpret_cast<const float*>(a.workspace) + (slot * tile_m + m % tile_m) * tile_rows + row % tile_rows;
-  const int64_t stride = static_cast<int64_t>(tile_m) * tile_rows;
-  float sum = 0;
-  for (int i = 0; i <= last - first; ++i) sum += __ldcg(partial + i * stride);
-  if (a.bias) sum += static_cast<float>(a.bias[row]);
-  a.y[m * a.w.rows + row] = static_cast<T>(sum);
-}
-
-template <typename Shape>
-int64_t mma_workspace(const LinearSizes& s) {
-  const int64_t slots = static_cast<int64_t>(ceil_div(s.m, Shape::kM)) * Shape::partition(s).slots();
-  return slots * Shape::kM * Shape::kRows * sizeof(float);
-}
-
 template <typename Shape, typename T>
 cudaError_t launch_mma(const LinearArguments<T>& a, cudaStream_t stream) {
   const auto kernel = a.w.absmax_scales ? linear_mma_kernel<Shape, T, true> : linear_mma_kernel<Shape, T, false>;
@@ -254,9 +196,7 @@ cudaError_t launch_mma(const LinearArguments<T>& a, cudaStream_t stream) {
   const dim3 grid(partition.blocks, ceil_div(a.m, Shape::kM));
   kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(a, partition);
   error = cudaGetLastError();
-  if (error != cudaSuccess || partition.slots() == 0) return error;
-  return launch_overlapping(sum_partials_kernel<T>, dim3(ceil_div(a.w.rows, 256), a.m), 256, 0, stream, a, partition,
-                            Shape::kRows, Shape::kM);
+  return error != cudaSuccess ? error : launch_sum_partials<Shape>(a, partition, stream);
 }
 
 }  // namespace qsharded

@@ -70,11 +70,12 @@ class Encoded:
         return nf4.decode(self.codes, self.decoded_absmax, dtype, nf4.Kind(self.quant_type))
 
 
-def double_quantized(rows: int, blocks_per_row: int) -> Encoded:
-    """Random bytes in every place. The absmax rows lie one byte apart, as the padding of odd rows leaves them."""
+def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:
+    """Random bytes in every place. The absmax rows lie a gap of bytes apart, as the padding of odd rows leaves them."""
     generator = torch.Generator().manual_seed(rows)
     codes = torch.randint(256, (rows, blocks_per_row * 32), dtype=torch.uint8, generator=generator)
-    absmax = torch.randint(256, (rows, blocks_per_row + 1), dtype=torch.uint8, generator=generator)[:, :-1]
+    padded = torch.randint(256, (rows, blocks_per_row + gap), dtype=torch.uint8, generator=generator)
+    absmax = padded[:, :blocks_per_row]
     scales = torch.rand(nf4.second_level_blocks(rows, blocks_per_row), generator=generator)
     offset = torch.tensor(0.7123)
     return Encoded(codes, absmax, scales, offset, nf4.decode_absmax(absmax, scales, offset))

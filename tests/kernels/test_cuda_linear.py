@@ -1,6 +1,6 @@
 """The fused product against the reference: bit for bit where the activations allow it, else against fp64."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ ROWS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 2
 # one output, fewer than a batch's rows, no multiple of any tile; odd numbers of blocks; chunks that end early; a tile
 # that many thread blocks share, and several tiles for each; rows that a thread block takes several passes for
 WEIGHTS = [(1, 1), (7, 45), (33, 5), (1000, 9), (520, 45), (300, 64), (4100, 16), (8200, 64), (300, 230)]
+# with absmax rows that tensor maps take: fewer rows than a box, fewer columns than a chunk, chunks and boxes of absmax
+# that end early, several tiles for each thread block, and the sizes that take tiles of 128 rows
+STREAMED_WEIGHTS = [(1, 1), (7, 16), (33, 5), (1000, 9), (520, 45), (4100, 16), (300, 230), (8200, 64), (17000, 128)]
 # the output's own rounding, 2^-8 or 2^-11 of it, and fp32 sums of at most 4,096 products: relative to |x||w|
 OUTPUT_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUM_ERROR = 2**-20
@@ -38,6 +41,11 @@ def on_gpu(encoded: cases.Encoded) -> list[Tensor | None]:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
 
     return [tensor if tensor is None else move(tensor) for tensor in encoded.arguments()]
+
+
+def streamed(N: int, G: int) -> cases.Encoded:
+    """With absmax rows of a multiple of 16 bytes, and more: what the kernels that stream W ask for."""
+    return cases.double_quantized(N, G, gap=16 + -G % 16)
 
 
 def random_rows(M: int, K: int, dtype: torch.dtype) -> Tensor:
@@ -67,51 +75,67 @@ def test_product(N: int, G: int, M: int) -> None:
     assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
 
 
+@pytest.mark.parametrize("M", [2, 7, 8, 9, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize(("N", "G"), STREAMED_WEIGHTS)
+def test_product_of_streamed_weights(N: int, G: int, M: int) -> None:
+    encoded = streamed(N, G)
+    x = random_rows(M, G * 64, torch.bfloat16)
+    y = cuda_linear.linear(x, *on_gpu(encoded))
+    assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
+
+
+@pytest.mark.parametrize("make", [cases.double_quantized, streamed])
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_identity_returns_the_weight(dtype: torch.dtype, M: int) -> None:
-    encoded = cases.double_quantized(300, 9)
+def test_identity_returns_the_weight(dtype: torch.dtype, M: int, make: Callable[[int, int], cases.Encoded]) -> None:
+    encoded = make(300, 9)
     weight = encoded.expected(dtype)
     identity = torch.eye(576, dtype=dtype, device="cuda")
     columns = [cuda_linear.linear(rows, *on_gpu(encoded)).T for rows in identity.split(M)]
     assert torch.equal(torch.cat(columns, dim=1).cpu(), weight)  # by value: a sum that starts at 0 has no -0
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 8, 16, 64, 256])
-def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str) -> None:
+def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str, streams: bool) -> None:
     """Under fp32 absmax in strided rows, of magnitudes that the dtype holds."""
     encoded = cases.every_pair_of_bytes(quant_type)
     arguments = on_gpu(encoded)
     arguments[1].clamp_(2.0**-10, 2.0**10)
+    if streams:
+        arguments[1] = arguments[1].contiguous()
     weight = cuda_nf4.dequantize(*arguments, dtype)
     identity = torch.eye(512, dtype=dtype, device="cuda")
     columns = [cuda_linear.linear(rows, *arguments).T for rows in identity.split(M)]
     assert torch.equal(torch.cat(columns, dim=1), weight)
 
 
+@pytest.mark.parametrize("make", [cases.double_quantized, streamed])
 @pytest.mark.parametrize("M", [1, 3, 16, 40, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias(dtype: torch.dtype, M: int) -> None:
-    encoded = cases.double_quantized(1000, 9)
+def test_bias(dtype: torch.dtype, M: int, make: Callable[[int, int], cases.Encoded]) -> None:
+    encoded = make(1000, 9)
     x, bias = random_rows(M, 576, dtype), torch.randn(1000).to("cuda", dtype)
     y = cuda_linear.linear(x, *on_gpu(encoded), bias)
     assert_product(y, x, weight_of(encoded, M, dtype), bias)
 
 
-@pytest.mark.parametrize("M", [1, 16, 33, 100, 256])
-def test_same_bits_in_every_run(M: int) -> None:
-    encoded = cases.double_quantized(4100, 64)
+@pytest.mark.parametrize("make", [cases.double_quantized, streamed])
+@pytest.mark.parametrize("M", [1, 5, 16, 32, 33, 100, 256])
+def test_same_bits_in_every_run(M: int, make: Callable[[int, int], cases.Encoded]) -> None:
+    encoded = make(4100, 64)
     x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
     first = cuda_linear.linear(x, *arguments)
     for _ in range(20):
         cases.assert_same_bits(cuda_linear.linear(x, *arguments), first)
 
 
+@pytest.mark.parametrize("make", [cases.double_quantized, streamed])
 @pytest.mark.parametrize("M", [1, 5, 16, 64, 256])
-def test_graph_replays(M: int) -> None:
-    encoded = cases.double_quantized(4100, 64)
+def test_graph_replays(M: int, make: Callable[[int, int], cases.Encoded]) -> None:
+    encoded = make(4100, 64)
     x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
     expected = cuda_linear.linear(x, *arguments)
     torch.use_deterministic_algorithms(False)  # its fills are no part of what is captured
@@ -142,7 +166,7 @@ def test_nothing_to_do(M: int, N: int) -> None:
     assert cuda_linear.linear(random_rows(M, 576, torch.bfloat16), *on_gpu(encoded)).shape == (M, N)
 
 
-@pytest.mark.parametrize("M", [1, 100])
+@pytest.mark.parametrize("M", [1, 5, 100])
 def test_beyond_32_bits(M: int) -> None:
     """Codes of 4 GiB and more: 2^33 weights and 64 rows over."""
     N, G = 2**17 + 64, 1024

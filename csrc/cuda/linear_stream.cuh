@@ -5,6 +5,8 @@
 // orders copies; groups of four warps take units in turn. Lane t of four has block t of its rows.
 #pragma once
 
+#include <algorithm>
+
 #include "linear_block_levels.cuh"
 #include "linear_mma_tile.cuh"
 #include "tensor_map.cuh"
@@ -41,8 +43,10 @@ struct StreamShape {
   static constexpr int kSharedBytes = kLevelsAt + 16 * 4;
   static_assert(kSharedBytes + 1024 <= kMostStreamBytes);  // with the barriers
 
+  // The launches of kM rows of x each share the processors.
   static Partition partition(const LinearSizes& s) {
-    return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), s.processors);
+    const int processors = std::max<int>(s.processors / ceil_div(s.m, kM), 1);
+    return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), processors);
   }
 
   static __device__ constexpr bool permuted(int word) { return (word + 1) * kPermuted / kWords != word * kPermuted / kWords; }

@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks.optimizer import Work, adapters, copy_of_bytes, free, gpu_ms, spread, step_bytes
 from benchmarks.record import command, environment
+from qsharded.integrations import bitsandbytes_optimizer
 from qsharded.integrations.bitsandbytes import install, uninstall
 from qsharded.optim.kernels import optimizer_kernels
 from qsharded_kernels import cuda_adamw8bit
@@ -56,7 +57,7 @@ def operation(shape: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Parameter,
 def of_both(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``measure`` finds of bitsandbytes' kernels, and of ours in their place."""
     theirs = measure()
-    install(optimizer=True)
+    install()
     try:
         ours = measure()
     finally:
@@ -97,6 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or optimizer_kernels(torch.device("cuda")) is not cuda_adamw8bit:
         sys.exit("this measures a GPU with the compiled library, and one of them is missing")
+    bitsandbytes_optimizer.FEWEST_VALUES = 0  # small tensors too, to see from where on ours pays
     torch.manual_seed(0)
     dtype, work = getattr(torch, arguments.dtype), Work()
     work(8)

@@ -59,10 +59,10 @@ bool has_wgmma(const Device& device) {
 // Small weights have too few tiles for blocks of four warpgroups.
 template <typename T>
 Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
-  const bool small = weights < kSmall;
+  const bool small = weights < kSmall, large = weights >= kLarge;
   if (m <= 16) return small ? wgmma_kernel<T, WgmmaShape<2, 16, 16, 2>>() : wgmma_kernel<T, WgmmaShape<4, 16, 16, 2>>();
   if (m <= 32) return small ? wgmma_kernel<T, WgmmaShape<2, 32, 16, 2>>() : wgmma_kernel<T, WgmmaShape<4, 32, 8, 2>>();
-  if (m <= 64) return small ? wgmma_kernel<T, WgmmaShape<2, 64, 16, 1>>() : wgmma_kernel<T, WgmmaShape<4, 64, 8, 2>>();
+  if (m <= 64) return large ? wgmma_kernel<T, WgmmaShape<4, 64, 8, 2>>() : wgmma_kernel<T, WgmmaShape<2, 64, 8, 2>>();
   return m <= 128 ? wgmma_kernel<T, WgmmaShape<2, 128, 4, 2>>() : wgmma_kernel<T, AnyWgmma>();
 }
 

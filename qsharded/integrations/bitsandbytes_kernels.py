@@ -3,8 +3,7 @@
 Whatever else an operation is called with (FP4, other block sizes, rows that are no whole blocks) goes to the kernel of
 bitsandbytes that served it before. What is replaced is what was measured to be faster: on GPUs all four operations, on
 CPUs quantizing (100 times) and the product for many rows; dequantizing is as fast there, and the product for one row
-takes a layout of its own. The 8-bit AdamW step of ``bitsandbytes_optimizer`` is replaced on request: it has
-not been measured against theirs yet (``python -m benchmarks.bitsandbytes_optimizer``).
+takes a layout of its own. The 8-bit AdamW step is replaced on GPUs for large tensors (``bitsandbytes_optimizer``).
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
 """
@@ -26,11 +25,8 @@ _NAMESPACE = "bitsandbytes"
 _library: torch.library.Library | None = None
 
 
-def install(*, optimizer: bool = False) -> None:
-    """Put our kernels behind bitsandbytes' operations until :func:`uninstall`. Twice is as once.
-
-    ``optimizer``: on GPUs, our step behind its 8-bit Adam and AdamW too.
-    """
+def install() -> None:
+    """Put our kernels behind bitsandbytes' operations until :func:`uninstall`. Twice is as once."""
     global _library
     if _library is not None:
         return
@@ -38,7 +34,7 @@ def install(*, optimizer: bool = False) -> None:
 
     _library = torch.library.Library(_NAMESPACE, "IMPL")
     for key in ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",):
-        for name, make in (_REPLACED[key] | (_OPTIMIZER[key] if optimizer else {})).items():
+        for name, make in _REPLACED[key].items():
             before = torch.library.get_kernel(f"{_NAMESPACE}::{name}", key)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
@@ -120,11 +116,13 @@ def _gemv(before: _Kernel) -> _Kernel:
 
 _REPLACED: dict[str, dict[str, Callable[[_Kernel], _Kernel]]] = {
     "CPU": {"quantize_4bit": _quantize, "gemm_4bit": _gemm},
-    "CUDA": {"quantize_4bit": _quantize, "dequantize_4bit": _dequantize, "gemm_4bit": _gemm, "gemv_4bit": _gemv},
-}
-_OPTIMIZER: dict[str, dict[str, Callable[[_Kernel], _Kernel]]] = {
-    "CPU": {},
-    "CUDA": {"optimizer_update_8bit_blockwise": bitsandbytes_optimizer.update},
+    "CUDA": {
+        "quantize_4bit": _quantize,
+        "dequantize_4bit": _dequantize,
+        "gemm_4bit": _gemm,
+        "gemv_4bit": _gemv,
+        "optimizer_update_8bit_blockwise": bitsandbytes_optimizer.update,
+    },
 }
 
 

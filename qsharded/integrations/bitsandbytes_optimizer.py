@@ -1,7 +1,8 @@
 """Our AdamW step behind ``bitsandbytes::optimizer_update_8bit_blockwise``, for one tensor at a time.
 
 It serves "adam" (which AdamW8bit and Adam8bit call) on whole blocks of 256, in fp32 and bf16, with bitsandbytes' own
-maps, by the compiled library on a GPU; whatever else goes to bitsandbytes. On CPUs there is no compiled step of ours.
+maps, by the compiled library on a GPU, where a tensor has 2^21 values and more; whatever else goes to bitsandbytes. On
+CPUs there is no compiled step of ours.
 
 What differs from bitsandbytes' kernel for GPUs: it takes 1 - beta in fp32 and fuses multiplications with additions, so
 that scales agree to about five digits and codes to one step, where a value lies next to a threshold. (A block that is
@@ -21,6 +22,11 @@ from torch import Tensor
 from qsharded.integrations.bitsandbytes_tables import is_table
 from qsharded.optim.kernels import optimizer_kernels, step_tables
 from qsharded_kernels import adamw8bit_checks, cuda_adamw8bit
+
+# Its optimizers wait for each tensor, and our call takes the host longer: on an H200 tensors of 1.8 million values step
+# as fast on either kernel, of 4.2 million 1.4 times and of 59 million 5 times as fast on ours
+# (benchmarks.bitsandbytes_optimizer).
+FEWEST_VALUES = 1 << 21
 
 
 def update(before: Callable[..., Any]) -> Callable[..., None]:
@@ -61,9 +67,10 @@ def update(before: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _fits(g: Tensor, p: Tensor, state1: Tensor, state2: Tensor) -> bool:
-    """Whether our kernel takes these tensors. Paged state is managed memory that PyTorch sees on the CPU."""
+    """Whether our kernel takes these tensors, and pays. Paged state is managed memory that PyTorch sees on the CPU."""
     return (
-        g.dtype == p.dtype in (torch.float32, torch.bfloat16)
+        p.numel() >= FEWEST_VALUES
+        and g.dtype == p.dtype in (torch.float32, torch.bfloat16)
         and p.numel() % adamw8bit_checks.STATE_BLOCK == 0
         and all(tensor.is_contiguous() for tensor in (g, p, state1, state2))
         and all(state.data_ptr() % adamw8bit_checks.STATE_ALIGNMENT == 0 for state in (state1, state2))

@@ -62,6 +62,7 @@ def by_reference(
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Ours as if CPUs had it; the arguments of what went to bitsandbytes."""
+    monkeypatch.setattr(bitsandbytes_optimizer, "FEWEST_VALUES", 1024)
     monkeypatch.setattr(bitsandbytes_optimizer, "optimizer_kernels", lambda device: cuda_adamw8bit)
     monkeypatch.setattr(cuda_adamw8bit, "update_alone", by_reference)
     return []
@@ -108,7 +109,8 @@ def one_further(tensor: Tensor) -> Tensor:
     [
         ("lamb", {}),
         ("adam", {"skip_zeros": True}),
-        ("adam", tensors(1023)),
+        ("adam", tensors(1279)),
+        ("adam", tensors(768)),
         ("adam", tensors(dtype=torch.float16)),
         ("adam", {"g": strided(tensors()["g"])}),
         ("adam", {"state1": one_further(tensors()["state1"])}),
@@ -131,14 +133,15 @@ def test_the_operation_finds_ours_and_ours_finds_the_one_before(
     on_cpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through PyTorch's dispatcher, on CPUs, where ours is put for a test."""
-    monkeypatch.setitem(bitsandbytes_kernels._OPTIMIZER, "CPU", bitsandbytes_kernels._OPTIMIZER["CUDA"])
+    name = "optimizer_update_8bit_blockwise"
+    monkeypatch.setitem(bitsandbytes_kernels._REPLACED, "CPU", {name: bitsandbytes_kernels._REPLACED["CUDA"][name]})
     given, seen = tensors(), []
     step = cuda_adamw8bit.update_alone
     monkeypatch.setattr(cuda_adamw8bit, "update_alone", lambda *a: (seen.append("ours"), step(*a))[1])
     skipping = NUMBERS | {"skip_zeros": True}
     expected, ours, theirs = copied(given), copied(given), copied(given)
     OPERATION("adam", **expected, **skipping)
-    install(optimizer=True)
+    install()
     try:
         OPERATION("adam", **theirs, **skipping)
         assert seen == []
@@ -160,6 +163,7 @@ def test_without_the_compiled_library_bitsandbytes_steps(on_cpu: list[Any], monk
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The sizes of what our kernel stepped."""
     seen: list[int] = []
+    monkeypatch.setattr(bitsandbytes_optimizer, "FEWEST_VALUES", 0)
     step = cuda_adamw8bit.update_alone
     monkeypatch.setattr(cuda_adamw8bit, "update_alone", lambda p, *a: (seen.append(p.numel()), step(p, *a))[1])
     yield seen
@@ -172,7 +176,7 @@ def test_on_a_gpu_it_is_the_step_of_bitsandbytes(steps: list[int], dtype: torch.
     given = tensors(2**20, dtype, "cuda")
     ours, theirs = copied(given), copied(given)
     OPERATION("adam", **theirs, **NUMBERS)
-    install(optimizer=True)
+    install()
     OPERATION("adam", **ours, **NUMBERS)
     assert steps == [2**20]
     assert_same_step(ours, theirs)
@@ -185,7 +189,7 @@ def test_a_value_without_a_finite_gradient_stays_as_it_does_with_bitsandbytes(st
     given["g"][::7] = value
     ours, theirs = copied(given), copied(given)
     OPERATION("adam", **theirs, **NUMBERS)
-    install(optimizer=True)
+    install()
     OPERATION("adam", **ours, **NUMBERS)
     assert torch.equal(ours["p"][::7], given["p"][::7])
     assert (ours["state1"][::7] == 127).all()
@@ -211,7 +215,7 @@ def test_its_optimizers_train_on_our_step(steps: list[int], kind: str) -> None:
         return p.detach()
 
     expected = trained()
-    install(optimizer=True)
+    install()
     found = trained()
     assert steps == [2**18] * 5
     assert (expected - start).abs().min() > 4e-3

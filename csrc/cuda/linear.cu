@@ -56,7 +56,7 @@ bool has_wgmma(const Device& device) {
          attributes.numRegs > kWgmmaRegisters;
 }
 
-// Small weights have too few tiles for blocks of four warpgroups.
+// Smaller weights have too few tiles for blocks of four warpgroups.
 template <typename T>
 Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
   const bool small = weights < kSmall, large = weights >= kLarge;
@@ -69,10 +69,11 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
 // Of large weights every thread block has tiles of 128 rows to do, which spares loads of x.
 template <typename T>
 Kernel<T> choose_stream(int64_t m, int64_t weights) {
-  const bool large = weights >= kLarge;
-  if (m <= 8) return large ? stream_kernel<T, StreamShape<3, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<4, 1, 1, 12, 4>>();
-  if (m <= 16) return large ? stream_kernel<T, StreamShape<3, 2, 2, 6, 4>>() : stream_kernel<T, StreamShape<3, 1, 2, 9, 4>>();
-  return stream_kernel<T, StreamShape<2, 1, 4, 6, 4>>();
+  if (m > 16) return stream_kernel<T, StreamShape<2, 1, 4, 6, 4>>();
+  if (weights >= kLarge) {
+    return m <= 8 ? stream_kernel<T, StreamShape<3, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<3, 2, 2, 6, 4>>();
+  }
+  return m <= 8 ? stream_kernel<T, StreamShape<4, 1, 1, 12, 4>>() : stream_kernel<T, StreamShape<3, 1, 2, 9, 4>>();
 }
 
 bool has_stream(const Device& device) {

@@ -1,5 +1,5 @@
-// What kernels share that multiply by mma.m16n8k16: the instruction, where a lane's sums belong, and the second kernel, which
-// sums what several thread blocks have of a tile.
+// What kernels share that multiply by mma.m16n8k16: the instruction, where a lane's sums belong, and the second kernel,
+// which sums what several thread blocks have of a tile.
 //
 // A shape has kSubtiles x 16 rows of W to a warp, kMTiles x 8 rows of x, and kRows x kM sums to a tile.
 #pragma once

@@ -1,4 +1,4 @@
-// y = x W^T for few rows of x from sm_90 on: the copy engine streams W and x to a ring in shared memory, so that the
+// y = x W^T for few rows of x on sm_90 and sm_100: the copy engine streams W and x to a ring in shared memory, so that the
 // load-store pipe, which bounds these kernels, is left to the look-ups; from there on as in linear_mma.cuh.
 //
 // Units are those of a Partition: a tile of rows of W times a piece of 256 columns, each a slot of the ring. One warp
@@ -49,7 +49,9 @@ struct StreamShape {
     return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), processors);
   }
 
-  static __device__ constexpr bool permuted(int word) { return (word + 1) * kPermuted / kWords != word * kPermuted / kWords; }
+  static __device__ constexpr bool permuted(int word) {
+    return (word + 1) * kPermuted / kWords != word * kPermuted / kWords;
+  }
 };
 
 struct StreamMaps {
@@ -60,9 +62,10 @@ struct StreamMaps {
 
 inline int absmax_bytes(const PackedWeight& w) { return w.absmax_scales ? 1 : 4; }
 
-// Tensor maps take rows that are multiples of 16 bytes apart.
+// Tensor maps take rows that are multiples of 16 bytes apart and do not overlap.
 inline bool streams(const PackedWeight& w) {
-  return w.absmax_row_stride * absmax_bytes(w) % 16 == 0 && reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
+  return w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride * absmax_bytes(w) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
 }
 
 template <typename Shape, typename T>
@@ -133,6 +136,7 @@ struct GroupSums {
     const int lane = threadIdx.x % kWarp;
     while (*static_cast<volatile int*>(done) != number) {
     }
+    __threadfence_block();
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < Shape::kSums; ++i) own[group * kGroup + i * kWarp] = sums[i];

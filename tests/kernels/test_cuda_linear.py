@@ -75,7 +75,7 @@ def test_product(N: int, G: int, M: int) -> None:
     assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
 
 
-@pytest.mark.parametrize("M", [2, 7, 8, 9, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65])
 @pytest.mark.parametrize(("N", "G"), STREAMED_WEIGHTS)
 def test_product_of_streamed_weights(N: int, G: int, M: int) -> None:
     encoded = streamed(N, G)

@@ -19,11 +19,6 @@ constexpr int kVectors = kBlock / kLanes;
 
 AVX512 inline __m512 load(const float* weight) { return _mm512_loadu_ps(weight); }
 
-AVX512 inline __m512 load(const BFloat16* weight) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 AVX512 inline __m512 load(const Float16* weight) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight)));
 }

@@ -32,9 +32,15 @@ __device__ inline void arrive(uint64_t* barrier, bool condition) {
       : "memory");
 }
 
+// Of one thread, before the copies: the phase ends when so many bytes have come.
+__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  expect_bytes(barrier, bytes);
   asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");

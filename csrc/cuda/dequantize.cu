@@ -60,7 +60,8 @@ struct Absmax {
     const int64_t index = block + blocks_per_row.quotient(block) * row_gap;
     if constexpr (!kDoubleQuant) return static_cast<const float*>(values)[index];
     const float entry = __ldg(map + static_cast<const uint8_t*>(values)[index]);
-    return __fadd_rn(__fmul_rn(entry, __ldg(scales + block / kAbsmaxBlock)), __ldg(offset));
+    const float scale = __ldg(scales + block / kAbsmaxBlock);
+    return decode_absmax(entry, scale, __ldg(offset));
   }
 };
 

@@ -51,7 +51,7 @@ struct RowBatch {
 #pragma unroll
     for (int i = 0; i < 2; ++i) rows[i] = exchange(rows[i], rows[i + 2], 2);
     float absmax = scale;
-    if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[absmax_bits], scale), offset);
+    if constexpr (kDoubleQuant) absmax = decode_absmax(map[absmax_bits], scale, offset);
     return __fmul_rn(exchange(rows[0], rows[1], 1), inside ? absmax : 0);
   }
 };

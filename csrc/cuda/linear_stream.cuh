@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       for (int i = 0; i < 2 * kSubtiles; ++i) {
         const uint8_t* const at = ring.slots + slot * Shape::kSlotBytes + Shape::kAbsmaxAt + (own_row + i * 8) * 16;
         if constexpr (kDoubleQuant) {
-          absmax[i] = __fadd_rn(__fmul_rn(map[at[block % 16]], scales[i]), absmax_map.offset);
+          absmax[i] = decode_absmax(map[at[block % 16]], scales[i], absmax_map.offset);
         } else {
           absmax[i] = reinterpret_cast<const float*>(at)[t];
         }

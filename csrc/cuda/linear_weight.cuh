@@ -99,7 +99,7 @@ struct Block {
   template <bool kDoubleQuant>
   __device__ float absmax(const float* map, float offset, bool inside) const {
     float absmax = scale;
-    if constexpr (kDoubleQuant) absmax = __fadd_rn(__fmul_rn(map[absmax_bits], scale), offset);
+    if constexpr (kDoubleQuant) absmax = decode_absmax(map[absmax_bits], scale, offset);
     return inside ? absmax : 0;
   }
 

@@ -22,4 +22,9 @@ inline unsigned ceil_div(int64_t size, int64_t step) { return static_cast<unsign
 // 1 / scale as the format has it: correctly rounded, finite for every finite scale.
 __device__ inline float reciprocal(float scale) { return __frcp_rn(fmaxf(scale, kSmallestScale)); }
 
+// An absmax of the second level: rounded after each step, as the format has it.
+__device__ inline float decode_absmax(float entry, float scale, float offset) {
+  return __fadd_rn(__fmul_rn(entry, scale), offset);
+}
+
 }  // namespace qsharded

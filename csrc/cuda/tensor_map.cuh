@@ -64,11 +64,6 @@ __device__ inline void copy_box(void* to, const CUtensorMap& map, int x, int y, 
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-
-__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
 #endif
 
 }  // namespace qsharded

@@ -66,22 +66,23 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = N
     assert bool((excess <= 0).all()), f"{(~(excess <= 0)).sum()} of {y.numel()} are off, by up to {excess.max()}"
 
 
+def assert_product_of(encoded: cases.Encoded, M: int) -> None:
+    """Of M random rows."""
+    x = random_rows(M, encoded.codes.shape[1] * 2, torch.bfloat16)
+    y = cuda_linear.linear(x, *on_gpu(encoded))
+    assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
+
+
 @pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize(("N", "G"), WEIGHTS)
 def test_product(N: int, G: int, M: int) -> None:
-    encoded = cases.double_quantized(N, G)
-    x = random_rows(M, G * 64, torch.bfloat16)
-    y = cuda_linear.linear(x, *on_gpu(encoded))
-    assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
+    assert_product_of(cases.double_quantized(N, G), M)
 
 
 @pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65])
 @pytest.mark.parametrize(("N", "G"), STREAMED_WEIGHTS)
 def test_product_of_streamed_weights(N: int, G: int, M: int) -> None:
-    encoded = streamed(N, G)
-    x = random_rows(M, G * 64, torch.bfloat16)
-    y = cuda_linear.linear(x, *on_gpu(encoded))
-    assert_product(y, x, weight_of(encoded, M, torch.bfloat16))
+    assert_product_of(streamed(N, G), M)
 
 
 @pytest.mark.parametrize("make", [cases.double_quantized, streamed])

@@ -1,5 +1,6 @@
 // The fused product's plain C interface: which kernel serves which sizes.
 #include <algorithm>
+#include <iterator>
 
 #include "linear_mma.cuh"
 #include "linear_stream.cuh"
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int64_t kMostColumns = 1 << 20;  // offsets within a tile are 32-bit
 constexpr int64_t kMostM = 1 << 15;        // of a grid's second axis
-constexpr int kWgmmaRegisters = 64;        // more than the empty kernel takes that other targets are built with
 constexpr int64_t kTiny = 1 << 24, kSmall = 1 << 25, kLarge = 1 << 27;  // weights
 
 template <typename T>
@@ -47,54 +47,75 @@ Kernel<T> wgmma_kernel() {
   return {Shape::kM, wgmma_workspace<Shape>, launch_wgmma<Shape, T>};
 }
 
-using AnyWgmma = WgmmaShape<2, 256, 4, 1>;
+using MostWgmma = WgmmaShape<2, 256, 4, 1, 8>;
+
+// Kernels that are built for other targets are empty, and have no registers to move.
+bool wgmma_is_built() {
+  const void* const kernels[] = {reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __nv_bfloat16, true>),
+                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __nv_bfloat16, false>),
+                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __half, true>),
+                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __half, false>)};
+  return std::all_of(std::begin(kernels), std::end(kernels), [](const void* kernel) {
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, kernel) == cudaSuccess &&
+           found.numRegs * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
+  });
+}
+
+bool has_rings(const Device& device) {
+  return device.major >= 9 && device.shared_bytes >= kMostRingBytes && tensor_map_encoder() != nullptr;
+}
 
 bool has_wgmma(const Device& device) {
-  cudaFuncAttributes attributes;
-  const auto kernel = linear_wgmma_kernel<AnyWgmma, __nv_bfloat16, true>;
-  return device.major == 9 && device.minor == 0 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-         attributes.numRegs > kWgmmaRegisters;
+  if (device.major != 9 || device.minor != 0 || !has_rings(device)) return false;
+  static const bool built = wgmma_is_built();
+  return built;
 }
 
-// Smaller weights have too few tiles for blocks of four warpgroups.
+// Smaller weights have too few tiles for blocks of more warpgroups.
 template <typename T>
 Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
-  const bool small = weights < kSmall, large = weights >= kLarge;
-  if (m <= 16) return small ? wgmma_kernel<T, WgmmaShape<2, 16, 16, 2>>() : wgmma_kernel<T, WgmmaShape<4, 16, 16, 2>>();
-  if (m <= 32) return small ? wgmma_kernel<T, WgmmaShape<2, 32, 16, 2>>() : wgmma_kernel<T, WgmmaShape<4, 32, 8, 2>>();
-  if (m <= 64) return large ? wgmma_kernel<T, WgmmaShape<4, 64, 8, 2>>() : wgmma_kernel<T, WgmmaShape<2, 64, 8, 2>>();
-  return m <= 128 ? wgmma_kernel<T, WgmmaShape<2, 128, 4, 2>>() : wgmma_kernel<T, AnyWgmma>();
+  const bool large = weights >= kLarge;
+  if (m <= 32) return large ? wgmma_kernel<T, WgmmaShape<3, 32, 8, 2, 4>>() : wgmma_kernel<T, WgmmaShape<2, 32, 16, 2, 4>>();
+  if (m <= 64) return large ? wgmma_kernel<T, WgmmaShape<3, 64, 4, 2, 4>>() : wgmma_kernel<T, WgmmaShape<2, 64, 8, 2, 6>>();
+  return m <= 128 ? wgmma_kernel<T, WgmmaShape<2, 128, 4, 2, 8>>() : wgmma_kernel<T, MostWgmma>();
 }
 
-// Of large weights every thread block has tiles of 128 rows to do, which spares loads of x.
+bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.processors); }
+
+// Tiles of such height that whole ones fill the processors. Of large weights there are tiles of 128 rows for all, which
+// spare loads of x.
 template <typename T>
-Kernel<T> choose_stream(int64_t m, int64_t weights) {
-  if (m > 16) return stream_kernel<T, StreamShape<2, 1, 4, 6, 4>>();
+Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
+  const bool few = s.m <= 8;
+  if (s.m > 16) return stream_kernel<T, StreamShape<2, 4, 1, 4, 6, 4>>();
   if (weights >= kLarge) {
-    return m <= 8 ? stream_kernel<T, StreamShape<3, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<3, 2, 2, 6, 4>>();
+    return few ? stream_kernel<T, StreamShape<3, 4, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<3, 4, 2, 2, 6, 4>>();
   }
-  return m <= 8 ? stream_kernel<T, StreamShape<4, 1, 1, 12, 4>>() : stream_kernel<T, StreamShape<3, 1, 2, 9, 4>>();
-}
-
-bool has_stream(const Device& device) {
-  return device.major >= 9 && device.shared_bytes >= kMostStreamBytes && tensor_map_encoder() != nullptr;
+  if (fills(s, 112)) {
+    return few ? stream_kernel<T, StreamShape<2, 7, 1, 1, 8, 4>>() : stream_kernel<T, StreamShape<2, 7, 1, 2, 6, 4>>();
+  }
+  if (s.rows >= int64_t{64} * s.processors || fills(s, 64)) {
+    return few ? stream_kernel<T, StreamShape<4, 2, 2, 1, 12, 4>>() : stream_kernel<T, StreamShape<4, 2, 2, 2, 8, 4>>();
+  }
+  return few ? stream_kernel<T, StreamShape<4, 2, 1, 1, 16, 4>>() : stream_kernel<T, StreamShape<6, 2, 1, 2, 12, 4>>();
 }
 
 // From benchmarks on an H200. The shapes of mma fit the shared memory of every device from sm_80 on.
 template <typename T>
-Kernel<T> choose(const LinearSizes& s, const Device& device, bool streams) {
+Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
   if (s.m == 1 && s.rows >= kRowBatch && weights < kSmall) return vector_small_kernel<T>();
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
-  if (streams && s.m <= (weights < kTiny ? 64 : 16) && has_stream(device)) return choose_stream<T>(s.m, weights);
-  if ((s.m > 8 || weights >= kLarge) && has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
+  if (s.m <= (weights < kTiny ? 64 : 16) && has_rings(device)) return choose_stream<T>(s, weights);
+  if (has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
   return s.m <= 8 ? mma_kernel<T, MmaShape<4, 2, 2, 1, 1>>() : mma_kernel<T, MmaShape<4, 2, 2, 2, 1>>();
 }
 
 template <typename T>
 int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void* y, void* workspace, void* stream) {
   const Device& device = Device::current();
-  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device, streams(w));
+  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device);
   LinearArguments<T> a = {w, nullptr, 0, nullptr, static_cast<const T*>(bias), static_cast<uint8_t*>(workspace),
                           device.processors};
   for (int64_t m0 = 0; m0 < m; m0 += kernel.most_m) {
@@ -107,19 +128,13 @@ int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void*
   return QSHARDED_OK;
 }
 
-// What the kernel needs that takes the sizes, whether or not W lies so that it can be streamed.
 template <typename T>
 int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
   const Device& device = Device::current();
-  const LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
-  int64_t most = 0;
-  for (const bool streams : {false, true}) {
-    const Kernel<T> kernel = choose<T>(sizes, device, streams);
-    LinearSizes launched = sizes;
-    launched.m = std::min(m, kernel.most_m);
-    most = std::max(most, kernel.workspace(launched));
-  }
-  return most;
+  LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
+  const Kernel<T> kernel = choose<T>(sizes, device);
+  sizes.m = std::min(m, kernel.most_m);
+  return kernel.workspace(sizes);
 }
 
 }  // namespace

@@ -12,6 +12,12 @@ __device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selecto
   return bytes;
 }
 
+// Of a block's words `permuted` are to be decoded so, the others by LevelTable: the one keeps the integer pipe busy, the other
+// the load-store pipe.
+__device__ constexpr bool is_permuted(int word, int permuted) {
+  return (word + 1) * permuted / kWords != word * permuted / kWords;
+}
+
 template <typename T>
 struct BlockLevels {
   uint32_t low[4], high[4];  // bytes of the 16 weights

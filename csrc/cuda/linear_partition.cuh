@@ -13,11 +13,14 @@ struct Partition {
   int steps;      // of each block,
   int remainder;  // and one more of the first so many
 
-  static Partition of(int tiles, int chunks, int processors) {
-    // whole tiles where they fill the processors nearly as well: at 0.9 the second kernel would cost more than it wins
+  // Whether whole tiles fill the processors nearly as well as parts: at 0.9 the second kernel would cost more than it wins.
+  static bool fills(int tiles, int processors) {
     const int waves = (tiles + processors - 1) / processors;
-    const bool whole = tiles >= 0.9 * waves * processors;
-    const int step = whole ? chunks : 1, all_steps = tiles * chunks / step;
+    return tiles >= 0.9 * waves * processors;
+  }
+
+  static Partition of(int tiles, int chunks, int processors) {
+    const int step = fills(tiles, processors) ? chunks : 1, all_steps = tiles * chunks / step;
     const int blocks = all_steps < processors ? all_steps : processors;
     return {tiles, chunks, blocks, step, all_steps / blocks, all_steps % blocks};
   }

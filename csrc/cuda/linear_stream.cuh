@@ -1,29 +1,25 @@
-// y = x W^T for few rows of x on sm_90 and sm_100: the copy engine streams W and x to a ring in shared memory, so that the
-// load-store pipe, which bounds these kernels, is left to the look-ups; from there on as in linear_mma.cuh.
+// y = x W^T for few rows of x on sm_90 and sm_100: the copy engine streams W and x to a ring in shared memory
+// (linear_ring.cuh); from there on as in linear_mma.cuh.
 //
 // Units are those of a Partition: a tile of rows of W times a piece of 256 columns, each a slot of the ring. One warp
-// orders copies; groups of four warps take units in turn. Lane t of four has block t of its rows.
+// orders copies; groups of warps take units in turn. Lane t of four has block t of its rows.
 #pragma once
 
 #include <algorithm>
 
 #include "linear_block_levels.cuh"
 #include "linear_mma_tile.cuh"
-#include "tensor_map.cuh"
+#include "linear_ring.cuh"
 
 namespace qsharded {
 
-constexpr int kMostStreamBytes = 227 << 10;  // of shared memory
-
-// kPermuted of the eight words of a row's block, in one row of two, are decoded by BlockLevels, the others by LevelTable:
-// the one keeps the integer pipe busy, the other the load-store pipe.
-template <int kGroups_, int kSubtiles_, int kMTiles_, int kSlots_, int kPermuted_>
+// kPermuted: of the eight words of a row's block, in one row of two, as is_permuted has it.
+template <int kGroups_, int kRowWarps_, int kSubtiles_, int kMTiles_, int kSlots_, int kPermuted_>
 struct StreamShape {
-  static constexpr int kGroups = kGroups_, kSubtiles = kSubtiles_, kMTiles = kMTiles_, kSlots = kSlots_;
-  static constexpr int kPermuted = kPermuted_;
+  static constexpr int kGroups = kGroups_, kRowWarps = kRowWarps_, kSubtiles = kSubtiles_;
+  static constexpr int kMTiles = kMTiles_, kSlots = kSlots_, kPermuted = kPermuted_;
   // A slot is one group's for good: whoever waits for a barrier's phase has waited for the one before it.
   static_assert(kSlots % kGroups == 0 && kSlots > kGroups);
-  static constexpr int kRowWarps = 4;
   static constexpr int kWarps = kGroups * kRowWarps;  // and one that orders copies
   static constexpr int kThreads = (kWarps + 1) * kWarp;
   static_assert(kWarps * kWarp >= 256);  // the map's entries
@@ -31,56 +27,36 @@ struct StreamShape {
   static constexpr int kM = kMTiles * 8;
   static constexpr int kSums = kSubtiles * kMTiles * 4;  // that a lane holds
 
-  // of a slot; tensor maps' swizzle wants multiples of 1,024 for the first two
-  static constexpr int kCodeBytes = kRows * (kPiece / 2), kXBytes = kM * kPiece * 2, kAbsmaxBytes = kRows * 16;
+  // of a slot
+  static constexpr int kCodeBytes = kRows * kCodeRow, kXBytes = kM * kPiece * 2, kAbsmaxBytes = kRows * kAbsmaxRow;
   static constexpr int kXAt = kCodeBytes, kAbsmaxAt = kXAt + kXBytes;
-  static constexpr int kSlotBytes = kAbsmaxAt + kAbsmaxBytes;
-  static_assert(kSlotBytes % 1024 == 0);
+  static constexpr int kSlotBytes = (kAbsmaxAt + kAbsmaxBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
 
   // of the block's memory
   static constexpr int kTableAt = kSlots * kSlotBytes, kSumsAt = kTableAt + LevelTable::kBytes;
   static constexpr int kMapAt = kSumsAt + kWarps * kSums * kWarp * 4, kLevelsAt = kMapAt + kMapBytes;
   static constexpr int kSharedBytes = kLevelsAt + 16 * 4;
-  static_assert(kSharedBytes + 1024 <= kMostStreamBytes);  // with the barriers
+  static_assert(kSharedBytes + 1024 <= kMostRingBytes);  // with the barriers
 
   // The launches of kM rows of x each share the processors.
   static Partition partition(const LinearSizes& s) {
     const int processors = std::max<int>(s.processors / ceil_div(s.m, kM), 1);
     return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), processors);
   }
-
-  static __device__ constexpr bool permuted(int word) {
-    return (word + 1) * kPermuted / kWords != word * kPermuted / kWords;
-  }
 };
 
 struct StreamMaps {
-  CUtensorMap codes;   // [rows, bytes of codes]
-  CUtensorMap x;       // [blocks, m, 64]: a box is the four lanes' blocks
-  CUtensorMap absmax;  // [rows, entries]
+  WeightMaps w;
+  CUtensorMap x;  // [blocks, m, 64]: a box is the four lanes' blocks
 };
-
-inline int absmax_bytes(const PackedWeight& w) { return w.absmax_scales ? 1 : 4; }
-
-// Tensor maps take rows that are multiples of 16 bytes apart and do not overlap.
-inline bool streams(const PackedWeight& w) {
-  return w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride * absmax_bytes(w) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
-}
 
 template <typename Shape, typename T>
 cudaError_t encode_maps(const LinearArguments<T>& a, StreamMaps* maps) {
-  const cuuint64_t rows = a.w.rows, m = a.m, blocks = a.w.blocks_per_row, entry = absmax_bytes(a.w);
-  const BoxedTensor<2> codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, a.w.codes, {blocks * (kBlock / 2), rows},
-                                {blocks * (kBlock / 2)}, {kPiece / 2, Shape::kRows}, CU_TENSOR_MAP_SWIZZLE_128B};
+  const cuuint64_t m = a.m, blocks = a.w.blocks_per_row;
   const BoxedTensor<3> x = {CU_TENSOR_MAP_DATA_TYPE_UINT16, a.x, {kBlock, m, blocks}, {blocks * kBlock * 2, kBlock * 2},
                             {kBlock, Shape::kM, kPieceBlocks}, CU_TENSOR_MAP_SWIZZLE_128B};
-  const BoxedTensor<2> absmax = {entry == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT32, a.w.absmax,
-                                 {blocks, rows}, {a.w.absmax_row_stride * entry},
-                                 {static_cast<cuuint32_t>(16 / entry), Shape::kRows}, CU_TENSOR_MAP_SWIZZLE_NONE};
-  cudaError_t error = codes.encode(&maps->codes);
-  if (error == cudaSuccess) error = x.encode(&maps->x);
-  return error == cudaSuccess ? absmax.encode(&maps->absmax) : error;
+  const cudaError_t error = encode_weight(a.w, Shape::kRows, &maps->w);
+  return error == cudaSuccess ? x.encode(&maps->x) : error;
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -100,27 +76,11 @@ struct Ring {
   __device__ void copy(const StreamMaps& maps, const Partition& partition, int unit, int number, int m0) const {
     const int tile = unit / partition.chunks, block = unit % partition.chunks * kPieceBlocks, slot = number % Shape::kSlots;
     uint8_t* const to = slots + slot * Shape::kSlotBytes;
-    expect_bytes(full + slot, Shape::kSlotBytes);
-    const int entry = kDoubleQuant ? block / 16 * 16 : block;  // boxes begin at multiples of 16 bytes
-    copy_box(to + Shape::kAbsmaxAt, maps.absmax, entry, tile * Shape::kRows, full + slot);
-    copy_box(to, maps.codes, block * (kBlock / 2), tile * Shape::kRows, full + slot);
+    expect_bytes(full + slot, Shape::kAbsmaxAt + (maps.w.boxed_absmax ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kDoubleQuant>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full + slot);
     copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full + slot);
   }
 };
-
-__device__ inline uint2 load_shared_8(uint32_t address) {
-  uint2 loaded;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(loaded.x), "=r"(loaded.y) : "r"(address));
-  return loaded;
-}
-
-__device__ inline uint4 load_shared_16(uint32_t address) {
-  uint4 loaded;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
-               : "r"(address));
-  return loaded;
-}
 
 // The groups' sums of a tile, for each place among a group's warps. Nobody waits: the last warp to come adds them up, in
 // the order of the groups, while the others go on to the next tile.
@@ -179,13 +139,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const auto copy = [&](int unit) { ring.template copy<kDoubleQuant>(maps, partition, unit, unit - begin, m0); };
     if (lane == 0) {
       ring.init();
-      for (int unit = begin; unit < end && unit < begin + Shape::kSlots; ++unit) copy(unit);
+      // the groups' first slots, ahead of a ring's worth of others
+      for (int unit = begin; unit < end && unit < begin + kGroups; ++unit) copy(unit);
     }
     __syncthreads();
     if (lane != 0) return;
-    for (int unit = begin + Shape::kSlots; unit < end; ++unit) {
+    for (int unit = begin + kGroups; unit < end; ++unit) {
       const int before = unit - begin - Shape::kSlots;
-      wait_for(empty + before % Shape::kSlots, before / Shape::kSlots % 2);
+      if (before >= 0) wait_for(empty + before % Shape::kSlots, before / Shape::kSlots % 2);
       copy(unit);
     }
     return;
@@ -198,22 +159,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   float* const map = reinterpret_cast<float*>(shared + Shape::kMapAt);
   float* const levels = reinterpret_cast<float*>(shared + Shape::kLevelsAt);
 
-  // the second level of absmax comes by loads, a unit ahead: 256 blocks share an entry
   int unit = begin + group, next_tile = unit / chunks;
   unsigned block = unit % chunks * kPieceBlocks + t;
-  float scales[2 * kSubtiles] = {};
-  const auto load_scales = [&](bool more) {
-    if constexpr (kDoubleQuant) {
-#pragma unroll
-      for (int i = 0; i < 2 * kSubtiles; ++i) {
-        const int64_t row = min(next_tile * int64_t{Shape::kRows} + own_row + i * 8, a.w.rows - 1);
-        load_if(scales[i], a.w.absmax_scales + (static_cast<unsigned>(row) * blocks + block) / kAbsmaxBlock,
-                more && block < blocks);
-      }
-    }
+  RowsAbsmax<2 * kSubtiles, kDoubleQuant> rows;
+  const auto load_absmax = [&](bool more) {
+    rows.load(a.w, maps.w.boxed_absmax, next_tile * Shape::kRows + own_row, block, more && block < blocks);
   };
   const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
-  load_scales(unit < end);
+  load_absmax(unit < end);
   LevelTable::fill<Shape::kWarps * kWarp>(shared + Shape::kTableAt, a.w.levels);
   absmax_map.store(map);
   if (threadIdx.x < 16) levels[threadIdx.x] = __ldg(a.w.levels + threadIdx.x);
@@ -224,7 +177,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const GroupSums<Shape> groups = {
       reinterpret_cast<float*>(shared + Shape::kSumsAt) + row_warp * Shape::kSums * kWarp + lane, arrived + row_warp,
       done + row_warp};
-  const uint32_t swizzle = lane / 4 * 16;  // of rows of 128 bytes, W's and x's
+  const uint32_t swizzle = row_swizzle();
   int slot = group, parity = 0;
   const int first_tile = begin / chunks;
   for (int tile = first_tile; tile * chunks < end; ++tile) {
@@ -233,46 +186,41 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (; unit < tile_end; unit += kGroups) {
       const bool inside = block < blocks;
       wait_for(full + slot, parity);
+      const uint8_t* const absmax_box = ring.slots + slot * Shape::kSlotBytes + Shape::kAbsmaxAt + own_row * kAbsmaxRow;
       float absmax[2 * kSubtiles];
 #pragma unroll
       for (int i = 0; i < 2 * kSubtiles; ++i) {
-        const uint8_t* const at = ring.slots + slot * Shape::kSlotBytes + Shape::kAbsmaxAt + (own_row + i * 8) * 16;
-        if constexpr (kDoubleQuant) {
-          absmax[i] = decode_absmax(map[at[block % 16]], scales[i], absmax_map.offset);
-        } else {
-          absmax[i] = reinterpret_cast<const float*>(at)[t];
-        }
-        if (!inside) absmax[i] = 0;
+        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, maps.w.boxed_absmax, block, inside, map,
+                                absmax_map.offset);
       }
       block += kGroups * kPieceBlocks;
       while (block >= padded_blocks) block -= padded_blocks, ++next_tile;
-      load_scales(unit + kGroups < end);
+      load_absmax(unit + kGroups < end);
 
       const uint32_t slot_at = shared_address(ring.slots) + slot * Shape::kSlotBytes;
-      const uint32_t codes = slot_at + own_row * (kPiece / 2);
+      const uint32_t codes = slot_at + own_row * kCodeRow;
       const uint32_t x = slot_at + Shape::kXAt + (t * Shape::kM + lane / 4) * (kBlock * 2);
 #pragma unroll
       for (int pair = 0; pair < kWords / 2; ++pair) {
-        // each of the four lanes begins with another pair of words: they find their codes and x in different banks
-        const int own_pair = pair ^ t;
+        const int own = own_pair(pair);
         uint2 words[2 * kSubtiles];
 #pragma unroll
         for (int i = 0; i < 2 * kSubtiles; ++i) {
-          words[i] = load_shared_8(codes + i * 8 * (kPiece / 2) + ((t * (kBlock / 2) + own_pair * 8) ^ swizzle));
+          words[i] = load_shared_8(codes + i * 8 * kCodeRow + words_at(own));
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           uint4 b[Shape::kMTiles];
 #pragma unroll
           for (int m = 0; m < Shape::kMTiles; ++m) {
-            b[m] = load_shared_16(x + m * 8 * (kBlock * 2) + ((own_pair * 32 + j * 16) ^ swizzle));
+            b[m] = load_shared_16(x + m * 8 * (kBlock * 2) + ((own * 32 + j * 16) ^ swizzle));
           }
 #pragma unroll
           for (int i = 0; i < kSubtiles; ++i) {
             const auto word = [&](int row) { return j == 0 ? words[2 * i + row].x : words[2 * i + row].y; };
             uint32_t upper[4], lower[4];
             table.template decode<T>(word(1), absmax[2 * i + 1], lower);
-            if (Shape::permuted(2 * pair + j)) {
+            if (is_permuted(2 * pair + j, Shape::kPermuted)) {
               BlockLevels<T>(reinterpret_cast<const float4*>(levels), absmax[2 * i]).decode(word(0), upper);
             } else {
               table.template decode<T>(word(0), absmax[2 * i], upper);

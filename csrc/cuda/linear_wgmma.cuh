@@ -1,13 +1,14 @@
 // y = x W^T for more rows of x on Hopper: W by way of registers into wgmma, as A; x in shared memory, as B.
 //
 // x first goes into the workspace as shared memory wants it: slab after slab of 64 columns, those that the lanes hold of
-// two words of a piece, in their order, rows in wgmma's 128-byte swizzle. Bulk copies then bring some slabs at a time to a
-// ring of slots. The warpgroups have 64 rows of W each, and while the tensor cores work on one slab's columns the next
-// slab's are decoded.
+// two words of a piece, in their order, rows in wgmma's 128-byte swizzle. One warp orders copies: of pieces of W to one ring
+// of slots (linear_ring.cuh), of some slabs of x at a time to another. The warpgroups have 64 rows of W each, and while the
+// tensor cores work on one slab's columns the next slab's are decoded.
 #pragma once
 
-#include "bulk_copy.cuh"
+#include "linear_block_levels.cuh"
 #include "linear_mma.cuh"
+#include "linear_ring.cuh"
 #include "wgmma.cuh"
 
 // wgmma exists in code built for sm_90a alone
@@ -19,21 +20,39 @@ namespace qsharded {
 
 constexpr int kSlabs = kWords / 2;  // of a piece
 
-template <int kWarpgroups_, int kM_, int kSlots_, int kSlotSlabs_>
+// kPermuted: of the eight words of a block, in the upper of a lane's two rows, as is_permuted has it.
+template <int kWarpgroups_, int kM_, int kXSlots_, int kSlotSlabs_, int kPermuted_>
 struct WgmmaShape {
-  static constexpr int kWarpgroups = kWarpgroups_, kM = kM_, kSlots = kSlots_;
+  static constexpr int kWarpgroups = kWarpgroups_, kM = kM_, kXSlots = kXSlots_, kPermuted = kPermuted_;
   static constexpr int kSlotSlabs = kSlotSlabs_;  // kSlabs or a part of it
-  static_assert((kSlots & (kSlots - 1)) == 0 && kSlots > 2);
+  static_assert((kXSlots & (kXSlots - 1)) == 0 && kXSlots > 2);
+  static constexpr int kWSlots = 3;
   static constexpr int kWarps = kWarpgroups * 4;
-  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kThreads = kWarps * kWarp;  // that multiply
   static constexpr int kRows = kWarpgroups * 64;
   static constexpr int kInstructionM = kM < 128 ? kM : 128;
   static constexpr int kInstructions = kM / kInstructionM;
   static constexpr int kSums = kM / 2;  // that a lane holds
+
+  // Sums of 256 rows take more registers than are every thread's share: those that order copies, then a warpgroup, for they
+  // hand registers over together, give theirs.
+  static constexpr bool kMovesRegisters = kM > 128;
+  static constexpr int kAllThreads = kThreads + (kMovesRegisters ? 4 : 1) * kWarp;
+  static constexpr int kFewRegisters = 24, kManyRegisters = 240;
+  static constexpr int kRegisters = kMovesRegisters ? kThreads * kManyRegisters + 4 * kWarp * kFewRegisters : 0;
+
   static constexpr int kSlabBytes = kM * 128;
   static constexpr int kChunkBytes = kSlabs * kSlabBytes;
-  static constexpr int kSlotBytes = kSlotSlabs * kSlabBytes;
-  static constexpr int kSharedBytes = LevelTable::kBytes + kSlots * kSlotBytes + kMapBytes;
+  static constexpr int kXSlotBytes = kSlotSlabs * kSlabBytes;
+  static constexpr int kCodeBytes = kRows * kCodeRow, kAbsmaxBytes = kRows * kAbsmaxRow;
+  static constexpr int kWSlotBytes = kCodeBytes + kAbsmaxBytes;
+  static_assert(kWSlotBytes % kBoxAlignment == 0);
+
+  // of the block's memory
+  static constexpr int kXAt = kWSlots * kWSlotBytes, kTableAt = kXAt + kXSlots * kXSlotBytes;
+  static constexpr int kMapAt = kTableAt + LevelTable::kBytes, kLevelsAt = kMapAt + kMapBytes;
+  static constexpr int kSharedBytes = kLevelsAt + 16 * 4;
+  static_assert(kSharedBytes + 1024 <= kMostRingBytes);  // with the barriers
 
   static Partition partition(const LinearSizes& s) {
     return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), s.processors);
@@ -71,7 +90,8 @@ struct WgmmaWorkspace {
   }
 };
 
-// One 16-byte granule a thread: the pairs that lanes t = 0..3 hold of one half of a k16 step. Flags are lowered besides.
+// One 16-byte granule a thread: the pairs that lanes t = 0..3 hold of one half of a k16 step, each of its own pair of words
+// (own_pair). Flags are lowered besides.
 template <typename T>
 __global__ void __launch_bounds__(256)
     arrange_x_kernel(const T* x, int m, int columns, int tile_m, WgmmaWorkspace workspace, int blocks, int granules) {
@@ -80,11 +100,10 @@ __global__ void __launch_bounds__(256)
   if (i < blocks) workspace.flags[i] = 0;
   if (i >= granules) return;
   const int q = i % 8, row = i / 8 % tile_m, slab = i / 8 / tile_m;
-  const int within = slab % kSlabs * 16 + q * 2;
   uint32_t pairs[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    const int column = slab / kSlabs * kPiece + kBlock * t + within;
+    const int column = slab / kSlabs * kPiece + kBlock * t + (slab % kSlabs ^ t) * 16 + q * 2;
     const bool inside = row < m && column < columns;
     pairs[t] = inside ? __ldg(reinterpret_cast<const uint32_t*>(x + static_cast<int64_t>(row) * columns + column)) : 0;
   }
@@ -102,6 +121,47 @@ __device__ inline void pin(uint32_t (&operand)[4][4]) {
 // K-major, 128-byte swizzle: groups of 8 rows lie 1,024 bytes apart.
 __device__ inline uint64_t matrix_at(uint32_t address) {
   return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+}
+
+// Both rings, as one thread block sees them.
+template <typename Shape>
+struct WgmmaRings {
+  uint8_t* shared;
+  uint64_t* w_full;  // barriers: a slot's copies are there
+  uint64_t* w_empty;  // all warps have read them
+  uint64_t* x_full;
+  uint64_t* x_empty;
+
+  __device__ void init() const {
+    for (int i = 0; i < Shape::kWSlots; ++i) init_barrier(w_full + i, 1), init_barrier(w_empty + i, Shape::kWarps);
+    for (int i = 0; i < Shape::kXSlots; ++i) init_barrier(x_full + i, 1), init_barrier(x_empty + i, Shape::kWarps);
+    publish_barriers();
+  }
+
+  __device__ uint8_t* w_slot(unsigned slot) const { return shared + slot * Shape::kWSlotBytes; }
+  __device__ uint8_t* x_slot(unsigned slot) const { return shared + Shape::kXAt + slot * Shape::kXSlotBytes; }
+
+  // The block's unit number `number`. Waits for room.
+  template <bool kDoubleQuant>
+  __device__ void copy_w(const WeightMaps& maps, int tile, int piece, unsigned number) const {
+    const unsigned slot = number % Shape::kWSlots;
+    if (number >= Shape::kWSlots) wait_for(w_empty + slot, (number / Shape::kWSlots + 1) % 2);
+    expect_bytes(w_full + slot, Shape::kCodeBytes + (maps.boxed_absmax ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kDoubleQuant>(w_slot(slot), w_slot(slot) + Shape::kCodeBytes, maps, tile * Shape::kRows,
+                              piece * kPieceBlocks, w_full + slot);
+  }
+
+  // The block's load number `number` of x, from where a row of x has it. Waits for room.
+  __device__ void copy_x(const uint8_t* from, unsigned number) const {
+    const unsigned slot = number % Shape::kXSlots;
+    if (number >= Shape::kXSlots) wait_for(x_empty + slot, (number / Shape::kXSlots + 1) % 2);
+    copy_bulk(x_slot(slot), from, Shape::kXSlotBytes, x_full + slot);
+  }
+};
+
+template <typename Shape>
+__device__ inline void sync_multiplying() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Shape::kThreads) : "memory");
 }
 #endif
 
@@ -121,6 +181,7 @@ __device__ inline void write_sums(const LinearArguments<T>& a, const float (&sum
   }
 }
 
+#if QSHARDED_HAS_WGMMA
 // A block that begins within a tile leaves its part of the sums to the block that began the tile. Every block has a place
 // for them, and a flag.
 template <typename Shape>
@@ -128,7 +189,7 @@ __device__ inline void leave_sums(int block, const WgmmaWorkspace& workspace, co
   float* own = workspace.partials + static_cast<int64_t>(block) * Shape::kSums * Shape::kThreads + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < Shape::kSums; ++i) own[i * Shape::kThreads] = sums[i];
-  __syncthreads();
+  sync_multiplying<Shape>();
   if (threadIdx.x != 0) return;
   __threadfence();
   asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(workspace.flags + block) : "memory");
@@ -141,107 +202,132 @@ __device__ inline void add_sums_of(int block, const WgmmaWorkspace& workspace, f
     int raised = 0;
     while (!raised) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   }
-  __syncthreads();
+  sync_multiplying<Shape>();
   const float* theirs = workspace.partials + static_cast<int64_t>(block) * Shape::kSums * Shape::kThreads + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < Shape::kSums; ++i) sums[i] += __ldcg(theirs + i * Shape::kThreads);
 }
+#endif
 
 template <typename Shape, typename T, bool kDoubleQuant>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kAllThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
-                        const __grid_constant__ WgmmaWorkspace workspace) {
+                        const __grid_constant__ WgmmaWorkspace workspace, const __grid_constant__ WeightMaps maps) {
 #if QSHARDED_HAS_WGMMA
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint64_t full[Shape::kSlots];
-  __shared__ uint64_t empty[Shape::kSlots];
-  uint8_t* const slots = shared + LevelTable::kBytes;
-  float* const map = reinterpret_cast<float*>(slots + Shape::kSlots * Shape::kSlotBytes);
+  __shared__ uint64_t w_full[Shape::kWSlots];
+  __shared__ uint64_t w_empty[Shape::kWSlots];
+  __shared__ uint64_t x_full[Shape::kXSlots];
+  __shared__ uint64_t x_empty[Shape::kXSlots];
+  const WgmmaRings<Shape> rings = {shared, w_full, w_empty, x_full, x_empty};
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int own_row = warp * 16 + lane / 4;
   const int chunks = partition.chunks;
   // From the last to the first: a block waits for blocks of higher numbers, which were started before it, so that waiting
   // ends whatever else the device runs.
   const int own_block = gridDim.x - 1 - blockIdx.x;
   const int begin = partition.begin(own_block), end = partition.begin(own_block + 1);
   constexpr unsigned kLoads = kSlabs / Shape::kSlotSlabs;  // of a piece
-  const unsigned all_loads = (end - begin) * kLoads;
-  const int piece_of_first = begin % chunks;
-  int tile = begin / chunks, piece = piece_of_first;
 
-  Block upper = {}, lower = {};
-  TileRows<kDoubleQuant> rows(a.w, static_cast<int64_t>(tile) * Shape::kRows, own_row);
-  const auto load = [&](auto half, int piece, bool more) {
-    const int block = piece * kPieceBlocks + lane % 4;
-    const bool inside = more && block < a.w.blocks_per_row;
-    upper.template load<kDoubleQuant, half.value>(a.w, rows, rows.upper, block, inside);
-    lower.template load<kDoubleQuant, half.value>(a.w, rows, rows.lower, block, inside);
+  if (warp >= Shape::kWarps) {
+    if constexpr (Shape::kMovesRegisters) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
+    }
+    const int orders = threadIdx.x - Shape::kThreads;  // the first thread W, the second x
+    const auto copy_w = [&](int unit) {
+      rings.template copy_w<kDoubleQuant>(maps, unit / chunks, unit % chunks, unit - begin);
+    };
+    if (orders == 0) {
+      rings.init();
+      copy_w(begin);
+    }
+    if (orders == 1) {
+      wait_for_kernel_before();  // for arranged_x and the flags, which no other thread uses
+      asm volatile("fence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+    if (orders == 0) {
+      for (int unit = begin + 1; unit < end; ++unit) copy_w(unit);
+    } else if (orders == 1) {
+      const unsigned first = begin % chunks * kLoads, loads = (end - begin) * kLoads;
+      for (unsigned number = 0; number < loads; ++number) {
+        const unsigned of_row = (first + number) % (chunks * kLoads);
+        rings.copy_x(workspace.arranged_x + static_cast<int64_t>(of_row) * Shape::kXSlotBytes, number);
+      }
+    }
+    return;
+  }
+
+  if constexpr (Shape::kMovesRegisters) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kManyRegisters));
+  }
+  float* const map = reinterpret_cast<float*>(shared + Shape::kMapAt);
+  float* const levels = reinterpret_cast<float*>(shared + Shape::kLevelsAt);
+  const int own_row = warp * 16 + lane / 4;
+  const unsigned blocks = a.w.blocks_per_row;
+  int tile = begin / chunks, next_tile = tile;
+  unsigned block = begin % chunks * kPieceBlocks + lane % 4;
+  RowsAbsmax<2, kDoubleQuant> rows;
+  const auto load_absmax = [&](bool more) {
+    rows.load(a.w, maps.boxed_absmax, next_tile * Shape::kRows + own_row, block, more && block < blocks);
   };
   const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
-  load(First{}, piece, true);
-  load(Second{}, piece, true);
-  // The block's load number `load` of x, into its slot; by one thread.
-  const auto copy_slabs = [&](unsigned load) {
-    const unsigned of_row = (piece_of_first * kLoads + load) % (chunks * kLoads), slot = load % Shape::kSlots;
-    copy_bulk(slots + slot * Shape::kSlotBytes, workspace.arranged_x + static_cast<int64_t>(of_row) * Shape::kSlotBytes,
-              Shape::kSlotBytes, full + slot);
-  };
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kSlots; ++i) init_barrier(full + i, 1), init_barrier(empty + i, Shape::kWarps);
-    publish_barriers();
-    wait_for_kernel_before();  // for arranged_x and the flags, which no other thread uses
-    asm volatile("fence.proxy.async;" ::: "memory");
-    for (unsigned i = 0; i < Shape::kSlots && i < all_loads; ++i) copy_slabs(i);
-  }
-  LevelTable::fill<Shape::kThreads>(shared, a.w.levels);
+  load_absmax(true);
+  LevelTable::fill<Shape::kThreads>(shared + Shape::kTableAt, a.w.levels);
   absmax_map.store(map);
+  if (threadIdx.x < 16) levels[threadIdx.x] = __ldg(a.w.levels + threadIdx.x);
   __syncthreads();
 
-  const LevelTable table(shared);
-  const auto parity_of = [](unsigned load) { return load / Shape::kSlots % 2; };
-  // This warp has read what a load brought. The warps in turn see to it that another takes the place of the load before,
-  // which the others have read by now.
-  const auto release = [&](unsigned load) {
-    arrive(empty + load % Shape::kSlots, lane == 0);
-    const unsigned before = load - 1, next = before + Shape::kSlots;
-    if (before % Shape::kWarps != warp || load == 0 || next >= all_loads) return;
-    wait_for(empty + before % Shape::kSlots, parity_of(before));
-    if (lane == 0) copy_slabs(next);
-  };
-  unsigned number = 0;  // of the load in use
-  for (int unit = begin; unit < end;) {
+  const LevelTable table(shared + Shape::kTableAt);
+  uint2 words[2];  // of a slab, loaded a slab ahead
+  unsigned w_slot = 0, w_parity = 0, load = 0;  // of x, in use
+  const auto release_x = [&](unsigned load) { arrive(x_empty + load % Shape::kXSlots, lane == 0); };
+  for (int unit = begin; unit < end; ++tile) {
     const int tile_end = min(end, (tile + 1) * chunks);
     float sums[Shape::kSums] = {};
     uint32_t operand[2][4][4];
     for (bool first = true; unit < tile_end; ++unit, first = false) {
-      const bool wraps = piece + 1 == chunks;
-      const int next_piece = wraps ? 0 : piece + 1;
-      const bool inside = piece * kPieceBlocks + lane % 4 < a.w.blocks_per_row;
-      const float upper_absmax = upper.template absmax<kDoubleQuant>(map, absmax_map.offset, inside);
-      const float lower_absmax = lower.template absmax<kDoubleQuant>(map, absmax_map.offset, inside);
+      wait_for(w_full + w_slot, w_parity);
+      const uint8_t* const codes = rings.w_slot(w_slot) + own_row * kCodeRow;
+      const uint8_t* const absmax_box = rings.w_slot(w_slot) + Shape::kCodeBytes + own_row * kAbsmaxRow;
+      const auto load_words = [&](int slab) {
+        const uint32_t at = shared_address(codes) + words_at(own_pair(slab));
+        words[0] = load_shared_8(at), words[1] = load_shared_8(at + 8 * kCodeRow);
+      };
+      float absmax[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, maps.boxed_absmax, block, block < blocks, map,
+                                absmax_map.offset);
+      }
+      block += kPieceBlocks;
+      if (block >= chunks * kPieceBlocks) block -= chunks * kPieceBlocks, ++next_tile;
+      load_absmax(unit + 1 < end);
+      load_words(0);
+      const BlockLevels<T> block_levels(reinterpret_cast<const float4*>(levels), absmax[0]);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
+        const uint2 upper = words[0], lower = words[1];
+        if (slab + 1 < kSlabs) load_words(slab + 1);
         uint32_t(&now)[4][4] = operand[slab % 2];
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
           uint32_t u[4], l[4];
-          table.template decode<T>(upper.word(2 * slab + word), upper_absmax, u);
-          table.template decode<T>(lower.word(2 * slab + word), lower_absmax, l);
+          if (is_permuted(2 * slab + word, Shape::kPermuted)) {
+            block_levels.decode(word == 0 ? upper.x : upper.y, u);
+          } else {
+            table.template decode<T>(word == 0 ? upper.x : upper.y, absmax[0], u);
+          }
+          table.template decode<T>(word == 0 ? lower.x : lower.y, absmax[1], l);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             now[2 * word + h][0] = u[2 * h], now[2 * word + h][1] = l[2 * h];
             now[2 * word + h][2] = u[2 * h + 1], now[2 * word + h][3] = l[2 * h + 1];
           }
         }
-        if (slab == kSlabs / 2 - 1) {
-          if (wraps) rows = TileRows<kDoubleQuant>(a.w, (tile + 1) * int64_t{Shape::kRows}, own_row);
-          load(First{}, next_piece, unit + 1 < end);
-        }
-        if (slab == kSlabs - 1) load(Second{}, next_piece, unit + 1 < end);
-        if (slab % Shape::kSlotSlabs == 0) wait_for(full + number % Shape::kSlots, parity_of(number));
+        if (slab % Shape::kSlotSlabs == 0) wait_for(x_full + load % Shape::kXSlots, load / Shape::kXSlots % 2);
         pin(now);
-        const uint64_t b = matrix_at(shared_address(slots) + number % Shape::kSlots * Shape::kSlotBytes +
-                                     slab % Shape::kSlotSlabs * Shape::kSlabBytes);
+        const uint64_t b =
+            matrix_at(shared_address(rings.x_slot(load % Shape::kXSlots)) + slab % Shape::kSlotSlabs * Shape::kSlabBytes);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
@@ -252,15 +338,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (slab == kSlabs - 1) arrive(w_empty + w_slot, lane == 0);
         // the slab before is done with, and so is its operand
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (slab % Shape::kSlotSlabs == 0 && (slab > 0 || !first)) release(number - 1);
-        if (slab % Shape::kSlotSlabs == Shape::kSlotSlabs - 1) ++number;
+        if (slab % Shape::kSlotSlabs == 0 && (slab > 0 || !first)) release_x(load - 1);
+        if (slab % Shape::kSlotSlabs == Shape::kSlotSlabs - 1) ++load;
       }
-      piece = next_piece;
+      if (++w_slot == Shape::kWSlots) w_slot = 0, w_parity ^= 1;
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    release(number - 1);
+    release_x(load - 1);
     if (tile * chunks < begin) {
       leave_sums<Shape>(own_block, workspace, sums);
     } else {
@@ -269,7 +356,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       }
       write_sums<Shape>(a, sums, tile);
     }
-    ++tile;
   }
 #endif
 }
@@ -283,7 +369,10 @@ int64_t wgmma_workspace(const LinearSizes& s) {
 template <typename Shape, typename T>
 cudaError_t launch_wgmma(const LinearArguments<T>& a, cudaStream_t stream) {
   const auto kernel = a.w.absmax_scales ? linear_wgmma_kernel<Shape, T, true> : linear_wgmma_kernel<Shape, T, false>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  WeightMaps maps;
+  cudaError_t error = encode_weight(a.w, Shape::kRows, &maps);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
   const Partition partition = Shape::partition(a.sizes());
   const WgmmaWorkspace workspace = WgmmaWorkspace::of<Shape>(a.workspace, partition);
@@ -292,8 +381,8 @@ cudaError_t launch_wgmma(const LinearArguments<T>& a, cudaStream_t stream) {
                                                                    workspace, partition.blocks, granules);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return launch_overlapping(kernel, partition.blocks, Shape::kThreads, Shape::kSharedBytes, stream, a, partition,
-                            workspace);
+  return launch_overlapping(kernel, partition.blocks, Shape::kAllThreads, Shape::kSharedBytes, stream, a, partition,
+                            workspace, maps);
 }
 
 }  // namespace qsharded

@@ -1,0 +1,120 @@
+// How W comes to a ring in shared memory: boxes of codes and of absmax, brought by the copy engine of sm_90 and later, so
+// that the load-store pipe, which bounds these kernels, is left to the look-ups.
+//
+// A box of codes is a tile of rows times a piece of 256 columns, rows of 128 bytes in the copy engine's swizzle.
+#pragma once
+
+#include "linear_weight.cuh"
+#include "tensor_map.cuh"
+
+namespace qsharded {
+
+constexpr int kMostRingBytes = 227 << 10;  // of shared memory
+constexpr int kBoxAlignment = 1024;        // of boxes that are swizzled
+constexpr int kCodeRow = kPiece / 2;       // bytes of a box's row of codes
+constexpr int kAbsmaxRow = 16;             // and of absmax, with what lies beside them
+
+struct WeightMaps {
+  CUtensorMap codes;   // [rows, bytes of codes]
+  CUtensorMap absmax;  // [rows, entries]
+  bool boxed_absmax;   // else they come by loads
+};
+
+// Tensor maps take rows that are multiples of 16 bytes apart and do not overlap.
+inline bool fits_boxes(const PackedWeight& w, int absmax_bytes) {
+  return w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride * absmax_bytes % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
+}
+
+inline cudaError_t encode_weight(const PackedWeight& w, cuuint32_t box_rows, WeightMaps* maps) {
+  const cuuint64_t rows = w.rows, blocks = w.blocks_per_row;
+  const cuuint32_t entry = w.absmax_scales ? 1 : 4;
+  const BoxedTensor<2> codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, {blocks * (kBlock / 2), rows},
+                                {blocks * (kBlock / 2)}, {kCodeRow, box_rows}, CU_TENSOR_MAP_SWIZZLE_128B};
+  const BoxedTensor<2> absmax = {entry == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT32, w.absmax,
+                                 {blocks, rows}, {static_cast<cuuint64_t>(w.absmax_row_stride) * entry},
+                                 {kAbsmaxRow / entry, box_rows}, CU_TENSOR_MAP_SWIZZLE_NONE};
+  maps->boxed_absmax = fits_boxes(w, entry);
+  const cudaError_t error = codes.encode(&maps->codes);
+  return error == cudaSuccess && maps->boxed_absmax ? absmax.encode(&maps->absmax) : error;
+}
+
+// The absmax of the lane's own block in kCount rows, each eight below the one before. What no box brings comes by loads, a
+// unit ahead: the second level, whenever it changes (256 blocks share an entry), and absmax that do not fit boxes.
+template <int kCount, bool kDoubleQuant>
+struct RowsAbsmax {
+  float scales[kCount] = {};  // or, not double-quantized, the absmax themselves
+  uint32_t codes[kCount] = {};
+  unsigned loaded[kCount];  // which scales these are
+
+  __device__ RowsAbsmax() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) loaded[i] = ~0u;
+  }
+
+  __device__ void load(const PackedWeight& w, bool boxed, unsigned first_row, unsigned block, bool inside) {
+    const unsigned last = static_cast<unsigned>(w.rows - 1);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const unsigned row = min(first_row + i * 8, last);
+      const int64_t at = row * w.absmax_row_stride + block;
+      if constexpr (kDoubleQuant) {
+        load_if(codes[i], static_cast<const uint8_t*>(w.absmax) + at, inside && !boxed);
+        const unsigned entry = (row * w.blocks_per_row + block) / kAbsmaxBlock;
+        const bool changes = inside && entry != loaded[i];
+        load_if(scales[i], w.absmax_scales + entry, changes);
+        loaded[i] = changes ? entry : loaded[i];
+      } else {
+        load_if(scales[i], static_cast<const float*>(w.absmax) + at, inside && !boxed);
+      }
+    }
+  }
+
+  // box: the box's row that row i is. Beyond the last column zero: the codes there are no codes.
+  __device__ float of_row(int i, const uint8_t* box, bool boxed, unsigned block, bool inside, const float* map,
+                          float offset) const {
+    float absmax;
+    if constexpr (kDoubleQuant) {
+      absmax = decode_absmax(map[boxed ? box[block % 16] : codes[i]], scales[i], offset);
+    } else {
+      absmax = boxed ? reinterpret_cast<const float*>(box)[block % 4] : scales[i];
+    }
+    return inside ? absmax : 0;
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+template <bool kDoubleQuant>
+__device__ inline void copy_weight(uint8_t* codes, uint8_t* absmax, const WeightMaps& maps, int row, int block,
+                                   uint64_t* barrier) {
+  // boxes begin at multiples of 16 bytes
+  if (maps.boxed_absmax) copy_box(absmax, maps.absmax, kDoubleQuant ? block / 16 * 16 : block, row, barrier);
+  copy_box(codes, maps.codes, block * (kBlock / 2), row, barrier);
+}
+
+__device__ inline uint2 load_shared_8(uint32_t address) {
+  uint2 loaded;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(loaded.x), "=r"(loaded.y) : "r"(address));
+  return loaded;
+}
+
+__device__ inline uint4 load_shared_16(uint32_t address) {
+  uint4 loaded;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+               : "r"(address));
+  return loaded;
+}
+
+__device__ inline uint32_t row_swizzle() { return threadIdx.x % kWarp / 4 * 16; }  // of rows of 128 bytes
+
+// Each of the four lanes of a row begins with another pair of its block's words, and so finds it in other banks.
+__device__ inline int own_pair(int pair) { return pair ^ threadIdx.x % 4; }
+
+// Where a lane's pair of words lies in its row of a box.
+__device__ inline uint32_t words_at(int own_pair) {
+  return (threadIdx.x % 4 * (kBlock / 2) + own_pair * 8) ^ row_swizzle();
+}
+#endif
+
+}  // namespace qsharded

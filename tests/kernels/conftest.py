@@ -1,4 +1,7 @@
-"""The compiled library as csrc/ is now, built by setup.py, so that no test meets a stale one."""
+"""The compiled library as csrc/ is now, built by setup.py, so that no test meets a stale one.
+
+Where one has just been built, QSHARDED_TEST_LIBRARY names it: nvcc takes a minute.
+"""
 
 import os
 import shutil
@@ -17,11 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def built_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("QSHARDED_TEST_LIBRARY"):
+        return Path(given).resolve(strict=True)
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}"]
-    # nvcc takes a while, and without a GPU nothing runs what it makes
+    # without a GPU nothing runs what nvcc makes
     environment = os.environ if torch.cuda.is_available() else {**os.environ, "QSHARDED_CUDA": "0"}
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     return folder / "qsharded_kernels" / "libqsharded.so"

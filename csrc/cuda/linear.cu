@@ -1,6 +1,5 @@
 // The fused product's plain C interface: which kernel serves which sizes.
 #include <algorithm>
-#include <iterator>
 
 #include "linear_mma.cuh"
 #include "linear_stream.cuh"
@@ -50,16 +49,17 @@ Kernel<T> wgmma_kernel() {
 using MostWgmma = WgmmaShape<2, 256, 4, 1, 8>;
 
 // Kernels that are built for other targets are empty, and have no registers to move.
+template <typename T, Absmax kAbsmax>
+bool moves_registers() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, linear_wgmma_kernel<MostWgmma, T, kAbsmax>) == cudaSuccess &&
+         found.numRegs * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
+}
+
+template <typename T>
 bool wgmma_is_built() {
-  const void* const kernels[] = {reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __nv_bfloat16, true>),
-                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __nv_bfloat16, false>),
-                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __half, true>),
-                                 reinterpret_cast<const void*>(linear_wgmma_kernel<MostWgmma, __half, false>)};
-  return std::all_of(std::begin(kernels), std::end(kernels), [](const void* kernel) {
-    cudaFuncAttributes found;
-    return cudaFuncGetAttributes(&found, kernel) == cudaSuccess &&
-           found.numRegs * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
-  });
+  return moves_registers<T, Absmax::kFloats>() && moves_registers<T, Absmax::kCodes>() &&
+         moves_registers<T, Absmax::kBoxedCodes>();
 }
 
 bool has_rings(const Device& device) {
@@ -68,7 +68,7 @@ bool has_rings(const Device& device) {
 
 bool has_wgmma(const Device& device) {
   if (device.major != 9 || device.minor != 0 || !has_rings(device)) return false;
-  static const bool built = wgmma_is_built();
+  static const bool built = wgmma_is_built<__nv_bfloat16>() && wgmma_is_built<__half>();
   return built;
 }
 

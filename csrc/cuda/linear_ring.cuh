@@ -12,83 +12,93 @@ namespace qsharded {
 constexpr int kMostRingBytes = 227 << 10;  // of shared memory
 constexpr int kBoxAlignment = 1024;        // of boxes that are swizzled
 constexpr int kCodeRow = kPiece / 2;       // bytes of a box's row of codes
-constexpr int kAbsmaxRow = 16;             // and of absmax, with what lies beside them
+constexpr int kAbsmaxRow = 16;             // and of absmax, most of which others will want
 
-struct WeightMaps {
-  CUtensorMap codes;   // [rows, bytes of codes]
-  CUtensorMap absmax;  // [rows, entries]
-  bool boxed_absmax;   // else they come by loads
+// What absmax are, and how they come.
+enum class Absmax {
+  kFloats,      // by loads
+  kCodes,       // double-quantized, by loads
+  kBoxedCodes,  // double-quantized, in boxes
 };
 
 // Tensor maps take rows that are multiples of 16 bytes apart and do not overlap.
-inline bool fits_boxes(const PackedWeight& w, int absmax_bytes) {
-  return w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride * absmax_bytes % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
+inline Absmax absmax_of(const PackedWeight& w) {
+  if (!w.absmax_scales) return Absmax::kFloats;
+  const bool fits = w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride % 16 == 0 &&
+                    reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
+  return fits ? Absmax::kBoxedCodes : Absmax::kCodes;
 }
 
+struct WeightMaps {
+  CUtensorMap codes;   // [rows, bytes of codes]
+  CUtensorMap absmax;  // [rows, entries], of kBoxedCodes
+};
+
 inline cudaError_t encode_weight(const PackedWeight& w, cuuint32_t box_rows, WeightMaps* maps) {
-  const cuuint64_t rows = w.rows, blocks = w.blocks_per_row;
-  const cuuint32_t entry = w.absmax_scales ? 1 : 4;
+  const cuuint64_t rows = w.rows, blocks = w.blocks_per_row, stride = w.absmax_row_stride;
   const BoxedTensor<2> codes = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, {blocks * (kBlock / 2), rows},
                                 {blocks * (kBlock / 2)}, {kCodeRow, box_rows}, CU_TENSOR_MAP_SWIZZLE_128B};
-  const BoxedTensor<2> absmax = {entry == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT32, w.absmax,
-                                 {blocks, rows}, {static_cast<cuuint64_t>(w.absmax_row_stride) * entry},
-                                 {kAbsmaxRow / entry, box_rows}, CU_TENSOR_MAP_SWIZZLE_NONE};
-  maps->boxed_absmax = fits_boxes(w, entry);
+  const BoxedTensor<2> absmax = {CU_TENSOR_MAP_DATA_TYPE_UINT8, w.absmax, {blocks, rows}, {stride},
+                                 {kAbsmaxRow, box_rows}, CU_TENSOR_MAP_SWIZZLE_NONE};
   const cudaError_t error = codes.encode(&maps->codes);
-  return error == cudaSuccess && maps->boxed_absmax ? absmax.encode(&maps->absmax) : error;
+  return error == cudaSuccess && absmax_of(w) == Absmax::kBoxedCodes ? absmax.encode(&maps->absmax) : error;
 }
 
 // The absmax of the lane's own block in kCount rows, each eight below the one before. What no box brings comes by loads, a
-// unit ahead: the second level, whenever it changes (256 blocks share an entry), and absmax that do not fit boxes.
-template <int kCount, bool kDoubleQuant>
+// unit ahead; the second level whenever it changes, for 256 blocks share an entry.
+template <int kCount, Absmax kAbsmax>
 struct RowsAbsmax {
-  float scales[kCount] = {};  // or, not double-quantized, the absmax themselves
+  float scales[kCount] = {};  // or kFloats themselves
   uint32_t codes[kCount] = {};
-  unsigned loaded[kCount];  // which scales these are
+  unsigned rows[kCount];
+  unsigned first_blocks[kCount];  // of all blocks
+  unsigned loaded[kCount];        // which scales these are
 
   __device__ RowsAbsmax() {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) loaded[i] = ~0u;
   }
 
-  __device__ void load(const PackedWeight& w, bool boxed, unsigned first_row, unsigned block, bool inside) {
-    const unsigned last = static_cast<unsigned>(w.rows - 1);
+  // Rows beyond the weight's last are computed and not written.
+  __device__ void begin(const PackedWeight& w, unsigned first_row) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const unsigned row = min(first_row + i * 8, last);
-      const int64_t at = row * w.absmax_row_stride + block;
-      if constexpr (kDoubleQuant) {
-        load_if(codes[i], static_cast<const uint8_t*>(w.absmax) + at, inside && !boxed);
-        const unsigned entry = (row * w.blocks_per_row + block) / kAbsmaxBlock;
-        const bool changes = inside && entry != loaded[i];
-        load_if(scales[i], w.absmax_scales + entry, changes);
-        loaded[i] = changes ? entry : loaded[i];
-      } else {
-        load_if(scales[i], static_cast<const float*>(w.absmax) + at, inside && !boxed);
+      rows[i] = min(first_row + i * 8, static_cast<unsigned>(w.rows - 1));
+      first_blocks[i] = rows[i] * w.blocks_per_row;
+    }
+  }
+
+  __device__ void load(const PackedWeight& w, unsigned block, bool inside) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto at = [&] { return rows[i] * w.absmax_row_stride + block; };
+      if constexpr (kAbsmax == Absmax::kFloats) {
+        load_if(scales[i], static_cast<const float*>(w.absmax) + at(), inside);
+        continue;
       }
+      if constexpr (kAbsmax == Absmax::kCodes) load_if(codes[i], static_cast<const uint8_t*>(w.absmax) + at(), inside);
+      const unsigned entry = (first_blocks[i] + block) / kAbsmaxBlock;
+      const bool changes = inside && entry != loaded[i];
+      load_if(scales[i], w.absmax_scales + entry, changes);
+      loaded[i] = changes ? entry : loaded[i];
     }
   }
 
   // box: the box's row that row i is. Beyond the last column zero: the codes there are no codes.
-  __device__ float of_row(int i, const uint8_t* box, bool boxed, unsigned block, bool inside, const float* map,
-                          float offset) const {
-    float absmax;
-    if constexpr (kDoubleQuant) {
-      absmax = decode_absmax(map[boxed ? box[block % 16] : codes[i]], scales[i], offset);
-    } else {
-      absmax = boxed ? reinterpret_cast<const float*>(box)[block % 4] : scales[i];
-    }
-    return inside ? absmax : 0;
+  __device__ float of_row(int i, const uint8_t* box, unsigned block, bool inside, const float* map, float offset) const {
+    if constexpr (kAbsmax == Absmax::kFloats) return inside ? scales[i] : 0;
+    const uint32_t code = kAbsmax == Absmax::kBoxedCodes ? box[block % kAbsmaxRow] : codes[i];
+    return inside ? decode_absmax(map[code], scales[i], offset) : 0;
   }
 };
 
 #if __CUDA_ARCH__ >= 900
-template <bool kDoubleQuant>
+template <Absmax kAbsmax>
 __device__ inline void copy_weight(uint8_t* codes, uint8_t* absmax, const WeightMaps& maps, int row, int block,
                                    uint64_t* barrier) {
-  // boxes begin at multiples of 16 bytes
-  if (maps.boxed_absmax) copy_box(absmax, maps.absmax, kDoubleQuant ? block / 16 * 16 : block, row, barrier);
+  if constexpr (kAbsmax == Absmax::kBoxedCodes) {
+    copy_box(absmax, maps.absmax, block / kAbsmaxRow * kAbsmaxRow, row, barrier);  // as boxes must begin
+  }
   copy_box(codes, maps.codes, block * (kBlock / 2), row, barrier);
 }
 

@@ -72,12 +72,12 @@ struct Ring {
     publish_barriers();
   }
 
-  template <bool kDoubleQuant>
+  template <Absmax kAbsmax>
   __device__ void copy(const StreamMaps& maps, const Partition& partition, int unit, int number, int m0) const {
     const int tile = unit / partition.chunks, block = unit % partition.chunks * kPieceBlocks, slot = number % Shape::kSlots;
     uint8_t* const to = slots + slot * Shape::kSlotBytes;
-    expect_bytes(full + slot, Shape::kAbsmaxAt + (maps.w.boxed_absmax ? Shape::kAbsmaxBytes : 0));
-    copy_weight<kDoubleQuant>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full + slot);
+    expect_bytes(full + slot, Shape::kAbsmaxAt + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kAbsmax>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full + slot);
     copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full + slot);
   }
 };
@@ -120,7 +120,7 @@ struct GroupSums {
 };
 #endif
 
-template <typename Shape, typename T, bool kDoubleQuant>
+template <typename Shape, typename T, Absmax kAbsmax>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     linear_stream_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
                          const __grid_constant__ StreamMaps maps) {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1), chunks = partition.chunks;
 
   if (warp == Shape::kWarps) {
-    const auto copy = [&](int unit) { ring.template copy<kDoubleQuant>(maps, partition, unit, unit - begin, m0); };
+    const auto copy = [&](int unit) { ring.template copy<kAbsmax>(maps, partition, unit, unit - begin, m0); };
     if (lane == 0) {
       ring.init();
       // the groups' first slots, ahead of a ring's worth of others
@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   int unit = begin + group, next_tile = unit / chunks;
   unsigned block = unit % chunks * kPieceBlocks + t;
-  RowsAbsmax<2 * kSubtiles, kDoubleQuant> rows;
-  const auto load_absmax = [&](bool more) {
-    rows.load(a.w, maps.w.boxed_absmax, next_tile * Shape::kRows + own_row, block, more && block < blocks);
-  };
-  const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
+  RowsAbsmax<2 * kSubtiles, kAbsmax> rows;
+  const auto begin_tile = [&] { rows.begin(a.w, next_tile * Shape::kRows + own_row); };
+  const auto load_absmax = [&](bool more) { rows.load(a.w, block, more && block < blocks); };
+  begin_tile();
+  const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);
   load_absmax(unit < end);
   LevelTable::fill<Shape::kWarps * kWarp>(shared + Shape::kTableAt, a.w.levels);
   absmax_map.store(map);
@@ -190,11 +190,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       float absmax[2 * kSubtiles];
 #pragma unroll
       for (int i = 0; i < 2 * kSubtiles; ++i) {
-        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, maps.w.boxed_absmax, block, inside, map,
-                                absmax_map.offset);
+        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, block, inside, map, absmax_map.offset);
       }
       block += kGroups * kPieceBlocks;
-      while (block >= padded_blocks) block -= padded_blocks, ++next_tile;
+      while (block >= padded_blocks) block -= padded_blocks, ++next_tile, begin_tile();
       load_absmax(unit + kGroups < end);
 
       const uint32_t slot_at = shared_address(ring.slots) + slot * Shape::kSlotBytes;
@@ -246,7 +245,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 template <typename Shape, typename T>
 cudaError_t launch_stream(const LinearArguments<T>& a, cudaStream_t stream) {
-  const auto kernel = a.w.absmax_scales ? linear_stream_kernel<Shape, T, true> : linear_stream_kernel<Shape, T, false>;
+  const Absmax absmax = absmax_of(a.w);
+  const auto kernel = absmax == Absmax::kBoxedCodes ? linear_stream_kernel<Shape, T, Absmax::kBoxedCodes>
+                      : absmax == Absmax::kCodes    ? linear_stream_kernel<Shape, T, Absmax::kCodes>
+                                                    : linear_stream_kernel<Shape, T, Absmax::kFloats>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
   StreamMaps maps;

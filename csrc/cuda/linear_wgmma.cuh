@@ -142,13 +142,13 @@ struct WgmmaRings {
   __device__ uint8_t* x_slot(unsigned slot) const { return shared + Shape::kXAt + slot * Shape::kXSlotBytes; }
 
   // The block's unit number `number`. Waits for room.
-  template <bool kDoubleQuant>
+  template <Absmax kAbsmax>
   __device__ void copy_w(const WeightMaps& maps, int tile, int piece, unsigned number) const {
     const unsigned slot = number % Shape::kWSlots;
     if (number >= Shape::kWSlots) wait_for(w_empty + slot, (number / Shape::kWSlots + 1) % 2);
-    expect_bytes(w_full + slot, Shape::kCodeBytes + (maps.boxed_absmax ? Shape::kAbsmaxBytes : 0));
-    copy_weight<kDoubleQuant>(w_slot(slot), w_slot(slot) + Shape::kCodeBytes, maps, tile * Shape::kRows,
-                              piece * kPieceBlocks, w_full + slot);
+    expect_bytes(w_full + slot, Shape::kCodeBytes + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kAbsmax>(w_slot(slot), w_slot(slot) + Shape::kCodeBytes, maps, tile * Shape::kRows, piece * kPieceBlocks,
+                         w_full + slot);
   }
 
   // The block's load number `number` of x, from where a row of x has it. Waits for room.
@@ -209,7 +209,7 @@ __device__ inline void add_sums_of(int block, const WgmmaWorkspace& workspace, f
 }
 #endif
 
-template <typename Shape, typename T, bool kDoubleQuant>
+template <typename Shape, typename T, Absmax kAbsmax>
 __global__ void __launch_bounds__(Shape::kAllThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
                         const __grid_constant__ WgmmaWorkspace workspace, const __grid_constant__ WeightMaps maps) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
     }
     const int orders = threadIdx.x - Shape::kThreads;  // the first thread W, the second x
     const auto copy_w = [&](int unit) {
-      rings.template copy_w<kDoubleQuant>(maps, unit / chunks, unit % chunks, unit - begin);
+      rings.template copy_w<kAbsmax>(maps, unit / chunks, unit % chunks, unit - begin);
     };
     if (orders == 0) {
       rings.init();
@@ -266,11 +266,11 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
   const unsigned blocks = a.w.blocks_per_row;
   int tile = begin / chunks, next_tile = tile;
   unsigned block = begin % chunks * kPieceBlocks + lane % 4;
-  RowsAbsmax<2, kDoubleQuant> rows;
-  const auto load_absmax = [&](bool more) {
-    rows.load(a.w, maps.boxed_absmax, next_tile * Shape::kRows + own_row, block, more && block < blocks);
-  };
-  const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
+  RowsAbsmax<2, kAbsmax> rows;
+  const auto begin_tile = [&] { rows.begin(a.w, next_tile * Shape::kRows + own_row); };
+  const auto load_absmax = [&](bool more) { rows.load(a.w, block, more && block < blocks); };
+  begin_tile();
+  const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);
   load_absmax(true);
   LevelTable::fill<Shape::kThreads>(shared + Shape::kTableAt, a.w.levels);
   absmax_map.store(map);
@@ -296,11 +296,10 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
       float absmax[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, maps.boxed_absmax, block, block < blocks, map,
-                                absmax_map.offset);
+        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, block, block < blocks, map, absmax_map.offset);
       }
       block += kPieceBlocks;
-      if (block >= chunks * kPieceBlocks) block -= chunks * kPieceBlocks, ++next_tile;
+      if (block >= chunks * kPieceBlocks) block -= chunks * kPieceBlocks, ++next_tile, begin_tile();
       load_absmax(unit + 1 < end);
       load_words(0);
       const BlockLevels<T> block_levels(reinterpret_cast<const float4*>(levels), absmax[0]);
@@ -368,7 +367,10 @@ int64_t wgmma_workspace(const LinearSizes& s) {
 // At most kM rows of x.
 template <typename Shape, typename T>
 cudaError_t launch_wgmma(const LinearArguments<T>& a, cudaStream_t stream) {
-  const auto kernel = a.w.absmax_scales ? linear_wgmma_kernel<Shape, T, true> : linear_wgmma_kernel<Shape, T, false>;
+  const Absmax absmax = absmax_of(a.w);
+  const auto kernel = absmax == Absmax::kBoxedCodes ? linear_wgmma_kernel<Shape, T, Absmax::kBoxedCodes>
+                      : absmax == Absmax::kCodes    ? linear_wgmma_kernel<Shape, T, Absmax::kCodes>
+                                                    : linear_wgmma_kernel<Shape, T, Absmax::kFloats>;
   WeightMaps maps;
   cudaError_t error = encode_weight(a.w, Shape::kRows, &maps);
   if (error != cudaSuccess) return error;

@@ -83,8 +83,7 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
 
 bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.processors); }
 
-// Tiles of such height that whole ones fill the processors. Of large weights there are tiles of 128 rows for all, which
-// spare loads of x.
+// Tiles of such height that whole ones fill the processors, where one does; higher ones spare loads of x.
 template <typename T>
 Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
   const bool few = s.m <= 8;
@@ -95,10 +94,10 @@ Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
   if (fills(s, 112)) {
     return few ? stream_kernel<T, StreamShape<2, 7, 1, 1, 8, 4>>() : stream_kernel<T, StreamShape<2, 7, 1, 2, 6, 4>>();
   }
-  if (s.rows >= int64_t{64} * s.processors || fills(s, 64)) {
-    return few ? stream_kernel<T, StreamShape<4, 2, 2, 1, 12, 4>>() : stream_kernel<T, StreamShape<4, 2, 2, 2, 8, 4>>();
+  if (weights < kSmall && (few || fills(s, 32))) {
+    return few ? stream_kernel<T, StreamShape<4, 2, 1, 1, 16, 4>>() : stream_kernel<T, StreamShape<6, 2, 1, 2, 12, 4>>();
   }
-  return few ? stream_kernel<T, StreamShape<4, 2, 1, 1, 16, 4>>() : stream_kernel<T, StreamShape<6, 2, 1, 2, 12, 4>>();
+  return few ? stream_kernel<T, StreamShape<4, 2, 2, 1, 12, 4>>() : stream_kernel<T, StreamShape<3, 4, 1, 2, 9, 4>>();
 }
 
 // From benchmarks on an H200. The shapes of mma fit the shared memory of every device from sm_80 on.

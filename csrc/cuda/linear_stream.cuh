@@ -71,14 +71,25 @@ struct Ring {
     for (int i = 0; i < Shape::kSlots; ++i) init_barrier(full + i, 1), init_barrier(empty + i, Shape::kRowWarps);
     publish_barriers();
   }
+};
 
-  template <Absmax kAbsmax>
-  __device__ void copy(const StreamMaps& maps, const Partition& partition, int unit, int number, int m0) const {
-    const int tile = unit / partition.chunks, block = unit % partition.chunks * kPieceBlocks, slot = number % Shape::kSlots;
-    uint8_t* const to = slots + slot * Shape::kSlotBytes;
-    expect_bytes(full + slot, Shape::kAbsmaxAt + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
-    copy_weight<kAbsmax>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full + slot);
-    copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full + slot);
+// Orders the copies of a thread block's units, one after the other; by one thread.
+template <typename Shape, Absmax kAbsmax>
+struct RingFiller {
+  Ring<Shape> ring;
+  int tile, piece, m0;
+  int slot = 0, parity = 1;  // of the phase before: at first there is nothing to wait for
+
+  __device__ void copy_next(const StreamMaps& maps, int pieces) {
+    wait_for(ring.empty + slot, parity);
+    uint8_t* const to = ring.slots + slot * Shape::kSlotBytes;
+    uint64_t* const full = ring.full + slot;
+    const int block = piece * kPieceBlocks;
+    expect_bytes(full, Shape::kAbsmaxAt + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kAbsmax>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full);
+    copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full);
+    if (++piece == pieces) piece = 0, ++tile;
+    if (++slot == Shape::kSlots) slot = 0, parity ^= 1;
   }
 };
 
@@ -136,19 +147,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1), chunks = partition.chunks;
 
   if (warp == Shape::kWarps) {
-    const auto copy = [&](int unit) { ring.template copy<kAbsmax>(maps, partition, unit, unit - begin, m0); };
+    RingFiller<Shape, kAbsmax> filler = {ring, begin / chunks, begin % chunks, m0};
+    const int first_end = min(end, begin + kGroups);
     if (lane == 0) {
       ring.init();
       // the groups' first slots, ahead of a ring's worth of others
-      for (int unit = begin; unit < end && unit < begin + kGroups; ++unit) copy(unit);
+      for (int unit = begin; unit < first_end; ++unit) filler.copy_next(maps, chunks);
     }
     __syncthreads();
     if (lane != 0) return;
-    for (int unit = begin + kGroups; unit < end; ++unit) {
-      const int before = unit - begin - Shape::kSlots;
-      if (before >= 0) wait_for(empty + before % Shape::kSlots, before / Shape::kSlots % 2);
-      copy(unit);
-    }
+    for (int unit = first_end; unit < end; ++unit) filler.copy_next(maps, chunks);
     return;
   }
 

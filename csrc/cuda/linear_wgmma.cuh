@@ -140,22 +140,40 @@ struct WgmmaRings {
 
   __device__ uint8_t* w_slot(unsigned slot) const { return shared + slot * Shape::kWSlotBytes; }
   __device__ uint8_t* x_slot(unsigned slot) const { return shared + Shape::kXAt + slot * Shape::kXSlotBytes; }
+};
 
-  // The block's unit number `number`. Waits for room.
-  template <Absmax kAbsmax>
-  __device__ void copy_w(const WeightMaps& maps, int tile, int piece, unsigned number) const {
-    const unsigned slot = number % Shape::kWSlots;
-    if (number >= Shape::kWSlots) wait_for(w_empty + slot, (number / Shape::kWSlots + 1) % 2);
-    expect_bytes(w_full + slot, Shape::kCodeBytes + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
-    copy_weight<kAbsmax>(w_slot(slot), w_slot(slot) + Shape::kCodeBytes, maps, tile * Shape::kRows, piece * kPieceBlocks,
-                         w_full + slot);
+// Order the copies of a thread block's units of W, or loads of x, one after the other; each by one thread. Parity is that of
+// the phase before: at first there is nothing to wait for.
+template <typename Shape, Absmax kAbsmax>
+struct WFiller {
+  WgmmaRings<Shape> rings;
+  int tile, piece;
+  unsigned slot = 0, parity = 1;
+
+  __device__ void copy_next(const WeightMaps& maps, int pieces) {
+    wait_for(rings.w_empty + slot, parity);
+    uint8_t* const to = rings.w_slot(slot);
+    uint64_t* const full = rings.w_full + slot;
+    expect_bytes(full, Shape::kCodeBytes + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    copy_weight<kAbsmax>(to, to + Shape::kCodeBytes, maps, tile * Shape::kRows, piece * kPieceBlocks, full);
+    if (++piece == pieces) piece = 0, ++tile;
+    if (++slot == Shape::kWSlots) slot = 0, parity ^= 1;
   }
+};
 
-  // The block's load number `number` of x, from where a row of x has it. Waits for room.
-  __device__ void copy_x(const uint8_t* from, unsigned number) const {
-    const unsigned slot = number % Shape::kXSlots;
-    if (number >= Shape::kXSlots) wait_for(x_empty + slot, (number / Shape::kXSlots + 1) % 2);
-    copy_bulk(x_slot(slot), from, Shape::kXSlotBytes, x_full + slot);
+template <typename Shape>
+struct XFiller {
+  WgmmaRings<Shape> rings;
+  const uint8_t* arranged_x;
+  int load;  // of a row of x
+  unsigned slot = 0, parity = 1;
+
+  __device__ void copy_next(int loads) {
+    wait_for(rings.x_empty + slot, parity);
+    copy_bulk(rings.x_slot(slot), arranged_x + static_cast<int64_t>(load) * Shape::kXSlotBytes, Shape::kXSlotBytes,
+              rings.x_full + slot);
+    if (++load == loads) load = 0;
+    if (++slot == Shape::kXSlots) slot = 0, parity ^= 1;
   }
 };
 
@@ -226,33 +244,28 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
   // ends whatever else the device runs.
   const int own_block = gridDim.x - 1 - blockIdx.x;
   const int begin = partition.begin(own_block), end = partition.begin(own_block + 1);
-  constexpr unsigned kLoads = kSlabs / Shape::kSlotSlabs;  // of a piece
+  constexpr int kLoads = kSlabs / Shape::kSlotSlabs;  // of a piece
 
   if (warp >= Shape::kWarps) {
     if constexpr (Shape::kMovesRegisters) {
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
     }
-    const int orders = threadIdx.x - Shape::kThreads;  // the first thread W, the second x
-    const auto copy_w = [&](int unit) {
-      rings.template copy_w<kAbsmax>(maps, unit / chunks, unit % chunks, unit - begin);
-    };
-    if (orders == 0) {
+    const int order = threadIdx.x - Shape::kThreads;  // the first thread orders W, the second x
+    WFiller<Shape, kAbsmax> w_filler = {rings, begin / chunks, begin % chunks};
+    if (order == 0) {
       rings.init();
-      copy_w(begin);
+      w_filler.copy_next(maps, chunks);
     }
-    if (orders == 1) {
+    if (order == 1) {
       wait_for_kernel_before();  // for arranged_x and the flags, which no other thread uses
       asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    if (orders == 0) {
-      for (int unit = begin + 1; unit < end; ++unit) copy_w(unit);
-    } else if (orders == 1) {
-      const unsigned first = begin % chunks * kLoads, loads = (end - begin) * kLoads;
-      for (unsigned number = 0; number < loads; ++number) {
-        const unsigned of_row = (first + number) % (chunks * kLoads);
-        rings.copy_x(workspace.arranged_x + static_cast<int64_t>(of_row) * Shape::kXSlotBytes, number);
-      }
+    if (order == 0) {
+      for (int unit = begin + 1; unit < end; ++unit) w_filler.copy_next(maps, chunks);
+    } else if (order == 1) {
+      XFiller<Shape> x_filler = {rings, workspace.arranged_x, begin % chunks * kLoads};
+      for (int load = 0; load < (end - begin) * kLoads; ++load) x_filler.copy_next(chunks * kLoads);
     }
     return;
   }

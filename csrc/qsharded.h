@@ -100,8 +100,7 @@ QSHARDED_API int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, in
 // y = x W^T (+ bias): x [m, 64 * blocks_per_row] and y [m, rows] of `dtype`, bfloat16 or float16, contiguous and
 // 16-byte aligned, as are codes. W as qsharded_cpu_nf4_dequantize takes it. A weight is rounded to `dtype` as
 // dequantize rounds it, or, for one row of x and most sizes, not at all; products are summed in fp32 in an order that
-// these sizes, the device and the alignment of absmax fix. bias: [rows] of `dtype` or null. Up to 2^37 weights, 2^20
-// columns.
+// these sizes and the device fix. bias: [rows] of `dtype` or null. Up to 2^37 weights, 2^20 columns.
 QSHARDED_API int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                                           int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                                           const float* absmax_scales, const float* absmax_offset,

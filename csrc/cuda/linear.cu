@@ -52,8 +52,12 @@ using MostWgmma = WgmmaShape<2, 256, 4, 1, 8>;
 template <typename T, Absmax kAbsmax>
 bool moves_registers() {
   cudaFuncAttributes found;
-  return cudaFuncGetAttributes(&found, linear_wgmma_kernel<MostWgmma, T, kAbsmax>) == cudaSuccess &&
-         found.numRegs * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
+  if (cudaFuncGetAttributes(&found, linear_wgmma_kernel<MostWgmma, T, kAbsmax>) != cudaSuccess) {
+    cudaGetLastError();  // no later launch is to find it
+    return false;
+  }
+  const int allocated = (found.numRegs + 7) / 8 * 8;  // as the hardware does
+  return allocated * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
 }
 
 template <typename T>
@@ -94,7 +98,7 @@ Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
   if (fills(s, 112)) {
     return few ? stream_kernel<T, StreamShape<2, 7, 1, 1, 8, 4>>() : stream_kernel<T, StreamShape<2, 7, 1, 2, 6, 4>>();
   }
-  if (weights < kSmall && (few || fills(s, 32))) {
+  if (!fills(s, 64) && (fills(s, 32) || (few && weights < kSmall))) {
     return few ? stream_kernel<T, StreamShape<4, 2, 1, 1, 16, 4>>() : stream_kernel<T, StreamShape<6, 2, 1, 2, 12, 4>>();
   }
   return few ? stream_kernel<T, StreamShape<4, 2, 2, 1, 12, 4>>() : stream_kernel<T, StreamShape<3, 4, 1, 2, 9, 4>>();

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   int unit = begin + group, next_tile = unit / chunks;
   unsigned block = unit % chunks * kPieceBlocks + t;
   RowsAbsmax<2 * kSubtiles, kAbsmax> rows;
-  const auto begin_tile = [&] { rows.begin(a.w, next_tile * Shape::kRows + own_row); };
+  const auto begin_tile = [&] { rows.begin(a.w, static_cast<unsigned>(next_tile) * Shape::kRows + own_row); };
   const auto load_absmax = [&](bool more) { rows.load(a.w, block, more && block < blocks); };
   begin_tile();
   const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);

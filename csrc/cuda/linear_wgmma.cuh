@@ -1,9 +1,9 @@
 // y = x W^T for more rows of x on Hopper: W by way of registers into wgmma, as A; x in shared memory, as B.
 //
 // x first goes into the workspace as shared memory wants it: slab after slab of 64 columns, those that the lanes hold of
-// two words of a piece, in their order, rows in wgmma's 128-byte swizzle. One warp orders copies: of pieces of W to one ring
-// of slots (linear_ring.cuh), of some slabs of x at a time to another. The warpgroups have 64 rows of W each, and while the
-// tensor cores work on one slab's columns the next slab's are decoded.
+// two words of a piece, in their order, rows in wgmma's 128-byte swizzle. One warp orders copies of pieces of W to a ring of
+// slots (linear_ring.cuh), another copies of some slabs of x at a time to a second ring. The warpgroups have 64 rows of W
+// each, and while the tensor cores work on one slab's columns the next slab's are decoded.
 #pragma once
 
 #include "linear_block_levels.cuh"
@@ -35,9 +35,9 @@ struct WgmmaShape {
   static constexpr int kSums = kM / 2;  // that a lane holds
 
   // Sums of 256 rows take more registers than are every thread's share: those that order copies, then a warpgroup, for they
-  // hand registers over together, give theirs.
+  // hand registers over together, give theirs. What they are launched with must suffice, else all wait for ever.
   static constexpr bool kMovesRegisters = kM > 128;
-  static constexpr int kAllThreads = kThreads + (kMovesRegisters ? 4 : 1) * kWarp;
+  static constexpr int kAllThreads = kThreads + (kMovesRegisters ? 4 : 2) * kWarp;
   static constexpr int kFewRegisters = 24, kManyRegisters = 240;
   static constexpr int kRegisters = kMovesRegisters ? kThreads * kManyRegisters + 4 * kWarp * kFewRegisters : 0;
 
@@ -250,20 +250,21 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
     if constexpr (Shape::kMovesRegisters) {
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kFewRegisters));
     }
-    const int order = threadIdx.x - Shape::kThreads;  // the first thread orders W, the second x
+    // W's and x's waiting must not hold each other up: a warp for each
+    const bool orders_w = threadIdx.x == Shape::kThreads, orders_x = threadIdx.x == Shape::kThreads + kWarp;
     WFiller<Shape, kAbsmax> w_filler = {rings, begin / chunks, begin % chunks};
-    if (order == 0) {
+    if (orders_w) {
       rings.init();
       w_filler.copy_next(maps, chunks);
     }
-    if (order == 1) {
+    if (orders_x) {
       wait_for_kernel_before();  // for arranged_x and the flags, which no other thread uses
       asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
-    if (order == 0) {
+    if (orders_w) {
       for (int unit = begin + 1; unit < end; ++unit) w_filler.copy_next(maps, chunks);
-    } else if (order == 1) {
+    } else if (orders_x) {
       XFiller<Shape> x_filler = {rings, workspace.arranged_x, begin % chunks * kLoads};
       for (int load = 0; load < (end - begin) * kLoads; ++load) x_filler.copy_next(chunks * kLoads);
     }
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(Shape::kAllThreads, 1)
   int tile = begin / chunks, next_tile = tile;
   unsigned block = begin % chunks * kPieceBlocks + lane % 4;
   RowsAbsmax<2, kAbsmax> rows;
-  const auto begin_tile = [&] { rows.begin(a.w, next_tile * Shape::kRows + own_row); };
+  const auto begin_tile = [&] { rows.begin(a.w, static_cast<unsigned>(next_tile) * Shape::kRows + own_row); };
   const auto load_absmax = [&](bool more) { rows.load(a.w, block, more && block < blocks); };
   begin_tile();
   const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);

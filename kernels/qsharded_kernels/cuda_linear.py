@@ -27,9 +27,9 @@ def linear(
     """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
 
     A weight is level * absmax in fp32 rounded once to x's dtype (for a single row of x most sizes go without), so that
-    identity activations give back what ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes,
-    the device and absmax's alignment fix: the same call gives the same bits. Captures in CUDA graphs. ``bias_N``: of
-    x's dtype, added in fp32.
+    identity activations give back what ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes
+    and the device fix: the same call gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in
+    fp32.
 
     Raises:
         ValueError: 2^37 weights and more, or more than 2^20 columns.

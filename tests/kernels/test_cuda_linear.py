@@ -150,6 +150,18 @@ def test_graph_replays(M: int, make: Callable[[int, int], cases.Encoded]) -> Non
     cases.assert_same_bits(y, expected)
 
 
+@pytest.mark.parametrize(("M", "kernel"), [(1, "vector"), (8, "stream"), (40, "wgmma"), (100, "wgmma"), (200, "wgmma")])
+def test_kernels_on_hopper(M: int, kernel: str) -> None:
+    """Those for every card would give the same sums, and nobody would notice."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a card of compute capability 9.0")
+    encoded = cases.double_quantized(8200, 64)
+    x, arguments = random_rows(M, 4096, torch.bfloat16), on_gpu(encoded)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        cuda_linear.linear(x, *arguments)
+    assert any(f"linear_{kernel}" in event.key for event in profile.key_averages())
+
+
 def test_views() -> None:
     """x transposed, x at an odd address, codes at an odd address."""
     encoded = cases.double_quantized(64, 9)

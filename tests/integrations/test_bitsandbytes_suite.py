@@ -1,12 +1,13 @@
 """bitsandbytes' own tests pass with our kernels behind its operations as they pass without.
 
 They are not in its wheel: give QSHARDED_BITSANDBYTES_TESTS the ``tests`` folder of its repository, at the tag that is
-installed. Each file runs twice, in processes of their own.
+installed. Each file runs twice, in processes of their own, side by side.
 """
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,9 +49,11 @@ def outcomes(file: str, selected: str, installed: str, report: Path) -> dict[str
 
 @pytest.mark.parametrize("file", FILES)
 def test_its_tests_end_as_they_do_without(file: str, tmp_path: Path) -> None:
-    without, with_ours = (
-        outcomes(file, FILES[file], installed, tmp_path / f"{installed}.xml") for installed in ("0", "1")
-    )
+    def run(installed: str) -> dict[str, str]:
+        return outcomes(file, FILES[file], installed, tmp_path / f"{installed}.xml")
+
+    with ThreadPoolExecutor() as pool:
+        without, with_ours = pool.map(run, ("0", "1"))
     assert "passed" in without.values()
     changed = [
         f"{test}: {without.get(test)} without ours, {with_ours.get(test)} with"

@@ -4,6 +4,8 @@
 // A box of codes is a tile of rows times a piece of 256 columns, rows of 128 bytes in the copy engine's swizzle.
 #pragma once
 
+#include <type_traits>
+
 #include "linear_weight.cuh"
 #include "tensor_map.cuh"
 
@@ -27,6 +29,19 @@ inline Absmax absmax_of(const PackedWeight& w) {
   const bool fits = w.absmax_row_stride >= w.blocks_per_row && w.absmax_row_stride % 16 == 0 &&
                     reinterpret_cast<uintptr_t>(w.absmax) % 16 == 0;
   return fits ? Absmax::kBoxedCodes : Absmax::kCodes;
+}
+
+// What `kernel` gives for a weight's Absmax, which it takes as a constant.
+template <typename Kernel>
+auto by_absmax(const PackedWeight& w, Kernel kernel) {
+  switch (absmax_of(w)) {
+    case Absmax::kBoxedCodes:
+      return kernel(std::integral_constant<Absmax, Absmax::kBoxedCodes>{});
+    case Absmax::kCodes:
+      return kernel(std::integral_constant<Absmax, Absmax::kCodes>{});
+    default:
+      return kernel(std::integral_constant<Absmax, Absmax::kFloats>{});
+  }
 }
 
 struct WeightMaps {

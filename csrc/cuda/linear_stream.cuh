@@ -253,10 +253,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 template <typename Shape, typename T>
 cudaError_t launch_stream(const LinearArguments<T>& a, cudaStream_t stream) {
-  const Absmax absmax = absmax_of(a.w);
-  const auto kernel = absmax == Absmax::kBoxedCodes ? linear_stream_kernel<Shape, T, Absmax::kBoxedCodes>
-                      : absmax == Absmax::kCodes    ? linear_stream_kernel<Shape, T, Absmax::kCodes>
-                                                    : linear_stream_kernel<Shape, T, Absmax::kFloats>;
+  const auto kernel = by_absmax(a.w, [](auto absmax) { return linear_stream_kernel<Shape, T, absmax.value>; });
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
   StreamMaps maps;

@@ -6,8 +6,9 @@
 // each, and while the tensor cores work on one slab's columns the next slab's are decoded.
 #pragma once
 
+#include "linear_arguments.cuh"
 #include "linear_block_levels.cuh"
-#include "linear_mma.cuh"
+#include "linear_partition.cuh"
 #include "linear_ring.cuh"
 #include "wgmma.cuh"
 
@@ -127,7 +128,7 @@ __device__ inline uint64_t matrix_at(uint32_t address) {
 template <typename Shape>
 struct WgmmaRings {
   uint8_t* shared;
-  uint64_t* w_full;  // barriers: a slot's copies are there
+  uint64_t* w_full;   // barriers: a slot's copies are there
   uint64_t* w_empty;  // all warps have read them
   uint64_t* x_full;
   uint64_t* x_empty;
@@ -381,10 +382,7 @@ int64_t wgmma_workspace(const LinearSizes& s) {
 // At most kM rows of x.
 template <typename Shape, typename T>
 cudaError_t launch_wgmma(const LinearArguments<T>& a, cudaStream_t stream) {
-  const Absmax absmax = absmax_of(a.w);
-  const auto kernel = absmax == Absmax::kBoxedCodes ? linear_wgmma_kernel<Shape, T, Absmax::kBoxedCodes>
-                      : absmax == Absmax::kCodes    ? linear_wgmma_kernel<Shape, T, Absmax::kCodes>
-                                                    : linear_wgmma_kernel<Shape, T, Absmax::kFloats>;
+  const auto kernel = by_absmax(a.w, [](auto absmax) { return linear_wgmma_kernel<Shape, T, absmax.value>; });
   WeightMaps maps;
   cudaError_t error = encode_weight(a.w, Shape::kRows, &maps);
   if (error != cudaSuccess) return error;

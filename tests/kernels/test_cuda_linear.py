@@ -98,16 +98,16 @@ def test_identity_returns_the_weight(dtype: torch.dtype, M: int, make: Callable[
     assert torch.equal(torch.cat(columns, dim=1).cpu(), weight)  # by value: a sum that starts at 0 has no -0
 
 
-@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("quant_type", nf4.LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128, 256])
-def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str, boxes: bool) -> None:
-    """Under fp32 absmax in strided rows, of magnitudes that the dtype holds."""
+def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str, contiguous: bool) -> None:
+    """Under fp32 absmax in strided rows or contiguous ones, of magnitudes that the dtype holds."""
     encoded = cases.every_pair_of_bytes(quant_type)
     arguments = on_gpu(encoded)
     arguments[1].clamp_(2.0**-10, 2.0**10)
-    if boxes:
+    if contiguous:
         arguments[1] = arguments[1].contiguous()
     weight = cuda_nf4.dequantize(*arguments, dtype)
     identity = torch.eye(512, dtype=dtype, device="cuda")

@@ -108,6 +108,23 @@ struct RowsAbsmax {
 };
 
 #if __CUDA_ARCH__ >= 900
+// Where a thread that orders copies is in a ring. Parity is that of the phase it waits for: of the one before the first, in
+// the beginning, when there is room.
+template <int kSlots>
+struct RingPlace {
+  unsigned slot = 0, parity = 1;
+
+  __device__ void advance() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+};
+
+// What copy_weight brings, of so many rows.
+template <Absmax kAbsmax>
+__device__ constexpr int weight_bytes(int rows) {
+  return rows * (kCodeRow + (kAbsmax == Absmax::kBoxedCodes ? kAbsmaxRow : 0));
+}
+
 template <Absmax kAbsmax>
 __device__ inline void copy_weight(uint8_t* codes, uint8_t* absmax, const WeightMaps& maps, int row, int block,
                                    uint64_t* barrier) {

@@ -78,18 +78,18 @@ template <typename Shape, Absmax kAbsmax>
 struct RingFiller {
   Ring<Shape> ring;
   int tile, piece, m0;
-  int slot = 0, parity = 1;  // of the phase before: at first there is nothing to wait for
+  RingPlace<Shape::kSlots> at = {};
 
   __device__ void copy_next(const StreamMaps& maps, int pieces) {
-    wait_for(ring.empty + slot, parity);
-    uint8_t* const to = ring.slots + slot * Shape::kSlotBytes;
-    uint64_t* const full = ring.full + slot;
+    wait_for(ring.empty + at.slot, at.parity);
+    uint8_t* const to = ring.slots + at.slot * Shape::kSlotBytes;
+    uint64_t* const full = ring.full + at.slot;
     const int block = piece * kPieceBlocks;
-    expect_bytes(full, Shape::kAbsmaxAt + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    expect_bytes(full, weight_bytes<kAbsmax>(Shape::kRows) + Shape::kXBytes);
     copy_weight<kAbsmax>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full);
     copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full);
     if (++piece == pieces) piece = 0, ++tile;
-    if (++slot == Shape::kSlots) slot = 0, parity ^= 1;
+    at.advance();
   }
 };
 

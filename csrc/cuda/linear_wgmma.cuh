@@ -143,22 +143,21 @@ struct WgmmaRings {
   __device__ uint8_t* x_slot(unsigned slot) const { return shared + Shape::kXAt + slot * Shape::kXSlotBytes; }
 };
 
-// Order the copies of a thread block's units of W, or loads of x, one after the other; each by one thread. Parity is that of
-// the phase before: at first there is nothing to wait for.
+// Order the copies of a thread block's units of W, or loads of x, one after the other; each by one thread.
 template <typename Shape, Absmax kAbsmax>
 struct WFiller {
   WgmmaRings<Shape> rings;
   int tile, piece;
-  unsigned slot = 0, parity = 1;
+  RingPlace<Shape::kWSlots> at = {};
 
   __device__ void copy_next(const WeightMaps& maps, int pieces) {
-    wait_for(rings.w_empty + slot, parity);
-    uint8_t* const to = rings.w_slot(slot);
-    uint64_t* const full = rings.w_full + slot;
-    expect_bytes(full, Shape::kCodeBytes + (kAbsmax == Absmax::kBoxedCodes ? Shape::kAbsmaxBytes : 0));
+    wait_for(rings.w_empty + at.slot, at.parity);
+    uint8_t* const to = rings.w_slot(at.slot);
+    uint64_t* const full = rings.w_full + at.slot;
+    expect_bytes(full, weight_bytes<kAbsmax>(Shape::kRows));
     copy_weight<kAbsmax>(to, to + Shape::kCodeBytes, maps, tile * Shape::kRows, piece * kPieceBlocks, full);
     if (++piece == pieces) piece = 0, ++tile;
-    if (++slot == Shape::kWSlots) slot = 0, parity ^= 1;
+    at.advance();
   }
 };
 
@@ -167,14 +166,14 @@ struct XFiller {
   WgmmaRings<Shape> rings;
   const uint8_t* arranged_x;
   int load;  // of a row of x
-  unsigned slot = 0, parity = 1;
+  RingPlace<Shape::kXSlots> at = {};
 
   __device__ void copy_next(int loads) {
-    wait_for(rings.x_empty + slot, parity);
-    copy_bulk(rings.x_slot(slot), arranged_x + static_cast<int64_t>(load) * Shape::kXSlotBytes, Shape::kXSlotBytes,
-              rings.x_full + slot);
+    wait_for(rings.x_empty + at.slot, at.parity);
+    copy_bulk(rings.x_slot(at.slot), arranged_x + static_cast<int64_t>(load) * Shape::kXSlotBytes, Shape::kXSlotBytes,
+              rings.x_full + at.slot);
     if (++load == loads) load = 0;
-    if (++slot == Shape::kXSlots) slot = 0, parity ^= 1;
+    at.advance();
   }
 };
 

@@ -38,10 +38,11 @@ def outcomes(file: str, selected: str, installed: str, report: Path) -> dict[str
     assert FOLDER is not None
     # our own settings, where the folder lies within this repository, would refuse its markers
     options = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "-p", "no:xdist"]
+    variant = {"QSHARDED_BITSANDBYTES": installed, "PET_STANDALONE": "1"}  # a port of its own for each torchrun
     subprocess.run(
         [sys.executable, "-c", _RUN, str(Path("tests", file)), *options, f"--junitxml={report}", "-k", selected],
         cwd=Path(FOLDER).parent,  # the files import each other as tests.helpers
-        env=os.environ | {"QSHARDED_BITSANDBYTES": installed},
+        env=os.environ | variant,
         check=False,
     )
     cases = ElementTree.parse(report).getroot().iter("testcase")

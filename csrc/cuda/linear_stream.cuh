@@ -93,30 +93,29 @@ struct RingFiller {
   }
 };
 
-// The groups' sums of a tile, for each place among a group's warps. Nobody waits: the last warp to come adds them up, in
-// the order of the groups, while the others go on to the next tile.
+// The groups' sums of a tile, for one place among a group's warps. The group whose unit is the tile's last, so that it has
+// least to wait for, adds them up in the order of the groups, while the others go on to the next tile.
 template <typename Shape>
 struct GroupSums {
-  float* own;  // of this lane, in the first group
-  int* arrived;
-  int* done;  // tiles
+  float* own;        // of this lane, in the first group
+  uint64_t* put;     // barriers: all groups' sums of a tile are there
+  uint64_t* summed;  // and have been read
 
+  __device__ void init() const { init_barrier(put, Shape::kGroups), init_barrier(summed, 1); }
+
+  // Tile number so much of this thread block's.
   template <typename T>
-  __device__ void join(const float (&sums)[Shape::kSums], int group, int number, const MmaTile<Shape, T>& out) const {
+  __device__ void join(const float (&sums)[Shape::kSums], int group, int last, int number,
+                       const MmaTile<Shape, T>& out) const {
     constexpr int kGroup = Shape::kRowWarps * Shape::kSums * kWarp;
-    const int lane = threadIdx.x % kWarp;
-    while (*static_cast<volatile int*>(done) != number) {
-    }
-    __threadfence_block();
-    __syncwarp();
+    const int lane = threadIdx.x % kWarp, parity = number & 1;
+    wait_for(summed, parity ^ 1);  // of the tile before
 #pragma unroll
     for (int i = 0; i < Shape::kSums; ++i) own[group * kGroup + i * kWarp] = sums[i];
-    __threadfence_block();
     __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicAdd(arrived, 1);
-    if (__shfl_sync(~0u, before, 0) + 1 != Shape::kGroups * (number + 1)) return;
-    __threadfence_block();
+    arrive(put, lane == 0);
+    if (group != last) return;
+    wait_for(put, parity);
 #pragma unroll
     for (int i = 0; i < Shape::kSums; ++i) {
       float sum = 0;
@@ -124,9 +123,8 @@ struct GroupSums {
       for (int of = 0; of < Shape::kGroups; ++of) sum += own[of * kGroup + i * kWarp];
       out.write(i, sum);
     }
-    __threadfence_block();
     __syncwarp();
-    if (lane == 0) *static_cast<volatile int*>(done) = number + 1;
+    arrive(summed, lane == 0);
   }
 };
 #endif
@@ -140,8 +138,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ uint64_t full[Shape::kSlots];
   __shared__ uint64_t empty[Shape::kSlots];
-  __shared__ int arrived[Shape::kRowWarps];
-  __shared__ int done[Shape::kRowWarps];
+  __shared__ uint64_t put[Shape::kRowWarps];
+  __shared__ uint64_t summed[Shape::kRowWarps];
   const Ring<Shape> ring = {shared, full, empty};
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, m0 = blockIdx.y * Shape::kM;
   const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1), chunks = partition.chunks;
@@ -150,6 +148,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     RingFiller<Shape, kAbsmax> filler = {ring, begin / chunks, begin % chunks, m0};
     const int first_end = min(end, begin + kGroups);
     if (lane == 0) {
+      for (int i = 0; i < Shape::kRowWarps; ++i) GroupSums<Shape>{nullptr, put + i, summed + i}.init();
       ring.init();
       // the groups' first slots, ahead of a ring's worth of others
       for (int unit = begin; unit < first_end; ++unit) filler.copy_next(maps, chunks);
@@ -178,13 +177,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   LevelTable::fill<Shape::kWarps * kWarp>(shared + Shape::kTableAt, a.w.levels);
   absmax_map.store(map);
   if (threadIdx.x < 16) levels[threadIdx.x] = __ldg(a.w.levels + threadIdx.x);
-  if (threadIdx.x < Shape::kRowWarps) arrived[threadIdx.x] = done[threadIdx.x] = 0;
   __syncthreads();
 
   const LevelTable table(shared + Shape::kTableAt);
   const GroupSums<Shape> groups = {
-      reinterpret_cast<float*>(shared + Shape::kSumsAt) + row_warp * Shape::kSums * kWarp + lane, arrived + row_warp,
-      done + row_warp};
+      reinterpret_cast<float*>(shared + Shape::kSumsAt) + row_warp * Shape::kSums * kWarp + lane, put + row_warp,
+      summed + row_warp};
   const uint32_t swizzle = row_swizzle();
   int slot = group, parity = 0;
   const int first_tile = begin / chunks;
@@ -246,7 +244,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       slot += kGroups;
       if (slot >= Shape::kSlots) slot -= Shape::kSlots, parity ^= 1;
     }
-    groups.join(sums, group, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, row_warp));
+    const int last = (tile_end - 1 - begin) % kGroups;
+    groups.join(sums, group, last, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, row_warp));
   }
 #endif
 }

@@ -23,8 +23,8 @@ from benchmarks.record import command, environment
 TOOLS = ("memcheck", "racecheck")
 FOUND = 99  # the sanitizer's exit status where it found an error, unlike any of pytest's
 TESTS = ("test_cuda_nf4.py", "test_cuda_linear.py", "test_absmax.py")
-# what takes gigabytes or thousands of launches, graphs, which need PyTorch's own allocator, and profiles, which need the
-# interface that the sanitizer has taken
+# what takes gigabytes or thousands of launches, graphs, which need PyTorch's own allocator, and profiles, which need
+# what the sanitizer has taken
 LEFT_OUT = ("beyond_32_bits", "every_pair", "every_half", "same_bits", "graph", "on_hopper")
 SHARE = "QSHARDED_SANITIZER_SHARE"  # "2/6": of six processes the third
 

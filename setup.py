@@ -21,7 +21,7 @@ CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
 # -ffp-contract=off: a fused multiply-add rounds once where the format rounds twice, and bytes would differ
-HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS = ["-O3", "-std=c++17"]
 ARCHITECTURES = ["80", "86", "89", "90a"]  # 90a: Hopper's warpgroup instructions
 PTX = "90"  # for what comes after

@@ -12,7 +12,7 @@ namespace qsharded {
 namespace {
 
 constexpr int kRowsSideBySide = 8;  // a row's additions wait for each other; those of eight rows do not
-// About as long as starting a thread takes.
+// Many times what waking a thread takes.
 constexpr int64_t kRowsAtATime = 1024;
 constexpr int64_t kBlocksAtATime = 128;
 

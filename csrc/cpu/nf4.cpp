@@ -11,7 +11,7 @@
 namespace qsharded {
 namespace {
 
-constexpr int64_t kBlocksAtATime = 4096;  // about as long as starting a thread takes
+constexpr int64_t kBlocksAtATime = 4096;  // 45 us: many times what waking a thread takes
 
 const NF4Kernels* kernels_for(int isa) {
   if (isa < 0 || isa > qsharded_cpu_isa()) return nullptr;

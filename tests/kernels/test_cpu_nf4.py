@@ -1,5 +1,7 @@
 """The compiled CPU kernels against the reference, bit for bit, for every instruction set of this machine."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +116,28 @@ def test_library_is_the_fresh_one(fresh_library: Path) -> None:
     compiled = library.load()
     assert compiled is not None
     assert compiled._name == str(fresh_library)
+
+
+_THREADS_AFTER_EACH_STEP = """
+import os, pathlib, sys, torch
+from qsharded import nf4
+from qsharded_kernels import cpu_nf4, library
+library.PATH = pathlib.Path(sys.argv[1])
+def threads(): print(len(os.listdir("/proc/self/task")))
+weight = torch.ones(4096, 256)
+threads()
+cpu_nf4.quantize(weight, nf4.thresholds(), threads=3)
+threads()
+weight.sum()
+threads()
+"""
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this PyTorch has no OpenMP")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_threads_are_pytorchs(fresh_library: Path) -> None:
+    """Else there would be none, or PyTorch's, waiting for their next work, would hold up ours."""
+    command = [sys.executable, "-c", _THREADS_AFTER_EACH_STEP, str(fresh_library)]
+    started, with_ours, with_pytorchs = map(int, subprocess.check_output(command, text=True).split())
+    assert with_ours == started + 2
+    assert with_pytorchs <= with_ours

@@ -39,12 +39,12 @@ def main() -> None:
     if sanitizer is None or not torch.cuda.is_available():
         parser.error("needs a CUDA GPU and compute-sanitizer, which is a part of the CUDA toolkit")
     with ThreadPoolExecutor(len(arguments.tools) * arguments.jobs) as pool:
-        runs = [
+        started = [
             pool.submit(run, sanitizer, tool, f"{share}/{arguments.jobs}", rest)
             for tool in arguments.tools
             for share in range(arguments.jobs)
         ]
-    results = [run.result() for run in runs]
+    results = [future.result() for future in started]
     record = environment() | {"command": command("benchmarks.gpu_sanitizer"), "runs": results}
     arguments.record.write_text(json.dumps(record, indent=2) + "\n")
     sys.exit(any(result["status"] for result in results))

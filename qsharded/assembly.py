@@ -22,8 +22,9 @@ from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
-from qsharded.output import check_output_dir, claim_output_dir, find_resumed
+from qsharded.output import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
+from qsharded.room import Sizes
 
 _DECIDE_ROWS = (
     "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     lora = lora_config(config, adapter)
     # refuses what cannot be read before the data is
     outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
+    check_room(config, world, resume_from, Sizes.of((p for _, p in trainable(outline.model)), config.optim))
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)

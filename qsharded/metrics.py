@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from qsharded.durable import AppendedFile, write_whole
+
 
 @dataclass(frozen=True)
 class TrainRow:
@@ -46,6 +48,7 @@ class MetricsLog:
     ) -> None:
         self._is_main = is_main
         self._file = _reopen(Path(path), first_step) if is_main else None
+        self._is_full = False
         self._screen = _Screen(stream or sys.stdout)
         self._progress = _Progress(total_steps, first_step, clock)
         self._status = ""
@@ -96,8 +99,13 @@ class MetricsLog:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.add((json.dumps(finite, allow_nan=False) + "\n").encode())
+            self._is_full = False
+        except OSError as error:  # the rows wait in memory for room: no reason to end the training
+            if not self._is_full:
+                self.message(f"warning: {error}; the rows follow when there is room again")
+            self._is_full = True
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -106,15 +114,12 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in finished]
 
 
-def _reopen(path: Path, first_step: int) -> TextIO:
+def _reopen(path: Path, first_step: int) -> AppendedFile:
     """The file, opened for appending after the rows of the steps done."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    # A run that is killed here still has all its rows.
-    os.replace(fresh, path)
-    return path.open("a", encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return AppendedFile(path)
 
 
 class _Screen:

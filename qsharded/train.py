@@ -4,20 +4,23 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qsharded import assembly, evaluation
-from qsharded.checkpoint.adapter import save_adapter, trainable
+from qsharded import assembly, evaluation, results
+from qsharded.agreement import main_rank_does
+from qsharded.checkpoint.adapter import trainable
 from qsharded.checkpoint.training import Progress
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.commands import errors_named, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
+from qsharded.divergence import SkippedTooOften, advice, has_diverged
 from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
@@ -27,10 +30,6 @@ from qsharded.parallel import DamagedGather, World, start_world, stop_world
 from qsharded.plan.dry_run import dry_run
 from qsharded.seeds import derived_seed
 from qsharded.shards import whole
-
-
-class SkippedTooOften(RuntimeError):
-    """More steps had a gradient that is not finite than ``--max-skipped-steps`` allows."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,24 +61,16 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
     metrics_file = Path(config.output_dir, "metrics.jsonl")
     with (
         MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log,
-        CheckpointWriter(Path(config.output_dir), world, config.save_total_limit) as writer,
+        CheckpointWriter(
+            Path(config.output_dir), world, config.save_total_limit, partial(results.save_refusal, config, parts)
+        ) as writer,
     ):
-        for line in parts.summary:
+        for line in parts.summary + results.room_note(config, parts):
             log.message(line)
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
         train_steps(config, world, parts, log, writer)
-        adapter = Path(config.output_dir, "adapter")
-        save_adapter(
-            parts.model,
-            parts.lora,
-            adapter,
-            base_model=parts.base_model,
-            revision=config.revision,
-            is_main=world.is_main,
-        )
-        if world.is_main:
-            parts.tokenizer.copy_files(adapter)
+        adapter = results.write_results(config, world, parts, writer)
         log.message(f"adapter written to {adapter}")  # before what may still fail
         _evaluate(config, world, parts, log, "after training")
 
@@ -100,7 +91,7 @@ def train_steps(
         log.advance(progress.step)
         if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
             log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
-            _refuse_divergence(config, progress)
+            _refuse_divergence(config, world, progress, writer)
         _evaluate_and_save(config, world, parts, log, writer)
 
 
@@ -202,13 +193,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _refuse_divergence(config: TrainConfig, progress: Progress) -> None:
-    if progress.skipped_steps > config.max_skipped_steps:
-        raise SkippedTooOften(
-            f"{progress.skipped_steps} steps were skipped by step {progress.step} because their gradient was not "
-            f"finite, --max-skipped-steps allows {config.max_skipped_steps}. Lower --learning-rate, or look for "
-            "damaged rows in the dataset"
-        )
+def _refuse_divergence(config: TrainConfig, world: World, progress: Progress, writer: CheckpointWriter) -> None:
+    if has_diverged(config, progress):
+        writer.wait()  # what is being written may be what the advice is to go back to
+        raise SkippedTooOften(main_rank_does(world, partial(advice, config, world, progress)))
 
 
 def _evaluate_and_save(
@@ -217,16 +205,9 @@ def _evaluate_and_save(
     step = parts.progress.step
     if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
         _log_validation(parts, world, log)
-    writer.check()
+    writer.check(parts.progress)
     if config.save_steps and step % config.save_steps == 0:
-        writer.save(
-            parts.model,
-            parts.lora,
-            parts.optimizer,
-            parts.progress,
-            base_model=parts.base_model,
-            revision=config.revision,
-        )
+        results.save(config, parts, writer)
 
 
 def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:

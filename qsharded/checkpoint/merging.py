@@ -26,6 +26,7 @@ from qsharded.checkpoint.adapter import (
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.durable import Replacement
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRALinear, NF4Linear
 from qsharded.nn.lora import lora_layers
@@ -149,7 +150,8 @@ def quantized_and_decoded(weight: Tensor, name: str, kind: nf4.Kind) -> Tensor:
 def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
     """Copy a safetensors file with its tensors changed. Names, shapes and dtypes stay, and so the header does."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as plain, safe_open(source, framework="pt") as file, open(target, "wb") as out:
+    nbytes = source.stat().st_size
+    with source.open("rb") as plain, safe_open(source, framework="pt") as file, Replacement(target, nbytes) as out:
         size = plain.read(8)
         out.write(size + plain.read(int.from_bytes(size, "little")))
         for name in file.offset_keys():

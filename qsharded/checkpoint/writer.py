@@ -5,9 +5,10 @@ a folder called ``.partial`` and then says so by a small one; the main rank's th
 checkpoint and renames the folder. So a folder without that ending is complete at any moment, whatever is killed.
 """
 
+import errno
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qsharded.agreement import first_error, main_rank_does
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
-from qsharded.checkpoint.files import FileRecord, sync_folder, write_json, write_tensors
+from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.manifest import Manifest, write_manifest
+from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
 from qsharded.checkpoint.shards import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import (
@@ -31,14 +34,15 @@ from qsharded.checkpoint.training import (
     STATE_FILE,
     Progress,
     checkpoint_folder,
-    drop_old_checkpoints,
 )
+from qsharded.durable import sync_folder
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
 
 _WEIGHTS = "weights"
 _PATIENCE_S = 1800  # for the slowest rank's disk, once the main rank's own files are written
 _POLL_S = 0.05
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -64,15 +68,29 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls it in the same steps.
 
     An error of the thread is raised by the next call, or at the end: leaving the context waits for the last checkpoint.
+    A full disk is no reason to lose the training, though: but for :meth:`wait`, that is printed, and it goes on.
 
     Args:
         output_dir: of the run, on a file system that all ranks see.
         world: the ranks.
-        keep: how many checkpoints stay, the newest; None keeps all.
+        keep: how many checkpoints stay, the newest, and until the newest is proved (see ``retention``) the newest that
+            is; None keeps all.
+        refusal: why no checkpoint is written of such a progress, or None; the main rank asks it.
+
+    Attributes:
+        refused: what ``refusal`` last said.
     """
 
-    def __init__(self, output_dir: Path, world: World, keep: int | None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        world: World,
+        keep: int | None,
+        refusal: Callable[[Progress], str | None] = lambda progress: None,
+    ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
+        self._refusal, self.refused = refusal, ""
+        self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -101,13 +119,17 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
-    ) -> None:
+    ) -> bool:
         """Have a checkpoint written of what everything is now. It first waits for the one before.
 
+        Returns whether one is written; where ``refusal`` is against it, that is printed.
+
         Raises:
-            CheckpointNotWritten: the one before could not be written.
+            CheckpointNotWritten: the one before could not be written; on all ranks.
         """
-        self.wait()
+        self._wait_for_all()
+        if self._is_refused(progress):
+            return False
         rank = self._world.rank
         tensors = {
             _WEIGHTS: self._copied(_WEIGHTS, own_weights(model, rank)),
@@ -121,15 +143,68 @@ class CheckpointWriter:
             peft_config(model, lora, base_model, revision),
         )
         self._pending = self._thread.submit(self._write, job)
+        self._unproved = progress.applied_steps
+        return True
+
+    def _wait_for_all(self) -> None:
+        failed: CheckpointNotWritten | None = None
+        try:
+            self._settle()
+        except CheckpointNotWritten as error:
+            failed = error
+        if said := first_error(self._world, failed):
+            raise CheckpointNotWritten(said) from failed
+
+    def _is_refused(self, progress: Progress) -> bool:
+        """On all ranks alike. No rank writes now, so what is left of a checkpoint that failed can go."""
+
+        def ask() -> str | None:
+            drop_partial_checkpoints(self._output_dir)
+            return self._refusal(progress)
+
+        refused = main_rank_does(self._world, ask)
+        if refused is None:
+            return False
+        self.refused = refused
+        if self._world.is_main:
+            name = checkpoint_folder(self._output_dir, progress.step).name
+            print(f"warning: checkpoint {name} is left out: {refused}", file=sys.stderr)
+        return True
 
     def _copied(self, kind: str, tensors: RankTensors) -> RankTensors:
         copy = self._copies.copy
         return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in tensors.of.items()})
 
-    def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written meanwhile."""
+    def check(self, progress: Progress | None = None) -> None:
+        """Raise the error of a checkpoint that could not be written meanwhile.
+
+        Where ``progress`` proves the newest checkpoint, the older one that was kept in its stead goes.
+        """
         if self._pending is not None and self._pending.done():
+            self._settle()
+        if self._pending is None and progress and self._unproved is not None:
+            self._drop_if_proved(progress)
+
+    def _drop_if_proved(self, progress: Progress) -> None:
+        if self._unproved is not None and progress.applied_steps > self._unproved:
+            self._unproved = None
+            if self._world.is_main:
+                self._pending = self._thread.submit(self._drop_old, progress.applied_steps)
+
+    def keep_newest(self) -> None:
+        """At a run's good end: no more checkpoints stay than were asked for, proved or not."""
+        if self._world.is_main:
+            self._drop_old(None)
+
+    def _settle(self) -> None:
+        """Wait as :meth:`wait` does, but have it printed that the disk is full: an older checkpoint is still there."""
+        try:
             self.wait()
+        except CheckpointNotWritten as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_ROOM):
+                raise
+            self._unproved = None
+            print(f"warning: {error}. Training goes on without it: make room", file=sys.stderr)
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, and raise its error."""
@@ -147,12 +222,12 @@ class CheckpointWriter:
         except Exception as error:
             raise CheckpointNotWritten(f"checkpoint {job.folder} was not written: {error}") from error
         if self._world.is_main:
-            self._drop_old()
+            self._drop_old(job.progress["step"] - job.progress["skipped_steps"])
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, applied_steps: int | None) -> None:
         """The new one is complete, so training goes on where an old one cannot be deleted."""
         try:
-            drop_old_checkpoints(self._output_dir, self._keep)
+            drop_old_checkpoints(self._output_dir, self._keep, applied_steps)
         except OSError as error:
             print(f"an old checkpoint was not deleted: {error}", file=sys.stderr)
 
@@ -162,10 +237,9 @@ class CheckpointWriter:
         job.partial.mkdir(parents=True, exist_ok=True)
         names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
         records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}
-        done = job.partial / _rank_file(self._world.rank)
-        unfinished = done.with_suffix(".new")
-        write_json(unfinished, {name: asdict(record) for name, record in records.items()})
-        unfinished.rename(done)  # the main rank may read it from now on
+        # the main rank may read it from now on
+        said = {name: asdict(record) for name, record in records.items()}
+        write_json(job.partial / _rank_file(self._world.rank), said)
 
     def _complete(self, job: _Job) -> None:
         """Make a checkpoint of what all ranks have written. The main rank's."""
@@ -177,7 +251,6 @@ class CheckpointWriter:
             (job.partial / name).unlink()
         kept = {name: record for name, record in files.items() if name not in weights}
         write_manifest(job.partial, Manifest(job.progress["step"], self._world.size, kept))
-        sync_folder(job.partial)
         job.partial.rename(job.folder)
         sync_folder(job.folder.parent)
 
@@ -203,7 +276,6 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     with opened(job.partial, weights) as written:
         tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), {"format": "pt"})
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
-    sync_folder(folder)
     return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}
 
 

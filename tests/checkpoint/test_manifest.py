@@ -63,8 +63,8 @@ def test_damage_is_found_and_its_file_named(folder: Path, damage: Callable[[Path
 
 
 def test_another_layout_is_no_damage(folder: Path) -> None:
-    edit_manifest(folder, format_version=2, more=1)
-    with pytest.raises(ValueError, match="format_version 2") as caught:
+    edit_manifest(folder, format_version=3, more=1)
+    with pytest.raises(ValueError, match="format_version 3") as caught:
         verify(folder)
     assert not isinstance(caught.value, DamagedCheckpoint)
 

@@ -43,7 +43,7 @@ def advice(config: TrainConfig, world: World, progress: Progress) -> str:
         return happened + f"No checkpoint is fit to go back to; to start again: {rerun.command(config, world, **again)}"
     newer = [folder for folder in checkpoints(output_dir) if step_of(folder) > proved.step]
     moved = [set_aside(folder, "diverged").name for folder in newer]
-    told = f" ({', '.join(moved)} set aside: no gradient there was finite)" if moved else ""
+    told = f" (what came after it is kept as {', '.join(moved)})" if moved else ""
     back = {"resume_from_checkpoint": str(proved.folder), "learning_rate": rate}
     return happened + f"Go back to {proved.folder.name}{told}: {rerun.command(config, world, **back)}"
 

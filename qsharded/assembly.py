@@ -66,8 +66,9 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     lora = lora_config(config, adapter)
     # refuses what cannot be read before the data is
     outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
-    check_room(config, world, resume_from, Sizes.of((p for _, p in trainable(outline.model)), config.optim))
     tokenizer = Tokenizer.from_folder(folder)
+    sizes = Sizes.of((parameter for _, parameter in trainable(outline.model)), config.optim, tokenizer.files)
+    check_room(config, world, resume_from, sizes)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)

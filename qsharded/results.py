@@ -34,7 +34,7 @@ def room_note(config: TrainConfig, parts: Parts) -> list[str]:
 
 
 def _sizes(config: TrainConfig, parts: Parts) -> room.Sizes:
-    return room.Sizes.of((parameter for _, parameter in trainable(parts.model)), config.optim)
+    return room.Sizes.of((parameter for _, parameter in trainable(parts.model)), config.optim, parts.tokenizer.files)
 
 
 def save(config: TrainConfig, parts: Parts, writer: CheckpointWriter) -> bool:

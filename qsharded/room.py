@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from qsharded.config import TrainConfig
-from qsharded.durable import free_bytes
+from qsharded.durable import folder_bytes, free_bytes
 from qsharded.plan.optimizer import state_bytes
 
-_SMALL_FILES = 1 << 20  # bytes: the tokenizer's, headers of safetensors, manifests
+_HEADERS = 1 << 18  # bytes, at most: headers of safetensors, adapter_config.json, the manifest
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Sizes:
     unfinished_checkpoint: int
 
     @classmethod
-    def of(cls, trained: Iterable[nn.Parameter], optim: str) -> "Sizes":
-        """For what trains, whole or sharded, or on the meta device, under ``--optim``."""
+    def of(cls, trained: Iterable[nn.Parameter], optim: str, tokenizer: Iterable[Path]) -> "Sizes":
+        """For what trains, whole or sharded, or on the meta device, under ``--optim``; and the tokenizer's files, which
+        lie beside the adapter."""
         parameters = list(trained)
-        adapter = sum(parameter.numel() * parameter.itemsize for parameter in parameters) + _SMALL_FILES
-        checkpoint = adapter + state_bytes(parameters, optim, ranks=1)
-        return cls(adapter, checkpoint, adapter + checkpoint)
+        weights = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+        checkpoint = weights + state_bytes(parameters, optim, ranks=1) + _HEADERS
+        return cls(weights + folder_bytes(tokenizer) + _HEADERS, checkpoint, weights + checkpoint)
 
 
 def refuse_full_disk(config: TrainConfig, sizes: Sizes, *, freed: int, resumed: bool) -> None:

@@ -206,7 +206,7 @@ def _evaluate_and_save(
     if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
         _log_validation(parts, world, log)
     writer.check(parts.progress)
-    if config.save_steps and step % config.save_steps == 0:
+    if config.save_steps and step % config.save_steps == 0 and step < parts.total_steps:  # that of the last: results
         results.save(config, parts, writer)
 
 

@@ -16,7 +16,7 @@ from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.test_durable import room_in_a_file
 
 Usage = namedtuple("Usage", "total used free")
-SMALL = 1 << 20  # what is reckoned for small files
+HEADERS = 1 << 18  # what is reckoned for them
 
 
 def disk_with(monkeypatch: pytest.MonkeyPatch, free: int, total: int = 1 << 40) -> None:
@@ -27,14 +27,15 @@ def config(output: Path, **options: Any) -> TrainConfig:
     return TrainConfig(model="", dataset="", output_dir=str(output), **options)
 
 
-def test_the_sizes_are_those_of_what_trains_and_its_moments() -> None:
+def test_the_sizes_are_those_of_what_trains_its_moments_and_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(bytes(700))
     parameters = [torch.nn.Parameter(torch.zeros(1000, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    adapter = 1000 * 4 + 1000 * 2
-    found = Sizes.of(parameters, "adamw")
-    assert found.adapter == adapter + SMALL
-    assert found.checkpoint == found.adapter + 2 * adapter
+    weights = 1000 * 4 + 1000 * 2
+    found = Sizes.of(parameters, "adamw", [tmp_path / "tokenizer.json"])
+    assert found.adapter == weights + 700 + HEADERS
+    assert found.checkpoint == 3 * weights + HEADERS
     # the ranks' rows, and what they are joined to
-    assert found.unfinished_checkpoint == found.checkpoint + found.adapter
+    assert found.unfinished_checkpoint == 4 * weights + HEADERS
 
 
 SIZES = Sizes(adapter=100, checkpoint=300, unfinished_checkpoint=400)

@@ -11,9 +11,8 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from qsharded.agreement import main_rank_does
-from qsharded.checkpoint.manifest import read_manifest
 from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkpoints, set_aside
-from qsharded.checkpoint.sound import UNREADABLE, newest_sound, read_sound
+from qsharded.checkpoint.sound import UNREADABLE, agreed_step, newest_sound, read_sound
 from qsharded.checkpoint.training import checkpoints, step_of
 from qsharded.config import TrainConfig, write_toml
 from qsharded.durable import folder_bytes, write_whole
@@ -136,12 +135,18 @@ def _appears(path: Path) -> bool:
 
 
 def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
-    """Delete what an earlier run left there, as far as this one does not continue it, and write config.toml."""
-    if not world.is_main:
-        return
+    """Delete what an earlier run left there, as far as this one does not continue it, and write config.toml.
+
+    Raises:
+        ValueError: the disk did not let it; on all ranks.
+    """
+    main_rank_does(world, partial(_claim, config, resume_from))
+
+
+def _claim(config: TrainConfig, resume_from: Path | None) -> None:
     folder = Path(config.output_dir)
     if resume_from and _continues(folder, resume_from):
-        step = read_sound(resume_from).step  # its folder may have been renamed
+        step = agreed_step(resume_from)  # its folder may have been renamed
         for path in [path for path in checkpoints(folder) if step_of(path) > step]:
             _drop_newer(config, path)
     else:
@@ -162,9 +167,10 @@ def _drop_newer(config: TrainConfig, folder: Path) -> None:
 
 def _is_known(folder: Path) -> bool:
     try:
-        return read_manifest(folder).step == step_of(folder)
+        agreed_step(folder)
     except UNREADABLE:
         return False
+    return True
 
 
 def _continues(folder: Path, resume_from: Path | None) -> bool:

@@ -7,9 +7,10 @@ damaged, whichever of them is right.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
-from qsharded.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, Manifest, verify
+from qsharded.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, Manifest, read_manifest, verify
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import ADAPTER, OPTIMIZER, STATE_FILE, checkpoints, has_step_name, step_of
 
@@ -38,6 +39,22 @@ def read_sound(folder: Path) -> Checkpoint:
     """
     manifest = verify(folder)
     _check_complete(folder, manifest)
+    skipped = _checked_state(folder, manifest).get("skipped_steps", 0)
+    return Checkpoint(folder, manifest.step, manifest.step - skipped)
+
+
+def agreed_step(folder: Path) -> int:
+    """The step that all three places say; the large files are not looked at.
+
+    Raises:
+        as :func:`read_sound`.
+    """
+    manifest = read_manifest(folder)
+    _checked_state(folder, manifest)
+    return manifest.step
+
+
+def _checked_state(folder: Path, manifest: Manifest) -> dict[str, Any]:
     state = read_json(folder / STATE_FILE)
     if state.get("step") != manifest.step:
         raise DamagedCheckpoint(
@@ -45,7 +62,7 @@ def read_sound(folder: Path) -> Checkpoint:
         )
     if has_step_name(folder) and step_of(folder) != manifest.step:
         raise DamagedCheckpoint(f"{folder} is named after another step than its {MANIFEST_FILE} says: {manifest.step}")
-    return Checkpoint(folder, manifest.step, manifest.step - state.get("skipped_steps", 0))
+    return state
 
 
 def _check_complete(folder: Path, manifest: Manifest) -> None:

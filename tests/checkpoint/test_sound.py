@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from qsharded.checkpoint import manifest, sound
 from qsharded.checkpoint.manifest import DamagedCheckpoint, read_manifest, verify
-from qsharded.checkpoint.sound import newest_sound, read_sound
+from qsharded.checkpoint.sound import agreed_step, newest_sound, read_sound
 from tests.checkpoint.test_manifest import as_first_version, edit_manifest
 from tests.checkpoint.test_writer import write
 
@@ -34,8 +35,11 @@ def test_a_sound_checkpoint_says_its_steps(run: Path) -> None:
 @pytest.mark.parametrize("step", [0, 4, 9, 80, "8", 8.5, True, None, -8])
 def test_a_step_that_is_not_the_states_is_damage_even_without_a_hash_of_the_manifest(run: Path, step: Any) -> None:
     as_first_version(checkpoint(run), step=step)
-    with pytest.raises(DamagedCheckpoint):
-        read_sound(checkpoint(run))
+    copy = shutil.copytree(checkpoint(run), run / "copy")  # a name that says no step
+    for folder in (checkpoint(run), copy):
+        for read in (read_sound, agreed_step):
+            with pytest.raises(DamagedCheckpoint, match=r"step|manifest\.json is damaged"):
+                read(folder)
 
 
 def test_a_folder_named_after_another_step_is_damage_and_any_other_name_is_the_users(run: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment
 from qsharded import train
 from qsharded.metrics import read_metrics
@@ -82,13 +83,14 @@ def run_options(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
     if name == "builtin":
         return {"max_steps": arguments.steps}
     rows = arguments.rows_per_step * (1 if arguments.repeat else arguments.steps)
-    return shape_options(name, folder, rows, arguments.length) | {"max_steps": arguments.steps}
+    return shape_options(SHAPES[name], folder / f"{name}-data", rows, arguments.length) | {"max_steps": arguments.steps}
 
 
-def shape_options(name: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
-    """A shape with the built-in model's tokenizer, and so many rows of about ``length`` tokens."""
-    model, dataset = folder / f"{name}-model", folder / f"{name}.jsonl"
-    write_model(model, SHAPES[name])
+def shape_options(shape: dict[str, Any], folder: Path, rows: int, length: int) -> dict[str, Any]:
+    """A new folder with a model of that shape, the built-in tokenizer, and so many rows of about ``length`` tokens."""
+    model, dataset = folder / "model", folder / "rows.jsonl"
+    folder.mkdir(parents=True)
+    write_model(model, shape)
     random = Random(0)
     text = [{"text": "".join(random.choices("abcdefghij", k=length - 8))} for _ in range(rows)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in text))
@@ -125,10 +127,8 @@ def compare(
 
 def measure(ranks: int, options: dict[str, Any], trainer_flags: list[str]) -> dict[str, Any]:
     settings = options | {"logging_steps": 1, "save_steps": 0, "lora_r": 16}
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    flags += ["--random-init"] if "model" in options else []
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launcher, "-m", "benchmarks.gpu_training_rank", *flags, *trainer_flags], check=True)
+    settings |= {"random_init": True} if "model" in options else {}
+    subprocess.run(torchrun(ranks, "benchmarks.gpu_training_rank", [*flags_of(settings), *trainer_flags]), check=True)
     rows = [row for row in read_metrics(options["output_dir"] / "metrics.jsonl") if "loss" in row]
     return {
         "losses": [row["loss"] for row in rows],

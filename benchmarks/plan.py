@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_training import SHAPES, write_model
+from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment
+from benchmarks.trainer_rank import memory
 from qsharded.assembly import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
@@ -73,9 +75,8 @@ def compare(
     flags = options(folder, shape, rows, length) + further
     config = parse(flags, TrainConfig)
     planned = plan(ModelConfig.from_hf(shape), config, ranks, lora=lora_config(config, None))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launcher, "-m", "benchmarks.plan_rank", *flags], check=True)
-    measured = json.loads((folder / "output" / "memory.json").read_text())
+    subprocess.run(torchrun(ranks, "benchmarks.trainer_rank", flags), check=True)
+    measured = memory(folder / "output")
     classes = [{"class": row.name, "gib": row.bytes / 2**30, "phases": row.phases} for row in planned.rows]
     return {
         "gpus": ranks,
@@ -112,7 +113,7 @@ def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list
         "save-steps": 0,
         "logging-steps": 1,
     }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))] + ["--random-init"]
+    return flags_of(settings | {"random-init": True})
 
 
 if __name__ == "__main__":

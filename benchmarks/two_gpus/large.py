@@ -31,6 +31,8 @@ TINY = LLAMA3 | {
     "num_attention_heads": 8,
 }
 
+TINY_LENGTH = 32
+
 
 @dataclass(frozen=True)
 class Large:
@@ -58,15 +60,11 @@ class Large:
     like: str | None = None
     of_its_speed: float = 0.0
 
-    def shortened(self) -> "tuple[dict[str, Any], int]":
-        """Another shape and length, for a machine without GPUs."""
-        return TINY, 32
-
     def run(self, short: bool, folder: Path) -> Found:
-        """Train, and look at what came."""
-        came = self._measured(folder, *(self.shortened() if short else (SHAPES[self.shape], self.length)))
+        """Train, in another shape where it is to be ``short``, and look at what came."""
+        came = self._measured(folder, *((TINY, TINY_LENGTH) if short else (SHAPES[self.shape], self.length)))
         (folder / f"{self.name}.came.json").write_text(json.dumps(came))
-        missed = [] if all(map(math.isfinite, came["losses"])) else ["finite losses"]
+        missed = ["finite losses"] * (None in came["losses"])  # as which the trainer logs what is not finite
         if torch.cuda.is_available():
             missed += self._missed_figures(came)
         if self.like:
@@ -108,8 +106,8 @@ class Large:
 
     def _compare(self, came: dict[str, Any], other: dict[str, Any]) -> list[str]:
         """Adds to ``came`` how it stands to the other run; what of that was missed."""
-        pairs = zip(came["losses"], other["losses"], strict=True)
-        came["largest_loss_gap"] = max(abs(one / two - 1) for one, two in pairs)
+        gaps = [abs(one / two - 1) for one, two in zip(came["losses"], other["losses"], strict=True)]
+        came["largest_loss_gap"] = max(gaps)
         came["of_its_speed"] = came["tokens_per_second_a_gpu"] / other["tokens_per_second_a_gpu"]
         missed = [] if came["largest_loss_gap"] <= LARGEST_LOSS_GAP else ["losses"]
         is_slow = torch.cuda.is_available() and came["of_its_speed"] < self.of_its_speed

@@ -142,7 +142,7 @@ class Runner:
 
 
 def end_marked(mark: str) -> None:
-    """Kill the processes of a mark, until none is left to start another: torchrun's ranks are in no group of its own."""
+    """Kill the processes of a mark until none is left to start another. They are of several sessions: each rank has one."""
     while pids := marked(mark):
         for pid in pids:
             try:

@@ -96,8 +96,10 @@ class Runner:
     def _run(self, job: Job) -> None:
         if job.after in self._ended:
             self._ended[job.after].wait()
-        self._note(self._outcome(job))
-        self._ended[job.name].set()
+        try:
+            self._note(self._outcome(job))
+        finally:
+            self._ended[job.name].set()
 
     def _stop(self) -> None:
         self._deadline = 0
@@ -115,8 +117,9 @@ class Runner:
         log, mark = self._logs / f"{job.name}.log", uuid4().hex
         self._marks.append(mark)
         with log.open("wb") as out:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-            process = subprocess.Popen(job.command, env=os.environ | {_MARK: mark}, **streams)
+            process = subprocess.Popen(
+                job.command, env=os.environ | {_MARK: mark}, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
             try:
                 status = process.wait(limit_s)
             except subprocess.TimeoutExpired:
@@ -142,7 +145,7 @@ class Runner:
 
 
 def end_marked(mark: str) -> None:
-    """Kill the processes of a mark until none is left to start another. They are of several sessions: each rank has one."""
+    """Kill the processes of a mark, until none is left to start another. Each rank has a session of its own."""
     while pids := marked(mark):
         for pid in pids:
             try:

@@ -130,9 +130,10 @@ def merged(folder: Path) -> Found:
     flags = flags_of({"model": BUILTIN / "model", "adapter": adapter(folder), "output": folder / "merged"})
     subprocess.run([sys.executable, "-m", "qsharded.merge", *flags], check=True)
     inspected = subprocess.run([sys.executable, "-m", "qsharded.inspect", str(folder / "merged")], check=False)
-    came = {"inspect_found": "nothing" if not inspected.returncode else "a problem"} | _merge_error(folder)
-    missed = ["inspect"] * bool(inspected.returncode) + ["sums"] * (came["wrong_weights"] > 0)
-    return Found(came, missed + ["no layer changed"] * (came["layers_changed"] == 0))
+    sums = _merge_error(folder)
+    came = {"inspect_found": "a problem" if inspected.returncode else "nothing"} | sums
+    missed = ["inspect"] * bool(inspected.returncode) + ["sums"] * bool(sums["wrong_weights"])
+    return Found(came, missed + ["no layer changed"] * (not sums["layers_changed"]))
 
 
 def _merge_error(folder: Path) -> dict[str, int]:
@@ -161,6 +162,13 @@ def adapter(folder: Path) -> Path:
     path = folder / "builtin" / "adapter"
     assert path.is_dir(), "the built-in run has left no adapter"
     return path
+
+
+def doctor(folder: Path) -> Found:
+    done = subprocess.run([sys.executable, "-m", "qsharded.doctor"], stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout)
+    broken = [line for line in done.stdout.splitlines() if line.startswith("BROKEN")]
+    return Found({"exit_status": done.returncode}, broken or ["exit status"] * bool(done.returncode))
 
 
 def optimizer_test(folder: Path) -> Found:

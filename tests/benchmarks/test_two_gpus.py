@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.two_gpus.__main__ import main
 from benchmarks.two_gpus.large import LARGE
 from benchmarks.two_gpus.lines import lines
 from benchmarks.two_gpus.runner import Job, Runner
@@ -139,14 +141,11 @@ def test_lines_stand_behind_those_they_need_and_measured_ones_run_alone() -> Non
         assert line.alone == (line.name in {case.name for case in LARGE})
 
 
-def run_command(record: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.two_gpus", "--short", "--record", str(record), *flags]
-    return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-
-
 def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     """`full` brings the run on one rank that it is held to."""
-    done = run_command(tmp_path / "record.json", "--lines", "full", "70b-1x2048")
+    flags = ["--short", "--record", str(tmp_path / "record.json"), "--lines", "full", "70b-1x2048"]
+    command = [sys.executable, "-m", "benchmarks.two_gpus", *flags]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     assert [line["name"] for line in record["lines"]] == ["one-gpu", "full", "70b-1x2048"]
@@ -156,8 +155,19 @@ def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     assert record["command"].startswith("python -m benchmarks.two_gpus --short")
 
 
-def test_the_exit_status_says_that_a_line_has_not_passed(tmp_path: Path) -> None:
-    assert run_command(tmp_path / "record.json", "--lines", "merge", "--minutes", "0").returncode == 1
-    assert [line["passed"] for line in json.loads((tmp_path / "record.json").read_text())["lines"]] == [False, False]
-    unknown = run_command(tmp_path / "none.json", "--lines", "nothing")
-    assert (unknown.returncode, "there is no line nothing" in unknown.stderr) == (1, True)
+def test_the_exit_status_says_that_a_line_has_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    record = tmp_path / "record.json"
+    flags = ["--short", "--record", str(record), "--minutes", "0", "--lines"]
+    monkeypatch.setattr(sys, "argv", ["two_gpus", *flags, "merge"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert [(line["name"], line["passed"]) for line in json.loads(record.read_text())["lines"]] == [
+        ("built-in", False),
+        ("merge", False),
+    ]
+    monkeypatch.setattr(sys, "argv", ["two_gpus", *flags, "nothing"])
+    with pytest.raises(SystemExit, match="there is no line nothing: gather, built-in"):
+        main()

@@ -1,4 +1,5 @@
-"""Run a function on several gloo ranks of this machine, each a process of its own."""
+"""Run a function on several ranks of this machine, each a process of its own, over gloo; where every rank has a GPU of
+its own, what lies on GPUs goes over NCCL."""
 
 import os
 import socket
@@ -64,7 +65,8 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size > 1 else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
     except BaseException:
         Path(folder, f"{rank}.unmet").write_text(traceback.format_exc())
         os._exit(1)

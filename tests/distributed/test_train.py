@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsharded import evaluation, output, train
-from qsharded.checkpoint import writer
+from qsharded.checkpoint import load_model, writer
+from qsharded.data import Example, Tokenizer, load_examples
 from qsharded.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
@@ -74,6 +75,28 @@ def test_training_learns_and_writes_what_it_says(model: Path, dataset: Path, tmp
     }
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert "learning-rate = 0.01" in (out / "config.toml").read_text()
+
+
+def test_the_logged_loss_is_the_mean_over_supervised_tokens(model: Path, tmp_path: Path) -> None:
+    """Of all ranks, micro-batches and steps since the last line, which have very unequal numbers of them."""
+    answers = ["ab" * n for n in (1, 20, 2, 1, 14, 3, 1, 1, 25, 2)]  # a step of 8 rows, and one of 2
+    dataset = tmp_path / "rows.jsonl"
+    dataset.write_text("".join(json.dumps({"prompt": "<u>a<a>", "completion": answer}) + "\n" for answer in answers))
+    options = {"max_steps": 2, "logging_steps": 2, "learning_rate": 1e-12, "lora_dropout": 0, "eval_split": 0}
+    run_ranks(run, 2, model, dataset, tmp_path / "out", options)
+    expected = mean_token_loss(model, load_examples(dataset, Tokenizer.from_folder(model), max_length=64).examples)
+    assert losses(tmp_path / "out") == pytest.approx([expected], rel=1e-5)
+
+
+def mean_token_loss(model: Path, examples: list[Example]) -> float:
+    """PyTorch's cross-entropy of each row's supervised tokens, one row at a time."""
+    ours, total, tokens = load_model(model, dtype=torch.float32), 0.0, 0
+    for example in examples:
+        ids, learned = torch.from_numpy(example.ids).long(), torch.from_numpy(example.supervised)[1:]
+        logits = ours(ids[None])[0, :-1][learned]
+        total += torch.nn.functional.cross_entropy(logits, ids[1:][learned], reduction="sum").item()
+        tokens += int(learned.sum())
+    return total / tokens
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

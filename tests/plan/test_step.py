@@ -103,9 +103,8 @@ def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
     codes = (2 * D * D + 2 * D * (D // 2) + 3 * D * I) // 2  # q, o, k, v, and the MLP's; 4 bits a weight
     scales = (2 * D + 2 * (D // 2) + 2 * I) * 2 + D * 4  # bytes a row: 2 blocks, or 3 and one of padding
     norms = 2 * D * 2
-    adapters = (
-        0 if on_host else ((r + 1) + r) * D * 2
-    )  # lora_A's 5 rows are 3 on each rank; of host memory nothing trains
+    # lora_A's 5 rows are 3 on each of two ranks; what trains does not come from the host
+    adapters = 0 if on_host else ((r + 1) + r) * D * 2
     found = sum(row.bytes for row in planned.rows if row.name == name and row.phases == ("backward of a block",))
     assert found == 2 * (codes + scales + norms + adapters)
 

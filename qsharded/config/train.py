@@ -211,8 +211,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if not self.datasets or not (all(self.datasets) or self.dry_run):
-            raise ValueError("--dataset must name files, folders or Hub datasets, got nothing")
+        if not self.datasets:
+            raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
         if not self.dry_run and (self.gpus or self.gpu_memory_gib):
             raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")

@@ -217,7 +217,6 @@ def test_a_switch_stands_alone_or_takes_true_or_false(words: list[str], value: b
             ["--dataset", "e", "--dataset-weights", "1"],
             "--dataset-weights must be one for each --dataset: there are 1 for 2 (d, e)",
         ),
-        (["--dataset", ""], "--dataset must name files, folders or Hub datasets, got nothing"),
         (["--dataset=e", "f"], "unexpected argument 'f'; values follow a --key"),
         (["--lora-rank-pattern", "=4"], "--lora-rank-pattern takes KEY=VALUE pairs, got '=4'"),
     ],
@@ -252,7 +251,7 @@ def test_toml_errors(tmp_path: Path, text: str, message: str, capsys: pytest.Cap
     [
         ("dataset = 3", "--dataset must be text, or a list of texts, got 3"),
         ('dataset = ["a", 3]', "--dataset must be text, or a list of texts, got ('a', 3)"),
-        ("dataset = []", "--dataset must name files, folders or Hub datasets, got nothing"),
+        ("dataset = []", "--dataset must name at least one dataset, got an empty list"),
         (
             'dataset = ["a", "b"]\ndataset-weights = [0.7, 0.2, 0.1]',
             "--dataset-weights must be one for each --dataset: there are 3 for 2 (a, b)",

@@ -6,7 +6,7 @@ from itertools import accumulate, islice, pairwise
 
 import pytest
 
-from qsharded.data import Dataset, Example, Mixture, StepLoader
+from qsharded.data import Cursor, Dataset, Example, Mixture, StepLoader
 from qsharded.data.examples import split_examples
 
 
@@ -79,13 +79,13 @@ def test_equal_datasets_are_drawn_from_apart() -> None:
     assert {n - 2 for n in first} != {n - 42 for n in second}
 
 
-def loader(mixed: Mixture, rank: int, world_size: int, *, packing: bool) -> StepLoader:
+def loader(mixed: Mixture, rank: int, world_size: int, *, packing: bool, rows: int = 6) -> StepLoader:
     return StepLoader(
         mixed.examples,
         max_length=12,
         packing=packing,
         batch_size=1,
-        accumulation=6 // world_size,
+        accumulation=rows // world_size,
         rank=rank,
         world_size=world_size,
         seed=5,
@@ -120,14 +120,17 @@ def test_steps_hold_what_the_epochs_draw_for_any_number_of_ranks(packing: bool) 
         assert seen == Counter(draw(epoch))
 
 
-def test_a_cursor_is_held_against_its_own_epochs_rows() -> None:
-    mixed = mixture([6, 33], [2, 5])
-    made = loader(mixed, 0, 1, packing=True)
-    rows = [len(made._rows(epoch)) for epoch in range(8)]
-    assert len(set(rows)) > 1, "else this tests nothing"
-    steps = islice(made.steps(), sum(map(made.steps_in_epoch, range(8))))
-    cursors = [step.cursor for step in steps]
-    assert [cursor.epoch for cursor in cursors if cursor.row == 0] == list(range(1, 9))
+def test_an_epoch_ends_with_its_own_packed_rows() -> None:
+    """Even epochs draw two documents that share a row, odd ones two that fill a row each; a step is one row."""
+    made = loader(mixture([1]), 0, 1, packing=True, rows=1)
+    made.examples = [Example([n] * length, [True] * length) for n, length in enumerate((6, 6, 12, 12))]
+    made.draw = lambda epoch: [2, 3] if epoch % 2 else [0, 1]
+    assert [made.steps_in_epoch(epoch) for epoch in range(4)] == [1, 2, 1, 2]
+    cursors = [step.cursor for step in islice(made.steps(), 4)]
+    assert cursors == [Cursor(1, 0), Cursor(1, 1), Cursor(2, 0), Cursor(3, 0)]
+    assert next(made.steps(Cursor(1, 2))).cursor == Cursor(3, 0)
+    with pytest.raises(ValueError, match="the epoch has 1 rows"):
+        next(made.steps(Cursor(2, 2)))
 
 
 def test_without_weights_all_rows_come_in_the_order_of_the_datasets() -> None:

@@ -299,7 +299,7 @@ def _data_lines(data: Mixture, max_length: int) -> list[str]:
     taken = data.rows_an_epoch()
     if len(lines) == 1:
         return lines
-    shares = [f"{rows:,} an epoch, {rows / sum(taken):.1%} of its rows" for rows in taken]
+    shares = [f"{rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" for rows in taken]
     return [f"{line}; {share}" for line, share in zip(lines, shares, strict=True)]
 
 

@@ -246,8 +246,8 @@ def test_a_weighted_mixture_is_trained_on_alike_by_any_ranks_and_resumed(
     one = rows_trained_on(tmp_path / "one", model, mixture, resumed)
     assert mixed([one]) == two[3:]
     printed = capsys.readouterr().out
-    assert f"data {few}: 6 rows of up to 64 tokens; 6 an epoch, 75.0% of its rows" in printed
-    assert f"data {many}: 20 rows of up to 64 tokens; 2 an epoch, 25.0% of its rows" in printed
+    assert f"data {few}: 6 rows of up to 64 tokens; 6 an epoch (75.0% of the mixture)" in printed
+    assert f"data {many}: 20 rows of up to 64 tokens; 2 an epoch (25.0% of the mixture)" in printed
     with pytest.raises(SystemExit):
         run(model, mixture, tmp_path / "two", resumed | {"dataset_weights": "1,1"})
     assert "was written with dataset_weights = [3.0, 1.0], this run has [1.0, 1.0]" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
-from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
+from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
+from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.sources import find_files
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
@@ -26,7 +27,7 @@ from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
-    "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
+    "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
 )  # fmt: skip
 
 
@@ -103,8 +104,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
 def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
+    refuse_overlaps([(dataset, find_files(dataset, config.dataset_split)) for dataset in config.datasets])
     sources = [
-        (config.dataset, config.dataset_split),
         (config.eval_dataset, _eval_dataset_split(config)),
         (config.exact_match_dataset, "train"),
     ]
@@ -155,11 +156,14 @@ def layout_of(config: TrainConfig, replicated: bool) -> Layout:
 def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
     """The settings that decide which rows a step takes and what it keeps: a run is only resumed under the same ones."""
     of_rows = {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
+    # as JSON gives them back, and as runs on one dataset have always written them
+    of_rows["dataset"] = config.dataset if isinstance(config.dataset, str) else list(config.dataset)
+    of_rows["dataset_weights"] = config.dataset_weights or None
     return of_rows | {"moments": "fp32" if config.optim == "adamw" else "8 bits"}
 
 
 def _check_vocabulary(
-    vocab_size: int, train_data: Dataset, eval_data: Dataset | None, prompts: Sequence[Prompt]
+    vocab_size: int, train_data: Mixture, eval_data: Dataset | None, prompts: Sequence[Prompt]
 ) -> None:
     """An id beyond the embedding would stop a GPU with no word of the row at fault."""
     examples = train_data.examples + (eval_data.examples if eval_data else [])
@@ -171,7 +175,7 @@ def _check_vocabulary(
         )
 
 
-def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Mixture, Dataset | None]:
     def load(source: str, split: str) -> Dataset:
         return load_examples(
             source,
@@ -183,11 +187,12 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Datas
             split=split,
         )
 
-    train_data = load(config.dataset, config.dataset_split)
+    parts = {dataset: load(dataset, config.dataset_split) for dataset in config.datasets}
+    train_data = Mixture(parts, config.dataset_weights or None)
     if config.eval_dataset:
         return train_data, load(config.eval_dataset, _eval_dataset_split(config))
     if config.eval_split:
-        return split_examples(train_data, config.eval_split, config.seed)
+        return train_data.split(config.eval_split, config.seed)
     return train_data, None
 
 
@@ -198,7 +203,7 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
 
 
 def _loader(
-    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset, batch_size: int, *, shuffle: bool
+    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset | Mixture, batch_size: int, *, shuffle: bool
 ) -> StepLoader:
     return StepLoader(
         data.examples,
@@ -211,6 +216,7 @@ def _loader(
         seed=config.seed,
         pad_id=tokenizer.pad_id,
         shuffle=shuffle,
+        draw=data.draw(config.seed) if isinstance(data, Mixture) else None,
     )
 
 
@@ -267,7 +273,7 @@ def _summary(
     config: TrainConfig,
     world: World,
     parts: Parts,
-    train_data: Dataset,
+    train_data: Mixture,
     eval_data: Dataset | None,
     resume_from: Path | None,
 ) -> list[str]:
@@ -275,7 +281,7 @@ def _summary(
     lines = [
         f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
         f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
-        f"data {config.dataset}: {_counts(train_data, config.max_length)}",
+        *_data_lines(train_data, config.max_length),
     ]
     if eval_data is not None:
         lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
@@ -285,6 +291,16 @@ def _summary(
     if resume_from:
         lines.append(f"resumed from {resume_from} at step {parts.progress.step}")
     return lines
+
+
+def _data_lines(data: Mixture, max_length: int) -> list[str]:
+    """A line for each dataset; of several, with what an epoch takes of it."""
+    lines = [f"data {name}: {_counts(part, max_length)}" for name, part in data.parts.items()]
+    taken = data.rows_an_epoch()
+    if len(lines) == 1:
+        return lines
+    shares = [f"{rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" for rows in taken]
+    return [f"{line}; {share}" for line, share in zip(lines, shares, strict=True)]
 
 
 def _counts(data: Dataset, max_length: int) -> str:

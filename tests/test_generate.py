@@ -44,7 +44,8 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     """Run the command and return what it prints."""
 
     def run(*flags: Any) -> str:
-        main(["--dtype", "float32", "--max-new-tokens", str(NEW), *map(str, flags)])
+        dtype = [] if "--dtype" in flags else ["--dtype", "float32"]
+        main([*dtype, "--max-new-tokens", str(NEW), *map(str, flags)])
         return capsys.readouterr().out
 
     return run

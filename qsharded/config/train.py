@@ -43,10 +43,17 @@ class TrainConfig:
         unset="a new adapter",
     )
 
-    dataset: str = _data(
-        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id.",
-        metavar="PATH|ID",
+    dataset: str | tuple[str, ...] = _data(
+        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id. Several, behind one "
+        "flag or with a flag for each, are mixed: every row comes once an epoch, or as --dataset-weights says.",
+        metavar="PATH|ID ...",
         unset="the built-in dataset, if the model is",
+    )
+    dataset_weights: list[float] = _data(
+        "Shares of the datasets in an epoch's rows, in their order, as 0.7 0.3 or 7 3. An epoch has as many rows as it "
+        "can without one twice: one dataset is taken whole, and of the others the next epochs take other rows.",
+        [],
+        unset="each row once an epoch",
     )
     dataset_format: Literal["auto", "messages", "conversations", "alpaca", "prompt-completion", "text"] = _data(
         "Shape of the rows; auto detects it.", "auto"
@@ -158,10 +165,18 @@ class TrainConfig:
     )
 
     eval_dataset: str | None = _eval(
-        "Rows to measure loss and perplexity on, as for --dataset.", None, metavar="PATH|ID", unset="none"
+        "Rows to measure loss and perplexity on, from one of the sources that --dataset takes.",
+        None,
+        metavar="PATH|ID",
+        unset="none",
     )
     eval_dataset_split: str | None = _eval("Split to read of --eval-dataset.", None, unset="as --dataset-split")
-    eval_split: float = _eval("Part of --dataset to hold out for that instead.", 0.0, unit="fraction", check=FRACTION)
+    eval_split: float = _eval(
+        "Part of --dataset, of each if there are several, to hold out for that instead.",
+        0.0,
+        unit="fraction",
+        check=FRACTION,
+    )
     eval_steps: int | None = _eval(
         "Steps from one evaluation to the next.",
         None,
@@ -189,8 +204,16 @@ class TrainConfig:
         "Memory of one GPU to plan for.", None, unit="GiB", check=POSITIVE, unset="that of this machine's GPUs"
     )
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Every ``--dataset``."""
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
+
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.datasets:
+            raise ValueError("--dataset must name at least one dataset, got an empty list")
+        _check_weights(self.dataset_weights, self.datasets)
         if not self.dry_run and (self.gpus or self.gpu_memory_gib):
             raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
         if self.eval_dataset and self.eval_split:
@@ -208,6 +231,19 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:
+    if not weights:
+        return
+    if len(weights) != len(datasets):
+        raise ValueError(
+            f"--dataset-weights must be one for each --dataset: there are {len(weights)} for {len(datasets)} "
+            f"({', '.join(datasets)})"
+        )
+    for weight, dataset in zip(weights, datasets, strict=True):
+        if weight <= 0:
+            raise ValueError(f"--dataset-weights must be above 0, got {weight:g} for {dataset}: leave the dataset out")
 
 
 def _check_targets(targets: str | list[str]) -> None:

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qsharded import parallel
+from qsharded import evaluation, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
-from qsharded.data import Cursor, Example, StepLoader
+from qsharded.data import Cursor, Example, Step, StepLoader, make_batch
+from qsharded.evaluation import batch_loss
 from qsharded.nn import LoRAConfig
 from qsharded.shards import local, whole
 from qsharded.train import accumulate_gradient
@@ -59,6 +61,28 @@ def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) ->
     step = next(loader.steps(Cursor()))
     accumulate_gradient(model, step, world, seed=0, step_number=0)
     return {name: whole(parameter.grad) for name, parameter in trainable(model)}
+
+
+def test_dropout_differs_by_rank_step_and_micro_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows everywhere, so that the losses differ by what is dropped alone; and once more, the same losses."""
+    model = load_model(folder, lora=LoRAConfig(r=4, lora_dropout=0.5), dtype=torch.float32, seed=3)
+    for name, parameter in trainable(model):
+        if "lora_B" in name:
+            parameter.data.fill_(0.02)
+    batch = make_batch([[examples()[0]]], pad_id=0, max_length=64)
+    step = Step([batch, batch], supervised_tokens=1, tokens=1, cursor=Cursor())
+    losses: list[float] = []
+
+    def noted(*args: Any) -> Tensor:
+        losses.append((loss := batch_loss(*args)).item())
+        return loss
+
+    monkeypatch.setattr(evaluation, "batch_loss", noted)
+    for rank, step_number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        world = parallel.World(rank, 2, torch.device("cpu"), None)
+        accumulate_gradient(model, step, world, seed=0, step_number=step_number)
+    assert len(set(losses[:8])) == 8
+    assert losses[8:] == losses[:8]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded import evaluation, parallel
@@ -131,6 +132,44 @@ def test_training_goes_as_in_one_process(
         # where weights lie and what is computed again changes no sum at all
         for other in others:
             assert_same(other, first)
+
+
+class Noting(nn.Module):
+    """Notes what it is given, and in what its weight comes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.seen: tuple[torch.dtype, torch.dtype] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x.dtype, self.weight.dtype
+        return x * self.weight
+
+
+class InBlocks(nn.Module):
+    """As much of a decoder as is sharded by name, with a parameter of its own for the root's group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"layers": nn.ModuleList([Noting()]), "embed_tokens": Noting(), "norm": Noting()})
+        self.lm_head = Noting()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.model["norm"](self.model["layers"][0](self.model["embed_tokens"](x))))
+
+
+def dtypes_seen(world_size: int) -> list[tuple[torch.dtype, torch.dtype] | None]:
+    model = InBlocks()
+    parallel.shard(model, init_device_mesh("cpu", (world_size,)), param_dtype=torch.bfloat16)
+    model(torch.ones(2, 4))
+    return [module.seen for module in model.modules() if isinstance(module, Noting)]
+
+
+def test_sharding_casts_parameters_and_no_inputs() -> None:
+    """An fp32 table or mask would lose its bits on the way into each block."""
+    for seen in run_ranks(dtypes_seen, 2, 2):
+        assert seen == [(torch.float32, torch.bfloat16)] * 4
 
 
 def assert_same(one: Result, other: Result) -> None:

@@ -159,7 +159,7 @@ def _is_set(key: str, value: Any) -> bool:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill the trainable parameters of ``model`` from ``folder``; each rank reads its own rows.
 
-    PEFT writes the weight of an adapted embedding or head beside its adapter, and reads it in the base's place: so here.
+    PEFT writes the weight of an adapted embedding or head beside its adapter and reads it in the base's place. So here.
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
@@ -168,9 +168,10 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
     with open_weights(path) as file:
-        bases = {name: parameter for name, parameter in _own_bases(model) if name in file.keys()}
+        names = set(file.keys())
+        bases = {name: parameter for name, parameter in _own_bases(model) if name in names}
         known = parameters.keys() | bases.keys()
-        surplus, missing = sorted(set(file.keys()) - known), sorted(known - set(file.keys()))
+        surplus, missing = sorted(names - known), sorted(known - names)
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
             raise ValueError(f"{path} {fault}")

@@ -144,6 +144,7 @@ def _model(folder: Path) -> Report:
     ]
     codes = packed_bytes(tensors)
     report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
+    _note_unpacked(report)
     if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
         _check_against_config(report, folder, described, tensors)
     return report
@@ -182,7 +183,18 @@ def _model_class(tensor: Stored, codes: Container[str]) -> str:
         return "codes"
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return "embedding and head"
+    if len(tensor.shape) > 2:
+        return "experts in one tensor"
     return "linear weights" if len(tensor.shape) == 2 else "norms and others"
+
+
+def _note_unpacked(report: Report) -> None:
+    """What of a packed checkpoint is not, though it is neither embedding nor head."""
+    unpacked = {kind: report.classes[kind] for kind in ("linear weights", "experts in one tensor")}
+    if report.classes["codes"] and any(unpacked.values()):
+        total = sum(report.classes.values())
+        named = " and ".join(f"{size:,} of {kind}" for kind, size in unpacked.items() if size)
+        report.notes.append(f"of {total:,} bytes {sum(unpacked.values()):,} are not packed: {named}")
 
 
 def _check_against_config(
@@ -213,7 +225,7 @@ def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tupl
         as_stored, source = open_tied(folder, config)
         if as_stored != config:
             report.notes.append(
-                f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: the stored head is used"
+                f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: it is used as stored"
             )
         shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, kind=None))
         return {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}

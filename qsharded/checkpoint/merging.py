@@ -85,7 +85,7 @@ def merge_weights(
 
 
 def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
-    """Tensors to add, each as a copy of a stored one: the one of a tied pair that is missing, if the two will differ."""
+    """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing."""
     if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
         return {}
     return {EMBEDDING: HEAD} if source.renamed else {HEAD: EMBEDDING}
@@ -157,7 +157,8 @@ class _Merge:
         if name in self.replaced:
             return self.file.get_tensor(PREFIX + name)
         base = stored
-        if name in self.adapted and (brought := PREFIX + own_base(self.adapted[name][0])) in self.file.keys():
+        brought = PREFIX + own_base(name.removesuffix(".weight"))
+        if brought in self.file.keys():  # noqa: SIM118  (no dict)
             base = self.file.get_tensor(brought)
         elif self.kind is not None and name in self.rounded:
             base = quantized_and_decoded(stored, name, self.kind)

@@ -21,7 +21,6 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsharded import nf4, ops
 from qsharded.checkpoint.adapter import (
@@ -29,7 +29,7 @@ from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tying import EMBEDDING, HEAD, described_as, open_tied
 from qsharded.checkpoint.writing import extended_header
-from qsharded.models import ModelConfig
+from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import NF4Linear
 from qsharded.nn.lora import LoRALayer, lora_layers
 
@@ -114,6 +114,7 @@ class _Merge:
     Attributes:
         adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
         replaced: tensors that the adapter holds whole (modules_to_save).
+        brought: tensors of which the adapter holds the frozen weight too, which counts -> that one's name in its file.
         rounded: tensors to quantize and decode first.
         kind: to which, or None.
         file, path: the adapter's, open.
@@ -121,19 +122,26 @@ class _Merge:
 
     adapted: dict[str, tuple[str, LoRALayer]]
     replaced: set[str]
+    brought: dict[str, str]
     rounded: set[str]
     kind: nf4.Kind | None
     file: Any
     path: Path
 
     @classmethod
-    def of(cls, model: nn.Module, kind: nf4.Kind | None, file: Any, path: Path) -> "_Merge":
+    def of(cls, model: CausalLM, kind: nf4.Kind | None, file: Any, path: Path) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+        adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
+        bases = {tensor: PREFIX + own_base(name) for tensor, (name, _) in adapted.items()}
+        if model.config.tie_word_embeddings and EMBEDDING in bases:
+            bases[HEAD] = bases[EMBEDDING]
+        held = set(file.keys())
         return cls(
-            adapted={f"{name}.weight": (name, layer) for name, layer in lora_layers(model)},
+            adapted=adapted,
             replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
+            brought={tensor: name for tensor, name in bases.items() if name in held},
             rounded=packed if kind else set(),
             kind=kind,
             file=file,
@@ -142,7 +150,7 @@ class _Merge:
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""
-        return name in self.adapted or name in self.replaced or name in self.rounded
+        return any(name in changed for changed in (self.adapted, self.replaced, self.brought, self.rounded))
 
     def tensor(self, name: str, stored: Tensor) -> Tensor:
         """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
@@ -157,9 +165,8 @@ class _Merge:
         if name in self.replaced:
             return self.file.get_tensor(PREFIX + name)
         base = stored
-        brought = PREFIX + own_base(name.removesuffix(".weight"))
-        if brought in self.file.keys():  # noqa: SIM118  (no dict)
-            base = self.file.get_tensor(brought)
+        if name in self.brought:
+            base = self.file.get_tensor(self.brought[name])
         elif self.kind is not None and name in self.rounded:
             base = quantized_and_decoded(stored, name, self.kind)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base

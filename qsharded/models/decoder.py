@@ -171,8 +171,7 @@ class CausalLM(nn.Module):
     @property
     def embedding_weight(self) -> nn.Parameter:
         """The embedding's, under what is wrapped around it."""
-        weight: nn.Parameter = getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens).weight
-        return weight
+        return getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens).get_parameter("weight")
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter where the config ties them (again, after a replacement)."""

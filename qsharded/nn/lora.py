@@ -56,7 +56,7 @@ class LoRALinear(nn.Module):
         """(lora_A, lora_B)."""
         return self.lora_A, self.lora_B
 
-    def updates(self) -> dict[str, nn.Parameter]:
+    def updates(self) -> dict[str, Tensor]:
         """What trains, by its name in this layer."""
         return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
 

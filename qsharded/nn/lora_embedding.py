@@ -36,7 +36,7 @@ class LoRAEmbedding(nn.Module):
         narrow = F.embedding(ids, self.lora_embedding_A.T, self.padding_idx).to(y.dtype)
         return y + F.linear(narrow, self.lora_embedding_B.to(y.dtype)) * self.scaling
 
-    def updates(self) -> dict[str, nn.Parameter]:
+    def updates(self) -> dict[str, Tensor]:
         """What trains, by its name in this layer."""
         return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
 

@@ -113,8 +113,9 @@ def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
         # a head that trains is gathered, and so is the embedding beside it
         ("head", 2, 1, [{"layout": SPLIT}, recomputing("full", layout=ON_HOST), {"layout": REPLICATED}]),
         # an embedding under an adapter is split as any, and its adapter, of 3 rows, is gathered
-        ("embedding", 2, 1, [{}, {"layout": SPLIT}, recomputing("full", layout=ON_HOST), {"layout": REPLICATED}]),
-        ("tied embedding", 2, 1, [{}, {"layout": SPLIT}, recomputing("full", layout=ON_HOST)]),
+        ("embedding", 2, 1, [{}, {"layout": REPLICATED}]),
+        ("embedding", 2, 1, [{"layout": SPLIT}, recomputing("full", layout=ON_HOST)]),
+        ("tied embedding", 2, 1, [{}]),
     ],
 )
 def test_training_goes_as_in_one_process(

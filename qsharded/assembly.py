@@ -65,7 +65,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
     # refuses what cannot be read before the data is
-    outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
+    dtype = compute_dtype(config.dtype, world.device)
+    outline = Outline.of(folder, lora, dtype, random_init=config.random_init, mesh=world.mesh)
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)

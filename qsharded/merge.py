@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.commands import BLOCK_SIZE, errors_named
@@ -93,8 +94,10 @@ def run(config: MergeConfig) -> None:
         _check_gguf(checkpoint, tokenizer)
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
-            merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
-        copy_files([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
+            changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
+        copy_files([checkpoint / name for name in _MODEL_FILES if name not in changed], checkpoint, unfinished)
+        for name, content in changed.items():
+            write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)

@@ -231,8 +231,8 @@ def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
     for block in blocks_of(model):
         yield [block]
-    weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
-    if embedding.weight is weight:
+    # under an adapter the layer's own weight lies one deeper
+    if getattr(embedding, "base_layer", embedding).weight is getattr(head, "base_layer", head).weight:
         yield [embedding, head]  # a tied weight belongs to one group
     else:
         yield [embedding]

@@ -21,6 +21,7 @@ from qsharded.determinism import use_deterministic_algorithms
 from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
+from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
 from qsharded.parallel import DamagedGather, World, start_world, stop_world
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
             parts = assembly.prepare(config, world)
-        with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten, DamagedGather, OSError)):
+        with errors_named(
+            config.prog, world, (SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError)
+        ):
             run(config, world, parts)
     finally:
         stop_world(world)

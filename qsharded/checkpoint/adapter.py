@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsharded.checkpoint.source import read_json
-from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
+from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn.lora import lora_layers
+from qsharded.nn.lora_config import ALL_LINEAR, ends_with
 from qsharded.shards import local, own_rows, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -87,10 +90,14 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
 
 
 def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
-    """ "all-linear" is written out as the layers' own names: each library understands another set by it."""
-    if config.target_modules != ALL_LINEAR:
+    """ "all-linear" is written out as the layers' own names: each library understands another set by it. A name that
+    adapts nothing, as an adapter that was read may have it, is not written again."""
+    names = [name for name, _ in lora_layers(model)]
+    if config.target_modules == ALL_LINEAR:
+        return sorted({name.rpartition(".")[2] for name in names})
+    if isinstance(config.target_modules, str):
         return config.target_modules
-    return sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+    return [target for target in config.target_modules if any(ends_with(name, target) for name in names)]
 
 
 def _written_saved(model: nn.Module, config: LoRAConfig) -> list[str] | None:
@@ -113,7 +120,7 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     if unknown or read.get("bias", "none") != "none":
         raise ValueError(f"{path}: not supported: " + ", ".join(f"{k} = {read[k]!r}" for k in unknown or ["bias"]))
     _refuse_changed_base(read.get("init_lora_weights"), path)
-    return LoRAConfig(
+    lora = LoRAConfig(
         r=read.get("r", 8),
         lora_alpha=read.get("lora_alpha", 8),
         lora_dropout=read.get("lora_dropout", 0.0),
@@ -123,7 +130,18 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
         alpha_pattern=read.get("alpha_pattern") or {},
         modules_to_save=read.get("modules_to_save") or [],
         dtype=dtype,
+        strict=False,
     )
+    _refuse_tied_adapters(read, lora, path)
+    return lora
+
+
+def _refuse_tied_adapters(read: dict[str, Any], lora: LoRAConfig, path: Path) -> None:
+    """Where nothing of the embedding or the head trains, the setting is without effect."""
+    if read.get("ensure_weight_tying"):
+        for name in ("model.embed_tokens", "lm_head"):
+            if lora.is_target(name) or lora.is_saved(name):
+                raise ValueError(f"{path}: not supported: ensure_weight_tying = True with an adapter on {name}")
 
 
 def _refuse_changed_base(start: Any, path: Path) -> None:
@@ -141,19 +159,51 @@ def _is_set(key: str, value: Any) -> bool:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill the trainable parameters of ``model`` from ``folder``; each rank reads its own rows.
 
+    PEFT writes the weight of an adapted embedding or head beside its adapter and reads it in the base's place. So here.
+
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
-            shapes. The first at fault is named.
+            shapes, or not finite. The first at fault is named, on all ranks.
     """
     path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
     with open_weights(path) as file:
-        surplus, missing = sorted(set(file.keys()) - parameters.keys()), sorted(parameters.keys() - set(file.keys()))
+        names = set(file.keys())
+        bases = {name: parameter for name, parameter in _own_bases(model) if name in names}
+        known = parameters.keys() | bases.keys()
+        surplus, missing = sorted(names - known), sorted(known - names)
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
             raise ValueError(f"{path} {fault}")
-        for name, parameter in parameters.items():
+        for name, parameter in (parameters | bases).items():
             copy_rows(file, name, parameter, path)
+    _refuse_not_finite(parameters | bases, path)
+
+
+def own_base(layer: str) -> str:
+    """What the frozen weight under the adapter on ``layer`` is called."""
+    return f"{layer}.base_layer.weight"
+
+
+def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in an adapter file, frozen weight in 16 or 32 bits) of every adapted layer that has one."""
+    for name, layer in lora_layers(model):
+        if not isinstance(layer.base_layer, NF4Linear):
+            yield PREFIX + own_base(name), layer.base_layer.get_parameter("weight")
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """The ranks agree: the rows at fault are one's alone. Nothing is known of a model on the meta device."""
+    names = [name for name, tensor in tensors.items() if not tensor.is_meta]
+    if not names:
+        return
+    first, group = local(tensors[names[0]]), own_rows(tensors[names[0]]).group  # it trains, so it is shared if any is
+    finite = torch.stack([local(tensors[name]).detach().isfinite().all().to(first.device) for name in names]).int()
+    if group is not None:
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
+    for name, is_finite in zip(names, finite.tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def open_weights(path: Path) -> Any:

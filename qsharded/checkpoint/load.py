@@ -15,11 +15,12 @@ from qsharded.checkpoint.pieces import WeightSource
 from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
+from qsharded.checkpoint.tying import HEAD, open_tied
 from qsharded.layout import SHARDED, Layout, lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
-from qsharded.nn.lora import initial_A, lora_layers
+from qsharded.nn.lora import reset_adapters
 from qsharded.nn.quantize import Filter
 from qsharded.shards import local, own_rows
 
@@ -63,7 +64,7 @@ def load_model(
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
     folder = find_checkpoint(path_or_id, revision, weights=not random_init)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    outline = Outline.of(folder, lora, dtype, random_init=random_init)
+    outline = Outline.of(folder, lora, dtype, random_init=random_init, mesh=mesh)
     return outline.filled(mesh, device, layout=layout, checkpointing=activation_checkpointing, seed=seed)
 
 
@@ -72,26 +73,38 @@ class Outline:
     """A model that is known, and not yet read: ``model`` is on the meta device.
 
     Attributes:
+        source: its files; None draws the weights at random.
         packed: the checkpoint, where it is packed already.
     """
 
-    folder: Path
     model: CausalLM
     dtype: torch.dtype
+    source: SafetensorsFolder | None
     packed: PackedCheckpoint | None
-    random_init: bool
 
     @classmethod
-    def of(cls, folder: Path, lora: LoRAConfig | None, dtype: torch.dtype, *, random_init: bool) -> "Outline":
-        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``.
+    def of(
+        cls,
+        folder: Path,
+        lora: LoRAConfig | None,
+        dtype: torch.dtype,
+        *,
+        random_init: bool,
+        mesh: DeviceMesh | None = None,
+    ) -> "Outline":
+        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``. Every rank of ``mesh`` calls
+        this.
 
         Raises:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
         config, packing = ModelConfig.from_hf(described), read_packing(described)
-        packed = None if random_init else PackedCheckpoint.at(folder, packing)
-        return cls(folder, skeleton(config, lora, dtype, packed), dtype, packed, random_init)
+        if random_init:
+            return cls(skeleton(config, lora, dtype), dtype, None, None)
+        config, source = open_tied(folder, config, mesh)
+        packed = PackedCheckpoint.at(source, packing)
+        return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
 
     def filled(
         self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Mode, seed: int
@@ -102,9 +115,9 @@ class Outline:
         if self.packed is not None:
             filling.run(_packed_fills(self.model, self.packed), self.packed.source, device)
         else:
-            source = RandomWeights(seed, 0.02, device, {}) if self.random_init else SafetensorsFolder(self.folder)
+            source = self.source or RandomWeights(seed, 0.02, device, {})
             filling.run(quantizing_fills(self.model, source), source, device)
-        _fill_adapters(self.model, seed)
+        reset_adapters(self.model, seed)
         return self.model
 
 
@@ -239,12 +252,14 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_A" in prefix or ".lora_B" in prefix:
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
+            if ".lora_embedding_" in name:
+                continue
             if not (isinstance(module, NF4Linear) and parameter is not module.bias) and not _is_tied_head(model, name):
                 yield name, parameter
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:
-    return name == "lm_head.weight" and model.get_parameter(name) is model.get_parameter("model.embed_tokens.weight")
+    return name == HEAD and isinstance(model, CausalLM) and model.get_parameter(name) is model.embedding_weight
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -260,12 +275,3 @@ def _plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def parameter_count(model: nn.Module) -> int:
     """How many parameters the checkpoint behind ``model`` has, adapters left out."""
     return sum(math.prod(shape) for shape in expected_shapes(model).values())
-
-
-@torch.no_grad()
-def _fill_adapters(model: nn.Module, seed: int) -> None:
-    for name, layer in lora_layers(model):
-        rows = own_rows(layer.lora_A.weight)
-        whole_A = initial_A(name, seed, *layer.lora_A.weight.shape)
-        local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
-        local(layer.lora_B.weight).zero_()

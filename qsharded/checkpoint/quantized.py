@@ -21,7 +21,6 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -161,15 +160,14 @@ class PackedCheckpoint:
     weights: frozenset[str]
 
     @classmethod
-    def at(cls, folder: Path, packing: Packing | None) -> "PackedCheckpoint | None":
-        """The one in ``folder``; None where nothing is packed in it.
+    def at(cls, source: SafetensorsFolder, packing: Packing | None) -> "PackedCheckpoint | None":
+        """The one in ``source``; None where nothing is packed in it.
 
         Raises:
             ValueError: nothing is, though config.json says so.
         """
         if packing is None:
             return None
-        source = SafetensorsFolder(folder)
         weights = packing.weights(source)
         return cls(source, packing.as_stored(source, min(weights)), frozenset(weights))
 

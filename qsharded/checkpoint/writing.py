@@ -81,3 +81,17 @@ def _header(entries: Mapping[str, Any]) -> bytes:
     """In whole words of 8 bytes, as the format wants it."""
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     return text.ljust(-(-len(text) // 8) * 8)
+
+
+def extended_header(header: bytes, copies: Mapping[str, str]) -> bytes:
+    """The header of a file with tensors added behind its last: a new name each, and one of the file's of the same kind.
+    As it is where there are none."""
+    if not copies:
+        return header
+    entries = json.loads(header)
+    end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    for name, like in copies.items():
+        begin, stop = entries[like]["data_offsets"]
+        entries[name] = entries[like] | {"data_offsets": [end, end + stop - begin]}
+        end += stop - begin
+    return _header(entries)

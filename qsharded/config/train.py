@@ -98,8 +98,8 @@ class TrainConfig:
     lora_alpha: float = _lora("Adapters are scaled by alpha / r.", 32.0, check=POSITIVE)
     lora_dropout: float = _lora("Dropout on the adapters' input.", 0.0, unit="fraction", check=FRACTION)
     lora_target_modules: str | list[str] = _lora(
-        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj, or a regular "
-        "expression that matches whole names.",
+        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj,embed_tokens, each "
+        "of which must be there, or a regular expression that matches whole names.",
         "all-linear",
     )
     lora_modules_to_save: list[str] = _lora("Names of modules to train in full and save with the adapter.", [])

@@ -86,13 +86,18 @@ def recomputing(mode: str, **others: Any) -> dict[str, Any]:
 
 SPLIT, REPLICATED, ON_HOST = Layout(split_vocabulary=True), Layout(replicated=True), Layout(on_host=True)
 SAVES_HEAD = {"lora": LoRAConfig(r=4, modules_to_save=["lm_head"])}
+ON_EMBEDDING = {"lora": LoRAConfig(r=3, target_modules=["v_proj", "embed_tokens"])}
+ADAPTERS = {"head": SAVES_HEAD, "embedding": ON_EMBEDDING, "tied embedding": ON_EMBEDDING}
 
 
 @pytest.fixture(scope="module")
 def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
     """What one process makes of it without any mode."""
-    plain, head = run_ranks(train, 1, folders[False], 1, 1, [{}, SAVES_HEAD])[0]
-    return {"plain": plain, "head": head, "tied": run_ranks(train, 1, folders[True], 1, 1, [{}])[0][0]}
+    plain, head, embedding = run_ranks(train, 1, folders[False], 1, 1, [{}, SAVES_HEAD, ON_EMBEDDING])[0]
+    tied, tied_embedding = run_ranks(train, 1, folders[True], 1, 1, [{}, ON_EMBEDDING])[0]
+    return {
+        "plain": plain, "head": head, "tied": tied, "embedding": embedding, "tied embedding": tied_embedding,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,10 @@ def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
         ("tied", 4, 2, [{"layout": SPLIT}, recomputing("offloaded", layout=ON_HOST)]),
         # a head that trains is gathered, and so is the embedding beside it
         ("head", 2, 1, [{"layout": SPLIT}, recomputing("full", layout=ON_HOST), {"layout": REPLICATED}]),
+        # an embedding under an adapter is split as any, and its adapter, of 3 rows, is gathered
+        ("embedding", 2, 1, [{}, {"layout": REPLICATED}]),
+        ("embedding", 2, 1, [{"layout": SPLIT}, recomputing("full", layout=ON_HOST)]),
+        ("tied embedding", 2, 1, [{}]),
     ],
 )
 def test_training_goes_as_in_one_process(
@@ -120,9 +129,8 @@ def test_training_goes_as_in_one_process(
 ) -> None:
     expected = alone[model]
     assert all(parameter.norm() > 0 for parameter in expected["adapter"].values())  # lora_B begins at 0
-    if model == "head":
-        modes = [mode | SAVES_HEAD for mode in modes]
-    for first, *others in run_ranks(train, world_size, folders[model == "tied"], world_size, replicas, modes):
+    modes = [mode | ADAPTERS.get(model, {}) for mode in modes]
+    for first, *others in run_ranks(train, world_size, folders["tied" in model], world_size, replicas, modes):
         # fp32 sums in another order move losses by 3e-8 and an adapter by 8e-7
         assert first["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert first["said"] == expected["said"]

@@ -2,12 +2,13 @@
 
 Of a template only the output is known. So a turn is found by rendering the conversation cut before it (with the
 assistant's header) and after it. Some templates write a turn differently once more follows (Qwen3 and DeepSeek-R1 drop
-its reasoning), and then those cuts are no prefixes of the whole; there the turn's content is replaced by probes, which
-show its place. Each step is checked against the whole text: a turn is found for certain or refused.
+its reasoning), and then those cuts are no prefixes of the whole; there the turn's content, or the name of its last
+tool call, is replaced by probes, which show its place. Each step is checked against the whole text: a turn is found for certain or refused.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from qsharded.data.chat import ChatTemplate, Span
 from qsharded.data.shapes import Conversation, Message
@@ -15,6 +16,10 @@ from qsharded.data.shapes import Conversation, Message
 # They differ in their first and in their last character, and nothing strips or escapes them.
 _PROBES = ("Q0q", "Z1z")
 _QUESTION: list[Message] = [{"role": "user", "content": "Question"}]
+
+
+class TurnUnclear(ValueError):
+    """A turn cannot be told from the rest for certain."""
 
 
 class TurnFinder:
@@ -31,12 +36,13 @@ class TurnFinder:
         """[start, end) in characters of message ``number``, from behind the header to the last of the turn's end.
 
         Raises:
-            ValueError: the turn cannot be told from the rest for certain.
+            TurnUnclear: the turn cannot be told from the rest for certain.
         """
         start = self._end_of_prefix(number, add_generation_prompt=True)
         end = self._end_of_prefix(number + 1)
         if start is None or end is None:
-            start, end = self._probe(number, start)
+            probe = self._probe_call if "tool_calls" in self._messages[number] else self._probe
+            start, end = probe(number, start)
         return start, end
 
     def _end_of_prefix(self, count: int, add_generation_prompt: bool = False) -> int | None:
@@ -62,14 +68,48 @@ class TurnFinder:
         # A template may drop the content's head, never its tail.
         if not same_frame or not content.endswith(said) or (content and not said):
             raise self._unclear(number)
+        try:
+            _, ending = self._around_content(self._messages[: number + 1], number)
+        except ValueError as error:
+            raise self._unclear(number) from error
         if header_end is None:
             header_end = begin - len(self._lead(number, before))
-        return header_end, end + self._end_of_turn(number, after)
+        return header_end, end + self._end_of_turn(number, after, ending)
 
     def _around_content(self, messages: list[Message], number: int) -> tuple[str, str]:
         """The text before and after the content of message ``number``."""
         variants = ([*messages[:number], {**messages[number], "content": probe}] for probe in _PROBES)
         return _common_ends(*(self._render(variant + messages[number + 1 :]) for variant in variants))
+
+    def _probe_call(self, number: int, header_end: int | None) -> Span:
+        """The turn by its last call's place, which comes behind any content, and may be all that the turn has."""
+        before, after = self._around_last_name(self._messages, number, self._text)
+        try:
+            cut = self._messages[: number + 1]
+            _, ending = self._around_last_name(cut, number, self._render(cut))
+            length = self._end_of_turn(number, after, ending)
+        except ValueError as error:
+            raise self._unclear(number) from error
+        if header_end is None:
+            header_end = len(before) - len(self._call_lead(number, before))
+        return header_end, len(self._text) - len(after) + length
+
+    def _around_last_name(self, messages: list[Message], number: int, text: str) -> tuple[str, str]:
+        """What of ``text``, the rendering of ``messages``, stands before and after the name in the last call of one.
+
+        Only the name's first place is used: a template may repeat it with the tool's answer.
+        """
+        *others, last = messages[number]["tool_calls"]
+        function = last["function"]
+        texts = []
+        for probe in _PROBES:
+            calls = [*others, {**last, "function": {**function, "name": probe}}]
+            variant = {**messages[number], "tool_calls": calls}
+            texts.append(self._render([*messages[:number], variant, *messages[number + 1 :]]))
+        before = _common_start(*texts)
+        if before in texts or not text.startswith(before + function["name"]):
+            raise self._unclear(number)
+        return before, text[len(before) + len(function["name"]) :]
 
     def _lead(self, number: int, before: str) -> str:
         """What stands between header and content, as it does in the simplest conversation."""
@@ -78,15 +118,24 @@ class TurnFinder:
             raise self._unclear(number)
         return lead
 
-    def _end_of_turn(self, number: int, after: str) -> int:
-        """The length of the turn's end: what follows the content when the conversation ends there.
-
-        Or as much of that, up to a special token, as follows here too: Phi-3 puts EOS behind the last turn's end.
-        """
+    def _call_lead(self, number: int, before: str) -> str:
+        """What stands between header and the last call's name, as it does where this message answers a question."""
+        alone = [*_QUESTION, self._messages[number]]
+        header = _header(_frame(self._template, self._tools))
         try:
-            _, ending = self._around_content(self._messages[: number + 1], number)
+            start, _ = self._around_last_name(alone, len(_QUESTION), self._render(alone))
         except ValueError as error:
             raise self._unclear(number) from error
+        if header is None or not start.startswith(header) or not before.endswith(start[len(header) :]):
+            raise self._unclear(number)
+        return start[len(header) :]
+
+    def _end_of_turn(self, number: int, after: str, ending: str) -> int:
+        """How much of ``after``, the text behind the turn's last piece, is the turn's end.
+
+        That is ``ending``, what follows the piece when the conversation ends there, or as much of it, up to a special
+        token, as follows here too: Phi-3 puts EOS behind the last turn's end.
+        """
         if after.startswith(ending):
             return len(ending)
         shared = _common_start(ending, after)
@@ -95,11 +144,13 @@ class TurnFinder:
             raise self._unclear(number)
         return length
 
-    def _unclear(self, number: int) -> ValueError:
-        return ValueError(
+    def _unclear(self, number: int) -> TurnUnclear:
+        return TurnUnclear(
             f"cannot tell which text of the assistant's message {number} is to be learned: the chat template writes it "
-            "differently when more follows. Mark it by {% generation %} in chat_template.jinja, give the conversation "
-            "as one row per answer, or train on all tokens"
+            "differently when more follows. Train with --one-example-per-answer, which renders each answer as it would "
+            'be at generation; or give the message "weight": 0, which leaves it unlearned; or give the messages up to '
+            "it as prompt and it alone as completion; or mark the assistant's text by {% generation %} in "
+            "chat_template.jinja"
         )
 
 
@@ -122,23 +173,34 @@ def check_ending(template: ChatTemplate, special: tuple[str, ...]) -> None:
 def _usual_lead(template: ChatTemplate) -> str | None:
     """What the template writes between the assistant's header and content (Mistral: a space), None if not clear."""
     frame = _usual_frame(template)
-    if frame is None:
-        return None
-    prompt, before, _ = frame
-    common = _common_start(prompt, before)
-    return before[len(common) :] if common in (prompt, before) else None
+    header = _header(frame)
+    return None if frame is None or header is None else frame[1][len(header) :]
 
 
 @cache
 def _usual_frame(template: ChatTemplate) -> tuple[str, str, str] | None:
+    return _frame(template, None)
+
+
+def _frame(template: ChatTemplate, tools: list[Any] | None) -> tuple[str, str, str] | None:
     """(prompt, before, after) of the simplest conversation: what the model is given to answer, and what stands before
     and after an answer's content. None if the template refuses such a conversation."""
     try:
-        prompt = template.render(_QUESTION, add_generation_prompt=True)
-        texts = [template.render([*_QUESTION, {"role": "assistant", "content": probe}]) for probe in _PROBES]
+        prompt = template.render(_QUESTION, add_generation_prompt=True, tools=tools)
+        answers: list[Message] = [{"role": "assistant", "content": probe} for probe in _PROBES]
+        texts = [template.render([*_QUESTION, answer], tools=tools) for answer in answers]
     except ValueError:
         return None
     return prompt, *_common_ends(*texts)
+
+
+def _header(frame: tuple[str, str, str] | None) -> str | None:
+    """The simplest conversation up to the end of the assistant's header, None if that is not clear."""
+    if frame is None:
+        return None
+    prompt, before, _ = frame
+    common = _common_start(prompt, before)
+    return common if common in (prompt, before) else None
 
 
 def _common_ends(one: str, other: str) -> tuple[str, str]:

@@ -5,10 +5,13 @@ A template may render a turn otherwise once the conversation goes on, leave its 
 renders, and the answer is the turn as the template writes a last one; reasoning that it leaves out is put back.
 """
 
+import re
+
 from qsharded.data.chat import ChatTemplate
 from qsharded.data.shapes import REASONING_KEYS, Conversation, Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_EMPTY_BLOCK = re.compile(rf"{_OPEN}(\s*){_CLOSE}")
 _QUESTION: list[Message] = [{"role": "user", "content": "Question"}]
 
 
@@ -36,20 +39,23 @@ class _Answer:
         bare, follows = self._turn(said)
         if body is None and follows:
             return self._prompt, bare
-        for message in self._with_reasoning(body, gap, said):
+        for message in self._with_reasoning(body, gap, said, bare):
             turn, follows = self._turn(message)
             if follows and turn.split() != bare.split():  # white space alone is what the reasoning left behind
                 return self._prompt, turn
+        if body and (empty := _EMPTY_BLOCK.match(bare)):  # Kimi K2 never fills the block that it writes
+            filled = body if empty[1] else body.strip()
+            return self._prompt, _OPEN + filled + _CLOSE + bare[empty.end() :]
         lead = _opened(self._prompt)
         begun = _OPEN if lead is None else ""
         return self._prompt, begun + (body or "\n\n").removeprefix(lead or "") + _CLOSE + gap + bare.lstrip()
 
-    def _with_reasoning(self, body: str | None, gap: str, said: Message) -> list[Message]:
+    def _with_reasoning(self, body: str | None, gap: str, said: Message, bare: str) -> list[Message]:
         """Forms of the message of which the template may write the reasoning."""
         if body is None:
             return []
         content = said.get("content") or ""
-        if not content and "tool_calls" in said:
+        if _EMPTY_BLOCK.match(bare) or (not content and "tool_calls" in said):
             return [self._message]
         return [self._message, said | {"content": f"{_OPEN}{body}{_CLOSE}{gap}{content}"}]
 
@@ -66,6 +72,8 @@ class _Answer:
         header = prompt.rpartition(_OPEN)[0]
         if _opened(prompt) is not None and whole.startswith(header):
             return whole[len(header) :], _opened(self._prompt) is None
+        if (turn := _behind(prompt, whole)) is not None:
+            return turn, True
         raise ValueError(
             f"the chat template's prompt for the assistant's message {self._number} is no beginning of what it writes "
             "with the answer; put another chat_template.jinja into the model's folder, or leave the row out"
@@ -73,6 +81,17 @@ class _Answer:
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         return self._template.render(messages, add_generation_prompt=prompt, tools=self._tools)
+
+
+def _behind(prompt: str, whole: str) -> str | None:
+    """``whole`` behind ``prompt``, if it begins with that but for white space."""
+    at = 0
+    for character in "".join(prompt.split()):
+        at += len(whole[at:]) - len(whole[at:].lstrip())
+        if whole[at : at + 1] != character:
+            return None
+        at += 1
+    return whole[at:].lstrip()
 
 
 def _opened(prompt: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qsharded.data.chat import ChatTemplate
 from qsharded.data.shapes import REASONING_KEYS, Conversation, Message
+from qsharded.data.tool_calls import renamed
 
 _LEADING_TAGS = re.compile(r"(?:\s*<[^<>\s]+>)*")
 _THINK_TAGS = re.compile(r"(</?think>)")
@@ -178,7 +179,7 @@ class _Marked:
         name = function["name"] + self._marker(CALL, number, function["name"])
         marker = self._marker(CALL, number, f"{function['name']}, its arguments")
         marked = {**arguments, marker: marker} if isinstance(arguments, dict) else arguments + marker
-        return call | {"function": function | {"name": name, "arguments": marked}}
+        return renamed(call | {"function": function | {"arguments": marked}}, name)
 
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         function = tool.get("function", tool)

@@ -180,7 +180,7 @@ def _message(raw: Any, where: str) -> Message:
         message["content"] = _content(content, where)
     message |= _optional(fields, where)
     if "tool_calls" in message and message["role"] != "assistant":
-        raise ValueError(f"{where} has tool_calls, but is of the role {message['role']}: only the assistant calls tools")
+        raise ValueError(f"{where} has tool_calls and the role {message['role']}; only the assistant calls tools")
     if content is None and "tool_calls" not in message:
         raise ValueError(f"{where} has no {said}")
     return message

@@ -22,6 +22,13 @@ def parse_calls(value: Any, where: str) -> list[Call]:
     return [_call(call, f"{where}[{number}]") for number, call in enumerate(calls)]
 
 
+def renamed(call: Call, name: str) -> Call:
+    """``call`` of another function, also where its id carries the name (Kimi: "functions.NAME:0")."""
+    own = call["function"]
+    ids = {"id": call["id"].replace(own["name"], name)} if isinstance(call.get("id"), str) else {}
+    return {**call, **ids, "function": {**own, "name": name}}
+
+
 def _from_json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value

@@ -17,6 +17,7 @@ from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
+from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
@@ -26,7 +27,8 @@ from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
-    "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
+    "dataset", "dataset_format", "dataset_split", "train_on", "one_example_per_answer", "max_length", "overlong", "packing",
+    "eval_split", "seed",
 )  # fmt: skip
 
 
@@ -180,6 +182,7 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Datas
             max_length=config.max_length,
             overlong=config.overlong,
             train_on=config.train_on,
+            one_example_per_answer=config.one_example_per_answer,
             split=split,
         )
 
@@ -276,9 +279,11 @@ def _summary(
         f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
         f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
         f"data {config.dataset}: {_counts(train_data, config.max_length)}",
+        *omission_notes(train_data, config.one_example_per_answer),
     ]
     if eval_data is not None:
         lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
+        lines += omission_notes(eval_data, config.one_example_per_answer)
     limit = parts.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from qsharded.data.chat import ChatTemplate
+from qsharded.data.examples import Dataset
 from qsharded.data.shapes import REASONING_KEYS, Conversation, Message
 from qsharded.data.tool_calls import renamed
 
@@ -71,6 +72,17 @@ def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
     return kept
 
 
+def omission_notes(data: Dataset, one_example_per_answer: bool) -> list[str]:
+    """A line for each kind of what ``data``'s rows have and its examples lack, with what can be done about it."""
+    notes = []
+    for kind, omitted in data.omitted.items():
+        keeps = kind in _KEPT_AT_GENERATION and not one_example_per_answer
+        advice = f"; --one-example-per-answer keeps {_KEPT_AT_GENERATION[kind]}" if keeps else ""
+        rows = f"{omitted.rows:,} row{'s' if omitted.rows > 1 else ''}"
+        notes.append(f"note: the chat template leaves {kind} out of {rows}, as at {omitted.example}{advice}")
+    return notes
+
+
 def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation], str]) -> list[Omission]:
     """The parts of ``chat`` that ``write`` leaves out; ``text`` is what it makes of ``chat`` itself."""
     stem = "qmark"
@@ -85,6 +97,7 @@ def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation]
     return [part for marker, part in marked.parts.items() if marker not in written]
 
 
+_KEPT_AT_GENERATION = {REASONING: "it", "system messages": "them where generation would"}
 _ANSWER, _TOOL_ANSWER = "assistant messages", "tool messages"
 _REFUSED = {
     CALL: "calls a tool ({text}), which the chat template does not write: an empty answer would be learned. Take a "

@@ -27,8 +27,8 @@ from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
-    "dataset", "dataset_format", "dataset_split", "train_on", "one_example_per_answer", "max_length", "overlong", "packing",
-    "eval_split", "seed",
+    "dataset", "dataset_format", "dataset_split", "train_on", "one_example_per_answer", "max_length", "overlong",
+    "packing", "eval_split", "seed",
 )  # fmt: skip
 
 

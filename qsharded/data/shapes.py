@@ -15,7 +15,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
-    **{"function": "tool", "observation": "tool"},
+    **{"function": "tool", "observation": "tool", "ipython": "tool"},
 }
 
 

@@ -226,13 +226,10 @@ def test_an_answer_of_a_tool_that_the_template_leaves_out_is_refused(tmp_path, p
     source = published.QWEN3.replace("'\\n<tool_response>\\n' + content + '\\n</tool_response>'", "'?'")
     tokenizer = tokenizer_of(tmp_path, source)
     messages = [*chat("4"), calling(), result(), said("4")]
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl:1: message 2 is a tool's answer \('4'\), which the chat template"
-    ):
-        if prompts:
-            load_prompts(write_rows(tmp_path / "rows.jsonl", {"messages": messages}), tokenizer)
-        else:
-            load(tmp_path, tokenizer, messages)
+    rows = write_rows(tmp_path / "rows.jsonl", {"messages": messages})
+    read = load_prompts if prompts else partial(load_examples, max_length=512)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 2 is a tool's answer \('4'\), which the chat"):
+        read(rows, tokenizer)
 
 
 def test_arguments_that_the_template_leaves_out_are_refused(tmp_path):

@@ -18,6 +18,8 @@ _QUESTION: list[Message] = [{"role": "user", "content": "Question"}]
 def prompt_and_answer(template: ChatTemplate, chat: Conversation, number: int) -> tuple[str, str]:
     """(prompt, answer) of message ``number``, the answer up to the last of the turn's end.
 
+    Marks by ``{% generation %}`` are not needed, and not read: all of the answer is to be learned.
+
     Raises:
         ValueError: the template refuses the messages up to there, or shows no turn that could follow its prompt.
     """
@@ -85,13 +87,9 @@ class _Answer:
 
 def _behind(prompt: str, whole: str) -> str | None:
     """``whole`` behind ``prompt``, if it begins with that but for white space."""
-    at = 0
-    for character in "".join(prompt.split()):
-        at += len(whole[at:]) - len(whole[at:].lstrip())
-        if whole[at : at + 1] != character:
-            return None
-        at += 1
-    return whole[at:].lstrip()
+    pattern = r"\s*".join(map(re.escape, "".join(prompt.split())))
+    found = re.match(rf"\s*{pattern}\s*", whole)
+    return whole[found.end() :] if found else None
 
 
 def _opened(prompt: str) -> str | None:

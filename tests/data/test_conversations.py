@@ -195,6 +195,16 @@ def test_a_template_that_looks_into_the_object_gets_one(tmp_path):
     assert learned(tmp_path, source, [*chat("a"), calling(call('{"city": "Oslo"}'))]) == [["<weather><city>Oslo</s>"]]
 
 
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_template_that_would_write_pythons_form_of_the_object_gets_json(tmp_path, tools):
+    # The second writes calls only beside tools, as the tool_use templates of some checkpoints do.
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
+    calls = calls if tools is None else "{% if tools %}" + calls + "{% endif %}"
+    source = "{{ tools }}{% for m in messages %}{{ m.role + ':' + m.content }}" + calls + "</s>{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert learned(tmp_path, source, [*chat("a"), calling()], tools=tools) == [['weather{"city": "Oslo"}</s>']]
+
+
 @pytest.mark.parametrize("template", WITH_TOOLS)
 @pytest.mark.parametrize(
     "empty", [{"tool_calls": []}, {"tool_calls": None}, {"tool_calls": "[]"}, {"reasoning_content": ""}, {"name": ""}]
@@ -382,6 +392,12 @@ def test_a_prompt_that_no_answer_follows_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"rows\.jsonl:1: the chat template's prompt for the assistant's message 1 is no"
     ):
+        learned(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
+
+
+def test_a_template_that_always_writes_a_header_is_refused_per_answer_too(tmp_path):
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the chat template ends a conversation by '</s>assistant:'"):
         learned(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
 
 

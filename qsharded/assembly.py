@@ -18,6 +18,7 @@ from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
 from qsharded.data.mixture import refuse_overlaps
+from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
@@ -27,7 +28,8 @@ from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 
 _DECIDE_ROWS = (
-    "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
+    "dataset_format", "dataset_split", "train_on", "one_example_per_answer", "max_length", "overlong", "packing",
+    "eval_split", "seed",
 )  # fmt: skip
 
 
@@ -185,6 +187,7 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Mixture, Datas
             max_length=config.max_length,
             overlong=config.overlong,
             train_on=config.train_on,
+            one_example_per_answer=config.one_example_per_answer,
             split=split,
         )
 
@@ -282,10 +285,11 @@ def _summary(
     lines = [
         f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
         f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
-        *_data_lines(train_data, config.max_length),
+        *_data_lines(train_data, config),
     ]
     if eval_data is not None:
         lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
+        lines += omission_notes(eval_data, config.one_example_per_answer)
     limit = parts.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")
@@ -294,14 +298,14 @@ def _summary(
     return lines
 
 
-def _data_lines(data: Mixture, max_length: int) -> list[str]:
-    """A line for each dataset; of several, with what an epoch takes of it."""
-    lines = [f"data {name}: {_counts(part, max_length)}" for name, part in data.parts.items()]
-    taken = data.rows_an_epoch()
-    if len(lines) == 1:
-        return lines
-    shares = [f"{rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" for rows in taken]
-    return [f"{line}; {share}" for line, share in zip(lines, shares, strict=True)]
+def _data_lines(data: Mixture, config: TrainConfig) -> list[str]:
+    """A line for each dataset; of several, with what an epoch takes of it; and what the chat template leaves out."""
+    taken, lines = data.rows_an_epoch(), []
+    for (name, part), rows in zip(data.parts.items(), taken, strict=True):
+        share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
+        lines += [f"data {name}: {_counts(part, config.max_length)}{share}"]
+        lines += omission_notes(part, config.one_example_per_answer)
+    return lines
 
 
 def _counts(data: Dataset, max_length: int) -> str:

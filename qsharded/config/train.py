@@ -25,6 +25,11 @@ class TrainConfig:
 
     On several GPUs call it as `torchrun --standalone --nproc-per-node N -m qsharded.train`. With no --model it trains
     the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
+
+    What the chat template leaves out of rows is counted in the run's summary (reasoning, definitions of tools, system
+    messages) or refused, naming the row (tool calls and their answers). Where an answer's text cannot be told from the
+    rest, one of these helps: --one-example-per-answer; "weight": 0 on that message, which leaves it unlearned; or the
+    row as "prompt" and "completion", two lists of messages of which the second alone is learned.
     """
 
     prog: ClassVar[str] = "qsharded.train"
@@ -61,6 +66,11 @@ class TrainConfig:
     dataset_split: str = _data("Split to read of a Hub dataset.", "train")
     train_on: Literal["assistant", "all"] = _data(
         "Tokens that count in the loss: the assistant's, with the end of each turn, or all.", "assistant"
+    )
+    one_example_per_answer: bool = _data(
+        "Make of a conversation one example for each answer, rendered as it would be at generation. It keeps reasoning "
+        "that the chat template drops from earlier turns, and takes more tokens.",
+        False,
     )
 
     max_length: int = _batch("Longest row.", 2048, unit="tokens", check=AT_LEAST_1)
@@ -220,6 +230,8 @@ class TrainConfig:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
+        if self.one_example_per_answer and self.train_on == "all":
+            raise ValueError("--one-example-per-answer learns the answers: it does not go with --train-on all")
         if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
             raise ValueError(
                 "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "

@@ -312,6 +312,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "adam_epsilon": 1e22,
         "dataset_format": "text",
         "train_on": "all",
+        "one_example_per_answer": False,
         "overlong": "truncate",
         "lora_dtype": "bfloat16",
         "lr_scheduler_type": "constant",

@@ -68,7 +68,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
-    accumulation, *kept = kept_accumulation(config, world.size, resumed)
+    accumulation, kept = kept_accumulation(config, world.size, resumed)
     batches = replace(config, gradient_accumulation_steps=accumulation)
     loader = _loader(batches, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
@@ -103,7 +103,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         load_checkpoint(resume_from, model, lora, optimizer)
     claim_output_dir(config, world, resume_from)
     parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
-    parts.summary += [line for line in (why, *kept, *notes) if line]
+    parts.summary += [line for line in (why, kept, *notes) if line]
     return parts
 
 

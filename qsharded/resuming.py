@@ -63,10 +63,8 @@ def kept_accumulation(config: TrainConfig, ranks: int, resumed: Resumed | None) 
     if ranks == resumed.ranks and any(settings.get(name) != getattr(config, name) for name in options_of("step")):
         return given, ""
     kept = rows // at_once
-    return (
-        kept,
-        f"gradient accumulation: {kept} in place of {given}, so that a step keeps its {rows} rows on {ranks} ranks",
-    )
+    why = f"so that a step keeps its {rows} rows on {ranks} rank{'s' if ranks > 1 else ''}"
+    return kept, f"gradient accumulation: {kept} in place of {given}, {why}"
 
 
 @dataclass(frozen=True)

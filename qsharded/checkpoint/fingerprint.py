@@ -53,14 +53,12 @@ class Fingerprint:
         names = [name for name in source.names() if not name.endswith(_RECOMPUTED)]
         with ThreadPoolExecutor(_READERS) as readers:
             tensors = dict(zip(names, readers.map(lambda name: _tensor_hash(source, name), names), strict=True))
-        if tensors.get(_HEAD) is not None and tensors.get(_HEAD) == tensors.get(_EMBEDDING):
-            del tensors[_HEAD]  # tied: some save it twice, some once
-        return cls(_mathematics(folder), tensors)
+        return cls(_mathematics(folder), _tied_once(tensors))
 
     @classmethod
     def of_random(cls, folder: Path, seed: int, device: torch.device) -> "Fingerprint":
         """Of weights drawn in the shape that config.json in ``folder`` gives."""
-        return cls(_mathematics(folder), {"--random-init": f"seed {seed} on {device.type}"})
+        return cls(_mathematics(folder), {f"random weights (seed {seed}, drawn on {device.type})": ""})
 
     def difference(self, now: "Fingerprint", folder: Path) -> str | None:
         """In words, where ``now``, which is that of ``folder``, differs from this; None where it does not."""
@@ -93,6 +91,14 @@ def _place(folder: Path, name: str) -> str:
     return f"{name} in {source.file_of(name).name}" if name in source.names() else name
 
 
+def _tied_once(tensors: dict[str, str]) -> dict[str, str]:
+    """A tied weight is saved under both of its names or under either; here it has the embedding's."""
+    head = tensors.get(_HEAD)
+    if head is not None and tensors.get(_EMBEDDING, head) == head:
+        return {name: digest for name, digest in tensors.items() if name != _HEAD} | {_EMBEDDING: head}
+    return tensors
+
+
 def _tensor_hash(source: SafetensorsFolder, name: str) -> str:
     digest = hashlib.sha256(f"{source.dtype(name)} {source.shape(name)}".encode())
     for first, size in _samples(source.nbytes(name)):
@@ -116,7 +122,7 @@ def _mathematics(folder: Path) -> dict[str, Any]:
     config = asdict(ModelConfig.from_hf(read_json(folder / "config.json")))
     del config["max_position_embeddings"]  # a limit; where rotations depend on it, it is rope's original_length
     rope = config.pop("rope")
-    if rope["rope_type"] == "default":
+    if rope["rope_type"] in ("default", "linear"):
         del rope["original_length"]
     flat: dict[str, Any] = json.loads(json.dumps(config | {f"rope.{key}": value for key, value in rope.items()}))
     return flat

@@ -61,14 +61,12 @@ class RowsFingerprint:
     def difference(self, now: "RowsFingerprint") -> str | None:
         """In words, where ``now``, which has runs as long as this, holds other rows; None where it does not."""
         assert now.run == self.run
-        if (self.rows, self.ids, self.masks) == (now.rows, now.ids, now.masks):
-            return None
-        counts = "" if self.rows == now.rows else f"{now.rows:,} rows, there were {self.rows:,}; "
-        what, then, there = ("ids", self.ids, now.ids) if self.ids != now.ids else ("loss masks", self.masks, now.masks)
-        first = next(
-            (n for n, (a, b) in enumerate(zip(then, there, strict=False)) if a != b), min(len(then), len(there))
-        )
-        return f"{counts}the first whose {what} differ is {self._place(first)}"
+        counts = [] if self.rows == now.rows else [f"{now.rows:,} rows, there were {self.rows:,}"]
+        for what, then, there in (("ids", self.ids, now.ids), ("loss masks", self.masks, now.masks)):
+            first = next((n for n, (a, b) in enumerate(zip(then, there, strict=False)) if a != b), None)
+            if first is not None:
+                return "; ".join([*counts, f"the first whose {what} differ is {self._place(first)}"])
+        return f"{counts[0]}; those in both are the same" if counts else None
 
     def _place(self, number: int) -> str:
         first, last = number * self.run + 1, (number + 1) * self.run

@@ -115,8 +115,10 @@ def test_another_base_of_the_same_shapes_is_refused_with_its_tensor(
     told = refusal(capsys, resume, place)
     assert "tensors differ, the first is model.layers.1.self_attn.k_proj.weight in model.safetensors" in told
     assert "--allow-other-base" in told
-    again = [*arguments(place / "model", place / "rows.jsonl", place / "new", **OPTIONS), "--allow-other-base"]
-    train.main([*again, "--adapter", str(place / "run" / "checkpoints" / "step-000002" / "adapter")])  # as it says
+    again = arguments(place / "model", place / "rows.jsonl", place / "new", **OPTIONS)
+    again += ["--adapter", str(place / "run" / "checkpoints" / "step-000002" / "adapter")]
+    assert "adapter was trained on another base model" in refusal(capsys, train.main, again)
+    train.main([*again, "--allow-other-base"])  # as the message says
 
 
 def test_the_packed_form_of_the_base_goes_on_with_its_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch.optim import AdamW, Optimizer
 
-from qsharded.adapted import find_adapter
+from qsharded.adapted import base_note, find_adapter
+from qsharded.agreement import found_by_main
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
+from qsharded.checkpoint.base import BaseIdentity
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.training import Progress, load_checkpoint
@@ -26,11 +27,7 @@ from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
-
-_DECIDE_ROWS = (
-    "dataset_format", "dataset_split", "train_on", "one_example_per_answer", "max_length", "overlong", "packing",
-    "eval_split", "seed",
-)  # fmt: skip
+from qsharded.resuming import Made, Resumed, kept_accumulation
 
 
 @dataclass
@@ -63,6 +60,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
+    resumed = Resumed.read(resume_from, world)
     folder = world.first_on_node(lambda: _downloaded(config))
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
@@ -73,8 +71,14 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
-    loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
+    accumulation, kept = kept_accumulation(config, world.size, resumed)
+    batches = replace(config, gradient_accumulation_steps=accumulation)
+    loader = _loader(batches, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
+    made = Made(config, loader.rows_per_step, train_data, tokenizer, folder)
+    progress, notes = made.progress(world, resumed)
+    if adapter and not resumed:
+        notes += found_by_main(world, lambda: _base_notes(config, adapter, folder, progress))
     layout, why = _layout(config, world, frozen_bytes(outline.model))
     model = outline.filled(
         mesh_of(world, config.dp_replicate),
@@ -96,12 +100,13 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         prompts=prompts,
         total_steps=_total_steps(config, loader),
         base_model=str(folder.resolve()) if Path(config.model).is_dir() else config.model,
-        progress=Progress(settings=data_settings(config, loader.rows_per_step)),
+        progress=progress,
     )
     if resume_from:
-        parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)
+        load_checkpoint(resume_from, model, lora, optimizer)
     claim_output_dir(config, world, resume_from)
-    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from) + ([why] if why else [])
+    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
+    parts.summary += [line for line in (why, kept, *notes) if line]
     return parts
 
 
@@ -156,13 +161,10 @@ def layout_of(config: TrainConfig, replicated: bool) -> Layout:
     return Layout(replicated=replicated, on_host=config.cpu_offload)
 
 
-def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """The settings that decide which rows a step takes and what it keeps: a run is only resumed under the same ones."""
-    of_rows = {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
-    # as JSON gives them back, and as runs on one dataset have always written them
-    of_rows["dataset"] = config.dataset if isinstance(config.dataset, str) else list(config.dataset)
-    of_rows["dataset_weights"] = config.dataset_weights or None
-    return of_rows | {"moments": "fp32" if config.optim == "adamw" else "8 bits"}
+def _base_notes(config: TrainConfig, adapter: Path, folder: Path, progress: Progress) -> list[str]:
+    base = BaseIdentity.from_json(progress.base)
+    note = base_note(adapter, config.model, folder, allow_other=config.allow_other_base, base=base)
+    return [note] if note else []
 
 
 def _check_vocabulary(

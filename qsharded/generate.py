@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.distributed as dist
 
-from qsharded.adapted import base_or_builtin_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_or_builtin_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
@@ -49,6 +49,7 @@ class GenerateConfig:
     )
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
     adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
@@ -106,6 +107,8 @@ def run(config: GenerateConfig, world: World) -> None:
     prompts = _read_prompts(config.prompt, world)
     checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
     adapter = find_adapter(config.adapter) if config.adapter else None
+    if adapter:
+        log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
     eos_ids = _eos_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
@@ -25,6 +25,7 @@ from qsharded.parallel import World
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
 
+_ALONE = World.alone(torch.device("cpu"))
 Format = Literal["safetensors", "gguf"]
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -47,6 +48,7 @@ class MergeConfig:
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    allow_other_base: bool = _in("Merge an adapter that records other base weights than those of --model.", False)
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
         "people publish. nf4: those weights rounded to NF4 and back, which are the very ones that the adapter was "
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, World.alone(torch.device("cpu")), (ValueError, OSError)):
+    with errors_named(config.prog, _ALONE, (ValueError, OSError)):
         run(config)
 
 
@@ -89,6 +91,7 @@ def run(config: MergeConfig) -> None:
     refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
+    log_base_note(_ALONE, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = tokenizer_folder(checkpoint, adapter)
     if config.format == "gguf":
         _check_gguf(checkpoint, tokenizer)

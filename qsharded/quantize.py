@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from qsharded.checkpoint.base import write_origin
 from qsharded.checkpoint.quantized import Form
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
@@ -76,6 +77,7 @@ def run(config: QuantizeConfig, device: torch.device) -> None:
     with complete_or_absent(output) as unfinished:
         kind = Kind(config.quant_type, config.block_size)
         quantize_checkpoint(checkpoint, unfinished, config.format, device, kind)
+        write_origin(checkpoint, unfinished)
         others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
         copy_files(others, checkpoint, unfinished)
     logging.getLogger(__name__).info("quantized model written to %s", output)

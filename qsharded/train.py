@@ -12,6 +12,7 @@ import torch
 
 from qsharded import assembly, evaluation
 from qsharded.checkpoint.adapter import save_adapter, trainable
+from qsharded.checkpoint.base import base_metadata
 from qsharded.checkpoint.training import Progress
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.commands import errors_named, run_as_process
@@ -79,6 +80,7 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
             adapter,
             base_model=parts.base_model,
             revision=config.revision,
+            metadata=base_metadata(parts.progress.base),
             is_main=world.is_main,
         )
         if world.is_main:

@@ -1,7 +1,7 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ def save_adapter(
     *,
     base_model: str,
     revision: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     is_main: bool = True,
 ) -> None:
-    """Write the adapter of ``model`` into ``folder``, in PEFT's names.
+    """Write the adapter of ``model`` into ``folder``, in PEFT's names, ``metadata`` into its safetensors file.
 
     Every rank calls this: one trainable parameter after the other is gathered, and the main rank writes. Frozen
     weights are not touched.
@@ -61,7 +62,7 @@ def save_adapter(
     if not is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})
     described = json.dumps(peft_config(model, config, base_model, revision), indent=2)
     (folder / CONFIG_FILE).write_text(described + "\n", encoding="utf-8")
 

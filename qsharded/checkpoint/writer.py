@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from qsharded.checkpoint.base import base_metadata
 from qsharded.checkpoint.files import FileRecord, sync_folder, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.manifest import Manifest, write_manifest
@@ -201,7 +202,8 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     folder = job.partial / ADAPTER
     folder.mkdir(exist_ok=True)
     with opened(job.partial, weights) as written:
-        tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), {"format": "pt"})
+        metadata = {"format": "pt"} | base_metadata(job.progress["base"])
+        tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), metadata)
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
     sync_folder(folder)
     return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}

@@ -47,6 +47,9 @@ class TrainConfig:
         metavar="PATH",
         unset="a new adapter",
     )
+    allow_other_base: bool = _model(
+        "Go on with an --adapter that records other base weights than those of --model.", False
+    )
 
     dataset: str | tuple[str, ...] = _data(
         "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id. Several, behind one "

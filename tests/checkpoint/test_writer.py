@@ -22,6 +22,8 @@ from qsharded.checkpoint.training import (
     drop_partial_checkpoints,
     load_checkpoint,
     newest_valid,
+    read_progress,
+    refuse_other,
 )
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.nn import LoRAConfig
@@ -64,8 +66,8 @@ def write(folder: Path, step: int, keep: int | None = None) -> None:
 
 def assert_holds(folder: Path, step: int) -> None:
     model, optimizer = make(-1.0)
-    progress = load_checkpoint(folder, model, LORA, optimizer, {})
-    assert progress == Progress(step=step, window={"loss": step / 3})
+    load_checkpoint(folder, model, LORA, optimizer)
+    assert read_progress(folder) == Progress(step=step, window={"loss": step / 3})
     for parameter in model.parameters():
         assert (parameter == step).all()
         state = optimizer.state[parameter]
@@ -228,7 +230,7 @@ def test_moments_of_another_kind_name_the_option(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, WORLD, None) as to:
         to.save(model, LORA, optimizer, Progress(step=1, settings={"moments": "fp32"}), base_model="base")
     with pytest.raises(ValueError, match=r"moments = 'fp32', this run has '8 bits'.*fp32: --optim adamw; 8 bits"):
-        load_checkpoint(checkpoints(tmp_path)[0], model, LORA, optimizer, {"moments": "8 bits"})
+        refuse_other({"moments": "8 bits"}, read_progress(checkpoints(tmp_path)[0]).settings, tmp_path)
 
 
 def test_an_old_one_that_cannot_be_deleted_stops_nothing(

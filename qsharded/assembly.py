@@ -18,12 +18,14 @@ from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
 from qsharded.data.sources import find_files
+from qsharded.finished import end_if_finished
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
+from qsharded.stopping import Stopping
 
 _DECIDE_ROWS = (
     "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
@@ -44,6 +46,7 @@ class Parts:
     total_steps: int
     base_model: str
     progress: Progress
+    stopping: Stopping
     summary: list[str] = field(default_factory=list)
 
     def epochs_done(self) -> float:
@@ -57,6 +60,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
     Raises:
         ValueError: a mistake of the user's, named.
+        AlreadyFinished: there is nothing left to do.
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
@@ -70,6 +74,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
+    progress, total_steps = Progress(settings=data_settings(config, loader.rows_per_step)), _total_steps(config, loader)
+    end_if_finished(config, resume_from, progress.settings, total_steps)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
     layout, why = _layout(config, world, frozen_bytes(outline.model))
     model = outline.filled(
@@ -90,9 +96,10 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         eval_loader=_eval_loader(config, world, tokenizer, eval_data),
         prompts=prompts,
-        total_steps=_total_steps(config, loader),
+        total_steps=total_steps,
         base_model=str(folder.resolve()) if Path(config.model).is_dir() else config.model,
-        progress=Progress(settings=data_settings(config, loader.rows_per_step)),
+        progress=progress,
+        stopping=Stopping(world),
     )
     if resume_from:
         parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)

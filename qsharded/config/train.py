@@ -157,6 +157,13 @@ class TrainConfig:
         unset="start afresh",
     )
 
+    exit_code_when_stopped: int = _output(
+        "Exit status of a run that a signal stopped and that saved what it needs to go on. Schedulers that take 0 for "
+        "finished need another one.",
+        0,
+        check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
+    )
+
     eval_dataset: str | None = _eval(
         "Rows to measure loss and perplexity on, as for --dataset.", None, metavar="PATH|ID", unset="none"
     )

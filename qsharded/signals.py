@@ -57,7 +57,7 @@ class _Listener:
         if how := self.look():  # hence the signal: torchrun ends the ranks that are left
             follow(how)
         if self.noted is not None and self._is_another(from_launcher):
-            self.leave(number, f"{number.name} after {self.noted.name}: leaving at once, unfinished work is not kept")
+            self.leave(number, f"a second signal, {number.name}: leaving at once, what was being saved is lost")
         self._asked_at.setdefault(from_launcher, time.monotonic())
         if self.answer is _Answer.END:
             self.leave(number, f"stopped by {number.name}{self.meanwhile}")

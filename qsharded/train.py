@@ -141,28 +141,30 @@ def _save_stopped(
     if step == 0:
         log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
         return 128 + stop.signal
-    checkpoint = _checkpoint_of_stop(config, world, parts, writer)
+    why_none = _save_checkpoint_of_stop(config, world, parts, writer)
     adapter = _write_adapter(config, world, parts)
+    checkpoint = f"no checkpoint, as {why_none}" if why_none else checkpoint_folder(Path(config.output_dir), step)
+    on = f"start from it with --adapter {adapter}" if why_none else f"go on with: {how_to_go_on()}"
     log.message(
         f"stopped by {stop} after step {step} of {parts.total_steps}; saved {checkpoint}, and the adapter so far in "
-        f"{adapter}; go on with: {how_to_go_on()}"
+        f"{adapter}; {on}"
     )
     world.barrier()  # the main rank writes the longest, and torchrun ends all when one exits with another status
     return config.exit_code_when_stopped
 
 
-def _checkpoint_of_stop(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> str:
-    """Have the checkpoint of this step on the disk; returns what is to be said of it."""
-    folder = checkpoint_folder(Path(config.output_dir), parts.progress.step)
+def _save_checkpoint_of_stop(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> str:
+    """Have the checkpoint of this step on the disk; returns why it cannot be, or ""."""
     writer.wait()
-    if parts.stopping.main_says(folder.is_dir()):
-        return f"{folder} (already before)"
+    if parts.stopping.main_says(checkpoint_folder(Path(config.output_dir), parts.progress.step).is_dir()):
+        return ""
+    # with --save-steps 0 nobody has looked yet
     blind = None if config.save_steps else rank_without_sight(Path(config.output_dir), world, _SEEN_WITHIN_S)
     if blind is not None:
-        return f"no checkpoint, as rank {blind} does not see what rank 0 writes to --output-dir"
+        return f"rank {blind} does not see what rank 0 writes to --output-dir"
     _save(config, parts, writer)
     writer.wait()
-    return str(folder)
+    return ""
 
 
 def train_steps(

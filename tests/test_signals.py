@@ -1,12 +1,14 @@
 """Signals to commands as real processes: one line, the right exit status, nothing that only looks complete."""
 
 import contextlib
+import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from qsharded import signals
 from qsharded.signals import _Listener
 from tests.processes import Command, script
 
@@ -90,6 +92,23 @@ def test_what_torchrun_hands_on_is_no_second_signal_but_its_next_one_is(monkeypa
             for from_launcher in senders:
                 listener._receive(signal.SIGTERM, from_launcher=from_launcher)
         assert listener.noted is signal.SIGTERM
+
+
+@pytest.mark.parametrize(("how", "ends"), [("failed", ("", 1)), ("15", ("stopped by SIGTERM, too soon", 143))])
+def test_torchruns_signal_after_another_ranks_end_is_not_told_as_one_of_the_users(
+    monkeypatch: pytest.MonkeyPatch, how: str, ends: tuple[str, int]
+) -> None:
+    def leave(status: int) -> None:
+        raise Gone(status)
+
+    said = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(signals, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr(signals._listener, "meanwhile", ", too soon")
+    monkeypatch.setattr(signals._listener, "look", lambda: how)
+    with pytest.raises(Gone) as gone:
+        signals._listener._receive(signal.SIGTERM, from_launcher=True)
+    assert ("".join(said), gone.value.args[0]) == ends
 
 
 # Half of the work is written when the signal comes.

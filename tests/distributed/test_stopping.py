@@ -86,6 +86,31 @@ def test_torchrun_hands_its_signal_on_and_the_line_has_its_command(model: Path, 
     assert command[1:] == [*launcher, *options, "--resume-from-checkpoint", "auto"]
 
 
+# Rank 1 is signalled while it loads; rank 0 waits for it.
+SIGNAL_WHILE_LOADING = """
+import os, signal, time
+from qsharded import signals
+signals.take_over("qsharded.train", " before its first step")
+from qsharded import assembly, train
+from qsharded.commands import run_as_process
+
+def load(config, world):
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+    world.barrier()
+
+assembly.prepare = load
+run_as_process(train.main)
+"""
+
+
+def test_a_signal_to_one_rank_while_loading_ends_all_with_one_line(model: Path, dataset: Path, tmp_path: Path) -> None:
+    ranks = start_ranks([script(tmp_path, SIGNAL_WHILE_LOADING), *arguments(model, dataset, tmp_path / "out")])
+    assert [rank.end() for rank in ranks] == [143, 143]
+    assert [rank.lines for rank in ranks] == [["qsharded.train: stopped by SIGTERM before its first step"], []]
+
+
 # The main rank sits in what no error ends, as NCCL's collectives are, while another fails.
 FAIL_ALONE = """
 import os, sys, time

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qsharded.checkpoint.adapter import WEIGHTS_FILE
 from qsharded.checkpoint.files import sync_folder, write_json
 from qsharded.checkpoint.source import read_json
-from qsharded.checkpoint.training import Progress
+from qsharded.checkpoint.training import ADAPTER, Progress, checkpoints
 from qsharded.config import TrainConfig
 
 FINISHED_FILE = "finished.json"
@@ -50,14 +51,15 @@ def end_if_finished(
         ValueError: it is another one, and has left no checkpoint to go on from.
     """
     folder = Path(config.output_dir)
-    if config.resume_from_checkpoint != "auto" or not is_marked(folder):
+    adapter = folder / ADAPTER
+    if config.resume_from_checkpoint != "auto" or not is_marked(folder) or not (adapter / WEIGHTS_FILE).is_file():
         return
     marked, now = _read(folder / FINISHED_FILE), _run(config, settings) | {"steps": total_steps}
     differs = [key for key, value in now.items() if marked.get(key) != value]
-    if not differs:
+    if not differs and resume_from in (None, *checkpoints(folder)[-1:]):  # a newer one was damaged: it is made again
         raise AlreadyFinished(
-            f"the run in {folder} is finished: {total_steps} of {total_steps} steps, the adapter is in "
-            f"{folder / 'adapter'}. Nothing to do; to train anew, choose another --output-dir"
+            f"the run in {folder} is finished: {total_steps} of {total_steps} steps, the adapter is in {adapter}. "
+            "Nothing to do; to train anew, choose another --output-dir"
         )
     if resume_from is None and not config.overwrite_output_dir:
         key = differs[0]

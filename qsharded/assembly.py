@@ -75,7 +75,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
     loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     progress, total_steps = Progress(settings=data_settings(config, loader.rows_per_step)), _total_steps(config, loader)
-    end_if_finished(config, resume_from, progress.settings, total_steps)
+    end_if_finished(config, world, resume_from, progress.settings, total_steps)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
     layout, why = _layout(config, world, frozen_bytes(outline.model))
     model = outline.filled(

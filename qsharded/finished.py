@@ -6,11 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from qsharded.checkpoint.adapter import WEIGHTS_FILE
 from qsharded.checkpoint.files import sync_folder, write_json
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import ADAPTER, Progress, checkpoints
 from qsharded.config import TrainConfig
+from qsharded.parallel import World
 
 FINISHED_FILE = "finished.json"
 # They do not say which adapter is trained, but where and how often a run reports and saves, how it starts and stops,
@@ -42,32 +45,46 @@ def is_marked(folder: Path) -> bool:
 
 
 def end_if_finished(
-    config: TrainConfig, resume_from: Path | None, settings: Mapping[str, Any], total_steps: int
+    config: TrainConfig, world: World, resume_from: Path | None, settings: Mapping[str, Any], total_steps: int
 ) -> None:
     """Compare this run with the one that reached its end in the same folder, where "auto" is to resume it.
 
-    Raises:
+    Raises, on every rank:
         AlreadyFinished: it is the same run.
         ValueError: it is another one, and has left no checkpoint to go on from.
     """
+    if config.resume_from_checkpoint != "auto":
+        return
+    # The main rank looks: nodes need not share the folder.
+    verdict = [
+        _verdict(config, resume_from, _run(config, settings) | {"steps": total_steps}) if world.is_main else None
+    ]
+    if world.mesh is not None:
+        dist.broadcast_object_list(verdict, src=0, group=world.patient)
+    if verdict[0] is not None:
+        raise verdict[0]
+
+
+def _verdict(config: TrainConfig, resume_from: Path | None, now: Mapping[str, Any]) -> Exception | None:
     folder = Path(config.output_dir)
     adapter = folder / ADAPTER
-    if config.resume_from_checkpoint != "auto" or not is_marked(folder) or not (adapter / WEIGHTS_FILE).is_file():
-        return
-    marked, now = _read(folder / FINISHED_FILE), _run(config, settings) | {"steps": total_steps}
+    if not is_marked(folder) or not (adapter / WEIGHTS_FILE).is_file():
+        return None
+    marked = _read(folder / FINISHED_FILE)
     differs = [key for key, value in now.items() if marked.get(key) != value]
     if not differs and resume_from in (None, *checkpoints(folder)[-1:]):  # a newer one was damaged: it is made again
-        raise AlreadyFinished(
-            f"the run in {folder} is finished: {total_steps} of {total_steps} steps, the adapter is in {adapter}. "
+        return AlreadyFinished(
+            f"the run in {folder} is finished: {now['steps']} of {now['steps']} steps, the adapter is in {adapter}. "
             "Nothing to do; to train anew, choose another --output-dir"
         )
     if resume_from is None and not config.overwrite_output_dir:
         key = differs[0]
-        raise ValueError(
+        return ValueError(
             f"{folder} holds an earlier run (adapter), which is finished, of other settings ({key} = "
             f"{marked.get(key)!r}, this run has {now[key]!r}), and no checkpoint to go on from; choose another "
             "--output-dir, or replace it with --overwrite-output-dir"
         )
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

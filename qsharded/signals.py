@@ -18,7 +18,8 @@ from typing import NoReturn
 
 # Ctrl-C; what schedulers, torchrun and `kill` send; a closed terminal; what Slurm's --signal is often told to send.
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_WAKE = signal.SIGRTMIN  # has the main thread run the handler that unwinds it, out of a waiting system call too
+# Has the main thread run the handler that unwinds it, out of a waiting system call too. Ignored by default.
+_WAKE = signal.SIGURG
 _ONE_REQUEST_S = 0.2  # timeout(1) sends each signal twice in a row, to the process and to its group
 _LOOK_S = 2.0  # between two looks whether other ranks have left
 
@@ -95,6 +96,8 @@ def take_over(prog: str, meanwhile: str = "") -> None:
         prog: the command, and how the line begins.
         meanwhile: how it ends: what a signal that ends the command interrupts, or leaves behind.
     """
+    if not hasattr(signal, "sigtimedwait"):
+        return  # macOS: signals do what Python has them do
     _listener.prog, _listener.meanwhile = prog, meanwhile
     signal.signal(_WAKE, _listener.unwind)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)

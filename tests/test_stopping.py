@@ -140,6 +140,18 @@ def test_a_signal_while_the_final_adapter_is_written_leaves_it_complete(
     assert steps_evaluated(tmp_path) == [0]
 
 
+def test_a_rank_with_an_error_on_its_way_waits_for_no_farewell(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NCCL, to leave the process group can wait for the ranks that wait for this one."""
+    left = []
+    monkeypatch.setattr(train, "stop_world", left.append)
+    train.main(arguments(model, dataset, tmp_path, max_steps=1))
+    assert len(left) == 1
+    assert exit_status(arguments("no-model", dataset, tmp_path / "other")) == 1
+    assert len(left) == 1
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -57,8 +57,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_same_bytes(
     model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     whole, stopped = (arguments(model, dataset, tmp_path / name, **OPTIONS) for name in ("whole", "stopped"))
-    ranks = start_ranks([script(tmp_path, STOP_MID_STEP), *stopped, "--deterministic"])
-    assert [rank.end() for rank in ranks] == [0, 0], [rank.lines for rank in ranks]
+    ranks = start_ranks([script(tmp_path, STOP_MID_STEP), *stopped, "--exit-code-when-stopped=75", "--deterministic"])
+    assert [rank.end() for rank in ranks] == [75, 75], [rank.lines for rank in ranks]
     said = [line for line in ranks[0].lines if "stopped by SIGTERM" in line]
     assert ranks[1].lines == []
     assert said == ranks[0].lines[-1:]

@@ -21,6 +21,7 @@ from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
+from qsharded.finished import end_if_finished
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
@@ -28,6 +29,7 @@ from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 from qsharded.resuming import Made, Resumed, kept_accumulation
+from qsharded.stopping import Stopping
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Parts:
     total_steps: int
     base_model: str
     progress: Progress
+    stopping: Stopping
     summary: list[str] = field(default_factory=list)
 
     def epochs_done(self) -> float:
@@ -57,6 +60,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
     Raises:
         ValueError: a mistake of the user's, named.
+        AlreadyFinished: there is nothing left to do.
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
@@ -77,6 +81,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
     made = Made(config, loader.rows_per_step, train_data, tokenizer, folder)
     progress, notes = made.progress(world, resumed)
+    total_steps = _total_steps(config, loader)
+    end_if_finished(config, world, resume_from, progress, total_steps)
     if adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, adapter, folder, progress))
     layout, why = _layout(config, world, frozen_bytes(outline.model))
@@ -98,9 +104,10 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         eval_loader=_eval_loader(config, world, tokenizer, eval_data),
         prompts=prompts,
-        total_steps=_total_steps(config, loader),
+        total_steps=total_steps,
         base_model=str(folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
+        stopping=Stopping(world),
     )
     if resume_from:
         load_checkpoint(resume_from, model, lora, optimizer)

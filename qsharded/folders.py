@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qsharded.signals import unwinding
+
 
 def refuse_occupied(output: Path) -> None:
     """Raise ValueError unless ``output`` (``--output``) is free: nothing is there, or an empty folder."""
@@ -18,14 +20,15 @@ def refuse_occupied(output: Path) -> None:
 def complete_or_absent(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
-        yield unfinished
-        unfinished.replace(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with unwinding():  # a signal must not leave the folder either
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
+            yield unfinished
+            unfinished.replace(output)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def _umask() -> int:

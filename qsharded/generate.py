@@ -1,5 +1,10 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.generate")
+
 import logging
 import sys
 import textwrap
@@ -20,6 +25,7 @@ from qsharded.commands import compute_dtype, errors_named, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
+from qsharded.failures import one_cause
 from qsharded.gather_check import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
@@ -90,12 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=base_or_builtin_model)
     world = start_world()
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
-    try:
-        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
-            check_gather(world)
-            run(config, world)
-    finally:
-        stop_world(world)
+    with one_cause(config.prog, world), errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
+        check_gather(world)
+        run(config, world)
+    stop_world(world)
 
 
 def run(config: GenerateConfig, world: World) -> None:

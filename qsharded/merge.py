@@ -1,5 +1,10 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.merge", "; --output was not written")
+
 import logging
 import shutil
 import sys

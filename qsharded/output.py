@@ -12,9 +12,10 @@ import torch.distributed as dist
 from qsharded.checkpoint.manifest import read_manifest, verify
 from qsharded.checkpoint.training import checkpoints, drop_partial_checkpoints, newest_valid, step_of
 from qsharded.config import TrainConfig, write_toml
+from qsharded.finished import FINISHED_FILE, is_marked
 from qsharded.parallel import World
 
-_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml")
+_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
 
@@ -62,7 +63,8 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
     # "auto" may start afresh over a run that was stopped before it had anything to lose
     kept = _results(folder) if config.resume_from_checkpoint == "auto" else _results(folder) + _traces(folder)
     world.barrier()  # every rank has looked before the main one writes
-    if kept and not _continues(folder, resume_from) and not config.overwrite_output_dir:
+    may_be_done = config.resume_from_checkpoint == "auto" and is_marked(folder)  # end_if_finished decides, once it can
+    if kept and not _continues(folder, resume_from) and not config.overwrite_output_dir and not may_be_done:
         raise ValueError(
             f"{folder} holds an earlier run ({kept[0].name}); choose another --output-dir, replace it with "
             "--overwrite-output-dir, or, if it has checkpoints, continue it with --resume-from-checkpoint auto"
@@ -77,6 +79,18 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
 
 def _check_seen_by_all(folder: Path, world: World) -> None:
     """A checkpoint is made of files of all ranks, so a folder that each node has for itself is found out here."""
+    blind = rank_without_sight(folder, world, _VISIBLE_AFTER_S)
+    if blind is not None:
+        raise ValueError(
+            f"rank {blind} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
+            "file system that all nodes share; give a folder there, or --save-steps 0"
+        )
+
+
+def rank_without_sight(folder: Path, world: World, patience_s: float) -> int | None:
+    """The first rank that does not see what the main one writes to ``folder``, or None. Every rank calls this."""
+    if world.mesh is None:
+        return None
     name = [f".seen-by-all-{uuid4().hex}"]
     dist.broadcast_object_list(name, src=0, group=world.patient)
     if world.is_main:
@@ -84,18 +98,14 @@ def _check_seen_by_all(folder: Path, world: World) -> None:
         (folder / name[0]).touch()
     world.barrier()
     seen = [True] * world.size
-    dist.all_gather_object(seen, _appears(folder / name[0]), group=world.patient)
+    dist.all_gather_object(seen, _appears(folder / name[0], patience_s), group=world.patient)
     if world.is_main:
         (folder / name[0]).unlink()
-    if not all(seen):
-        raise ValueError(
-            f"rank {seen.index(False)} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
-            "file system that all nodes share; give a folder there, or --save-steps 0"
-        )
+    return None if all(seen) else seen.index(False)
 
 
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + _VISIBLE_AFTER_S
+def _appears(path: Path, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -113,6 +123,7 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         _delete(path for path in checkpoints(folder) if step_of(path) > step)
     else:
         _delete(_results(folder) + _traces(folder))
+    (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to come
     drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")

@@ -1,5 +1,10 @@
 """``python -m qsharded.quantize``: a checkpoint in 16 or 32 bits in, one that is packed in 4 bits out."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.quantize", "; --output was not written")
+
 import logging
 import sys
 from collections.abc import Sequence

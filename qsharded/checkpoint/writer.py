@@ -6,6 +6,7 @@ checkpoint and renames the folder. So a folder without that ending is complete a
 """
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,12 +39,19 @@ from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
 
 _WEIGHTS = "weights"
-_PATIENCE_S = 1800  # for the slowest rank's disk, once the main rank's own files are written
+# For the slowest rank's disk, once the main rank's own files are written. All ranks write alike, so one that is minutes
+# behind has a broken disk or another folder; half of NCCL's 10 minutes, so that this is what the user reads, and no
+# time-out of ranks that wait for the main one in a collective.
+_PATIENCE_S = 300
 _POLL_S = 0.05
 
 
 class CheckpointNotWritten(RuntimeError):
     """A checkpoint could not be written; the message says which, and why."""
+
+
+class _Abandoned(CheckpointNotWritten):
+    """The run has ended with an error of its own while the main rank waited for the others' files."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class CheckpointWriter:
         self._output_dir, self._world, self._keep = output_dir, world, keep
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._abandoned = threading.Event()
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -84,8 +93,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._abandoned.set()  # it may be that of a rank whose files will never come
         try:
             self.wait()
+        except _Abandoned:
+            pass
         except Exception as failure:
             if error is None:
                 raise
@@ -103,12 +116,13 @@ class CheckpointWriter:
         base_model: str,
         revision: str | None = None,
     ) -> None:
-        """Have a checkpoint written of what everything is now. It first waits for the one before.
+        """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
 
         Raises:
             CheckpointNotWritten: the one before could not be written.
         """
         self.wait()
+        self._world.barrier()  # not in the next collective of training, which has a time-out, while a disk is slow
         rank = self._world.rank
         tensors = {
             _WEIGHTS: self._copied(_WEIGHTS, own_weights(model, rank)),
@@ -188,6 +202,8 @@ class CheckpointWriter:
         for rank in range(self._world.size):
             path = job.partial / _rank_file(rank)
             while not path.is_file():
+                if self._abandoned.is_set():
+                    raise _Abandoned(job.folder)
                 if time.monotonic() > deadline:
                     raise CheckpointNotWritten(
                         f"checkpoint {job.folder} was not written: rank {rank} did not write {path}"

@@ -164,7 +164,10 @@ class TrainConfig:
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
     save_steps: int = _output(
-        "Steps from one checkpoint to the next; 0 writes none.", 500, unit="steps", check=AT_LEAST_0
+        "Steps from one checkpoint to the next; 0 writes none, save where a signal stops the run.",
+        500,
+        unit="steps",
+        check=AT_LEAST_0,
     )
     save_total_limit: int | None = _output(
         "Checkpoints to keep, the newest.", None, unit="checkpoints", check=AT_LEAST_1, unset="all"
@@ -175,6 +178,13 @@ class TrainConfig:
         None,
         metavar="PATH|auto",
         unset="start afresh",
+    )
+
+    exit_code_when_stopped: int = _output(
+        "Exit status of each rank of a run that a signal stopped, once it has saved what it needs to go on: for "
+        "schedulers that take 0 for finished. torchrun's own is 1 for any other than 0.",
+        0,
+        check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
     )
 
     eval_dataset: str | None = _eval(

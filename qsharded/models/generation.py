@@ -35,12 +35,13 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    before_forward: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """Continue each prompt; return the new tokens of each, without the end-of-sequence token that stopped it.
 
     temperature 0 takes the likeliest token. Otherwise tokens are sampled with `seed` from the `top_k` likeliest (0:
     all), and of these from the likeliest that together reach probability `top_p` (https://arxiv.org/abs/1904.09751).
-    on_token(row, token) is called for every token as it comes.
+    on_token(row, token) is called for every token as it comes, before_forward() as often on every rank.
 
     Where torch.distributed is initialised, every rank must call this: ranks stop together, so that a sharded model
     sees the same number of forwards on each. Dropout is off meanwhile.
@@ -56,6 +57,7 @@ def generate(
 
     with _evaluating(model):
         for _ in range(max_new_tokens):
+            before_forward()
             logits_BV = model(
                 ids_BS, positions_BS=positions_BS, document_ids_BS=documents_BS, cache=cache, last_only=True
             )[:, -1]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from qsharded import parallel
+from qsharded import parallel, stopping
 from qsharded.checkpoint import files, writer
 from qsharded.checkpoint.manifest import verify
 from qsharded.checkpoint.source import read_json
@@ -157,6 +157,35 @@ def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.M
         CheckpointWriter(tmp_path, parallel.World(0, 2, torch.device("cpu"), None), None) as to,
     ):
         save(to, *make(1.0), 1)
+
+
+def test_the_wait_for_other_ranks_ends_before_they_time_out_in_a_collective() -> None:
+    """Else NCCL ends the ranks that wait for the main one, and nobody reads which disk was slow."""
+    assert writer._PATIENCE_S < stopping._PATIENCE.total_seconds() == 600
+
+
+def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyError), CheckpointWriter(tmp_path, parallel.World(0, 2, WORLD.device, None), None) as to:  # noqa: PT012
+        save(to, *make(1.0), 1)
+        raise KeyError
+    assert capsys.readouterr().err == ""
+    assert checkpoints(tmp_path) == []
+
+
+def test_all_ranks_wait_for_a_slow_disk_before_training_goes_on(tmp_path: Path) -> None:
+    """Outside of training's collectives: the barrier comes after the wait and before anything is copied."""
+    calls = []
+
+    class Waiting(parallel.World):
+        def barrier(self) -> None:
+            calls.append([path.name for path in checkpoints(tmp_path)])
+
+    with CheckpointWriter(tmp_path, Waiting(0, 1, WORLD.device, None), None) as to:
+        save(to, *make(1.0), 1)
+        save(to, *make(2.0), 2)
+    assert calls == [[], ["step-000001"]]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

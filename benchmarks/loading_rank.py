@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded import parallel
+from qsharded.agreement import groups_of
 from qsharded.checkpoint import filling, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.pieces import Piece
@@ -100,7 +101,8 @@ def measure_quantize(folder: Path, world: parallel.World) -> dict[str, Any]:
     fills = quantizing_fills(empty_model(folder, world), source)
     stream = source.stream([piece for fill in fills for piece in fill.pieces], world.device)
     next(stream)
-    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device), world)}
+    groups = groups_of(world.mesh)
+    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device, groups), world)}
 
 
 def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import AdamW, Optimizer
 
 from qsharded.adapted import find_adapter
+from qsharded.agreement import groups_of, refused_by_all
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.source import find_checkpoint
@@ -63,8 +64,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     folder = world.first_on_node(lambda: _downloaded(config))
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
-    # refuses what cannot be read before the data is
-    outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
+    with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
+        outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)

@@ -1,7 +1,7 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qsharded.agreement import groups_sharing, refused_by_all
 from qsharded.checkpoint.source import read_json
 from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
 from qsharded.shards import local, own_rows, whole
@@ -143,10 +144,15 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
-            shapes. The first at fault is named.
+            shapes. The first at fault is named, and on every rank it is the same one.
     """
-    path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
+    device = next((local(p).device for p in parameters.values()), torch.device("cpu"))
+    with refused_by_all(groups_sharing(parameters.values()), device):
+        _fill(parameters, folder / WEIGHTS_FILE)
+
+
+def _fill(parameters: Mapping[str, nn.Parameter], path: Path) -> None:
     with open_weights(path) as file:
         surplus, missing = sorted(set(file.keys()) - parameters.keys()), sorted(parameters.keys() - set(file.keys()))
         if surplus or missing:

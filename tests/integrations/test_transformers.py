@@ -19,7 +19,6 @@ from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
 from qsharded.nn import NF4Linear
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -222,8 +221,7 @@ def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any,
 
 def sharded(folder: Path, saved: Path) -> list[tuple[Tensor, Tensor, int]]:
     """Of a model that is quantized into shards, and of what it saves: logits, generated tokens and the rows of a packed
-    weight that are here. Shards are gathered with copies as CUDA makes them."""
-    torch._foreach_copy_ = as_cuda_copies
+    weight that are here."""
     return [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
 
 

@@ -19,6 +19,7 @@ from qsharded.checkpoint import filling, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.pieces import Piece
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.commands import join_world
 from qsharded.layout import lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.shards import RowRange, local
@@ -41,7 +42,7 @@ class Resident(SafetensorsFolder):
 
 def main() -> None:
     phase, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    world = parallel.start_world()
+    world = join_world("benchmarks.loading")
     warm_up(world)
     measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](folder, world)
     Path(results, f"{world.rank}.json").write_text(json.dumps(measured))

@@ -9,14 +9,15 @@ import torch.distributed as dist
 
 from qsharded import assembly, train
 from qsharded.checkpoint.writer import CheckpointWriter
+from qsharded.commands import join_world
 from qsharded.config import TrainConfig, parse
 from qsharded.metrics import MetricsLog
-from qsharded.parallel import World, start_world, stop_world
+from qsharded.parallel import World, stop_world
 
 
 def main() -> None:
     config = parse(sys.argv[1:], TrainConfig)
-    world = start_world()
+    world = join_world("benchmarks.plan")
     parts = assembly.prepare(config, world)
     torch.cuda.empty_cache()  # what loading reserved is not the step's
     torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from qsharded import assembly, evaluation
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.training import Progress
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
-from qsharded.commands import errors_named, run_as_process
+from qsharded.commands import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
@@ -23,7 +23,7 @@ from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import DamagedGather, World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, stop_world
 from qsharded.plan.dry_run import dry_run
 from qsharded.seeds import derived_seed
 from qsharded.shards import whole
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
-    world = start_world()
+    world = join_world(config.prog)
     try:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)

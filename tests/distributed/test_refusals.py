@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded.agreement import groups_of, refused_by_all
+from qsharded.agreement import Groups, groups_of, refused_by_all
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, save_adapter
 from qsharded.checkpoint.quantizing import quantize_checkpoint
@@ -153,13 +153,17 @@ def test_an_adapter_that_one_rank_cannot_read_is_refused_by_all(folder: Path, tm
     assert str(tmp_path / "adapter" / "gone") in first
 
 
+def raise_in_agreement(error: Exception | None, groups: Groups) -> None:
+    with refused_by_all(groups, torch.device("cpu")):
+        if error is not None:
+            raise error
+
+
 def first_of_two() -> tuple[str, str]:
     groups = groups_of(init_device_mesh("cpu", (3,)))
-    with pytest.raises((ValueError, OSError)) as error, refused_by_all(groups, torch.device("cpu")):
-        if dist.get_rank() == 1:
-            raise FileNotFoundError("of rank 1")
-        if dist.get_rank() == 2:
-            raise ValueError("of rank 2")
+    own = [None, FileNotFoundError("of rank 1"), ValueError("of rank 2")][dist.get_rank()]
+    with pytest.raises((ValueError, OSError)) as error:
+        raise_in_agreement(own, groups)
     with refused_by_all(groups, torch.device("cpu")):
         pass
     return type(error.value).__name__, str(error.value)

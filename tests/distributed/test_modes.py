@@ -20,6 +20,7 @@ from qsharded.parallel import World
 from qsharded.shards import whole
 from qsharded.train import accumulate_gradient
 from tests.checkpoints import write_checkpoint
+from tests.distributed.collective_dtypes import record_dtypes
 from tests.distributed.harness import run_ranks
 
 VOCAB = 97  # 2, 3 and 4 ranks share it unevenly, 3 ranks the 320 rows of the MLP too
@@ -53,8 +54,8 @@ def train(folder: Path, world_size: int, replicas: int, modes: list[dict[str, An
 
 
 def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> Result:
-    mesh = parallel.mesh_of(world, replicas)
-    model = load_model(folder, mesh=mesh, device="cpu", dtype=torch.float32, seed=3, **mode)
+    mesh, dtypes = parallel.mesh_of(world, replicas), record_dtypes()
+    model = load_model(folder, mesh=mesh, device="cpu", seed=3, **{"dtype": torch.float32} | mode)
     loader = StepLoader(
         examples(),
         max_length=64,
@@ -76,7 +77,8 @@ def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> R
         optimizer.step()
         optimizer.zero_grad()
     said = generate(model, [[5, 6, 7], [9]], max_new_tokens=6, eos_ids=[])
-    return {"losses": losses, "adapter": {n: whole(p.detach()) for n, p in trainable(model)}, "said": said}
+    adapter = {n: whole(p.detach()) for n, p in trainable(model)}
+    return {"losses": losses, "adapter": adapter, "said": said, "dtypes": dtypes}
 
 
 def recomputing(mode: str, **others: Any) -> dict[str, Any]:
@@ -85,13 +87,20 @@ def recomputing(mode: str, **others: Any) -> dict[str, Any]:
 
 SPLIT, REPLICATED, ON_HOST = Layout(split_vocabulary=True), Layout(replicated=True), Layout(on_host=True)
 SAVES_HEAD = {"lora": LoRAConfig(r=4, modules_to_save=["lm_head"])}
+TOLERANCES = {
+    # sums in another order move losses by 3e-8 and an adapter by 8e-7
+    torch.float32: (1e-6, 1e-5),
+    # activations and the gradient of each micro-batch are rounded to 8 bits: losses move by 1e-4, an adapter by 0.012
+    torch.bfloat16: (1e-3, 0.03),
+}  # relative, of losses and of an adapter
+BF16 = {"dtype": torch.bfloat16}  # as on GPUs: the adapters stay in fp32
 
 
 @pytest.fixture(scope="module")
 def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
     """What one process makes of it without any mode."""
-    plain, head = run_ranks(train, 1, folders[False], 1, 1, [{}, SAVES_HEAD])[0]
-    return {"plain": plain, "head": head, "tied": run_ranks(train, 1, folders[True], 1, 1, [{}])[0][0]}
+    plain, head, bf16 = run_ranks(train, 1, folders[False], 1, 1, [{}, SAVES_HEAD, BF16])[0]
+    return {"plain": plain, "head": head, "bf16": bf16, "tied": run_ranks(train, 1, folders[True], 1, 1, [{}])[0][0]}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,9 @@ def alone(folders: dict[bool, Path]) -> dict[Any, Result]:
         ("tied", 3, 1, [{}]),
         ("plain", 2, 2, [{}]),  # every rank holds all
         ("tied", 4, 2, [{"layout": SPLIT}, recomputing("offloaded", layout=ON_HOST)]),
+        ("bf16", 2, 1, [{}, recomputing("full"), {"layout": REPLICATED}]),
+        ("bf16", 2, 1, [{"layout": SPLIT}, recomputing("offloaded", layout=ON_HOST)]),
+        ("bf16", 2, 2, [{}]),
         # a head that trains is gathered, and so is the embedding beside it
         ("head", 2, 1, [{"layout": SPLIT}, recomputing("full", layout=ON_HOST), {"layout": REPLICATED}]),
     ],
@@ -119,18 +131,29 @@ def test_training_goes_as_in_one_process(
 ) -> None:
     expected = alone[model]
     assert all(parameter.norm() > 0 for parameter in expected["adapter"].values())  # lora_B begins at 0
-    if model == "head":
-        modes = [mode | SAVES_HEAD for mode in modes]
+    modes = [mode | {"head": SAVES_HEAD, "bf16": BF16}.get(model, {}) for mode in modes]
+    of_losses, of_adapter = TOLERANCES[torch.bfloat16 if model == "bf16" else torch.float32]
     for first, *others in run_ranks(train, world_size, folders[model == "tied"], world_size, replicas, modes):
-        # fp32 sums in another order move losses by 3e-8 and an adapter by 8e-7
-        assert first["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        assert first["losses"] == pytest.approx(expected["losses"], rel=of_losses)
         assert first["said"] == expected["said"]
         assert first["adapter"].keys() == expected["adapter"].keys()
         for name, parameter in expected["adapter"].items():
-            assert (first["adapter"][name] - parameter).norm() / parameter.norm() < 1e-5, name
+            assert (first["adapter"][name] - parameter).norm() / parameter.norm() < of_adapter, name
         # where weights lie and what is computed again changes no sum at all
         for other in others:
             assert_same(other, first)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_bf16_weights_are_gathered_as_they_are_and_gradients_reduced_in_fp32(
+    folders: dict[bool, Path], replicas: int
+) -> None:
+    """Adapters are kept in fp32, and cast for the gather: else every block would be gathered at twice its size."""
+    modes = [BF16, BF16 | {"layout": SPLIT}, BF16 | {"layout": REPLICATED}, BF16 | recomputing("full", layout=ON_HOST)]
+    for results in run_ranks(train, 2 * replicas, folders[False], 2 * replicas, replicas, modes):
+        for result in results:
+            assert result["dtypes"] == {"gathered": {torch.bfloat16}, "reduced": {torch.float32}}
+            assert {parameter.dtype for parameter in result["adapter"].values()} == {torch.float32}
 
 
 def assert_same(one: Result, other: Result) -> None:

@@ -247,6 +247,33 @@ def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path) -> None:
     assert as_bytes(read(tmp_path / "saved").state_dict()) == as_bytes(one.state_dict())
 
 
+def quantized_into_shards(folder: Path, damaged: Path) -> tuple[int, Tensor, str]:
+    """Rows of k_proj that are here, the logits, and the refusal of a checkpoint with NaN in the last rank's rows."""
+    options = {"distributed_config": DistributedConfig(fsdp_size=3), "quantization_config": QShardedConfig()}
+    model = read(folder, **options)
+    with pytest.raises(RuntimeError) as error:  # transformers' own, after a report of each weight at fault
+        read(damaged, **options)
+    k_proj = model.model.layers[0].self_attn.k_proj.weight
+    return len(k_proj.to_local()), model(IDS).logits.detach(), str(error.value)
+
+
+def test_a_rank_without_rows_takes_part_and_all_refuse_what_one_finds(tmp_path: Path) -> None:
+    """k_proj and v_proj have two rows, for three ranks."""
+    folder, damaged = tmp_path / "sound", tmp_path / "damaged"
+    for path in (folder, damaged):
+        path.mkdir()
+        write_checkpoint(path, hidden_size=64, head_dim=2, num_attention_heads=4, num_key_value_heads=1)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    expected = quantized(folder)(IDS).logits
+    ranks = run_ranks(quantized_into_shards, 3, folder, damaged)
+    assert [rows for rows, _, _ in ranks] == [1, 1, 0]
+    assert all(torch.equal(logits, expected) for _, logits, _ in ranks)
+    assert {said for _, _, said in ranks} == {ranks[0][2]}
+    assert "conversion" in ranks[0][2]
+
+
 def test_tensor_parallelism_is_refused(checkpoint: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint)
     config.distributed_config = DistributedConfig(tp_size=2)

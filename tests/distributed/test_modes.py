@@ -50,11 +50,12 @@ def train(folder: Path, world_size: int, replicas: int, modes: list[dict[str, An
     """What becomes of a few steps of as many rows in all, in each of the modes."""
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     world = World(dist.get_rank(), world_size, torch.device("cpu"), mesh)
-    return [_train(folder, world, replicas, {"lora": LoRAConfig(r=4)} | mode) for mode in modes]
+    sent = record_dtypes()
+    return [_train(folder, world, replicas, {"lora": LoRAConfig(r=4)} | mode) | {"sent": sent} for mode in modes]
 
 
 def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> Result:
-    mesh, dtypes = parallel.mesh_of(world, replicas), record_dtypes()
+    mesh = parallel.mesh_of(world, replicas)
     model = load_model(folder, mesh=mesh, device="cpu", seed=3, **{"dtype": torch.float32} | mode)
     loader = StepLoader(
         examples(),
@@ -78,7 +79,7 @@ def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> R
         optimizer.zero_grad()
     said = generate(model, [[5, 6, 7], [9]], max_new_tokens=6, eos_ids=[])
     adapter = {n: whole(p.detach()) for n, p in trainable(model)}
-    return {"losses": losses, "adapter": adapter, "said": said, "dtypes": dtypes}
+    return {"losses": losses, "adapter": adapter, "said": said}
 
 
 def recomputing(mode: str, **others: Any) -> dict[str, Any]:
@@ -139,21 +140,19 @@ def test_training_goes_as_in_one_process(
         assert first["adapter"].keys() == expected["adapter"].keys()
         for name, parameter in expected["adapter"].items():
             assert (first["adapter"][name] - parameter).norm() / parameter.norm() < of_adapter, name
+        if world_size > 1:
+            assert first["sent"]["reduced"] == {torch.float32}
+        if model == "bf16":
+            assert_gathered_in_bf16(first["sent"]["gathered"], has_shards=world_size > replicas)
+        assert {parameter.dtype for parameter in first["adapter"].values()} == {torch.float32}
         # where weights lie and what is computed again changes no sum at all
         for other in others:
             assert_same(other, first)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_bf16_weights_are_gathered_as_they_are_and_gradients_reduced_in_fp32(
-    folders: dict[bool, Path], replicas: int
-) -> None:
-    """Adapters are kept in fp32, and cast for the gather: else every block would be gathered at twice its size."""
-    modes = [BF16, BF16 | {"layout": SPLIT}, BF16 | {"layout": REPLICATED}, BF16 | recomputing("full", layout=ON_HOST)]
-    for results in run_ranks(train, 2 * replicas, folders[False], 2 * replicas, replicas, modes):
-        for result in results:
-            assert result["dtypes"] == {"gathered": {torch.bfloat16}, "reduced": {torch.float32}}
-            assert {parameter.dtype for parameter in result["adapter"].values()} == {torch.float32}
+def assert_gathered_in_bf16(gathered: set[torch.dtype], has_shards: bool) -> None:
+    """The fp32 adapters too: left in fp32, they would be gathered at twice the size that computing needs."""
+    assert gathered == ({torch.bfloat16} if has_shards else set())
 
 
 def assert_same(one: Result, other: Result) -> None:

@@ -126,6 +126,7 @@ def measure(ranks: int, options: dict[str, Any], trainer_flags: list[str]) -> di
     settings |= {"random_init": True} if "model" in options else {}
     subprocess.run(torchrun(ranks, "benchmarks.gpu_training_rank", [*flags_of(settings), *trainer_flags]), check=True)
     rows = [row for row in read_metrics(options["output_dir"] / "metrics.jsonl") if "loss" in row]
+    assert not rows[-1]["skipped_steps"], "a step was skipped: its loss, and so the run, is no measure"
     return {
         "losses": [row["loss"] for row in rows],
         "tokens_per_second": sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2],

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.optim import AdamW, Optimizer
 
 from qsharded.adapted import base_note, find_adapter
-from qsharded.agreement import found_by_main
+from qsharded.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
 from qsharded.checkpoint.base import BaseIdentity
 from qsharded.checkpoint.load import Outline, parameter_count
@@ -68,9 +68,9 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     folder = world.first_on_node(lambda: _downloaded(config))
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
-    # refuses what cannot be read before the data is
     dtype = compute_dtype(config.dtype, world.device)
-    outline = Outline.of(folder, lora, dtype, random_init=config.random_init, mesh=world.mesh)
+    with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
+        outline = Outline.of(folder, lora, dtype, random_init=config.random_init)
     tokenizer = Tokenizer.from_folder(folder)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)

@@ -10,7 +10,7 @@ import torch
 
 from qsharded.config.options import Check
 from qsharded.nf4 import BLOCK_SIZES
-from qsharded.parallel import World
+from qsharded.parallel import World, start_world
 
 BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,6 +33,17 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
         rank = "" if world.is_main else f" (rank {world.rank})"
         print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def join_world(prog: str) -> World:
+    """:func:`~qsharded.parallel.start_world`, with a line and exit status 1 where this process cannot join."""
+    unjoined = World(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"), None)
+    with errors_named(prog, unjoined, (ValueError, OSError)):
+        try:
+            return start_world()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]  # the stack of PyTorch's C++ follows
+            raise ValueError(f"cannot join the other ranks: {reason}; python -m qsharded.doctor looks why") from None
 
 
 def run_as_process(main: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from qsharded.adapted import base_or_builtin_model, find_adapter, log_base_note,
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import compute_dtype, errors_named, run_as_process
+from qsharded.commands import compute_dtype, errors_named, join_world, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
@@ -29,7 +29,7 @@ from qsharded.failures import one_cause
 from qsharded.gather_check import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
-from qsharded.parallel import DamagedGather, World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, stop_world
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class GenerateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=base_or_builtin_model)
-    world = start_world()
+    world = join_world(config.prog)
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     with one_cause(config.prog, world), errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
         check_gather(world)

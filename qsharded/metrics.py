@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, and on standard output a progress bar (on a terminal) or plain lines."""
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from qsharded.strict_json import without_nan
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,19 @@ class MetricsLog:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(without_nan(row), allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed run left unfinished is no row."""
+    """The rows of a metrics file; a last line that a killed run left unfinished is no row.
+
+    A figure that was not finite, such as the loss of a skipped step, is None.
+    """
     finished = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in finished]
 
@@ -111,7 +116,7 @@ def _reopen(path: Path, first_step: int) -> TextIO:
     kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
     # A run that is killed here still has all its rows.
     os.replace(fresh, path)
     return path.open("a", encoding="utf-8")

@@ -20,7 +20,7 @@ from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.base import base_metadata
 from qsharded.checkpoint.training import Progress, checkpoint_folder
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
-from qsharded.commands import errors_named, run_as_process
+from qsharded.commands import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
@@ -33,7 +33,7 @@ from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
 from qsharded.output import rank_without_sight
-from qsharded.parallel import DamagedGather, World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, stop_world
 from qsharded.plan.dry_run import dry_run
 from qsharded.restart import command_to_go_on
 from qsharded.seeds import derived_seed
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
-    world = start_world()
+    world = join_world(config.prog)
     with one_cause(config.prog, world):
         status = _prepare_and_run(config, world, argv)
     stop_world(world)  # not where an error is on its way: it could wait for ranks that wait for this one

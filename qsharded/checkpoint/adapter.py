@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qsharded.agreement import groups_sharing, refused_by_all
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.nn.lora import lora_layers
@@ -164,21 +164,25 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
-            shapes, or not finite. The first at fault is named, on all ranks.
+            shapes, or not finite. The first at fault is named, and on every rank it is the same one.
     """
-    path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
+    device = next((local(p).device for p in parameters.values()), torch.device("cpu"))
+    with refused_by_all(groups_sharing(parameters.values()), device):
+        _fill(parameters, dict(_own_bases(model)), folder / WEIGHTS_FILE)
+
+
+def _fill(parameters: Mapping[str, Tensor], own_bases: Mapping[str, Tensor], path: Path) -> None:
     with open_weights(path) as file:
         names = set(file.keys())
-        bases = {name: parameter for name, parameter in _own_bases(model) if name in names}
-        known = parameters.keys() | bases.keys()
-        surplus, missing = sorted(names - known), sorted(known - names)
+        filled = {**parameters, **{name: base for name, base in own_bases.items() if name in names}}
+        surplus, missing = sorted(names - filled.keys()), sorted(filled.keys() - names)
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
             raise ValueError(f"{path} {fault}")
-        for name, parameter in (parameters | bases).items():
+        for name, parameter in filled.items():
             copy_rows(file, name, parameter, path)
-    _refuse_not_finite(parameters | bases, path)
+    _refuse_not_finite(filled, path)
 
 
 def own_base(layer: str) -> str:
@@ -193,17 +197,11 @@ def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield PREFIX + own_base(name), layer.base_layer.get_parameter("weight")
 
 
-def _refuse_not_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """The ranks agree: the rows at fault are one's alone. Nothing is known of a model on the meta device."""
-    names = [name for name, tensor in tensors.items() if not tensor.is_meta]
-    if not names:
-        return
-    first, group = local(tensors[names[0]]), own_rows(tensors[names[0]]).group  # it trains, so it is shared if any is
-    finite = torch.stack([local(tensors[name]).detach().isfinite().all().to(first.device) for name in names]).int()
-    if group is not None:
-        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
-    for name, is_finite in zip(names, finite.tolist(), strict=True):
-        if not is_finite:
+def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Of this rank's rows. Nothing is known of a model on the meta device."""
+    for name, tensor in tensors.items():
+        own = local(tensor).detach()
+        if not own.is_meta and not own.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from qsharded.agreement import groups_of, refused_by_all
 from qsharded.autograd.modes import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
@@ -58,13 +59,15 @@ def load_model(
 
     Raises:
         ValueError: an architecture, a configuration key or a quantization that is unknown; tensors that are missing,
-            surplus, of another shape, truncated, or not finite. Each is named.
+            surplus, of another shape, truncated, or not finite. Each is named, and on every rank it is the same one.
+        OSError: a file that cannot be read, likewise.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
-    folder = find_checkpoint(path_or_id, revision, weights=not random_init)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    outline = Outline.of(folder, lora, dtype, random_init=random_init, mesh=mesh)
+    with refused_by_all(groups_of(mesh), device):
+        folder = find_checkpoint(path_or_id, revision, weights=not random_init)
+        outline = Outline.of(folder, lora, dtype, random_init=random_init)
     return outline.filled(mesh, device, layout=layout, checkpointing=activation_checkpointing, seed=seed)
 
 
@@ -83,17 +86,8 @@ class Outline:
     packed: PackedCheckpoint | None
 
     @classmethod
-    def of(
-        cls,
-        folder: Path,
-        lora: LoRAConfig | None,
-        dtype: torch.dtype,
-        *,
-        random_init: bool,
-        mesh: DeviceMesh | None = None,
-    ) -> "Outline":
-        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``. Every rank of ``mesh`` calls
-        this.
+    def of(cls, folder: Path, lora: LoRAConfig | None, dtype: torch.dtype, *, random_init: bool) -> "Outline":
+        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``. No rank waits for another.
 
         Raises:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
@@ -102,7 +96,7 @@ class Outline:
         config, packing = ModelConfig.from_hf(described), read_packing(described)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
-        config, source = open_tied(folder, config, mesh)
+        config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, packing)
         return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
 
@@ -112,13 +106,19 @@ class Outline:
         """The model in memory; the arguments and errors are those of :func:`load_model`. Once: it is the same one."""
         param_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         lay_out(self.model, mesh, device, layout=layout, checkpointing=checkpointing, param_dtype=param_dtype)
-        if self.packed is not None:
-            filling.run(_packed_fills(self.model, self.packed), self.packed.source, device)
-        else:
-            source = self.source or RandomWeights(seed, 0.02, device, {})
-            filling.run(quantizing_fills(self.model, source), source, device)
+        groups = groups_of(mesh)
+        with refused_by_all(groups, device):
+            fills, source = self._fills(device, seed)
+        filling.run(fills, source, device, groups)
         reset_adapters(self.model, seed)
         return self.model
+
+    def _fills(self, device: torch.device, seed: int) -> tuple[list[filling.Fill], WeightSource]:
+        """What fills this rank's part of the model, and out of what."""
+        if self.packed is not None:
+            return _packed_fills(self.model, self.packed), self.packed.source
+        source = self.source or RandomWeights(seed, 0.02, device, {})
+        return quantizing_fills(self.model, source), source
 
 
 def skeleton(
@@ -219,8 +219,7 @@ def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Itera
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
-        as_stored = absmax.view(packed.source.dtype(parts.absmax))
-        yield filling.RowsFill(packed.source, parts.absmax, as_stored, first)
+        yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
         return
     absmax.view(torch.uint8)[:, G:].zero_()
     yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
@@ -242,8 +241,7 @@ def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
 
 
 def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> filling.Fill:
-    rows = own_rows(parameter)
-    return filling.RowsFill(source, name, local(parameter).detach(), rows.start, rows.group)
+    return filling.RowsFill(source, name, local(parameter).detach(), own_rows(parameter).start)
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

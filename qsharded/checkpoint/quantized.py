@@ -102,7 +102,8 @@ class Packing:
         _check_bytes(source, parts.codes, N * K // 2)
         values = N * K // self.kind.block_size
         if not self.double_quant:
-            _check_bytes(source, parts.absmax, values * torch.float32.itemsize)
+            dtype = torch.uint8 if self.form == QUANT_METHOD else torch.float32
+            _check_kind(source, parts.absmax, dtype, values * torch.float32.itemsize // dtype.itemsize)
             return parts
         _check_kind(source, parts.absmax, torch.uint8, values)
         assert parts.scales is not None

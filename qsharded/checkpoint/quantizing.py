@@ -117,8 +117,11 @@ class _CopyFill:
         self._finite.add(values)
         self._file.write(piece.name, values, piece.start * piece.row_bytes)
 
+    def check(self) -> None:
+        self._finite.demand()
+
     def finish(self, device: torch.device) -> None:
-        self._finite.demand(device)
+        """Nothing is left to do."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A checkpoint is a folder of ``manifest.json``, ``state.json``, ``adapter/`` in P
 a file for each rank that wrote it. :mod:`qsharded.checkpoint.writer` writes them.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Progress:
         step: optimizer steps tried, the skipped ones included.
         epoch, row: the data's cursor.
         skipped_steps: steps left out for a gradient that was not finite.
-        window: what has been summed since the last log line.
+        window: what has been summed since the last log line; NaN, after a skipped step, is null in the file.
         settings: the options that matter when a run goes on; :mod:`qsharded.config.continuing` says how.
         data, base: fingerprints of the rows and of the base weights; empty where an older version wrote them.
         changes: of options, each with the step from which it holds.
@@ -91,9 +92,11 @@ def read_progress(folder: Path) -> Progress:
     """
     path = folder / STATE_FILE
     try:
-        return Progress(**read_json(path))
+        progress = Progress(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} is not of this version: {error}") from None
+    progress.window = {key: math.nan if value is None else value for key, value in progress.window.items()}
+    return progress
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

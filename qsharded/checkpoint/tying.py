@@ -9,25 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.models import ModelConfig
-from qsharded.shards import place_in, rows_of_rank
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _KEY = "tie_word_embeddings"
 
 
-def open_tied(
-    folder: Path, config: ModelConfig, mesh: DeviceMesh | None = None
-) -> tuple[ModelConfig, SafetensorsFolder]:
+def open_tied(folder: Path, config: ModelConfig) -> tuple[ModelConfig, SafetensorsFolder]:
     """``config`` as the files in ``folder`` bear it out, and these: a tied weight is called the embedding's there.
 
-    Where both weights are stored, they are compared, piece by piece. Ranks that are given their ``mesh`` compare some
-    rows each and decide together.
+    Where both weights are stored, they are compared piece by piece as far as they are equal. Every rank compares all of
+    them, so that none waits for another: weights that differ do so at once, and few files hold one weight twice.
 
     Raises:
         ValueError: the files are missing or damaged.
@@ -38,7 +31,7 @@ def open_tied(
     names = set(source.names())
     if HEAD in names and EMBEDDING not in names:
         return config, replace(source, renamed=(HEAD, EMBEDDING))
-    if HEAD in names and not _are_equal(source, mesh):
+    if HEAD in names and not _are_equal(source):
         return replace(config, tie_word_embeddings=False), source
     return config, source
 
@@ -50,22 +43,12 @@ def described_as(described: Mapping[str, Any], config: ModelConfig) -> dict[str,
     return {**described, _KEY: config.tie_word_embeddings}
 
 
-def _are_equal(source: SafetensorsFolder, mesh: DeviceMesh | None) -> bool:
+def _are_equal(source: SafetensorsFolder) -> bool:
+    """Values are compared, whatever dtype each is stored in; NaN equals nothing, and loading refuses it by name."""
     shape = source.shape(EMBEDDING)
     if len(shape) != 2 or source.shape(HEAD) != shape:
         return False
-    ranks, rank = (1, 0) if mesh is None else place_in(mesh)
-    equal = _equal_rows(source, *rows_of_rank(shape[0], ranks, rank))
-    if mesh is None:
-        return equal
-    agreed = torch.tensor(int(equal), device=mesh.device_type)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=mesh.get_group(mesh.ndim - 1))
-    return bool(agreed)
-
-
-def _equal_rows(source: SafetensorsFolder, start: int, stop: int) -> bool:
-    """Values are compared, whatever dtype each is stored in; NaN equals nothing, and loading refuses it by name."""
-    row_bytes = source.shape(EMBEDDING)[1] * max(source.dtype(name).itemsize for name in (EMBEDDING, HEAD))
+    row_bytes = shape[1] * max(source.dtype(name).itemsize for name in (EMBEDDING, HEAD))
     step = source.rows_at_once(max(1, row_bytes))
-    pieces = ((first, min(first + step, stop)) for first in range(start, stop, step))
+    pieces = ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
     return all(bool((source.rows(EMBEDDING, *piece) == source.rows(HEAD, *piece)).all()) for piece in pieces)

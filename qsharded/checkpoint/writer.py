@@ -37,6 +37,7 @@ from qsharded.checkpoint.training import (
 )
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
+from qsharded.strict_json import without_nan
 
 _WEIGHTS = "weights"
 # For the slowest rank's disk, once the main rank's own files are written. All ranks write alike, so one that is minutes
@@ -132,7 +133,7 @@ class CheckpointWriter:
             checkpoint_folder(self._output_dir, progress.step),
             tensors,
             mark_stream(self._world.device),
-            asdict(progress),
+            without_nan(asdict(progress)),
             peft_config(model, lora, base_model, revision),
         )
         self._pending = self._thread.submit(self._write, job)

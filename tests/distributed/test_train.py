@@ -59,9 +59,12 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_training_learns_and_writes_what_it_says(model: Path, dataset: Path, tmp_path: Path, world_size: int) -> None:
-    run_ranks(run, world_size, model, dataset, tmp_path / "out", {"max_steps": 12, "eval_steps": 4})
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_training_learns_and_writes_what_it_says(
+    model: Path, dataset: Path, tmp_path: Path, world_size: int, dtype: str
+) -> None:
+    options = {"max_steps": 12, "eval_steps": 4, "dtype": dtype}
+    run_ranks(run, world_size, model, dataset, tmp_path / "out", options)
     out = tmp_path / "out"
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
@@ -317,6 +320,29 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(
     assert [row["grad_norm"] is None for row in rows] == [False, True, True, False]
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_a_skipped_steps_loss_leaves_json_that_is_valid_and_a_run_that_goes_on(
+    model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """It is logged, and kept in the checkpoint between two log lines, as null."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    options = {"max_steps": 4, "max_skipped_steps": 1, "save_steps": 2, "logging_steps": 3}
+    assert run_ranks(run_with_infinite_loss, 1, [1], model, dataset, tmp_path, options) == [""]
+    whole = read_metrics(tmp_path / "metrics.jsonl")
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    state = json.loads((checkpoint / "state.json").read_text(), parse_constant=refuse)
+    assert state["window"]["loss"] is None
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    run_ranks(run, 1, model, dataset, tmp_path, options | {"resume_from_checkpoint": checkpoint})
+    resumed = read_metrics(tmp_path / "metrics.jsonl")
+    first, second = ([row["loss"] for row in rows if "loss" in row] for rows in (whole, resumed))
+    assert first == second
+    assert [loss is None for loss in first] == [True, False]
 
 
 def test_too_many_skipped_steps_stop_the_run_at_a_log_line(model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from benchmarks.record import environment
 from qsharded import parallel
 from qsharded.autograd.recompute import recomputed
+from qsharded.commands import join_world
 from qsharded.layout import materialize
 from qsharded.shards import local, own_rows
 from qsharded.streaming import HostWeights
@@ -182,7 +183,7 @@ def main() -> None:
 def start(share_gpu: bool) -> torch.device:
     """Join the process group; the device of this rank."""
     if not share_gpu:
-        world = parallel.start_world()
+        world = join_world("benchmarks.gather")
         if world.mesh is None:
             dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
         return world.device

@@ -30,6 +30,12 @@ class Outcomes:
             print(f"\nfailed: {report.nodeid}", flush=True)  # at once, for who does not see the end
             self.failed.append(report.nodeid)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            print(f"\nnot collected: {report.nodeid}", flush=True)
+            self.counts["not collected"] += 1
+            self.failed.append(report.nodeid)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

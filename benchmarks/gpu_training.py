@@ -1,13 +1,10 @@
 """Training on one GPU and on several gives the same losses: the built-in run, and large shapes with random weights.
 
     python -m benchmarks.gpu_training [--runs builtin llama3-8b] [--gpus 1 2] [--share-gpu] [--record FILE]
-    python -m benchmarks.gpu_training --runs llama3-70b --gpus 2 --rows 1 --rows-per-step 2 --record FILE
     python -m benchmarks.gpu_training --runs llama3-70b --gpus 1 --rows 1 --rows-per-step 1 --cpu-offload ...
-    python -m benchmarks.gpu_training --runs llama3-405b --gpus 2 --rows 1 --rows-per-step 2 --length 1024 --repeat \\
-        --steps 3 --activation-checkpointing offloaded ...
 
 Each number of GPUs trains on the same rows in the same steps; the record holds the loss of every step, speed and peak
-memory. Options that are not of this script go to the trainer. ``--repeat`` gives every step the same rows.
+memory. Options that are not of this script go to the trainer. Two GPUs: ``benchmarks.two_gpus``.
 ``--share-gpu`` runs two ranks on one GPU over gloo, for machines that have one: sharding, copies and kernels are the
 same, only the wire differs (and its speed means nothing).
 """
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment
 from qsharded import train
 from qsharded.metrics import read_metrics
@@ -59,7 +57,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch on one GPU")
     parser.add_argument("--rows-per-step", type=int, default=8, help="of all GPUs and micro-batches together")
     parser.add_argument("--length", type=int, default=2048, help="of a row, in tokens")
-    parser.add_argument("--repeat", action="store_true", help="the same rows in every step")
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/gpu_training.json"))
     arguments, trainer_flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,14 +78,15 @@ def run_options(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
     """The built-in run, or a shape on rows of random text."""
     if name == "builtin":
         return {"max_steps": arguments.steps}
-    rows = arguments.rows_per_step * (1 if arguments.repeat else arguments.steps)
-    return shape_options(name, folder, rows, arguments.length) | {"max_steps": arguments.steps}
+    rows = arguments.rows_per_step * arguments.steps
+    return shape_options(SHAPES[name], folder / f"{name}-data", rows, arguments.length) | {"max_steps": arguments.steps}
 
 
-def shape_options(name: str, folder: Path, rows: int, length: int) -> dict[str, Any]:
-    """A shape with the built-in model's tokenizer, and so many rows of about ``length`` tokens."""
-    model, dataset = folder / f"{name}-model", folder / f"{name}.jsonl"
-    write_model(model, SHAPES[name])
+def shape_options(shape: dict[str, Any], folder: Path, rows: int, length: int) -> dict[str, Any]:
+    """A new folder with a model of that shape, the built-in tokenizer, and so many rows of about ``length`` tokens."""
+    model, dataset = folder / "model", folder / "rows.jsonl"
+    folder.mkdir(parents=True)
+    write_model(model, shape)
     random = Random(0)
     text = [{"text": "".join(random.choices("abcdefghij", k=length - 8))} for _ in range(rows)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in text))
@@ -125,11 +123,10 @@ def compare(
 
 def measure(ranks: int, options: dict[str, Any], trainer_flags: list[str]) -> dict[str, Any]:
     settings = options | {"logging_steps": 1, "save_steps": 0, "lora_r": 16}
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    flags += ["--random-init"] if "model" in options else []
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launcher, "-m", "benchmarks.gpu_training_rank", *flags, *trainer_flags], check=True)
+    settings |= {"random_init": True} if "model" in options else {}
+    subprocess.run(torchrun(ranks, "benchmarks.gpu_training_rank", [*flags_of(settings), *trainer_flags]), check=True)
     rows = [row for row in read_metrics(options["output_dir"] / "metrics.jsonl") if "loss" in row]
+    assert not rows[-1]["skipped_steps"], "a step was skipped: its loss, and so the run, is no measure"
     return {
         "losses": [row["loss"] for row in rows],
         "tokens_per_second": sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2],

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded import parallel
+from qsharded.agreement import groups_of
 from qsharded.checkpoint import filling, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.pieces import Piece
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.commands import join_world
 from qsharded.layout import lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.shards import RowRange, local
@@ -40,7 +42,7 @@ class Resident(SafetensorsFolder):
 
 def main() -> None:
     phase, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    world = parallel.start_world()
+    world = join_world("benchmarks.loading")
     warm_up(world)
     measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](folder, world)
     Path(results, f"{world.rank}.json").write_text(json.dumps(measured))
@@ -100,7 +102,8 @@ def measure_quantize(folder: Path, world: parallel.World) -> dict[str, Any]:
     fills = quantizing_fills(empty_model(folder, world), source)
     stream = source.stream([piece for fill in fills for piece in fill.pieces], world.device)
     next(stream)
-    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device), world)}
+    groups = groups_of(world.mesh)
+    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device, groups), world)}
 
 
 def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python -m benchmarks.plan [--case NAME ...] [--record FILE]
 
 Weights are random, rows are full. The record holds each case's plan by class, what PyTorch allocated and reserved at
-most, and how far the plan lies from it; the exit status is 1 where that is more than 10%.
+most in the whole run, and how far the plan lies from it; the exit status is 1 where that is more than 10%.
+``benchmarks.two_gpus`` does the same for models that are cut over two GPUs.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_training import SHAPES, write_model
+from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment
+from benchmarks.trainer_rank import memory
 from qsharded.assembly import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
@@ -39,9 +42,6 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, list[str]]] = {
     "8b-adamw": (LLAMA3_8B, 1, 1, 2048, ["--optim", "adamw", "--lora-r", "128"]),
     "70b-from-host": (LLAMA3_70B, 1, 1, 2048, ["--cpu-offload", "--activation-checkpointing", "offloaded"]),
     "8b-replicated": (LLAMA3_8B, 2, 4, 2048, ["--sharding", "replicate"]),
-    "8b-2gpus": (LLAMA3_8B, 2, 4, 2048, []),
-    "70b-2gpus": (LLAMA3_70B, 2, 1, 2048, []),
-    "70b-2gpus-2rows": (LLAMA3_70B, 2, 2, 2048, []),
 }
 
 
@@ -73,9 +73,8 @@ def compare(
     flags = options(folder, shape, rows, length) + further
     config = parse(flags, TrainConfig)
     planned = plan(ModelConfig.from_hf(shape), config, ranks, lora=lora_config(config, None))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run([*launcher, "-m", "benchmarks.plan_rank", *flags], check=True)
-    measured = json.loads((folder / "output" / "memory.json").read_text())
+    subprocess.run(torchrun(ranks, "benchmarks.trainer_rank", flags), check=True)
+    measured = memory(folder / "output")
     classes = [{"class": row.name, "gib": row.bytes / 2**30, "phases": row.phases} for row in planned.rows]
     return {
         "gpus": ranks,
@@ -112,7 +111,7 @@ def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list
         "save-steps": 0,
         "logging-steps": 1,
     }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))] + ["--random-init"]
+    return flags_of(settings | {"random-init": True})
 
 
 if __name__ == "__main__":

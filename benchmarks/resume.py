@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_training import shape_options
+from benchmarks.gpu_training import SHAPES, shape_options
+from benchmarks.launch import flags_of
 from benchmarks.record import command, environment
 from qsharded.metrics import read_metrics
 
@@ -77,14 +78,12 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
     if name == "builtin":
         return common
     rows = STEPS * common["per_device_train_batch_size"] * common["gradient_accumulation_steps"]
-    return common | shape_options(name, folder, rows, 1024) | {"random_init": True}
+    return common | shape_options(SHAPES[name], folder / "data", rows, 1024) | {"random_init": True}
 
 
 def start(options: dict[str, Any], output: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
     """The ranks of a run, each a process of ours: torchrun's are not killed with it."""
-    given = options | {"output_dir": output}
-    flags = [f"--{key}={value}" for key, value in given.items() if value is not True]
-    flags += [f"--{key}" for key, value in given.items() if value is True]
+    flags = flags_of(options | {"output_dir": output})
     shares = torch.cuda.is_available() and ranks > torch.cuda.device_count()
     launcher = [sys.executable, "-m", "benchmarks.gpu_training_rank" if shares else "qsharded.train", *flags]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}

@@ -2,33 +2,35 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch.optim import AdamW, Optimizer
 
-from qsharded.adapted import find_adapter
+from qsharded.adapted import base_note, find_adapter
+from qsharded.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
+from qsharded.checkpoint.base import BaseIdentity
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.training import Progress, load_checkpoint
 from qsharded.commands import DTYPES, compute_dtype
 from qsharded.config import TrainConfig
-from qsharded.data import Dataset, Prompt, StepLoader, Tokenizer, load_examples, load_prompts, split_examples
+from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
+from qsharded.data.mixture import refuse_overlaps
+from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
+from qsharded.finished import end_if_finished
 from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.output import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
+from qsharded.resuming import Made, Resumed, kept_accumulation
 from qsharded.room import Sizes
-
-_DECIDE_ROWS = (
-    "dataset", "dataset_format", "dataset_split", "train_on", "max_length", "overlong", "packing", "eval_split", "seed",
-)  # fmt: skip
+from qsharded.stopping import Stopping
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Parts:
     total_steps: int
     base_model: str
     progress: Progress
+    stopping: Stopping
     summary: list[str] = field(default_factory=list)
 
     def epochs_done(self) -> float:
@@ -58,22 +61,33 @@ def prepare(config: TrainConfig, world: World) -> Parts:
 
     Raises:
         ValueError: a mistake of the user's, named.
+        AlreadyFinished: there is nothing left to do.
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
+    resumed = Resumed.read(resume_from, world)
     folder = world.first_on_node(lambda: _downloaded(config))
     adapter = find_adapter(config.adapter) if config.adapter else None
     lora = lora_config(config, adapter)
-    # refuses what cannot be read before the data is
-    outline = Outline.of(folder, lora, compute_dtype(config.dtype, world.device), random_init=config.random_init)
+    dtype = compute_dtype(config.dtype, world.device)
+    with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
+        outline = Outline.of(folder, lora, dtype, random_init=config.random_init)
     tokenizer = Tokenizer.from_folder(folder)
     sizes = Sizes.of((parameter for _, parameter in trainable(outline.model)), config.optim, tokenizer.files)
     check_room(config, world, resume_from, sizes)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)
-    loader = _loader(config, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
+    accumulation, kept = kept_accumulation(config, world.size, resumed)
+    batches = replace(config, gradient_accumulation_steps=accumulation)
+    loader = _loader(batches, world, tokenizer, train_data, config.per_device_train_batch_size, shuffle=True)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
+    made = Made(config, loader.rows_per_step, train_data, tokenizer, folder)
+    progress, notes = made.progress(world, resumed)
+    total_steps = _total_steps(config, loader)
+    end_if_finished(config, world, resume_from, progress, total_steps)
+    if adapter and not resumed:
+        notes += found_by_main(world, lambda: _base_notes(config, adapter, folder, progress))
     layout, why = _layout(config, world, frozen_bytes(outline.model))
     model = outline.filled(
         mesh_of(world, config.dp_replicate),
@@ -93,21 +107,23 @@ def prepare(config: TrainConfig, world: World) -> Parts:
         loader=loader,
         eval_loader=_eval_loader(config, world, tokenizer, eval_data),
         prompts=prompts,
-        total_steps=_total_steps(config, loader),
+        total_steps=total_steps,
         base_model=str(folder.resolve()) if Path(config.model).is_dir() else config.model,
-        progress=Progress(settings=data_settings(config, loader.rows_per_step)),
+        progress=progress,
+        stopping=Stopping(world),
     )
     if resume_from:
-        parts.progress = load_checkpoint(resume_from, model, lora, optimizer, parts.progress.settings)
+        load_checkpoint(resume_from, model, lora, optimizer)
     claim_output_dir(config, world, resume_from)
-    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from) + ([why] if why else [])
+    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
+    parts.summary += [line for line in (why, kept, *notes) if line]
     return parts
 
 
 def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
+    refuse_overlaps([(dataset, find_files(dataset, config.dataset_split)) for dataset in config.datasets])
     sources = [
-        (config.dataset, config.dataset_split),
         (config.eval_dataset, _eval_dataset_split(config)),
         (config.exact_match_dataset, "train"),
     ]
@@ -155,14 +171,14 @@ def layout_of(config: TrainConfig, replicated: bool) -> Layout:
     return Layout(replicated=replicated, on_host=config.cpu_offload)
 
 
-def data_settings(config: TrainConfig, rows_per_step: int) -> dict[str, Any]:
-    """The settings that decide which rows a step takes and what it keeps: a run is only resumed under the same ones."""
-    of_rows = {name: getattr(config, name) for name in _DECIDE_ROWS} | {"rows_per_step": rows_per_step}
-    return of_rows | {"moments": "fp32" if config.optim == "adamw" else "8 bits"}
+def _base_notes(config: TrainConfig, adapter: Path, folder: Path, progress: Progress) -> list[str]:
+    base = BaseIdentity.from_json(progress.base)
+    note = base_note(adapter, config.model, folder, allow_other=config.allow_other_base, base=base)
+    return [note] if note else []
 
 
 def _check_vocabulary(
-    vocab_size: int, train_data: Dataset, eval_data: Dataset | None, prompts: Sequence[Prompt]
+    vocab_size: int, train_data: Mixture, eval_data: Dataset | None, prompts: Sequence[Prompt]
 ) -> None:
     """An id beyond the embedding would stop a GPU with no word of the row at fault."""
     examples = train_data.examples + (eval_data.examples if eval_data else [])
@@ -174,7 +190,7 @@ def _check_vocabulary(
         )
 
 
-def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Mixture, Dataset | None]:
     def load(source: str, split: str) -> Dataset:
         return load_examples(
             source,
@@ -183,14 +199,16 @@ def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Datas
             max_length=config.max_length,
             overlong=config.overlong,
             train_on=config.train_on,
+            one_example_per_answer=config.one_example_per_answer,
             split=split,
         )
 
-    train_data = load(config.dataset, config.dataset_split)
+    parts = {dataset: load(dataset, config.dataset_split) for dataset in config.datasets}
+    train_data = Mixture(parts, config.dataset_weights or None)
     if config.eval_dataset:
         return train_data, load(config.eval_dataset, _eval_dataset_split(config))
     if config.eval_split:
-        return split_examples(train_data, config.eval_split, config.seed)
+        return train_data.split(config.eval_split, config.seed)
     return train_data, None
 
 
@@ -201,7 +219,7 @@ def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
 
 
 def _loader(
-    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset, batch_size: int, *, shuffle: bool
+    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset | Mixture, batch_size: int, *, shuffle: bool
 ) -> StepLoader:
     return StepLoader(
         data.examples,
@@ -214,6 +232,7 @@ def _loader(
         seed=config.seed,
         pad_id=tokenizer.pad_id,
         shuffle=shuffle,
+        draw=data.draw(config.seed) if isinstance(data, Mixture) else None,
     )
 
 
@@ -270,7 +289,7 @@ def _summary(
     config: TrainConfig,
     world: World,
     parts: Parts,
-    train_data: Dataset,
+    train_data: Mixture,
     eval_data: Dataset | None,
     resume_from: Path | None,
 ) -> list[str]:
@@ -278,15 +297,26 @@ def _summary(
     lines = [
         f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
         f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
-        f"data {config.dataset}: {_counts(train_data, config.max_length)}",
+        *_data_lines(train_data, config),
     ]
     if eval_data is not None:
         lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
+        lines += omission_notes(eval_data, config.one_example_per_answer)
     limit = parts.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")
     if resume_from:
         lines.append(f"resumed from {resume_from} at step {parts.progress.step}")
+    return lines
+
+
+def _data_lines(data: Mixture, config: TrainConfig) -> list[str]:
+    """A line for each dataset; of several, with what an epoch takes of it; and what the chat template leaves out."""
+    taken, lines = data.rows_an_epoch(), []
+    for (name, part), rows in zip(data.parts.items(), taken, strict=True):
+        share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
+        lines += [f"data {name}: {_counts(part, config.max_length)}{share}"]
+        lines += omission_notes(part, config.one_example_per_answer)
     return lines
 
 

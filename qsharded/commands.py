@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 
 from qsharded.config.options import Check
 from qsharded.nf4 import BLOCK_SIZES
-from qsharded.parallel import World
+from qsharded.parallel import World, start_world
 
 BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,15 +35,39 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
         raise SystemExit(1) from None
 
 
+def join_world(prog: str) -> World:
+    """:func:`~qsharded.parallel.start_world`, with a line and exit status 1 where this process cannot join."""
+    unjoined = World(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"), None)
+    with errors_named(prog, unjoined, (ValueError, OSError)):
+        try:
+            return start_world()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]  # the stack of PyTorch's C++ follows
+            raise ValueError(f"cannot join the other ranks: {reason}; python -m qsharded.doctor looks why") from None
+
+
 def run_as_process(main: Callable[[], None]) -> None:
     """Run a command as this process.
 
-    Ranks leave without the interpreter's shutdown, once their work is done and flushed: threads of PyTorch's
-    communication can still be alive then, and now and again abort the process ("terminate called without an active
-    exception"), which torchrun would report as a failed run.
+    Ranks leave without the interpreter's shutdown, once what they print is flushed: threads of PyTorch's communication
+    can still be alive then, and now and again abort the process ("terminate called without an active exception"),
+    which torchrun would report as a failed run; and a rank that fails alone must not wait there for the others.
     """
-    main()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return main()
+    status = _status_of(main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status_of(main: Callable[[], None]) -> int:
+    """What the command's process is to exit with. An error that is none of a user's is printed with its traceback."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from qsharded import rerun
 from qsharded.checkpoint.retention import newest_proved, set_aside
 from qsharded.checkpoint.training import Progress, checkpoints, step_of
 from qsharded.config import TrainConfig
 from qsharded.config.options import options
-from qsharded.parallel import World
+from qsharded.restart import Again
 
 _SLOWER = 10  # the next learning rate to try is this much lower, and no higher than the option's default
 _DEFAULT_RATE = next(item.default for item in options(TrainConfig) if item.name == "learning_rate")
@@ -25,27 +24,32 @@ def has_diverged(config: TrainConfig, progress: Progress) -> bool:
     return progress.skipped_since_start > config.max_skipped_steps
 
 
-def advice(config: TrainConfig, world: World, progress: Progress) -> str:
+def skipped_more_than_allowed(config: TrainConfig, progress: Progress) -> str:
+    """What has happened to a run that has diverged."""
+    return (
+        f"{progress.skipped_since_start} steps were skipped by step {progress.step} because their gradient was not "
+        f"finite, --max-skipped-steps allows {config.max_skipped_steps}"
+    )
+
+
+def advice(config: TrainConfig, progress: Progress, again: Again) -> str:
     """What happened, and the command that goes on. The main rank calls this, once nothing is being written.
 
     Checkpoints that no finite gradient was ever taken at are set aside, where there is an older one to go back to:
     ``--resume-from-checkpoint auto`` would take them, and stop again.
     """
-    happened = (
-        f"{progress.skipped_since_start} steps were skipped by step {progress.step} because their gradient was not "
-        f"finite, --max-skipped-steps allows {config.max_skipped_steps}. Lower --learning-rate, or look for damaged "
-        "rows in the dataset. "
-    )
+    happened = skipped_more_than_allowed(config, progress)
+    happened += ". Lower --learning-rate, or look for damaged rows in the dataset. "
     output_dir, rate = Path(config.output_dir), _lower(config.learning_rate)
     proved = newest_proved(output_dir, progress.applied_steps)
     if proved is None:
-        again = {"output_dir": _free_name(output_dir), "learning_rate": rate, "resume_from_checkpoint": "auto"}
-        return happened + f"No checkpoint is fit to go back to; to start again: {rerun.command(config, world, **again)}"
+        start = again(output_dir=_free_name(output_dir), learning_rate=rate, resume_from_checkpoint="auto")
+        return happened + f"No checkpoint is fit to go back to; to start again: {start}"
     newer = [folder for folder in checkpoints(output_dir) if step_of(folder) > proved.step]
     moved = [set_aside(folder, "diverged").name for folder in newer]
     told = f" (what came after it is kept as {', '.join(moved)})" if moved else ""
-    back = {"resume_from_checkpoint": str(proved.folder), "learning_rate": rate}
-    return happened + f"Go back to {proved.folder.name}{told}: {rerun.command(config, world, **back)}"
+    back = again(resume_from_checkpoint=str(proved.folder), learning_rate=rate)
+    return happened + f"Go back to {proved.folder.name}{told}: {back}"
 
 
 def _lower(rate: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,10 @@ _PATIENCE_S = 180  # for two ranks to start, find each other and gather
 _FAREWELL_S = 60  # torchrun gives its ranks 30 s to end before it kills them
 _LOW_MEMORY, _LOW_DISK, _LOW_SHARED = 6 * GIB, 20 * GIB, GIB // 2
 _OLDEST_CAPABILITY = (8, 0)
+_REPORT = (
+    "this is no matter of the network; torchrun --standalone --nproc-per-node 2 -m qsharded.doctor_rank prints all of "
+    "it: report that, with the versions above"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +199,8 @@ def check_ranks() -> Iterator[Finding]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     try:
         result = _run([*command, "-m", "qsharded.doctor_rank"])
-    except subprocess.TimeoutExpired:
-        yield Finding(f"{where} did not find each other in {_PATIENCE_S} s", _remedy_for(wire), True)
+    except subprocess.TimeoutExpired as late:
+        yield _hung(_lines_of_ranks(late.output), where, wire)
         return
     yield from _findings_of_ranks(result, where, wire)
 
@@ -205,34 +209,62 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     """Run torchrun. When it hangs it is asked to end, which takes its ranks along; killed, it would leave them behind.
 
     Raises:
-        subprocess.TimeoutExpired: it took longer than ``_PATIENCE_S``; it has ended.
+        subprocess.TimeoutExpired: it took longer than ``_PATIENCE_S``; it has ended. It holds what was printed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         try:
             out, err = process.communicate(timeout=_PATIENCE_S)
-        except BaseException:  # an interrupt too
+        except subprocess.TimeoutExpired as late:
+            raise subprocess.TimeoutExpired(command, late.timeout, *_end(process)) from None
+        except BaseException:  # an interrupt
             _end(process)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _end(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """End it; all that it has printed."""
     process.terminate()
     try:
-        process.communicate(timeout=_FAREWELL_S)
+        return process.communicate(timeout=_FAREWELL_S)
     except subprocess.TimeoutExpired:
         process.kill()
+        return process.communicate()
+
+
+def _lines_of_ranks(printed: str | None) -> dict[str, Any]:
+    """What the ranks said of themselves, all their lines of JSON as one. Of failures the first that is no matter of
+    connections: a rank that fails leaves the others with one that is."""
+    lines = [json.loads(line) for line in (printed or "").splitlines() if line.startswith("{")]
+    failures = sorted((line for line in lines if "failed" in line), key=lambda line: line["is_connection"])
+    return {key: value for line in [*lines, *failures[:1]] for key, value in line.items()}
+
+
+def _hung(said: dict[str, Any], where: str, wire: str) -> Finding:
+    if "joined" not in said:
+        return Finding(f"{where} did not find each other in {_PATIENCE_S} s", _remedy_for(wire), True)
+    remedy = _remedy_for(wire) if wire == "NCCL" else _REPORT  # NCCL connects later, in the first collective
+    return Finding(f"{where} found each other, but did not finish in {_PATIENCE_S} s", remedy, True)
+
+
+def _failed(said: dict[str, Any], where: str, wire: str) -> Finding:
+    what = f"{where} failed in {said['step']}: {said['failed']}"
+    if "out of memory" in said["failed"]:
+        return Finding(what, "other programs hold the memory of the GPU: nvidia-smi names them", True)
+    return Finding(what, _remedy_for(wire) if said["is_connection"] else _REPORT, True)
 
 
 def _findings_of_ranks(result: "subprocess.CompletedProcess[str]", where: str, wire: str) -> Iterator[Finding]:
-    line = next((line for line in result.stdout.splitlines() if line.startswith("{")), None)
-    if result.returncode or line is None:
-        words = [line for line in result.stderr.splitlines() if "Error" in line] or result.stderr.splitlines()[-1:]
-        yield Finding(f"{where} failed: {(words or ['no message'])[0].strip()}", _remedy_for(wire), True)
+    found = _lines_of_ranks(result.stdout)
+    if "failed" in found:
+        yield _failed(found, where, wire)
         return
-    found = json.loads(line)
+    if result.returncode or "damage" not in found:
+        words = [line for line in result.stderr.splitlines() if "Error" in line] or result.stderr.splitlines()[-1:]
+        yield Finding(f"{where} failed: {(words or ['no message'])[0].strip()}", _REPORT, True)
+        return
     if found["damage"]:
         yield Finding(
             found["damage"], "install another PyTorch version; none of your weights is safe in this one", True

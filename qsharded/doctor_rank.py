@@ -3,6 +3,8 @@
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,13 +17,38 @@ _ROUNDS = 5
 _BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}  # a block of a large model; on a CPU less, so that nobody waits
 
 
+JOINING, PROBE, SPEED = "finding each other", "the gather of packed weights", "the all-gather"
+
+
 def main() -> None:
-    """Print a line of JSON on the main rank: what the probe found ("" where all is well), and bytes a second."""
-    world = _shared_gpu() if torch.cuda.device_count() == 1 else start_world()
-    found = {"damage": _damage(world), "bytes_per_second": _bandwidth(world)}
+    """Print lines of JSON: on the main rank that all have ``joined``, then what the probe found ("" where all is well)
+    and bytes a second; on any rank what ``failed``, in which step, and whether that is a matter of the connections."""
+    with _failure_told(JOINING):
+        world = _shared_gpu() if torch.cuda.device_count() == 1 else start_world()
     if world.is_main:
-        print(json.dumps(found), flush=True)
+        print(json.dumps({"joined": True}), flush=True)
+    with _failure_told(PROBE):
+        damage = _damage(world)
+    with _failure_told(SPEED):
+        speed = _bandwidth(world)
+    if world.is_main:
+        print(json.dumps({"damage": damage, "bytes_per_second": speed}), flush=True)
     stop_world(world)
+
+
+@contextmanager
+def _failure_told(step: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(json.dumps({"failed": what, "step": step, "is_connection": _is_connection(error, step)}), flush=True)
+        raise
+
+
+def _is_connection(error: Exception, step: str) -> bool:
+    """NCCL connects in the first collective; and gloo complains so of a rank that has failed by itself."""
+    return step == JOINING or isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).casefold()
 
 
 def _shared_gpu() -> World:

@@ -1,7 +1,7 @@
 """What a model is worth on held-out rows: loss and perplexity, and exact answers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +53,23 @@ class ExactMatch:
 
 
 def exact_match(
-    model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, batch_size: int = 64
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 64,
+    before_forward: Callable[[], object] = lambda: None,
 ) -> ExactMatch:
-    """Greedy answers to ``prompts`` against their references; every rank calls this and gets the same."""
+    """Greedy answers to ``prompts`` against their references; every rank calls this and gets the same.
+
+    What ``before_forward`` raises ends it.
+    """
     model.eval()
     room = max(len(tokenizer.encode(prompt.answer)) for prompt in prompts) + 8
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         ids = [prompt.ids for prompt in prompts[start : start + batch_size]]
-        tokens = generate(model, ids, max_new_tokens=room, eos_ids=tokenizer.eos_ids)
+        tokens = generate(model, ids, max_new_tokens=room, eos_ids=tokenizer.eos_ids, before_forward=before_forward)
         answers += [tokenizer.decode([t for t in row if t not in tokenizer.eos_ids]) for row in tokens]
     model.train()
     right = sum(answer.strip() == prompt.answer.strip() for answer, prompt in zip(answers, prompts, strict=True))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qsharded.durable import copy_whole, sync_folder
+from qsharded.signals import unwinding
 
 
 def refuse_occupied(output: Path) -> None:
@@ -20,15 +21,16 @@ def refuse_occupied(output: Path) -> None:
 def complete_or_absent(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its name at the end, and is removed if the end is not reached."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
-        yield unfinished
-        unfinished.replace(output)
-        sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with unwinding():  # a signal must not leave the folder either
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
+            yield unfinished
+            unfinished.replace(output)
+            sync_folder(output.parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def _umask() -> int:

@@ -1,5 +1,10 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.generate")
+
 import logging
 import sys
 import textwrap
@@ -12,18 +17,19 @@ from typing import ClassVar, Literal
 import torch
 import torch.distributed as dist
 
-from qsharded.adapted import base_or_builtin_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_or_builtin_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import compute_dtype, errors_named, run_as_process
+from qsharded.commands import compute_dtype, errors_named, join_world, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
+from qsharded.failures import one_cause
 from qsharded.gather_check import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
-from qsharded.parallel import DamagedGather, World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, stop_world
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,7 @@ class GenerateConfig:
     )
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
     adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
@@ -87,14 +94,12 @@ class GenerateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, GenerateConfig, fill=base_or_builtin_model)
-    world = start_world()
+    world = join_world(config.prog)
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
-    try:
-        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
-            check_gather(world)
-            run(config, world)
-    finally:
-        stop_world(world)
+    with one_cause(config.prog, world), errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
+        check_gather(world)
+        run(config, world)
+    stop_world(world)
 
 
 def run(config: GenerateConfig, world: World) -> None:
@@ -106,6 +111,8 @@ def run(config: GenerateConfig, world: World) -> None:
     prompts = _read_prompts(config.prompt, world)
     checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
     adapter = find_adapter(config.adapter) if config.adapter else None
+    if adapter:
+        log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
     eos_ids = _eos_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]

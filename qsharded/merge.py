@@ -1,5 +1,10 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.merge", "; --output was not written")
+
 import logging
 import shutil
 import sys
@@ -12,7 +17,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.adapted import base_model, find_adapter, mismatch_explained, tokenizer_folder
+from qsharded.adapted import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
+from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.merging import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.commands import BLOCK_SIZE, errors_named
@@ -24,6 +30,7 @@ from qsharded.parallel import World
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
 
+_ALONE = World.alone(torch.device("cpu"))
 Format = Literal["safetensors", "gguf"]
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -46,6 +53,7 @@ class MergeConfig:
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    allow_other_base: bool = _in("Merge an adapter that records other base weights than those of --model.", False)
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
         "people publish. nf4: those weights rounded to NF4 and back, which are the very ones that the adapter was "
@@ -74,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, World.alone(torch.device("cpu")), (ValueError, OSError)):
+    with errors_named(config.prog, _ALONE, (ValueError, OSError)):
         run(config)
 
 
@@ -88,13 +96,16 @@ def run(config: MergeConfig) -> None:
     refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
+    log_base_note(_ALONE, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = tokenizer_folder(checkpoint, adapter)
     if config.format == "gguf":
         _check_gguf(checkpoint, tokenizer)
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
-            merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
-        copy_files([checkpoint / name for name in _MODEL_FILES], checkpoint, unfinished)
+            changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
+        copy_files([checkpoint / name for name in _MODEL_FILES if name not in changed], checkpoint, unfinished)
+        for name, content in changed.items():
+            write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)

@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, and on standard output a progress bar (on a terminal) or plain lines."""
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from qsharded.durable import AppendedFile, write_whole
+from qsharded.strict_json import without_nan
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,8 @@ class MetricsLog:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
         try:
-            self._file.add((json.dumps(finite, allow_nan=False) + "\n").encode())
+            self._file.add(_line(row).encode())
             self._is_full = False
         except OSError as error:  # the rows wait in memory for room: no reason to end the training
             if not self._is_full:
@@ -108,8 +105,15 @@ class MetricsLog:
             self._is_full = True
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(without_nan(row), allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed run left unfinished is no row."""
+    """The rows of a metrics file; a last line that a killed run left unfinished is no row.
+
+    A figure that was not finite, such as the loss of a skipped step, is None.
+    """
     finished = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in finished]
 
@@ -118,7 +122,7 @@ def _reopen(path: Path, first_step: int) -> AppendedFile:
     """The file, opened for appending after the rows of the steps done."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_whole(path, "".join(map(_line, kept)).encode())
     return AppendedFile(path)
 
 

@@ -10,17 +10,18 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from qsharded.agreement import main_rank_does
+from qsharded.agreement import found_by_main
 from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkpoints, set_aside
 from qsharded.checkpoint.sound import UNREADABLE, agreed_step, newest_sound, read_sound
 from qsharded.checkpoint.training import checkpoints, step_of
 from qsharded.config import TrainConfig, write_toml
 from qsharded.durable import folder_bytes, write_whole
+from qsharded.finished import FINISHED_FILE, is_marked
 from qsharded.parallel import World
 from qsharded.room import Sizes, refuse_full_disk
 from qsharded.writable import refuse_unwritable
 
-_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml")
+_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
 
@@ -34,7 +35,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
     if config.resume_from_checkpoint is None:
         return None
     # The main rank looks: a checkpoint's files are read once, and ranks that each chose could choose differently.
-    return main_rank_does(world, partial(_look_for_checkpoint, config))
+    return found_by_main(world, partial(_look_for_checkpoint, config))
 
 
 def _look_for_checkpoint(config: TrainConfig) -> Path | None:
@@ -62,12 +63,13 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
             ranks see the folder.
     """
     folder = Path(config.output_dir)
-    if config.resume_from_checkpoint == "auto" and resume_from is None:
-        _refuse_losing_unreadable(folder)
+    may_be_done = _may_be_done(config)  # end_if_finished decides, once it can
+    if not may_be_done:
+        _refuse_losing_unreadable(config, resume_from)
     # "auto" may start afresh over a run that was stopped before it had anything to lose
     kept = _results(folder) if config.resume_from_checkpoint == "auto" else _results(folder) + _traces(folder)
     world.barrier()  # every rank has looked before the main one writes
-    if kept and not _continues(folder, resume_from) and not config.overwrite_output_dir:
+    if kept and not _continues(folder, resume_from) and not config.overwrite_output_dir and not may_be_done:
         raise ValueError(
             f"{folder} holds an earlier run ({kept[0].name}); choose another --output-dir, replace it with "
             "--overwrite-output-dir, or, if it has checkpoints, continue it with --resume-from-checkpoint auto"
@@ -76,14 +78,25 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         raise ValueError(
             f"--adapter {config.adapter} lies in --output-dir and would be replaced; choose another folder"
         )
-    main_rank_does(world, partial(refuse_unwritable, folder, (_ADAPTER, "checkpoints"), _TRACES))
+    found_by_main(world, partial(_refuse_unwritable, config))
     if world.mesh is not None and config.save_steps:
         _check_seen_by_all(folder, world)
 
 
-def _refuse_losing_unreadable(folder: Path) -> None:
+def _refuse_unwritable(config: TrainConfig) -> None:
+    if not _may_be_done(config):
+        refuse_unwritable(Path(config.output_dir), (_ADAPTER, "checkpoints"), _TRACES)
+
+
+def _may_be_done(config: TrainConfig) -> bool:
+    """Whether it may be that nothing is left to do or to write."""
+    return config.resume_from_checkpoint == "auto" and is_marked(Path(config.output_dir))
+
+
+def _refuse_losing_unreadable(config: TrainConfig, resume_from: Path | None) -> None:
     """A disk may be out of order for a while, and then give the checkpoints back."""
-    if found := checkpoints(folder):
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint == "auto" and resume_from is None and (found := checkpoints(folder)):
         raise ValueError(
             f"none of the {len(found)} checkpoints in {folder} can be gone on from; choose another --output-dir, or "
             "replace them with --overwrite-output-dir and no --resume-from-checkpoint"
@@ -91,7 +104,7 @@ def _refuse_losing_unreadable(folder: Path) -> None:
 
 
 def check_room(config: TrainConfig, world: World, resume_from: Path | None, sizes: Sizes) -> None:
-    """See that the disk holds what the run must write; what it will replace counts as free.
+    """See that the disk holds what the run must write, unless it may be done; what it will replace counts as free.
 
     Raises:
         ValueError: it does not.
@@ -100,14 +113,28 @@ def check_room(config: TrainConfig, world: World, resume_from: Path | None, size
     resumed = _continues(folder, resume_from)
 
     def look() -> None:
+        if _may_be_done(config):
+            return
         freed = 0 if resumed else folder_bytes(_results(folder))
         refuse_full_disk(config, sizes, freed=freed, resumed=resumed)
 
-    main_rank_does(world, look)
+    found_by_main(world, look)
 
 
 def _check_seen_by_all(folder: Path, world: World) -> None:
     """A checkpoint is made of files of all ranks, so a folder that each node has for itself is found out here."""
+    blind = rank_without_sight(folder, world, _VISIBLE_AFTER_S)
+    if blind is not None:
+        raise ValueError(
+            f"rank {blind} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
+            "file system that all nodes share; give a folder there, or --save-steps 0"
+        )
+
+
+def rank_without_sight(folder: Path, world: World, patience_s: float) -> int | None:
+    """The first rank that does not see what the main one writes to ``folder``, or None. Every rank calls this."""
+    if world.mesh is None:
+        return None
     name = [f".seen-by-all-{uuid4().hex}"]
     dist.broadcast_object_list(name, src=0, group=world.patient)
     if world.is_main:
@@ -115,18 +142,14 @@ def _check_seen_by_all(folder: Path, world: World) -> None:
         (folder / name[0]).touch()
     world.barrier()
     seen = [True] * world.size
-    dist.all_gather_object(seen, _appears(folder / name[0]), group=world.patient)
+    dist.all_gather_object(seen, _appears(folder / name[0], patience_s), group=world.patient)
     if world.is_main:
         (folder / name[0]).unlink()
-    if not all(seen):
-        raise ValueError(
-            f"rank {seen.index(False)} does not see what rank 0 writes to --output-dir {folder}: checkpoints need a "
-            "file system that all nodes share; give a folder there, or --save-steps 0"
-        )
+    return None if all(seen) else seen.index(False)
 
 
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + _VISIBLE_AFTER_S
+def _appears(path: Path, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -140,17 +163,19 @@ def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None
     Raises:
         ValueError: the disk did not let it; on all ranks.
     """
-    main_rank_does(world, partial(_claim, config, resume_from))
+    found_by_main(world, partial(_claim, config, resume_from))
 
 
 def _claim(config: TrainConfig, resume_from: Path | None) -> None:
     folder = Path(config.output_dir)
+    _refuse_losing_unreadable(config, resume_from)
     if resume_from and _continues(folder, resume_from):
         step = agreed_step(resume_from)  # its folder may have been renamed
         for path in [path for path in checkpoints(folder) if step_of(path) > step]:
             _drop_newer(config, path)
     else:
         _delete(_results(folder) + _traces(folder))
+    (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to come
     drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.toml", write_toml(config).encode())

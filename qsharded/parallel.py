@@ -117,7 +117,12 @@ class World:
 
 
 def start_world() -> World:
-    """Join the process group that torchrun describes in the environment; without torchrun, a world of one."""
+    """Join the process group that torchrun describes in the environment; without torchrun, a world of one.
+
+    Raises:
+        ValueError: no GPU is left for this rank, or the environment describes no group.
+        RuntimeError: PyTorch's, where the ranks do not find each other or a GPU does not answer.
+    """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -141,8 +146,12 @@ def let_reserved_memory_grow() -> None:
 
 
 def _check_enough_gpus(local_rank: int) -> None:
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this machine has {gpus}; give torchrun --nproc-per-node "
+            f"{gpus}, or let it see more of them in CUDA_VISIBLE_DEVICES"
+        )
 
 
 def stop_world(world: World) -> None:
@@ -231,8 +240,8 @@ def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
     for block in blocks_of(model):
         yield [block]
-    weight = getattr(head, "base_layer", head).weight  # under an adapter the head's own lies one deeper
-    if embedding.weight is weight:
+    # under an adapter the layer's own weight lies one deeper
+    if getattr(embedding, "base_layer", embedding).weight is getattr(head, "base_layer", head).weight:
         yield [embedding, head]  # a tied weight belongs to one group
     else:
         yield [embedding]

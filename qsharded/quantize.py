@@ -1,5 +1,10 @@
 """``python -m qsharded.quantize``: a checkpoint in 16 or 32 bits in, one that is packed in 4 bits out."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.quantize", "; --output was not written")
+
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from qsharded.checkpoint.base import write_origin
 from qsharded.checkpoint.quantized import Form
 from qsharded.checkpoint.quantizing import quantize_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
@@ -76,6 +82,7 @@ def run(config: QuantizeConfig, device: torch.device) -> None:
     with complete_or_absent(output) as unfinished:
         kind = Kind(config.quant_type, config.block_size)
         quantize_checkpoint(checkpoint, unfinished, config.format, device, kind)
+        write_origin(checkpoint, unfinished)
         others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
         copy_files(others, checkpoint, unfinished)
     logging.getLogger(__name__).info("quantized model written to %s", output)

@@ -1,28 +1,37 @@
-"""The end of a run: the last checkpoint, then the adapter, so that a full disk costs neither."""
+"""What a run leaves at its end, or where it is stopped: its last checkpoint, then the adapter.
+
+A full disk costs neither: both are tried, and the message says which is there and how to get the other.
+
+Ranks that meet different errors here raise the same one, and ask each other in a group that waits for a slow disk.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from qsharded import rerun, room
-from qsharded.agreement import first_error, main_rank_does
+from qsharded import room
+from qsharded.agreement import first_error, found_by_main
 from qsharded.assembly import Parts
 from qsharded.checkpoint.adapter import save_adapter, trainable
-from qsharded.checkpoint.training import Progress, checkpoint_folder
+from qsharded.checkpoint.base import base_metadata
+from qsharded.checkpoint.training import ADAPTER, Progress, checkpoint_folder
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.config import TrainConfig
-from qsharded.divergence import has_diverged
+from qsharded.divergence import advice, has_diverged, skipped_more_than_allowed
 from qsharded.durable import NotWritten
+from qsharded.finished import mark_finished
+from qsharded.output import rank_without_sight
 from qsharded.parallel import World
+from qsharded.restart import Again
+
+_SEEN_WITHIN_S = 5.0  # of the 25 s in which a stopped run is to be saved
 
 
 def save_refusal(config: TrainConfig, parts: Parts, progress: Progress) -> str | None:
     """Why no checkpoint is to be written of ``progress``, if so: for ``CheckpointWriter``."""
     if has_diverged(config, progress):
-        return (
-            f"{progress.skipped_since_start} steps were skipped, more than --max-skipped-steps "
-            f"{config.max_skipped_steps}"
-        )
+        return skipped_more_than_allowed(config, progress)
     return room.lack_of_room(Path(config.output_dir), _sizes(config, parts))
 
 
@@ -37,8 +46,8 @@ def _sizes(config: TrainConfig, parts: Parts) -> room.Sizes:
     return room.Sizes.of((parameter for _, parameter in trainable(parts.model)), config.optim, parts.tokenizer.files)
 
 
-def save(config: TrainConfig, parts: Parts, writer: CheckpointWriter) -> bool:
-    """Have a checkpoint written of where the run stands; whether one is, or the writer's rules were against it."""
+def save(config: TrainConfig, parts: Parts, writer: CheckpointWriter) -> str | None:
+    """Have a checkpoint written of where the run stands. Returns why none is, where ``save_refusal`` is against it."""
     return writer.save(
         parts.model,
         parts.lora,
@@ -49,35 +58,74 @@ def save(config: TrainConfig, parts: Parts, writer: CheckpointWriter) -> bool:
     )
 
 
-def write_results(config: TrainConfig, world: World, parts: Parts, writer: CheckpointWriter) -> Path:
-    """Write the last checkpoint (none under ``--save-steps 0``) and the adapter, whose folder is returned.
+def write_results(config: TrainConfig, world: World, parts: Parts, writer: CheckpointWriter, again: Again) -> Path:
+    """Write what a run that is at its end leaves: its checkpoint (none under ``--save-steps 0``), the adapter, whose
+    folder is returned, and the mark that it is finished.
 
     The adapter is tried even where the checkpoint could not be written, and the other way about.
 
     Raises:
-        NotWritten: the adapter; what was saved in its stead is said, and the command that writes it.
+        NotWritten: the adapter, or the mark; what was saved in its stead is said, and the command that writes it.
         CheckpointNotWritten: the checkpoint.
     """
-    unsaved = _last_checkpoint(config, world, parts, writer)
-    folder = Path(config.output_dir, "adapter")
-    unwritten = first_error(world, _error_of(lambda: _write_adapter(config, world, parts, folder)))
-    if unwritten is not None:
-        raise NotWritten(f"{unwritten}. {_what_now(config, world, parts, unsaved)}")
-    if unsaved is not None:
-        raise CheckpointNotWritten(f"{unsaved}. The adapter was written to {folder}")
+    unsaved = _save_now(config, world, parts, writer) if config.save_steps else None
+    adapter = _write_adapter(config, world, parts, unsaved, again)
+    unmarked = first_error(world, _error_of(partial(mark_finished, config, parts.progress)) if world.is_main else None)
+    if unsaved or unmarked:
+        kind = CheckpointNotWritten if unsaved else NotWritten
+        raise kind(f"{unsaved or unmarked}. The adapter was written to {adapter}")
     writer.keep_newest()
-    return folder
+    return adapter
 
 
-def _last_checkpoint(config: TrainConfig, world: World, parts: Parts, writer: CheckpointWriter) -> str | None:
-    """Why there is none of the run's last step, on all ranks; None where it is there, or none was asked for."""
-    error = first_error(world, _error_of(writer.wait))
-    folder = checkpoint_folder(Path(config.output_dir), parts.progress.step)
-    if not config.save_steps or error or main_rank_does(world, folder.is_dir):
+def save_stopped(config: TrainConfig, world: World, parts: Parts, writer: CheckpointWriter, again: Again) -> str:
+    """Write what a run that is stopped leaves: the checkpoint of its last complete step, with ``--save-steps 0`` too,
+    and the adapter so far. Returns what was saved, and how to go on.
+
+    Of a run that has diverged nothing is: what its end would have said is returned.
+
+    Raises:
+        NotWritten, CheckpointNotWritten: as :func:`write_results`.
+    """
+    if has_diverged(config, parts.progress):
+        return f"nothing was saved, as {after_divergence(config, world, parts.progress, writer, again)}"
+    # with --save-steps 0 nobody has looked yet
+    blind = None if config.save_steps else rank_without_sight(Path(config.output_dir), world, _SEEN_WITHIN_S)
+    if blind is not None:
+        why = f"rank {blind} does not see what rank 0 writes to --output-dir"
+        adapter = _write_adapter(config, world, parts, why, again)
+        start = f"start from it with --adapter {adapter}"
+        return f"saved no checkpoint, as {why}, and the adapter so far in {adapter}; {start}"
+    unsaved = _save_now(config, world, parts, writer)
+    adapter = _write_adapter(config, world, parts, unsaved, again)
+    if unsaved:
+        raise CheckpointNotWritten(f"{unsaved}. The adapter so far was written to {adapter}")
+    go_on = again(resume_from_checkpoint="auto")
+    return f"saved {_folder(config, parts)}, and the adapter so far in {adapter}; go on with: {go_on}"
+
+
+def after_divergence(
+    config: TrainConfig, world: World, progress: Progress, writer: CheckpointWriter, again: Again
+) -> str:
+    """What happened to a run that has diverged, and the command that goes on. Every rank calls this."""
+    writer.wait()  # what is being written may be what the advice is to go back to
+    return found_by_main(world, lambda: advice(config, progress, again))
+
+
+def _save_now(config: TrainConfig, world: World, parts: Parts, writer: CheckpointWriter) -> str | None:
+    """Have the checkpoint of the last complete step on the disk. Returns why it is not, on all ranks."""
+    if error := first_error(world, _error_of(writer.settle)):
         return error
-    if not save(config, parts, writer):
-        return f"checkpoint {folder} was not written: {writer.refused}"
+    folder = _folder(config, parts)
+    if found_by_main(world, folder.is_dir):
+        return None
+    if refusal := save(config, parts, writer):
+        return f"checkpoint {folder} was not written: {refusal}"
     return first_error(world, _error_of(writer.wait))
+
+
+def _folder(config: TrainConfig, parts: Parts) -> Path:
+    return checkpoint_folder(Path(config.output_dir), parts.progress.step)
 
 
 def _error_of(action: Callable[[], object]) -> Exception | None:
@@ -88,7 +136,17 @@ def _error_of(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _write_adapter(config: TrainConfig, world: World, parts: Parts, folder: Path) -> None:
+def _write_adapter(config: TrainConfig, world: World, parts: Parts, unsaved: str | None, again: Again) -> Path:
+    """Every rank calls this; the main one writes. ``unsaved``: why there is no checkpoint of this step."""
+    folder = Path(config.output_dir, ADAPTER)
+    unwritten = first_error(world, _error_of(lambda: _try_adapter(config, world, parts, folder)))
+    if unwritten is not None:
+        what_now = found_by_main(world, partial(_what_now, _folder(config, parts), unsaved, again))
+        raise NotWritten(f"{unwritten}. {what_now}")
+    return folder
+
+
+def _try_adapter(config: TrainConfig, world: World, parts: Parts, folder: Path) -> None:
     try:
         save_adapter(
             parts.model,
@@ -96,6 +154,7 @@ def _write_adapter(config: TrainConfig, world: World, parts: Parts, folder: Path
             folder,
             base_model=parts.base_model,
             revision=config.revision,
+            metadata=base_metadata(parts.progress.base),
             is_main=world.is_main,
         )
         if world.is_main:
@@ -106,9 +165,8 @@ def _write_adapter(config: TrainConfig, world: World, parts: Parts, folder: Path
         raise
 
 
-def _what_now(config: TrainConfig, world: World, parts: Parts, unsaved: str | None) -> str:
-    folder = checkpoint_folder(Path(config.output_dir), parts.progress.step)
-    if unsaved is not None or not folder.is_dir():
+def _what_now(checkpoint: Path, unsaved: str | None, again: Again) -> str:
+    if unsaved is not None or not checkpoint.is_dir():
         return f"No checkpoint holds the last step either{f': {unsaved}' if unsaved else ' (--save-steps 0)'}"
-    again = rerun.command(config, world, resume_from_checkpoint="auto")
-    return f"Checkpoint {folder} holds all of the training; make room, and have the adapter written by: {again}"
+    go_on = again(resume_from_checkpoint="auto")
+    return f"Checkpoint {checkpoint} holds all of the training; make room, and have the adapter written by: {go_on}"

@@ -1,9 +1,14 @@
 """``python -m qsharded.train``: a checkpoint and a dataset in, a LoRA adapter out. Read :func:`run` from the top."""
 
+from qsharded import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.train", " before its first step: nothing was trained, so nothing is lost")
+
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,44 +16,62 @@ from typing import Any
 
 import torch
 
-from qsharded import assembly, evaluation, results
-from qsharded.agreement import main_rank_does
+from qsharded import assembly, evaluation, restart, results
 from qsharded.checkpoint.adapter import trainable
-from qsharded.checkpoint.training import Progress
+from qsharded.checkpoint.training import Progress, checkpoint_folder
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
-from qsharded.commands import errors_named, run_as_process
+from qsharded.commands import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
-from qsharded.divergence import SkippedTooOften, advice, has_diverged
+from qsharded.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
+from qsharded.durable import NotWritten
+from qsharded.failures import one_cause
+from qsharded.finished import AlreadyFinished
 from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
+from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import DamagedGather, World, start_world, stop_world
+from qsharded.parallel import DamagedGather, World, stop_world
 from qsharded.plan.dry_run import dry_run
+from qsharded.restart import Again
 from qsharded.seeds import derived_seed
 from qsharded.shards import whole
+from qsharded.stopping import StopRequested
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
-    config = parse(sys.argv[1:] if argv is None else argv, TrainConfig, fill=_not_given)
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse(argv, TrainConfig, fill=_not_given)
     if config.dry_run:
         with errors_named(config.prog, World.alone(torch.device("cpu"))):
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
-    world = start_world()
+    world = join_world(config.prog)
+    with one_cause(config.prog, world):
+        status = _prepare_and_run(config, world, argv)
+    stop_world(world)  # not where an error is on its way: it could wait for ranks that wait for this one
+    if status:
+        raise SystemExit(status)
+
+
+def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str]) -> int:
+    """The exit status of a run that came to its end, or was stopped by a signal."""
     try:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
             parts = assembly.prepare(config, world)
-        with errors_named(config.prog, world, (SkippedTooOften, CheckpointNotWritten, DamagedGather, OSError)):
-            run(config, world, parts)
-    finally:
-        stop_world(world)
+    except AlreadyFinished as end:
+        if world.is_main:
+            print(f"{config.prog}: {end}")
+        return 0
+    kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
+    with errors_named(config.prog, world, kinds):
+        return run(config, world, parts, partial(restart.command, argv, world.size))
 
 
 def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,8 +79,11 @@ def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
     return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
-def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
-    """Evaluate, train, evaluate again, write the adapter."""
+def run(config: TrainConfig, world: World, parts: assembly.Parts, again: Again) -> int:
+    """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
+
+    Returns the exit status: 0, or what a stopped run is to exit with.
+    """
     metrics_file = Path(config.output_dir, "metrics.jsonl")
     with (
         MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log,
@@ -69,16 +95,56 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts) -> None:
             log.message(line)
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
-        train_steps(config, world, parts, log, writer)
-        adapter = results.write_results(config, world, parts, writer)
+        signals.note_from_now()
+        try:
+            train_steps(config, world, parts, log, writer)
+        except StopRequested as stop:
+            return _save_stopped(config, world, parts, log, writer, stop, again)
+        except SkippedTooOften:
+            advice = results.after_divergence(config, world, parts.progress, writer, again)
+            raise SkippedTooOften(advice) from None
+        adapter = results.write_results(config, world, parts, writer, again)
         log.message(f"adapter written to {adapter}")  # before what may still fail
-        _evaluate(config, world, parts, log, "after training")
+        try:
+            _evaluate(config, world, parts, log, "after training")
+        except StopRequested as stop:
+            log.message(f"stopped by {stop} during the last evaluation, which is left out; the training is finished")
+    return 0
+
+
+def _save_stopped(
+    config: TrainConfig,
+    world: World,
+    parts: assembly.Parts,
+    log: MetricsLog,
+    writer: CheckpointWriter,
+    stop: StopRequested,
+    again: Again,
+) -> int:
+    """Save what the last complete step has left, and say so. Every rank calls this; returns the exit status."""
+    step = parts.progress.step
+    if step == 0:
+        log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
+        return 128 + stop.signal
+    happened = f"stopped by {stop} after step {step} of {parts.total_steps}"
+    try:
+        saved = results.save_stopped(config, world, parts, writer, again)
+    except (NotWritten, CheckpointNotWritten) as error:
+        raise type(error)(f"{happened}; {error}") from error
+    log.message(f"{happened}; {saved}")
+    world.barrier()  # the main rank writes the longest, and torchrun ends all when one exits with another status
+    return config.exit_code_when_stopped
 
 
 def train_steps(
     config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
-    """Optimizer steps from where the run stands to its end."""
+    """Optimizer steps from where the run stands to its end.
+
+    Raises:
+        SkippedTooOften: the run has diverged.
+        StopRequested: a signal asks to stop; the progress is that of the last complete step.
+    """
     progress, window = parts.progress, Window(parts.progress)
     for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):
         if progress.step >= parts.total_steps:
@@ -91,7 +157,8 @@ def train_steps(
         log.advance(progress.step)
         if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
             log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
-            _refuse_divergence(config, world, progress, writer)
+            if has_diverged(config, progress):
+                raise SkippedTooOften(skipped_more_than_allowed(config, progress))
         _evaluate_and_save(config, world, parts, log, writer)
 
 
@@ -101,18 +168,31 @@ def _train_step(
     """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
     if isinstance(parts.optimizer, PagedAdamW8bit):
         parts.optimizer.prefetch()  # hidden behind the passes
-    loss_sum = accumulate_gradient(parts.model, step, world, seed=config.seed, step_number=parts.progress.step)
+    loss_sum = accumulate_gradient(
+        parts.model, step, world, seed=config.seed, step_number=parts.progress.step, before_each=parts.stopping.check
+    )
     grad_norm = _apply_gradient(config, parts, rate)
     return evaluation.global_sum(loss_sum, world) / step.supervised_tokens, grad_norm
 
 
-def accumulate_gradient(model: CausalLM, step: Step, world: World, *, seed: int, step_number: int) -> torch.Tensor:
+def accumulate_gradient(
+    model: CausalLM,
+    step: Step,
+    world: World,
+    *,
+    seed: int,
+    step_number: int,
+    before_each: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
     """Add the gradient of the mean loss over the supervised tokens of all ranks and micro-batches.
+
+    What ``before_each``, called before each micro-batch, raises leaves the step unfinished.
 
     Returns this rank's sum of token losses, fp64.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for index, batch in enumerate(step.micro_batches):
+        before_each()
         # A resumed run needs no generator state: dropout draws from what it is for.
         torch.manual_seed(derived_seed(seed, step_number, index, world.rank))
         loss = evaluation.batch_loss(model, batch.to(world.device))
@@ -193,12 +273,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _refuse_divergence(config: TrainConfig, world: World, progress: Progress, writer: CheckpointWriter) -> None:
-    if has_diverged(config, progress):
-        writer.wait()  # what is being written may be what the advice is to go back to
-        raise SkippedTooOften(main_rank_does(world, partial(advice, config, world, progress)))
-
-
 def _evaluate_and_save(
     config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
@@ -207,7 +281,14 @@ def _evaluate_and_save(
         _log_validation(parts, world, log)
     writer.check(parts.progress)
     if config.save_steps and step % config.save_steps == 0 and step < parts.total_steps:  # that of the last: results
-        results.save(config, parts, writer)
+        _save(config, world, parts, writer)
+
+
+def _save(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> None:
+    refusal = results.save(config, parts, writer)
+    if refusal is not None and world.is_main:
+        name = checkpoint_folder(Path(config.output_dir), parts.progress.step).name
+        print(f"warning: checkpoint {name} is left out: {refusal}", file=sys.stderr)
 
 
 def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:
@@ -219,12 +300,12 @@ def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: Met
 def _log_validation(parts: assembly.Parts, world: World, log: MetricsLog) -> None:
     if parts.eval_loader is not None:
         steps = islice(parts.eval_loader.steps(), parts.eval_loader.steps_in_epoch(0))
-        values = evaluation.validation_loss(parts.model, steps, world)
+        values = evaluation.validation_loss(parts.model, parts.stopping.between(steps), world)
         log.evaluation(parts.progress.step, parts.epochs_done(), values)
 
 
 def _log_exact_match(parts: assembly.Parts, log: MetricsLog, when: str) -> None:
-    result = evaluation.exact_match(parts.model, parts.tokenizer, parts.prompts)
+    result = evaluation.exact_match(parts.model, parts.tokenizer, parts.prompts, before_forward=parts.stopping.check)
     log.evaluation(parts.progress.step, parts.epochs_done(), {"exact_match": result.accuracy})
     log.message(f"exact match {when}: {result.accuracy:.1%} of {len(parts.prompts)} held-out prompts; samples:")
     for prompt, answer in list(zip(parts.prompts, result.answers, strict=True))[:4]:

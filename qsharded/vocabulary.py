@@ -55,13 +55,14 @@ class SplitHead(Head):
 def can_split(model: Any) -> bool:
     """Whether embedding and head are frozen and as the decoder made them: what trains must be gathered."""
     embedding, head = model.model.embed_tokens, model.lm_head
+    embedding = getattr(embedding, "base_layer", embedding)  # an adapter around it is gathered by itself
     plain = type(embedding) is nn.Embedding and type(head) is Head
     return plain and not (embedding.weight.requires_grad or head.weight.requires_grad)
 
 
 def is_large(model: Any) -> bool:
     """Whether the embedding's bytes are above :data:`LARGE_BYTES`."""
-    weight: Tensor = model.model.embed_tokens.weight
+    weight: Tensor = model.embedding_weight
     return weight.nbytes > LARGE_BYTES
 
 
@@ -70,9 +71,11 @@ def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
 
     A tied weight stays one parameter.
     """
-    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    embedding, head = model.embedding_weight, model.lm_head.weight
     split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
-    model.model.embed_tokens, model.lm_head = SplitEmbedding(split[embedding]), SplitHead(split[head])
+    place = "embed_tokens.base_layer" if hasattr(model.model.embed_tokens, "base_layer") else "embed_tokens"
+    model.model.set_submodule(place, SplitEmbedding(split[embedding]))
+    model.lm_head = SplitHead(split[head])
     return set(split.values())
 
 

@@ -1,5 +1,7 @@
 """What a run is made with."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,11 +10,14 @@ import torch
 from qsharded import assembly
 from qsharded.checkpoint.load import skeleton
 from qsharded.config import TrainConfig
+from qsharded.data import Tokenizer
 from qsharded.layout import Layout, frozen_bytes
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
 from tests.checkpoints import LLAMA
+from tests.data.folders import chat, make_folder, write_rows
+from tests.data.templates import THINKING
 
 MODEL, LORA = ModelConfig.from_hf(LLAMA), LoRAConfig(r=4)
 
@@ -23,6 +28,19 @@ def layout(memory: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tupl
     config = TrainConfig(model="m", dataset="d", **options)
     frozen = frozen_bytes(skeleton(MODEL, LORA, torch.float32))
     return assembly._layout(config, World(0, 2, torch.device("cpu"), object()), frozen)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_summary_says_what_the_chat_template_leaves_out(tmp_path: Path, kept: bool) -> None:
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=THINKING))
+    rows = write_rows(tmp_path / "rows.jsonl", {"messages": chat("a", "<think>\nwhy\n</think>\n\nb", "c", "d")})
+    config = TrainConfig(model="m", dataset=str(rows), eval_dataset=str(rows), one_example_per_answer=kept)
+    train_data, eval_data = assembly._datasets(config, tokenizer)
+    assert len(train_data.examples) == (2 if kept else 1)
+    parts: Any = SimpleNamespace(model=skeleton(MODEL, LORA, torch.float32), lora=LORA)
+    world = World(0, 2, torch.device("cpu"), object())
+    notes = [line for line in assembly._summary(config, world, parts, train_data, eval_data, None) if "leaves" in line]
+    assert [f"{rows}:1, message 1: 'why'" in note for note in notes] == ([] if kept else [True, True])
 
 
 def test_auto_replicates_what_takes_less_than_half(monkeypatch: pytest.MonkeyPatch) -> None:

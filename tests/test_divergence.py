@@ -2,18 +2,20 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import qsharded
-from qsharded import divergence, train
+from qsharded import divergence, restart, train
 from qsharded.checkpoint.retention import newest_proved
 from qsharded.checkpoint.training import Progress, checkpoints
 from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.config import TrainConfig
 from qsharded.metrics import read_metrics
+from qsharded.resuming import Resumed
 from tests.checkpoint.test_retention import save
 from tests.checkpoint.test_writer import WORLD, write
 
@@ -22,9 +24,10 @@ BUILTIN = Path(qsharded.__file__).parent / "builtin"
 
 def arguments(output: Path, *more: str) -> list[str]:
     words = f"--model {BUILTIN}/model --dataset {BUILTIN}/train.jsonl --output-dir {output} --max-length 128 --packing"
-    words += " --per-device-train-batch-size 2 --gradient-accumulation-steps 1 --max-steps 6 --logging-steps 2"
+    words += " --per-device-train-batch-size 2 --gradient-accumulation-steps 1 --max-steps 6"
     words += " --warmup-steps 2"  # the first step at half of the rate leaves weights that can still be trained
-    return [*words.split(), *more]
+    logging = [] if "--logging-steps" in more else ["--logging-steps", "2"]
+    return [*words.split(), *logging, *more]
 
 
 def stopped_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -113,17 +116,10 @@ def test_what_is_allowed_counts_from_where_the_run_was_resumed(config: TrainConf
 
 
 def test_a_resumed_run_begins_with_nothing_skipped(tmp_path: Path) -> None:
-    from qsharded.checkpoint.training import load_checkpoint
-    from tests.checkpoint.test_writer import LORA, make
-
     with CheckpointWriter(tmp_path, WORLD, None) as to:
         save(to, 30, skipped=25)  # as versions wrote that saved what had diverged
-    progress = load_checkpoint(checkpoints(tmp_path)[0], *_loaded(make(0.0), LORA), {})
+    progress = Resumed.read(checkpoints(tmp_path)[0], WORLD).progress
     assert (progress.skipped_steps, progress.skipped_since_start) == (25, 0)
-
-
-def _loaded(made: tuple, lora: object) -> tuple:
-    return made[0], lora, made[1]
 
 
 def test_a_damaged_checkpoint_is_not_what_the_advice_names(tmp_path: Path) -> None:
@@ -138,5 +134,7 @@ def test_the_rate_to_try_next_is_a_tenth_and_no_higher_than_the_default(
     tmp_path: Path, rate: float, next_rate: str
 ) -> None:
     config = TrainConfig(model="", dataset="", output_dir=str(tmp_path), learning_rate=rate)
-    message = divergence.advice(config, WORLD, Progress(step=3, skipped_steps=1))
+    again = partial(restart.command, ["--learning-rate", str(rate), "--seed", "7"], 1)
+    message = divergence.advice(config, Progress(step=3, skipped_steps=1), again)
     assert f"--learning-rate {next_rate} " in message
+    assert f"--learning-rate {rate} " not in message

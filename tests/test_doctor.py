@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded import backends, doctor, machine, ops
+from qsharded import backends, doctor, doctor_rank, machine, ops
 from qsharded.doctor import Finding
 
 GIB = 2**30
@@ -114,8 +114,8 @@ def test_who_serves_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> 
             function.cache_clear()
 
 
-def ranks_that(monkeypatch: pytest.MonkeyPatch, **result: Any) -> list[Finding]:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+def ranks_that(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **result: Any) -> list[Finding]:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     process = SimpleNamespace(**({"returncode": 0, "stdout": "", "stderr": ""} | result))
     monkeypatch.setattr(doctor, "_run", lambda command: process)
     return list(doctor.check_ranks())
@@ -130,24 +130,103 @@ def test_ranks_that_find_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_ranks_that_fail_or_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    (failed,) = ranks_that(monkeypatch, returncode=1, stderr="warning\nRuntimeError: no route\nmore\n")
-    assert failed.is_broken
-    assert failed.text.endswith("failed: RuntimeError: no route")
+REPORT, FIREWALL, BROKEN_LINK = "no matter of the network", "look for a firewall", "NCCL_P2P_DISABLE=1"
 
+
+def said(*lines: dict[str, Any]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def failure(error: str, step: str, is_connection: bool) -> dict[str, Any]:
+    return {"failed": error, "step": step, "is_connection": is_connection}
+
+
+JOINED = {"joined": True}
+LOST = failure("RuntimeError: [gloo/pair.cc] Connection closed by peer", doctor_rank.PROBE, True)
+BUG = failure("IndexError: tuple index out of range", doctor_rank.PROBE, False)
+NO_ROUTE = failure("RuntimeError: no route", doctor_rank.JOINING, True)
+NO_MEMORY = failure("OutOfMemoryError: CUDA out of memory. Tried to", doctor_rank.SPEED, False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "gpus", "text", "remedy"),
+    [
+        ([NO_ROUTE], 1, "failed in finding each other: RuntimeError: no route", FIREWALL),
+        ([JOINED, BUG], 1, "failed in the gather of packed weights: IndexError: tuple index out of range", REPORT),
+        ([JOINED, LOST, BUG], 0, "IndexError: tuple index out of range", REPORT),  # the other rank's death is no cause
+        ([JOINED, LOST], 0, "Connection closed by peer", FIREWALL),
+        ([JOINED, LOST], 2, "Connection closed by peer", BROKEN_LINK),
+        ([JOINED, NO_MEMORY], 2, "CUDA out of memory", "nvidia-smi names them"),
+        ([], 0, "failed: ModuleNotFoundError: No module named 'x'", REPORT),  # before a rank says anything
+    ],
+)
+def test_a_failure_of_the_ranks_gets_its_own_remedy(
+    monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]], gpus: int, text: str, remedy: str
+) -> None:
+    stderr = "ModuleNotFoundError: No module named 'x'\n"
+    (found,) = ranks_that(monkeypatch, gpus, returncode=1, stdout="a warning\n" + said(*lines), stderr=stderr)
+    assert found.is_broken
+    assert text in found.text
+    assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("printed", "gpus", "text", "remedy"),
+    [
+        (None, 0, "did not find each other in 180 s", FIREWALL),
+        (said(JOINED), 0, "found each other, but did not finish in 180 s", REPORT),
+        (said(JOINED), 2, "found each other, but did not finish in 180 s", BROKEN_LINK),
+    ],
+)
+def test_ranks_that_hang(
+    monkeypatch: pytest.MonkeyPatch, printed: str | None, gpus: int, text: str, remedy: str
+) -> None:
     def hang(command: list[str]) -> None:
-        raise subprocess.TimeoutExpired(command, 180)
+        raise subprocess.TimeoutExpired(command, 180, printed)
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(doctor, "_run", hang)
     (hung,) = doctor.check_ranks()
     assert hung.is_broken
-    assert "did not find each other" in hung.text
+    assert text in hung.text
+    assert remedy in hung.remedy
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "is_connection"),
+    [
+        ("start_world", RuntimeError("no route\nframe #0: c10"), True),
+        ("check_gather", IndexError("tuple index out of range"), False),
+        ("check_gather", torch.distributed.DistBackendError("NCCL error: unhandled system error"), True),
+        ("_bandwidth", RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+    ],
+)
+def test_a_rank_says_in_which_step_it_failed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: str,
+    error: Exception,
+    is_connection: bool,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in ("check_gather", "_bandwidth"):
+        monkeypatch.setattr(doctor_rank, name, lambda world: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor_rank, step, fail)
+    with pytest.raises(type(error)):
+        doctor_rank.main()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    steps = {"start_world": doctor_rank.JOINING, "check_gather": doctor_rank.PROBE, "_bandwidth": doctor_rank.SPEED}
+    assert line == failure(f"{type(error).__name__}: {str(error).splitlines()[0]}", steps[step], is_connection)
 
 
 def test_a_launcher_that_hangs_takes_its_ranks_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A launcher that, like torchrun, ends its rank when it is asked to end itself."""
     launcher = """
 import signal, subprocess, sys
+print("joined", flush=True)
 rank = subprocess.Popen(["sleep", "600"])
 def end(*_):
     rank.terminate()
@@ -158,8 +237,9 @@ signal.signal(signal.SIGTERM, end)
 signal.pause()
 """
     monkeypatch.setattr(doctor, "_PATIENCE_S", 2)
-    with pytest.raises(subprocess.TimeoutExpired):
+    with pytest.raises(subprocess.TimeoutExpired) as late:
         doctor._run([sys.executable, "-c", launcher, str(tmp_path / "said")])
+    assert late.value.output == "joined\n"
     assert (tmp_path / "said").read_text() == "ended"
 
 

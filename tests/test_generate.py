@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from qsharded import generate as command
+from qsharded import merge, train
 from qsharded.config import parse, read_toml, write_toml
 from qsharded.data import Tokenizer
 from qsharded.generate import GenerateConfig, TextStream, main
 from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_chat_rows, write_checkpoint
 from tests.data.folders import make_folder
 from tests.data.templates import CHATML
 
@@ -44,7 +48,8 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     """Run the command and return what it prints."""
 
     def run(*flags: Any) -> str:
-        main(["--dtype", "float32", "--max-new-tokens", str(NEW), *map(str, flags)])
+        dtype = [] if "--dtype" in flags else ["--dtype", "float32"]
+        main([*dtype, "--max-new-tokens", str(NEW), *map(str, flags)])
         return capsys.readouterr().out
 
     return run
@@ -223,4 +228,51 @@ def test_mistakes_are_told_in_one_line(
     assert raised.value.code == status
     told = capsys.readouterr().err
     assert message.format(**folders) in told
+    assert "Traceback" not in told
+
+
+def broken(adapter: Path, target: Path, value: float) -> Path:
+    """A copy of the adapter with one such value."""
+    shutil.copytree(adapter, target)
+    weights = load_file(target / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][-1, 0] = value
+    save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
+def test_an_adapter_that_is_not_finite_is_refused_by_all_that_read_it(
+    tmp_path: Path, checkpoint: Path, adapter: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = broken(adapter, tmp_path / "adapter", value)
+    rows = write_chat_rows(tmp_path / "rows.jsonl", 4)
+    common = ["--model", str(checkpoint), "--adapter", str(damaged)]
+    for run, flags in (
+        (main, ["--prompt", "a"]),
+        (train.main, ["--dataset", str(rows), "--output-dir", str(tmp_path / "out")]),
+        (merge.main, ["--output", str(tmp_path / "merged")]),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            run([*common, *flags])
+        assert raised.value.code == 1
+        told = capsys.readouterr()
+        assert re.search(
+            r"layers\.1\.mlp\.down_proj\.(lora_B\.)?weight (holds NaN or infinity|is not finite)", told.err
+        )
+        assert not told.out
+
+
+def test_a_base_whose_logits_overflow_is_refused_in_a_sentence(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every weight is finite, so that loading has nothing to say."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["lm_head.weight"][:] = 3e38
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as raised:
+        main(["--model", str(tmp_path / "model"), "--prompt", "a", "--dtype", "float32"])
+    assert raised.value.code == 1
+    told = capsys.readouterr().err
+    assert "the model's logits are not finite" in told
     assert "Traceback" not in told

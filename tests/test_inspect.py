@@ -322,3 +322,22 @@ def test_a_packed_file_alone(tmp_path: Path) -> None:
     assert inspect_path(tmp_path / "model-00001-of-00002.safetensors").problems == []
     save_file({WEIGHT: nan}, tmp_path / "plain.safetensors")
     assert len(inspect_path(tmp_path / "plain.safetensors").problems) == 1
+
+
+def test_what_a_packed_checkpoint_keeps_in_16_bits_is_told(tmp_path: Path) -> None:
+    """A layer of 100 columns, and experts in one tensor, of a model that transformers alone reads."""
+    weights = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 8, 64, dtype=torch.bfloat16),
+        "model.layers.0.odd.weight": torch.zeros(4, 100, dtype=torch.bfloat16),
+        "model.layers.0.q_proj.weight": torch.zeros(8, 32, dtype=torch.uint8),
+        "model.layers.0.q_proj.weight_absmax": torch.zeros(8, 4, dtype=torch.uint8),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mixtral", "quantization_config": {"quant_method": "qsharded"}}'
+    )
+    report = inspect_path(tmp_path)
+    assert report.classes["experts in one tensor"] == 2 * 8 * 64 * 2
+    total = 2048 + 800 + 256 + 32
+    expected = f"of {total:,} bytes 2,848 are not packed: 800 of linear weights and 2,048 of experts in one tensor"
+    assert expected in report.notes

@@ -221,6 +221,12 @@ def edited(adapter: Path, target: Path, changes: dict[str, Tensor | None]) -> Pa
 LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
 
 
+def nan_at_first(*shape: int) -> Tensor:
+    values = torch.ones(shape)
+    values[0, 0] = torch.nan
+    return values
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -229,8 +235,9 @@ LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
         ({f"{LAYER}.lora_B.weight": None}, r"lacks .*layers\.1\.self_attn\.q_proj\.lora_B"),
         ({f"{LAYER}.lora_A.weight": torch.ones(4, 64)}, r"q_proj\.lora_A\.weight is \(4, 64\), the model's is \(4, 12"),
         ({f"{LAYER}.lora_B.weight": torch.full((128, 4), torch.nan)}, r"layers\.1\.self_attn\.q_proj\.weight is not f"),
+        ({f"{LAYER}.lora_B.weight": nan_at_first(128, 4)}, r"layers\.1\.self_attn\.q_proj\.weight is not finite"),
     ],
-    ids=["no-such-layer", "not-to-save", "missing", "shape", "nan"],
+    ids=["no-such-layer", "not-to-save", "missing", "shape", "nan", "nan-in-the-first-row"],
 )
 def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_left(
     tmp_path: Path, checkpoint: Path, adapter: Path, changes: dict[str, Tensor | None], message: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsharded import blockwise8, nf4
 from tests.golden import nf4_tensors
-from tests.kernels.cases import assert_same_bits, every_finite_half, hard_weight, random_weight
+from tests.kernels.cases import assert_same_bits, every_finite_half, hard_weight, random_weight, rounding_ties
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GOLDEN = nf4_tensors()
@@ -281,6 +281,12 @@ def test_every_byte_decodes_to_its_two_levels_at_every_scale(name: str) -> None:
     for row, scale in zip(decoded, scales, strict=True):
         levels = [nf4.LEVELS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
         assert_same_bits(row, (torch.tensor(levels) * scale).to(DTYPES[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_rounds_ties_to_even(dtype: torch.dtype) -> None:
+    encoded, expected = rounding_ties(dtype)
+    assert_same_bits(nf4.decode(encoded.codes, encoded.absmax, dtype), expected)
 
 
 @all_dtypes

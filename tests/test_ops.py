@@ -449,6 +449,18 @@ def test_autocast_leaves_the_output_in_the_dtype_of_x() -> None:
         assert ops.nf4_linear(random(3, K), *double()).dtype == torch.float32
 
 
+def test_backward_inside_autocast_is_that_outside_to_the_last_bit() -> None:
+    """PyTorch widens a gradient of another dtype again, when its bits are lost."""
+    packed, grad = double(), random(3, N)
+    expected = Q.nf4_linear_input_grad(grad, *packed)
+    x = random(3, K, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Q.nf4_linear_input_grad(grad, *packed).dtype == torch.float32
+        ops.nf4_linear(x, *packed).backward(grad)
+    assert x.grad is not None
+    assert_same_bits(x.grad, expected)
+
+
 # --- errors: of the operation, and of its fake alike ---
 
 Arguments = dict[str, Tensor | None]

@@ -166,7 +166,7 @@ def test_the_last_checkpoint_does_not_go_missing_without_a_word(
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(model, dataset, tmp_path / "out", save_steps=2))
     assert stopped.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+    (last,) = capsys.readouterr().err.splitlines()
     assert "step-000003 was not written: " in last
     assert last.endswith(f"The adapter was written to {tmp_path}/out/adapter")
     assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == 1

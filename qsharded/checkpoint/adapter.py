@@ -1,6 +1,6 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qsharded.agreement import groups_sharing, refused_by_all
 from qsharded.checkpoint.files import Parts, write_json, write_tensors
 from qsharded.checkpoint.source import read_json
-from qsharded.nn.lora import ALL_LINEAR, LoRAConfig, lora_layers
+from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn.lora import lora_layers
+from qsharded.nn.lora_config import ALL_LINEAR, ends_with
 from qsharded.shards import local, own_rows, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -42,9 +45,10 @@ def save_adapter(
     *,
     base_model: str,
     revision: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     is_main: bool = True,
 ) -> None:
-    """Write the adapter of ``model`` into ``folder``, in PEFT's names.
+    """Write the adapter of ``model`` into ``folder``, in PEFT's names, ``metadata`` into its safetensors file.
 
     Every rank calls this: one trainable parameter after the other is gathered, and the main rank writes. Frozen
     weights are not touched.
@@ -61,7 +65,7 @@ def save_adapter(
         return
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: Parts(tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in weights.items()}
-    write_tensors(folder / WEIGHTS_FILE, parts, {"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, parts, {"format": "pt", **(metadata or {})})
     write_json(folder / CONFIG_FILE, peft_config(model, config, base_model, revision))
 
 
@@ -89,10 +93,14 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
 
 
 def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
-    """ "all-linear" is written out as the layers' own names: each library understands another set by it."""
-    if config.target_modules != ALL_LINEAR:
+    """ "all-linear" is written out as the layers' own names: each library understands another set by it. A name that
+    adapts nothing, as an adapter that was read may have it, is not written again."""
+    names = [name for name, _ in lora_layers(model)]
+    if config.target_modules == ALL_LINEAR:
+        return sorted({name.rpartition(".")[2] for name in names})
+    if isinstance(config.target_modules, str):
         return config.target_modules
-    return sorted({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+    return [target for target in config.target_modules if any(ends_with(name, target) for name in names)]
 
 
 def _written_saved(model: nn.Module, config: LoRAConfig) -> list[str] | None:
@@ -115,7 +123,7 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     if unknown or read.get("bias", "none") != "none":
         raise ValueError(f"{path}: not supported: " + ", ".join(f"{k} = {read[k]!r}" for k in unknown or ["bias"]))
     _refuse_changed_base(read.get("init_lora_weights"), path)
-    return LoRAConfig(
+    lora = LoRAConfig(
         r=read.get("r", 8),
         lora_alpha=read.get("lora_alpha", 8),
         lora_dropout=read.get("lora_dropout", 0.0),
@@ -125,7 +133,18 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
         alpha_pattern=read.get("alpha_pattern") or {},
         modules_to_save=read.get("modules_to_save") or [],
         dtype=dtype,
+        strict=False,
     )
+    _refuse_tied_adapters(read, lora, path)
+    return lora
+
+
+def _refuse_tied_adapters(read: dict[str, Any], lora: LoRAConfig, path: Path) -> None:
+    """Where nothing of the embedding or the head trains, the setting is without effect."""
+    if read.get("ensure_weight_tying"):
+        for name in ("model.embed_tokens", "lm_head"):
+            if lora.is_target(name) or lora.is_saved(name):
+                raise ValueError(f"{path}: not supported: ensure_weight_tying = True with an adapter on {name}")
 
 
 def _refuse_changed_base(start: Any, path: Path) -> None:
@@ -143,19 +162,49 @@ def _is_set(key: str, value: Any) -> bool:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill the trainable parameters of ``model`` from ``folder``; each rank reads its own rows.
 
+    PEFT writes the weight of an adapted embedding or head beside its adapter and reads it in the base's place. So here.
+
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
-            shapes. The first at fault is named.
+            shapes, or not finite. The first at fault is named, and on every rank it is the same one.
     """
-    path = folder / WEIGHTS_FILE
     parameters = dict(trainable(model))
+    device = next((local(p).device for p in parameters.values()), torch.device("cpu"))
+    with refused_by_all(groups_sharing(parameters.values()), device):
+        _fill(parameters, dict(_own_bases(model)), folder / WEIGHTS_FILE)
+
+
+def _fill(parameters: Mapping[str, Tensor], own_bases: Mapping[str, Tensor], path: Path) -> None:
     with open_weights(path) as file:
-        surplus, missing = sorted(set(file.keys()) - parameters.keys()), sorted(parameters.keys() - set(file.keys()))
+        names = set(file.keys())
+        filled = {**parameters, **{name: base for name, base in own_bases.items() if name in names}}
+        surplus, missing = sorted(names - filled.keys()), sorted(filled.keys() - names)
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
             raise ValueError(f"{path} {fault}")
-        for name, parameter in parameters.items():
+        for name, parameter in filled.items():
             copy_rows(file, name, parameter, path)
+    _refuse_not_finite(filled, path)
+
+
+def own_base(layer: str) -> str:
+    """What the frozen weight under the adapter on ``layer`` is called."""
+    return f"{layer}.base_layer.weight"
+
+
+def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in an adapter file, frozen weight in 16 or 32 bits) of every adapted layer that has one."""
+    for name, layer in lora_layers(model):
+        if not isinstance(layer.base_layer, NF4Linear):
+            yield PREFIX + own_base(name), layer.base_layer.get_parameter("weight")
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Of this rank's rows. Nothing is known of a model on the meta device."""
+    for name, tensor in tensors.items():
+        own = local(tensor).detach()
+        if not own.is_meta and not own.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or its training diverged")
 
 
 def open_weights(path: Path) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded import backends, nf4, ops
+from qsharded.agreement import Groups, refused_by_all
 from qsharded.checkpoint.pieces import Piece, WeightSource, pieces_of
 from qsharded.nf4 import Kind
 from qsharded.nn import NF4Linear
@@ -30,23 +31,37 @@ class Fill(Protocol):
     def take(self, piece: Piece, values: Tensor) -> None:
         """The next of the pieces, in the dtype it is stored in, flat; good during this call alone."""
 
+    def check(self) -> None:
+        """All pieces were taken. Raise ValueError where they are not sound; the other ranks learn of it."""
+
     def finish(self, device: torch.device) -> None:
-        """All pieces were taken, on ``device``. Ranks that have none come here too."""
+        """All pieces are sound on every rank, on ``device``. Ranks that have none come here too."""
 
 
-def run(fills: Iterable[Fill], source: WeightSource, device: torch.device) -> None:
-    """Carry out ``fills`` in order on ``device``, reading ahead meanwhile."""
+def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, groups: Groups = ()) -> None:
+    """Carry out ``fills`` in order on ``device``, reading ahead meanwhile.
+
+    Args:
+        groups: those of the ranks that carry out the same fills, each its own rows.
+
+    Raises:
+        ValueError, OSError: what is read is damaged, or cannot be read: alike on all these ranks.
+    """
     fills = list(fills)
     with closing(source.stream([piece for fill in fills for piece in fill.pieces], device)) as stream:
-        take_all(fills, source, stream, device)
+        take_all(fills, source, stream, device, groups)
 
 
 @torch.no_grad()
-def take_all(fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device) -> None:
+def take_all(
+    fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device, groups: Groups = ()
+) -> None:
     """Give ``fills`` their pieces out of ``stream``, which has the bytes of all in their order."""
     for fill in fills:
-        for piece in fill.pieces:
-            fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+        with refused_by_all(groups, device):
+            for piece in fill.pieces:
+                fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+            fill.check()
         fill.finish(device)
 
 
@@ -54,32 +69,29 @@ class RowsFill:
     """Rows that are kept as they are stored, but for the dtype.
 
     Args:
-        target: this rank's rows, from row ``first`` on of the stored tensor. uint8 takes the bytes of any dtype.
-        group: the ranks that share the tensor.
+        target: this rank's rows, from row ``first`` on of the stored tensor. uint8 takes the bytes of any dtype, and
+            any dtype takes stored uint8 as its bytes.
     """
 
-    def __init__(
-        self,
-        source: WeightSource,
-        name: str,
-        target: Tensor,
-        first: int = 0,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        self._target, self._first, self._finite = target, first, FiniteCheck(name, group)
-        size = 1 if target.dtype == torch.uint8 else source.dtype(name).itemsize
+    def __init__(self, source: WeightSource, name: str, target: Tensor, first: int = 0) -> None:
+        self._target, self._first, self._finite = target, first, FiniteCheck(name)
+        self._takes_bytes = torch.uint8 in (target.dtype, source.dtype(name))
+        size = target.itemsize if self._takes_bytes else source.dtype(name).itemsize
         row_bytes = math.prod(target.shape[1:]) * size
         self.pieces = pieces_of(source, name, first, first + target.shape[0], row_bytes)
 
     def take(self, piece: Piece, values: Tensor) -> None:
-        if self._target.dtype == torch.uint8:
-            values = values.view(torch.uint8)
+        if self._takes_bytes:
+            values = values.view(self._target.dtype)
         self._finite.add(values)
         target = self._target[piece.start - self._first : piece.stop - self._first]
         target.copy_(values.view(target.shape))
 
+    def check(self) -> None:
+        self._finite.demand()
+
     def finish(self, device: torch.device) -> None:
-        self._finite.demand(device)
+        """Nothing is left to do."""
 
 
 class PackedSink(Protocol):
@@ -104,7 +116,7 @@ class QuantizingFill:
 
     def __init__(self, source: WeightSource, name: str, K: int, rows: RowRange, kind: Kind, sink: PackedSink) -> None:
         self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
-        self._finite = FiniteCheck(name, rows.group)
+        self._finite = FiniteCheck(name)
         self._absmax: list[Tensor] = []
         self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
@@ -115,8 +127,10 @@ class QuantizingFill:
         self._sink.put_codes(piece.start, codes_NP)
         self._absmax.append(absmax_NG)
 
+    def check(self) -> None:
+        self._finite.demand()
+
     def finish(self, device: torch.device) -> None:
-        self._finite.demand(device)
         absmax, self._absmax = self._absmax, []
         empty = torch.empty(0, self._K // self._kind.block_size, dtype=torch.float32, device=device)
         self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
@@ -165,26 +179,19 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.Process
 
 
 class FiniteCheck:
-    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it.
+    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it."""
 
-    The ranks of ``group`` share the tensor, and learn of each other's: one that raised alone would leave the others in
-    the next collective.
-    """
-
-    def __init__(self, name: str, group: dist.ProcessGroup | None = None) -> None:
-        self._name, self._group = name, group
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._all: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Look at these too; bytes and codes always are."""
-        if values.is_floating_point():
+        """Look at these too; bytes and codes always are, and so are the rows of a rank that has none."""
+        if values.is_floating_point() and values.numel():
             finite = nf4.all_finite(values)
             self._all = finite if self._all is None else self._all & finite
 
-    def demand(self, device: torch.device) -> None:
-        """Raise ValueError unless all that was looked at is finite, here and on the other ranks."""
-        if self._all is None and self._group is None:
-            return
-        finite = torch.ones((), dtype=torch.int32, device=device) if self._all is None else self._all.to(torch.int32)
-        _all_reduce(finite, dist.ReduceOp.MIN, self._group)
-        nf4.refuse_not_finite(finite.bool(), self._name)
+    def demand(self) -> None:
+        """Raise ValueError unless all that was looked at, on this rank, is finite."""
+        if self._all is not None:
+            nf4.refuse_not_finite(self._all, self._name)

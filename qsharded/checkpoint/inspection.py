@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from qsharded.checkpoint.quantized import CONFIG_KEY, Packing, own_config, own_k
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder, read_json
 from qsharded.checkpoint.training import STATE_FILE
+from qsharded.checkpoint.tying import EMBEDDING, HEAD, open_tied
 from qsharded.models import ModelConfig
+from qsharded.models.config import declared_dtype
 from qsharded.nf4 import NF4_64, Kind
 
 INDEX = "model.safetensors.index.json"
@@ -141,6 +144,7 @@ def _model(folder: Path) -> Report:
     ]
     codes = packed_bytes(tensors)
     report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
+    _note_unpacked(report)
     if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
         _check_against_config(report, folder, described, tensors)
     return report
@@ -149,7 +153,7 @@ def _model(folder: Path) -> Report:
 def _model_kind(described: Mapping[str, Any]) -> str:
     said = described.get("quantization_config") or {}
     method = said.get("quant_method", "an unknown quantization") if isinstance(said, dict) else str(said)
-    form = f"packed by {method}" if said else f"in {described.get('dtype', described.get('torch_dtype', '16 bits'))}"
+    form = f"packed by {method}" if said else f"in {declared_dtype(described) or '16 bits'}"
     return f"Hugging Face checkpoint of a {described.get('model_type', 'model of no type')}, {form}"
 
 
@@ -179,7 +183,18 @@ def _model_class(tensor: Stored, codes: Container[str]) -> str:
         return "codes"
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return "embedding and head"
+    if len(tensor.shape) > 2:
+        return "experts in one tensor"
     return "linear weights" if len(tensor.shape) == 2 else "norms and others"
+
+
+def _note_unpacked(report: Report) -> None:
+    """What of a packed checkpoint is not, though it is neither embedding nor head."""
+    unpacked = {kind: report.classes[kind] for kind in ("linear weights", "experts in one tensor")}
+    if report.classes["codes"] and any(unpacked.values()):
+        total = sum(report.classes.values())
+        named = " and ".join(f"{size:,} of {kind}" for kind, size in unpacked.items() if size)
+        report.notes.append(f"of {total:,} bytes {sum(unpacked.values()):,} are not packed: {named}")
 
 
 def _check_against_config(
@@ -195,13 +210,26 @@ def _check_against_config(
     except ValueError as error:
         report.problems.append(str(error))
         return
-    shapes = expected_shapes(skeleton(config, None, torch.bfloat16, kind=None))
+    shapes = _shapes(report, folder, config)
     expected = expected_tensors(shapes, tensors, kind.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))
     report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
     for name in sorted(expected.keys() & tensors.keys()):
         report.problems += [f"{name} {fault}" for fault in expected[name].faults(tensors[name])]
+
+
+def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of the model's weights in 16 bits, by the names that the files must have."""
+    with suppress(ValueError):  # damaged files, which the scan has named
+        as_stored, source = open_tied(folder, config)
+        if as_stored != config:
+            report.notes.append(
+                f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: it is used as stored"
+            )
+        shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, kind=None))
+        return {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}
+    return expected_shapes(skeleton(config, None, torch.bfloat16, kind=None))
 
 
 def _kind(folder: Path, described: Mapping[str, Any], names: Iterable[str]) -> Kind:
@@ -234,24 +262,34 @@ def _check_adapter(report: Report, folder: Path, adapter: Path) -> None:
     except ValueError as error:
         report.notes.append(f"ranks were not checked: {error}")
         return
-    for name, tensor in sorted(tensors.items()):
-        if name.endswith(".lora_A.weight"):
-            layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            report.problems += _pair_faults(layer, lora.rank(layer), tensor, tensors)
-        if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") not in tensors:
-            report.problems.append(f"{name} has no lora_A beside it")
+    for pair in _PAIRS:
+        of = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in pair if name.endswith(end)}
+        for layer in sorted(of):
+            report.problems += _pair_faults(layer, lora.rank(layer), pair, tensors)
 
 
-def _pair_faults(layer: str, rank: int, a: Stored, tensors: Mapping[str, Stored]) -> list[str]:
-    b = tensors.get(a.name.replace(".lora_A.", ".lora_B."))
-    if b is None:
-        return [f"{a.name} has no lora_B beside it"]
+# The two halves of an adapter, on a linear layer and on an embedding.
+_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+
+
+def _part(ending: str) -> str:
+    return ending.removeprefix(".").removesuffix(".weight")
+
+
+def _pair_faults(layer: str, rank: int, pair: tuple[str, str], tensors: Mapping[str, Stored]) -> list[str]:
+    a, b = (tensors.get(PREFIX + layer + ending) for ending in pair)
+    part_a, part_b = map(_part, pair)
+    if a is None or b is None:
+        there, lacking = (pair[1], part_a) if a is None else (pair[0], part_b)
+        return [f"{PREFIX}{layer}{there} has no {lacking} beside it"]
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-        return [f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}, {CONFIG_FILE} gives rank {rank}"]
+        return [f"{layer}: {part_a} is {list(a.shape)}, {part_b} {list(b.shape)}, {CONFIG_FILE} gives rank {rank}"]
     return []
 
 
 def _adapter_class(tensor: Stored) -> str:
+    if tensor.name.endswith(".base_layer.weight"):
+        return "base layers of adapters"
     return "adapters" if ".lora_" in tensor.name else "modules trained in full"
 
 

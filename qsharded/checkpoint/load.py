@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from qsharded.agreement import groups_of, refused_by_all
 from qsharded.autograd.modes import Mode
 from qsharded.checkpoint import filling
 from qsharded.checkpoint.pieces import WeightSource
 from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
+from qsharded.checkpoint.tying import HEAD, open_tied
 from qsharded.layout import SHARDED, Layout, lay_out
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nf4 import NF4_64, Kind
 from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
-from qsharded.nn.lora import initial_A, lora_layers
+from qsharded.nn.lora import reset_adapters
 from qsharded.nn.quantize import Filter
 from qsharded.shards import local, own_rows
 
@@ -57,13 +59,15 @@ def load_model(
 
     Raises:
         ValueError: an architecture, a configuration key or a quantization that is unknown; tensors that are missing,
-            surplus, of another shape, truncated, or not finite. Each is named.
+            surplus, of another shape, truncated, or not finite. Each is named, and on every rank it is the same one.
+        OSError: a file that cannot be read, likewise.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
-    folder = find_checkpoint(path_or_id, revision, weights=not random_init)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    outline = Outline.of(folder, lora, dtype, random_init=random_init)
+    with refused_by_all(groups_of(mesh), device):
+        folder = find_checkpoint(path_or_id, revision, weights=not random_init)
+        outline = Outline.of(folder, lora, dtype, random_init=random_init)
     return outline.filled(mesh, device, layout=layout, checkpointing=activation_checkpointing, seed=seed)
 
 
@@ -72,26 +76,29 @@ class Outline:
     """A model that is known, and not yet read: ``model`` is on the meta device.
 
     Attributes:
+        source: its files; None draws the weights at random.
         packed: the checkpoint, where it is packed already.
     """
 
-    folder: Path
     model: CausalLM
     dtype: torch.dtype
+    source: SafetensorsFolder | None
     packed: PackedCheckpoint | None
-    random_init: bool
 
     @classmethod
     def of(cls, folder: Path, lora: LoRAConfig | None, dtype: torch.dtype, *, random_init: bool) -> "Outline":
-        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``.
+        """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``. No rank waits for another.
 
         Raises:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
         config, packing = ModelConfig.from_hf(described), read_packing(described)
-        packed = None if random_init else PackedCheckpoint.at(folder, packing)
-        return cls(folder, skeleton(config, lora, dtype, packed), dtype, packed, random_init)
+        if random_init:
+            return cls(skeleton(config, lora, dtype), dtype, None, None)
+        config, source = open_tied(folder, config)
+        packed = PackedCheckpoint.at(source, packing)
+        return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
 
     def filled(
         self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Mode, seed: int
@@ -99,13 +106,19 @@ class Outline:
         """The model in memory; the arguments and errors are those of :func:`load_model`. Once: it is the same one."""
         param_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         lay_out(self.model, mesh, device, layout=layout, checkpointing=checkpointing, param_dtype=param_dtype)
-        if self.packed is not None:
-            filling.run(_packed_fills(self.model, self.packed), self.packed.source, device)
-        else:
-            source = RandomWeights(seed, 0.02, device, {}) if self.random_init else SafetensorsFolder(self.folder)
-            filling.run(quantizing_fills(self.model, source), source, device)
-        _fill_adapters(self.model, seed)
+        groups = groups_of(mesh)
+        with refused_by_all(groups, device):
+            fills, source = self._fills(device, seed)
+        filling.run(fills, source, device, groups)
+        reset_adapters(self.model, seed)
         return self.model
+
+    def _fills(self, device: torch.device, seed: int) -> tuple[list[filling.Fill], WeightSource]:
+        """What fills this rank's part of the model, and out of what."""
+        if self.packed is not None:
+            return _packed_fills(self.model, self.packed), self.packed.source
+        source = self.source or RandomWeights(seed, 0.02, device, {})
+        return quantizing_fills(self.model, source), source
 
 
 def skeleton(
@@ -206,8 +219,7 @@ def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Itera
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
-        as_stored = absmax.view(packed.source.dtype(parts.absmax))
-        yield filling.RowsFill(packed.source, parts.absmax, as_stored, first)
+        yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
         return
     absmax.view(torch.uint8)[:, G:].zero_()
     yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
@@ -229,8 +241,7 @@ def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
 
 
 def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> filling.Fill:
-    rows = own_rows(parameter)
-    return filling.RowsFill(source, name, local(parameter).detach(), rows.start, rows.group)
+    return filling.RowsFill(source, name, local(parameter).detach(), own_rows(parameter).start)
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -239,12 +250,14 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if ".lora_A" in prefix or ".lora_B" in prefix:
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
+            if ".lora_embedding_" in name:
+                continue
             if not (isinstance(module, NF4Linear) and parameter is not module.bias) and not _is_tied_head(model, name):
                 yield name, parameter
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:
-    return name == "lm_head.weight" and model.get_parameter(name) is model.get_parameter("model.embed_tokens.weight")
+    return name == HEAD and isinstance(model, CausalLM) and model.get_parameter(name) is model.embedding_weight
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -260,12 +273,3 @@ def _plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def parameter_count(model: nn.Module) -> int:
     """How many parameters the checkpoint behind ``model`` has, adapters left out."""
     return sum(math.prod(shape) for shape in expected_shapes(model).values())
-
-
-@torch.no_grad()
-def _fill_adapters(model: nn.Module, seed: int) -> None:
-    for name, layer in lora_layers(model):
-        rows = own_rows(layer.lora_A.weight)
-        whole_A = initial_A(name, seed, *layer.lora_A.weight.shape)
-        local(layer.lora_A.weight).copy_(whole_A[rows.start : rows.stop])
-        local(layer.lora_B.weight).zero_()

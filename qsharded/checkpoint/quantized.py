@@ -21,7 +21,6 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -103,7 +102,8 @@ class Packing:
         _check_bytes(source, parts.codes, N * K // 2)
         values = N * K // self.kind.block_size
         if not self.double_quant:
-            _check_bytes(source, parts.absmax, values * torch.float32.itemsize)
+            dtype = torch.uint8 if self.form == QUANT_METHOD else torch.float32
+            _check_kind(source, parts.absmax, dtype, values * torch.float32.itemsize // dtype.itemsize)
             return parts
         _check_kind(source, parts.absmax, torch.uint8, values)
         assert parts.scales is not None
@@ -161,15 +161,14 @@ class PackedCheckpoint:
     weights: frozenset[str]
 
     @classmethod
-    def at(cls, folder: Path, packing: Packing | None) -> "PackedCheckpoint | None":
-        """The one in ``folder``; None where nothing is packed in it.
+    def at(cls, source: SafetensorsFolder, packing: Packing | None) -> "PackedCheckpoint | None":
+        """The one in ``source``; None where nothing is packed in it.
 
         Raises:
             ValueError: nothing is, though config.json says so.
         """
         if packing is None:
             return None
-        source = SafetensorsFolder(folder)
         weights = packing.weights(source)
         return cls(source, packing.as_stored(source, min(weights)), frozenset(weights))
 

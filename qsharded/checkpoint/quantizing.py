@@ -20,6 +20,7 @@ from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.pieces import Piece, pieces_of
 from qsharded.checkpoint.quantized import Form, Packing
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
+from qsharded.checkpoint.tying import described_as, open_tied
 from qsharded.checkpoint.writing import SafetensorsFile, Spec
 from qsharded.models import ModelConfig
 from qsharded.nf4 import NF4_64, Kind
@@ -48,8 +49,9 @@ def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torc
     described = read_json(checkpoint / "config.json")
     if quantized.read_packing(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
-    model = skeleton(ModelConfig.from_hf(described), None, torch.bfloat16, Packing(form, kind=kind))
-    writer = _Writer(SafetensorsFolder(checkpoint), packed_layers(model), form, kind, device)
+    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    model = skeleton(config, None, torch.bfloat16, Packing(form, kind=kind))
+    writer = _Writer(source, packed_layers(model), form, kind, device)
     names_of = writer.names_by_file(expected_shapes(model))
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if (checkpoint / INDEX).exists():
@@ -57,7 +59,7 @@ def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torc
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     said = quantized.own_config(kind) if form == "qsharded" else _bitsandbytes_config(model, writer)
-    write_json(target / "config.json", described | {quantized.CONFIG_KEY: said})
+    write_json(target / "config.json", described_as(described, config) | {quantized.CONFIG_KEY: said})
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,11 @@ class _CopyFill:
         self._finite.add(values)
         self._file.write(piece.name, values, piece.start * piece.row_bytes)
 
+    def check(self) -> None:
+        self._finite.demand()
+
     def finish(self, device: torch.device) -> None:
-        self._finite.demand(device)
+        """Nothing is left to do."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,19 @@ damaged, whichever of them is right.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from qsharded.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, Manifest, read_manifest, verify
-from qsharded.checkpoint.source import read_json
-from qsharded.checkpoint.training import ADAPTER, OPTIMIZER, STATE_FILE, checkpoints, has_step_name, step_of
+from qsharded.checkpoint.training import (
+    ADAPTER,
+    OPTIMIZER,
+    STATE_FILE,
+    Progress,
+    checkpoints,
+    has_step_name,
+    read_progress,
+    step_of,
+)
 
 UNREADABLE = (ValueError, OSError, RecursionError)
 """What reading a checkpoint raises where it is damaged, of another version, or not to be read."""
@@ -39,8 +46,7 @@ def read_sound(folder: Path) -> Checkpoint:
     """
     manifest = verify(folder)
     _check_complete(folder, manifest)
-    skipped = _checked_state(folder, manifest).get("skipped_steps", 0)
-    return Checkpoint(folder, manifest.step, manifest.step - skipped)
+    return Checkpoint(folder, manifest.step, _checked_progress(folder, manifest).applied_steps)
 
 
 def agreed_step(folder: Path) -> int:
@@ -50,19 +56,19 @@ def agreed_step(folder: Path) -> int:
         as :func:`read_sound`.
     """
     manifest = read_manifest(folder)
-    _checked_state(folder, manifest)
+    _checked_progress(folder, manifest)
     return manifest.step
 
 
-def _checked_state(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    state = read_json(folder / STATE_FILE)
-    if state.get("step") != manifest.step:
+def _checked_progress(folder: Path, manifest: Manifest) -> Progress:
+    progress = read_progress(folder)
+    if progress.step != manifest.step:
         raise DamagedCheckpoint(
-            f"{folder} is damaged: {STATE_FILE} says step {state.get('step')!r}, {MANIFEST_FILE} {manifest.step}"
+            f"{folder} is damaged: {STATE_FILE} says step {progress.step!r}, {MANIFEST_FILE} {manifest.step}"
         )
     if has_step_name(folder) and step_of(folder) != manifest.step:
         raise DamagedCheckpoint(f"{folder} is named after another step than its {MANIFEST_FILE} says: {manifest.step}")
-    return state
+    return progress
 
 
 def _check_complete(folder: Path, manifest: Manifest) -> None:

@@ -109,12 +109,22 @@ class SafetensorsFolder:
     """The safetensors of a checkpoint folder, one file or an index of shards; no file is read beyond what is asked.
 
     Bytes are read, not mapped: mapped pages would count as this process's memory.
+
+    Attributes:
+        renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
     """
 
     folder: Path
+    renamed: tuple[str, str] | None = None
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
+        stored = self._in_files()
+        if self.renamed is not None:
+            stored[self.renamed[1]] = stored.pop(self.renamed[0])
+        return stored
+
+    def _in_files(self) -> dict[str, Stored]:
         if (self.folder / INDEX).exists():
             return self._read_index()
         path = self.folder / _SINGLE

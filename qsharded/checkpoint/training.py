@@ -5,6 +5,7 @@ a file for each rank that wrote it. :mod:`qsharded.checkpoint.writer` writes the
 tells which are fit to go on from, :mod:`qsharded.checkpoint.retention` which stay.
 """
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,10 @@ class Progress:
         epoch, row: the data's cursor.
         skipped_steps: steps left out for a gradient that was not finite.
         skipped_before: those of them before the run was last resumed, which ``--max-skipped-steps`` does not count.
-        window: what has been summed since the last log line.
-        settings: what decides which rows a step takes; a run is resumed under the same settings only.
+        window: what has been summed since the last log line; NaN, after a skipped step, is null in the file.
+        settings: the options that matter when a run goes on; :mod:`qsharded.config.continuing` says how.
+        data, base: fingerprints of the rows and of the base weights; empty where an older version wrote them.
+        changes: of options, each with the step from which it holds.
     """
 
     step: int = 0
@@ -49,6 +52,9 @@ class Progress:
     skipped_steps: int = 0
     window: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
     skipped_before: int = 0
 
     @property
@@ -62,30 +68,26 @@ class Progress:
         return self.step - self.skipped_steps
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer, settings: Mapping[str, Any]
-) -> Progress:
-    """Fill adapter and optimizer from ``folder``, each rank its own rows, and return where the run stood.
+def load_checkpoint(folder: Path, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer) -> None:
+    """Fill adapter and optimizer from ``folder``, each rank its own rows.
 
     The number of ranks may be another than the one that wrote it.
 
     Raises:
-        ValueError: a file that is missing, damaged, or of another model; an adapter of other settings than ``lora``, or
-            a run of others than ``settings``.
+        ValueError: a file that is missing, damaged, or of another model; an adapter of other settings than ``lora``.
     """
-    progress = _read_progress(folder / STATE_FILE)
     adapter = read_json(folder / ADAPTER / CONFIG_FILE)
-    _refuse_other(peft_config(model, lora, ""), adapter, folder, leave={"base_model_name_or_path", "revision"})
-    _refuse_other(settings, progress.settings, folder)
+    # another base is told by its fingerprint, another dropout is the user's to choose
+    leave = {"base_model_name_or_path", "revision", "lora_dropout"}
+    refuse_other(peft_config(model, lora, ""), adapter, folder, leave)
     load_adapter(model, folder / ADAPTER)
     files = [name for name in read_manifest(folder).files if name.startswith(OPTIMIZER)]
     with opened(folder, files) as written:
         load_state(model, optimizer, written)
-    progress.skipped_before = progress.skipped_steps
-    return progress
 
 
-def _refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path, leave: Container[str] = ()) -> None:
+def refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path, leave: Container[str] = ()) -> None:
+    """Raise ValueError where ``then``, of the checkpoint in ``folder``, has another value than ``now``."""
     for key, value in now.items():
         if key not in leave and then.get(key) != value:
             raise ValueError(
@@ -94,11 +96,19 @@ def _refuse_other(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path,
             )
 
 
-def _read_progress(path: Path) -> Progress:
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood that wrote the checkpoint in ``folder``.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another version.
+    """
+    path = folder / STATE_FILE
     try:
-        return Progress(**read_json(path))
-    except TypeError as error:
+        progress = Progress(**read_json(path))
+        progress.window = {key: math.nan if value is None else value for key, value in progress.window.items()}
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not of this version: {error}") from None
+    return progress
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

@@ -7,10 +7,12 @@ checkpoint and renames the folder. So a folder without that ending is complete a
 
 import errno
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,8 +21,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qsharded.agreement import first_error, main_rank_does
+from qsharded.agreement import first_error, found_by_main
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from qsharded.checkpoint.base import base_metadata
 from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.manifest import Manifest, write_manifest
@@ -38,15 +41,23 @@ from qsharded.checkpoint.training import (
 from qsharded.durable import sync_folder
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
+from qsharded.strict_json import without_nan
 
 _WEIGHTS = "weights"
-_PATIENCE_S = 1800  # for the slowest rank's disk, once the main rank's own files are written
+# For the slowest rank's disk, once the main rank's own files are written. All ranks write alike, so one that is minutes
+# behind has a broken disk or another folder; half of NCCL's 10 minutes, so that this is what the user reads, and no
+# time-out of ranks that wait for the main one in a collective.
+_PATIENCE_S = 300
 _POLL_S = 0.05
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointNotWritten(RuntimeError):
     """A checkpoint could not be written; the message says which, and why."""
+
+
+class _Abandoned(CheckpointNotWritten):
+    """The run has ended with an error of its own while the main rank waited for the others' files."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,6 @@ class CheckpointWriter:
         keep: how many checkpoints stay, the newest, and until the newest is proved (see ``retention``) the newest that
             is; None keeps all.
         refusal: why no checkpoint is written of such a progress, or None; the main rank asks it.
-
-    Attributes:
-        refused: what ``refusal`` last said.
     """
 
     def __init__(
@@ -89,10 +97,11 @@ class CheckpointWriter:
         refusal: Callable[[Progress], str | None] = lambda progress: None,
     ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
-        self._refusal, self.refused = refusal, ""
+        self._refusal = refusal
         self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._abandoned = threading.Event()
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -101,8 +110,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._abandoned.set()  # it may be that of a rank whose files will never come
         try:
             self.wait()
+        except _Abandoned:
+            pass
         except Exception as failure:
             if error is None:
                 raise
@@ -119,17 +132,18 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
-    ) -> bool:
-        """Have a checkpoint written of what everything is now. It first waits for the one before.
+    ) -> str | None:
+        """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
 
-        Returns whether one is written; where ``refusal`` is against it, that is printed.
+        Returns None, or why none is written, on all ranks: what ``refusal`` has said.
 
         Raises:
             CheckpointNotWritten: the one before could not be written; on all ranks.
         """
         self._wait_for_all()
-        if self._is_refused(progress):
-            return False
+        refused = found_by_main(self._world, partial(self._look_for_refusal, progress))
+        if refused is not None:
+            return refused
         rank = self._world.rank
         tensors = {
             _WEIGHTS: self._copied(_WEIGHTS, own_weights(model, rank)),
@@ -139,37 +153,30 @@ class CheckpointWriter:
             checkpoint_folder(self._output_dir, progress.step),
             tensors,
             mark_stream(self._world.device),
-            asdict(progress),
+            without_nan(asdict(progress)),
             peft_config(model, lora, base_model, revision),
         )
         self._pending = self._thread.submit(self._write, job)
         self._unproved = progress.applied_steps
-        return True
+        return None
 
     def _wait_for_all(self) -> None:
+        """Not in the next collective of training, which has a time-out, while a disk is slow."""
         failed: CheckpointNotWritten | None = None
         try:
-            self._settle()
+            self.settle()
         except CheckpointNotWritten as error:
             failed = error
         if said := first_error(self._world, failed):
             raise CheckpointNotWritten(said) from failed
 
-    def _is_refused(self, progress: Progress) -> bool:
-        """On all ranks alike. No rank writes now, so what is left of a checkpoint that failed can go."""
-
-        def ask() -> str | None:
+    def _look_for_refusal(self, progress: Progress) -> str | None:
+        """No rank writes now, so what is left of a checkpoint that failed can go, and makes room."""
+        try:
             drop_partial_checkpoints(self._output_dir)
             return self._refusal(progress)
-
-        refused = main_rank_does(self._world, ask)
-        if refused is None:
-            return False
-        self.refused = refused
-        if self._world.is_main:
-            name = checkpoint_folder(self._output_dir, progress.step).name
-            print(f"warning: checkpoint {name} is left out: {refused}", file=sys.stderr)
-        return True
+        except OSError as error:
+            return str(error)
 
     def _copied(self, kind: str, tensors: RankTensors) -> RankTensors:
         copy = self._copies.copy
@@ -181,7 +188,7 @@ class CheckpointWriter:
         Where ``progress`` proves the newest checkpoint, the older one that was kept in its stead goes.
         """
         if self._pending is not None and self._pending.done():
-            self._settle()
+            self.settle()
         if self._pending is None and progress and self._unproved is not None:
             self._drop_if_proved(progress)
 
@@ -196,7 +203,7 @@ class CheckpointWriter:
         if self._world.is_main:
             self._drop_old(None)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait as :meth:`wait` does, but have it printed that the disk is full: an older checkpoint is still there."""
         try:
             self.wait()
@@ -260,6 +267,8 @@ class CheckpointWriter:
         for rank in range(self._world.size):
             path = job.partial / _rank_file(rank)
             while not path.is_file():
+                if self._abandoned.is_set():
+                    raise _Abandoned(job.folder)
                 if time.monotonic() > deadline:
                     raise CheckpointNotWritten(
                         f"checkpoint {job.folder} was not written: rank {rank} did not write {path}"
@@ -274,7 +283,8 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     folder = job.partial / ADAPTER
     folder.mkdir(exist_ok=True)
     with opened(job.partial, weights) as written:
-        tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), {"format": "pt"})
+        metadata = {"format": "pt"} | base_metadata(job.progress["base"])
+        tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), metadata)
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
     return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}
 

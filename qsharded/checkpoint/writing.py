@@ -84,3 +84,22 @@ def _header(entries: Mapping[str, Any]) -> bytes:
     """In whole words of 8 bytes, as the format wants it."""
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     return text.ljust(-(-len(text) // 8) * 8)
+
+
+def data_bytes(header: bytes) -> int:
+    """What the tensors take that a file's header lists."""
+    entries = json.loads(header)
+    return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+
+
+def extended_header(header: bytes, copies: Mapping[str, str]) -> bytes:
+    """The header of a file with tensors added behind its last: a new name each, and one of the file's of the same kind.
+    As it is where there are none."""
+    if not copies:
+        return header
+    entries, end = json.loads(header), data_bytes(header)
+    for name, like in copies.items():
+        begin, stop = entries[like]["data_offsets"]
+        entries[name] = entries[like] | {"data_offsets": [end, end + stop - begin]}
+        end += stop - begin
+    return _header(entries)

@@ -8,9 +8,10 @@
         name: str = option("Whom to greet.", group="Greeting")
         times: int = option("How often.", 1, group="Greeting", unit="greetings", check=AT_LEAST_1)
 
-Field types: bool, int, float, str, any of these `| None`, Literal of strings, list[str], dict[str, int],
-dict[str, float], str | list[str] (a list of names, or one text that is not a list of names), and tuple[str, ...]
-(texts taken as they are; the flag is given once for each).
+Field types: bool, int, float, str, any of these `| None`, Literal of strings, list[str], list[float], dict[str, int],
+dict[str, float], str | list[str] (a list of names, or one text that is not a list of names), tuple[str, ...] (texts
+taken as they are; the flag is given once for each), and str | tuple[str, ...] (one such text, or several, behind one
+flag or with a flag for each). Every other flag is given once.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 
 REQUIRED: Any = dataclasses.MISSING
 NAMES = str | list[str]
+TEXTS = str | tuple[str, ...]
 
 
 class Command(Protocol):
@@ -88,12 +90,12 @@ class Option:
     @property
     def many(self) -> bool:
         """Whether the command line takes several values."""
-        return self.kind == NAMES or get_origin(self.kind) in (list, dict)
+        return self.kind in (NAMES, TEXTS) or get_origin(self.kind) in (list, dict)
 
     @property
     def repeated(self) -> bool:
-        """Whether the flag may be given several times, for one value each."""
-        return get_origin(self.kind) is tuple
+        """Whether the flag may be given several times, for values that add up."""
+        return self.kind == TEXTS or get_origin(self.kind) is tuple
 
 
 def options(command: type[Command]) -> list[Option]:
@@ -130,8 +132,10 @@ def has_kind(value: Any, kind: Any) -> bool:
     """Whether a value is of an option's kind; a bool is no number, and neither is NaN or an infinity."""
     if kind == NAMES:
         return isinstance(value, str) or has_kind(value, list[str])
+    if kind == TEXTS:
+        return isinstance(value, str) or has_kind(value, tuple[str, ...])
     if get_origin(kind) in (list, tuple):
-        return isinstance(value, get_origin(kind)) and all(isinstance(entry, str) for entry in value)
+        return isinstance(value, get_origin(kind)) and all(has_kind(entry, get_args(kind)[0]) for entry in value)
     if get_origin(kind) is dict:
         return isinstance(value, dict) and all(has_kind(entry, get_args(kind)[1]) for entry in value.values())
     if kind is float:
@@ -139,7 +143,15 @@ def has_kind(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    list[float]: "a list of finite numbers",
+    tuple[str, ...]: "texts",
+    TEXTS: "text, or a list of texts",
+}
 
 
 def kind_words(item: Option) -> str:
@@ -148,4 +160,4 @@ def kind_words(item: Option) -> str:
         return "one of " + ", ".join(item.choices)
     if get_origin(item.kind) is dict:
         return f"KEY=VALUE pairs, each value {_WORDS[get_args(item.kind)[1]]}"
-    return _WORDS.get(item.kind, "texts" if item.repeated else "a list of names")
+    return _WORDS.get(item.kind, "a list of names")

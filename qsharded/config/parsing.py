@@ -6,6 +6,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -57,7 +58,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog=command.prog, usage=usage(command), add_help=False, allow_abbrev=False)
         self.command = command
         self.known = {item.name: item for item in options(command)}
-        self.add_argument("--config")
+        self.spelled: dict[str, str] = {}  # field name -> how the command line gave it
+        self.add_argument("--config", action=_Once, default=argparse.SUPPRESS)
         for item in self.known.values():
             _add(self, item)
 
@@ -73,22 +75,41 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
 
 
-def _add(parser: argparse.ArgumentParser, item: Option) -> None:
+class _Once(argparse.Action):
+    """Keeps what a flag is given, once: of two values one would be lost without a word."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        value = self.const if self.nargs == 0 else values
+        words = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+        spelled = " ".join([option_string or "", *words])
+        if self.dest in parser.spelled:
+            flag = f"--{self.dest.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is given twice, as {parser.spelled[self.dest]!r} and as {spelled!r}: give it once"
+            )
+        parser.spelled[self.dest] = spelled
+        setattr(namespace, self.dest, value)
+
+
+def _add(parser: _Parser, item: Option) -> None:
+    once = partial(parser.add_argument, dest=item.name, action=_Once, default=argparse.SUPPRESS)
     if item.kind is bool:
         # with a value too: transformers' users write --packing True
-        parser.add_argument(item.flag, nargs="?", const=True, default=argparse.SUPPRESS)
-        parser.add_argument(f"--no-{item.key}", dest=item.name, action="store_false", default=argparse.SUPPRESS)
+        once(item.flag, nargs="?", const=True)
+        once(f"--no-{item.key}", nargs=0, const=False)
     elif item.repeated:
-        parser.add_argument(item.flag, action="append", default=argparse.SUPPRESS)
+        parser.add_argument(item.flag, nargs="+" if item.many else 1, action="extend", default=argparse.SUPPRESS)
     else:
-        parser.add_argument(item.flag, nargs="*" if item.many else 1, default=argparse.SUPPRESS)
+        once(item.flag, nargs="*" if item.many else 1)
 
 
 def _given(parser: _Parser, argv: Sequence[str]) -> Given:
     arguments, rest = parser.parse_known_args([_dashes(word) for word in argv])
     _refuse_rest(parser.known, rest)
     flags = vars(arguments)
-    path = flags.pop("config")
+    path = flags.pop("config", None)
     table = read_toml(Path(path), parser.command) if path else {}
     return {**table, **{name: _value(parser.known[name], words) for name, words in flags.items()}}
 

@@ -68,7 +68,7 @@ def _flag(item: Option) -> str:
     return f"--[no-]{item.key}" if item.kind is bool else item.flag
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", tuple[str, ...]: "TEXT"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", tuple[str, ...]: "TEXT", list[float]: "X ..."}
 
 
 def _metavar(item: Option) -> str:

@@ -25,6 +25,11 @@ class TrainConfig:
 
     On several GPUs call it as `torchrun --standalone --nproc-per-node N -m qsharded.train`. With no --model it trains
     the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
+
+    What the chat template leaves out of rows is counted in the run's summary (reasoning, definitions of tools, system
+    messages) or refused, naming the row (tool calls and their answers). Where an answer's text cannot be told from the
+    rest, one of these helps: --one-example-per-answer; "weight": 0 on that message, which leaves it unlearned; or the
+    row as "prompt" and "completion", two lists of messages of which the second alone is learned.
     """
 
     prog: ClassVar[str] = "qsharded.train"
@@ -42,11 +47,21 @@ class TrainConfig:
         metavar="PATH",
         unset="a new adapter",
     )
+    allow_other_base: bool = _model(
+        "Go on with an --adapter that records other base weights than those of --model.", False
+    )
 
-    dataset: str = _data(
-        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id.",
-        metavar="PATH|ID",
+    dataset: str | tuple[str, ...] = _data(
+        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id. Several, behind one "
+        "flag or with a flag for each, are mixed: every row comes once an epoch, or as --dataset-weights says.",
+        metavar="PATH|ID ...",
         unset="the built-in dataset, if the model is",
+    )
+    dataset_weights: list[float] = _data(
+        "Shares of the datasets in an epoch's rows, in their order, as 0.7 0.3 or 7 3. An epoch has as many rows as it "
+        "can without one twice: one dataset is taken whole, and of the others the next epochs take other rows.",
+        [],
+        unset="each row once an epoch",
     )
     dataset_format: Literal["auto", "messages", "conversations", "alpaca", "prompt-completion", "text"] = _data(
         "Shape of the rows; auto detects it.", "auto"
@@ -54,6 +69,11 @@ class TrainConfig:
     dataset_split: str = _data("Split to read of a Hub dataset.", "train")
     train_on: Literal["assistant", "all"] = _data(
         "Tokens that count in the loss: the assistant's, with the end of each turn, or all.", "assistant"
+    )
+    one_example_per_answer: bool = _data(
+        "Make of a conversation one example for each answer, rendered as it would be at generation. It keeps reasoning "
+        "that the chat template drops from earlier turns, and takes more tokens.",
+        False,
     )
 
     max_length: int = _batch("Longest row.", 2048, unit="tokens", check=AT_LEAST_1)
@@ -91,8 +111,8 @@ class TrainConfig:
     lora_alpha: float = _lora("Adapters are scaled by alpha / r.", 32.0, check=POSITIVE)
     lora_dropout: float = _lora("Dropout on the adapters' input.", 0.0, unit="fraction", check=FRACTION)
     lora_target_modules: str | list[str] = _lora(
-        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj, or a regular "
-        "expression that matches whole names.",
+        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj,embed_tokens, each "
+        "of which must be there, or a regular expression that matches whole names.",
         "all-linear",
     )
     lora_modules_to_save: list[str] = _lora("Names of modules to train in full and save with the adapter.", [])
@@ -145,7 +165,8 @@ class TrainConfig:
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
     save_steps: int = _output(
-        "Steps from one checkpoint to the next; the last step has one too. 0 writes none.",
+        "Steps from one checkpoint to the next; the last step has one too. 0 writes none, save where a "
+        "signal stops the run.",
         500,
         unit="steps",
         check=AT_LEAST_0,
@@ -166,11 +187,26 @@ class TrainConfig:
         unset="start afresh",
     )
 
+    exit_code_when_stopped: int = _output(
+        "Exit status of each rank of a run that a signal stopped, once it has saved what it needs to go on: for "
+        "schedulers that take 0 for finished. torchrun's own is 1 for any other than 0.",
+        0,
+        check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
+    )
+
     eval_dataset: str | None = _eval(
-        "Rows to measure loss and perplexity on, as for --dataset.", None, metavar="PATH|ID", unset="none"
+        "Rows to measure loss and perplexity on, from one of the sources that --dataset takes.",
+        None,
+        metavar="PATH|ID",
+        unset="none",
     )
     eval_dataset_split: str | None = _eval("Split to read of --eval-dataset.", None, unset="as --dataset-split")
-    eval_split: float = _eval("Part of --dataset to hold out for that instead.", 0.0, unit="fraction", check=FRACTION)
+    eval_split: float = _eval(
+        "Part of --dataset, of each if there are several, to hold out for that instead.",
+        0.0,
+        unit="fraction",
+        check=FRACTION,
+    )
     eval_steps: int | None = _eval(
         "Steps from one evaluation to the next.",
         None,
@@ -198,14 +234,24 @@ class TrainConfig:
         "Memory of one GPU to plan for.", None, unit="GiB", check=POSITIVE, unset="that of this machine's GPUs"
     )
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Every ``--dataset``."""
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
+
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.datasets:
+            raise ValueError("--dataset must name at least one dataset, got an empty list")
+        _check_weights(self.dataset_weights, self.datasets)
         if not self.dry_run and (self.gpus or self.gpu_memory_gib):
             raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
+        if self.one_example_per_answer and self.train_on == "all":
+            raise ValueError("--one-example-per-answer learns the answers: it does not go with --train-on all")
         if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
             raise ValueError(
                 "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
@@ -217,6 +263,19 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:
+    if not weights:
+        return
+    if len(weights) != len(datasets):
+        raise ValueError(
+            f"--dataset-weights must be one for each --dataset: there are {len(weights)} for {len(datasets)} "
+            f"({', '.join(datasets)})"
+        )
+    for weight, dataset in zip(weights, datasets, strict=True):
+        if weight <= 0:
+            raise ValueError(f"--dataset-weights must be above 0, got {weight:g} for {dataset}: leave the dataset out")
 
 
 def _check_targets(targets: str | list[str]) -> None:

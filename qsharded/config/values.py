@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, get_args, get_origin
 
-from qsharded.config.options import NAMES, Option
+from qsharded.config.options import NAMES, TEXTS, Option
 
 _NAMES_ONLY = re.compile(r"\s*[\w.]+([,\s]+[\w.]+)*\s*")
 
@@ -21,14 +21,14 @@ def from_words(item: Option, words: Sequence[str]) -> Any:
         ValueError: a table's entry is no KEY=VALUE.
     """
     if item.repeated:
-        return tuple(words)
+        return _texts(item, words)
     text = " ".join(words)
     if text == "" and item.optional:
         return None
     if get_origin(item.kind) is dict:
         return dict(_pair(item, entry) for entry in _split(text))
     if get_origin(item.kind) is list:
-        return _split(text)
+        return [_number(get_args(item.kind)[0], word) for word in _split(text)]
     if item.kind == NAMES:
         return _names(text)
     return _number(item.kind, text)
@@ -40,8 +40,8 @@ def from_toml(item: Option, value: Any) -> Any:
         return None
     if isinstance(value, str) and item.kind == NAMES:
         return _names(value)
-    if item.repeated:
-        return tuple(value) if isinstance(value, list) else (value,)
+    if item.repeated and isinstance(value, str | list):
+        return _texts(item, [value] if isinstance(value, str) else value)
     return value
 
 
@@ -65,6 +65,10 @@ def _split(text: str) -> list[str]:
 
 def _names(text: str) -> str | list[str]:
     return _split(text) if _NAMES_ONLY.fullmatch(text) else text
+
+
+def _texts(item: Option, texts: Sequence[str]) -> str | tuple[str, ...]:
+    return texts[0] if item.kind == TEXTS and len(texts) == 1 else tuple(texts)
 
 
 def _pair(item: Option, entry: str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ from qsharded.data.batches import Batch, make_batch
 from qsharded.data.examples import Dataset, Example, split_examples
 from qsharded.data.load import load_examples
 from qsharded.data.loader import Cursor, Step, StepLoader
+from qsharded.data.mixture import Mixture
 from qsharded.data.prompts import Prompt, load_prompts
 from qsharded.data.rows import read_rows
 from qsharded.data.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ __all__ = [
     "Cursor",
     "Dataset",
     "Example",
+    "Mixture",
     "Prompt",
     "Step",
     "StepLoader",

@@ -15,13 +15,12 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qsharded.data.shapes import Message
+from qsharded.data.shapes import REASONING_KEYS, Message
 
 Span = tuple[int, int]
 
 # Unicode noncharacters, for use inside a program only: they stand in no text meant for reading.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(Extension):
@@ -124,7 +123,7 @@ def _unmark(marked: str) -> tuple[str, list[Span]]:
 
 def _with_reasoning(message: Message) -> Message:
     """The message with its reasoning under the two names that templates read."""
-    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

@@ -1,6 +1,6 @@
 """Examples: ids, and which of them are learned; a dataset is a list of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -35,6 +35,19 @@ class Example:
 
 
 @dataclass
+class Omitted:
+    """What the chat template leaves out of a dataset's rows, of one kind.
+
+    Attributes:
+        rows: in how many of them.
+        example: the first, as ``file:line``, with what is lost there.
+    """
+
+    rows: int
+    example: str
+
+
+@dataclass
 class Dataset:
     """Examples, and what became of the other rows.
 
@@ -43,12 +56,18 @@ class Dataset:
         dropped: rows left out for their length.
         truncated: rows cut to the maximum length; they are among ``examples``.
         empty: rows of blank text, left out.
+        omitted: what the rows have and the examples lack, by its kind.
     """
 
     examples: list[Example]
     dropped: int = 0
     truncated: int = 0
     empty: int = 0
+    omitted: dict[str, Omitted] = field(default_factory=dict)
+
+    def count_omission(self, kind: str, example: str) -> None:
+        """Another row lacks something of ``kind``."""
+        self.omitted.setdefault(kind, Omitted(0, example)).rows += 1
 
 
 def split_examples(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

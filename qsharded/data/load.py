@@ -1,15 +1,17 @@
 """From a dataset's files to examples, whole and checked before anything trains."""
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, get_args
 
 from qsharded.data.encode import encode
 from qsharded.data.examples import Dataset, Example
+from qsharded.data.omissions import Omission
 from qsharded.data.render import Rendered, TrainOn, render
-from qsharded.data.rows import read_rows
-from qsharded.data.shapes import parse_row
+from qsharded.data.rows import Rows, read_rows
+from qsharded.data.shapes import Shape, parse_row
 from qsharded.data.tokenizer import Tokenizer
 
 Overlong = Literal["drop", "truncate"]
@@ -26,6 +28,7 @@ def load_examples(
     max_length: int,
     overlong: Overlong = "drop",
     train_on: TrainOn = "assistant",
+    one_example_per_answer: bool = False,
     split: str = "train",
 ) -> Dataset:
     """Read, render and tokenize a dataset.
@@ -40,6 +43,8 @@ def load_examples(
         max_length: in tokens, at least 2.
         overlong: what becomes of longer rows.
         train_on: "all" learns every token of conversations and prompts too.
+        one_example_per_answer: make of a conversation one example for each answer to learn, each rendered as it would
+            be at generation, its reasoning included.
         split: which files of a folder or Hub dataset.
 
     Raises:
@@ -47,8 +52,11 @@ def load_examples(
             argument out of range.
     """
     _check(max_length, overlong, train_on)
+    if one_example_per_answer and train_on == "all":
+        raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
     dataset = Dataset([])
-    rows = _rendered_rows(source, tokenizer, format, train_on, split)
+    how = partial(render, tokenizer=tokenizer, train_on=train_on, per_answer=one_example_per_answer)
+    rows = _rendered_rows(dataset, read_rows(source, split=split), format, how)
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
         written = [(origin, row) for origin, row in chunk if row.text.strip()]
         dataset.empty += len(chunk) - len(written)
@@ -67,13 +75,20 @@ def _check(max_length: int, overlong: str, train_on: str) -> None:
 
 
 def _rendered_rows(
-    source: str | Path, tokenizer: Tokenizer, format: str, train_on: TrainOn, split: str
+    dataset: Dataset, rows: Rows, format: str, how: Callable[[Shape], list[Rendered]]
 ) -> Iterator[tuple[str, Rendered]]:
-    for origin, row in read_rows(source, split=split):
+    """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
+    for origin, row in rows:
         try:
-            yield origin, render(parse_row(row, format), tokenizer, train_on)
+            texts = how(parse_row(row, format))
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
+        lacking: dict[str, Omission] = {}
+        for one in chain.from_iterable(text.omissions for text in texts):
+            lacking.setdefault(one.kind, one)
+        for kind, first in lacking.items():
+            dataset.count_omission(kind, f"{origin}, {first}")
+        yield from ((origin, text) for text in texts)
 
 
 def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overlong: Overlong) -> None:

@@ -1,8 +1,7 @@
 """Steps of training: which rows each optimizer step takes, and each rank's share of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
 from random import Random
 
 from qsharded.data.batches import Batch, make_batch
@@ -55,6 +54,7 @@ class StepLoader:
         seed: of the order.
         pad_id: the id that fills rows up.
         shuffle: whether each epoch has an order of its own; else rows come as given.
+        draw: from an epoch to the numbers of the examples that it takes, as many in each; None: each takes all.
 
     Raises:
         ValueError: no examples, one longer than ``max_length``, or a count below 1.
@@ -71,7 +71,9 @@ class StepLoader:
     seed: int
     pad_id: int
     shuffle: bool = True
+    draw: Callable[[int], Sequence[int]] | None = None
     _rows_of: tuple[int, list[Row]] | None = field(default=None, init=False, repr=False)
+    _row_counts: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
@@ -90,8 +92,8 @@ class StepLoader:
         return self.world_size * self.batch_size * self.accumulation
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps of that epoch. All have as many: packing's rows depend in number on the lengths alone."""
-        return -(-self._row_count // self.rows_per_step)
+        """Optimizer steps of that epoch."""
+        return -(-self._row_count(epoch) // self.rows_per_step)
 
     def steps(self, cursor: Cursor = Cursor()) -> Iterator[Step]:
         """The steps from ``cursor`` on, epoch after epoch without end.
@@ -99,18 +101,21 @@ class StepLoader:
         Raises:
             ValueError: the epoch has fewer rows than ``cursor`` has done: it comes from a run on other data.
         """
-        if cursor.row > self._row_count:
-            raise ValueError(f"cannot resume at {cursor}: the epoch has {self._row_count} rows")
+        if cursor.row > self._row_count(cursor.epoch):
+            raise ValueError(f"cannot resume at {cursor}: the epoch has {self._row_count(cursor.epoch)} rows")
         while True:
-            while cursor.row < self._row_count:
+            while cursor.row < self._row_count(cursor.epoch):
                 step = self._step(cursor)
                 yield step
                 cursor = step.cursor
             cursor = Cursor(cursor.epoch + 1)
 
-    @cached_property
-    def _row_count(self) -> int:
-        return len(self._rows(0))
+    def _row_count(self, epoch: int) -> int:
+        if self.draw is None or not self.packing:
+            epoch = 0  # all have as many: packing's rows depend in number on the lengths alone
+        if epoch not in self._row_counts:
+            self._row_counts[epoch] = len(self._rows(epoch))
+        return self._row_counts[epoch]
 
     def _rows(self, epoch: int) -> list[Row]:
         if self._rows_of is None or self._rows_of[0] != epoch:
@@ -120,7 +125,7 @@ class StepLoader:
     def _make_rows(self, epoch: int) -> list[Row]:
         # Python's own generator: its shuffle is the same in all versions, as resuming elsewhere needs.
         random = Random(f"rows {self.seed} {epoch}")
-        examples = list(self.examples)
+        examples = list(self.examples) if self.draw is None else [self.examples[i] for i in self.draw(epoch)]
         if self.shuffle:
             random.shuffle(examples)
         if not self.packing:
@@ -138,7 +143,7 @@ class StepLoader:
             micro_batches=[self._batch(mine) for mine in self._share(rows)],
             supervised_tokens=sum(example.supervised_tokens for example in documents),
             tokens=sum(map(len, documents)),
-            cursor=Cursor(cursor.epoch, end) if end < self._row_count else Cursor(cursor.epoch + 1),
+            cursor=Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1),
         )
 
     def _batch(self, rows: list[Row]) -> Batch:

@@ -1,8 +1,10 @@
 """Prompts with reference answers, from the same rows that training reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qsharded.data.call_form import fit_calls
+from qsharded.data.omissions import omissions
 from qsharded.data.rows import read_rows
 from qsharded.data.shapes import Conversation, PromptCompletion, Shape, parse_row
 from qsharded.data.tokenizer import Tokenizer
@@ -49,7 +51,10 @@ def load_prompts(
 def _prompt(shape: Shape, tokenizer: Tokenizer) -> Prompt:
     match shape:
         case Conversation(messages, learned, tools) if learned[-1] and len(messages) > 1:
-            text = tokenizer.render(messages[:-1], add_generation_prompt=True, tools=tools)
+            template = tokenizer.template_for(tools)
+            given = fit_calls(template, replace(shape, messages=messages[:-1], learned=[False] * (len(messages) - 1)))
+            text = tokenizer.render(given.messages, add_generation_prompt=True, tools=tools)
+            omissions(template, given, tokenizer.render(given.messages, tools=tools))
             return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))
         case PromptCompletion(prompt, completion):
             return Prompt(tokenizer.with_bos(tokenizer.encode(prompt)), prompt, completion)

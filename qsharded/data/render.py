@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qsharded.data.answers import prompt_and_answer
+from qsharded.data.call_form import fit_calls
 from qsharded.data.chat import Span
+from qsharded.data.omissions import Omission, find_omissions, judged, omissions
 from qsharded.data.shapes import Conversation, PromptCompletion, Shape, Text
 from qsharded.data.tokenizer import Tokenizer
+from qsharded.data.turns import TurnUnclear, check_ending
 
 TrainOn = Literal["assistant", "all"]
 
@@ -20,6 +24,7 @@ class Rendered:
         prompt: a beginning of ``text`` that is not learned, and that generation will be given alone.
         bos: whether BOS comes first where the tokenizer adds one; a chat template writes its own.
         eos: whether EOS comes last, and is learned.
+        omissions: what the row has and the text lacks.
     """
 
     text: str
@@ -27,33 +32,68 @@ class Rendered:
     prompt: str = ""
     bos: bool = True
     eos: bool = True
+    omissions: Sequence[Omission] = ()
 
 
-def render(shape: Shape, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
-    """The text of a row.
+def render(shape: Shape, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
+    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be learned.
 
     Raises:
-        ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says, no
-            message of the assistant to learn, or text that no tokenizer takes.
+        ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says or calls,
+            no message of the assistant to learn, or text that no tokenizer takes.
     """
     match shape:
         case Conversation():
-            rendered = _render_chat(shape, tokenizer, train_on)
+            rendered = _render_chat(shape, tokenizer, train_on, per_answer)
         case PromptCompletion():
-            rendered = Rendered(shape.prompt + shape.completion, prompt=shape.prompt if train_on != "all" else "")
+            prompt = shape.prompt if train_on != "all" else ""
+            rendered = [Rendered(shape.prompt + shape.completion, prompt=prompt)]
         case Text():
-            rendered = Rendered(shape.text)
-    _check_encodable(rendered.text)
+            rendered = [Rendered(shape.text)]
+    for one in rendered:
+        _check_encodable(one.text)
     return rendered
 
 
-def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
+def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool) -> list[Rendered]:
+    chat = fit_calls(tokenizer.template_for(chat.tools), chat)
     if train_on == "assistant":
         chat = _up_to_last_learned(chat)
+    if per_answer:
+        return [_render_answer(chat, number, tokenizer) for number, learned in enumerate(chat.learned) if learned]
+    try:
+        return [_render_whole(chat, tokenizer, train_on)]
+    except TurnUnclear:
+        if sum(chat.learned) > 1:
+            raise
+        # With one answer, at the end, there is another way to know its text.
+        return [_render_answer(chat, len(chat.learned) - 1, tokenizer)]
+
+
+def _render_whole(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
     text = tokenizer.render(chat.messages, tools=chat.tools)
+    left_out = omissions(tokenizer.template_for(chat.tools), chat, text)
     spans = tokenizer.assistant_spans(chat, text) if train_on == "assistant" else None
-    # A template that ends the turn with no special token would never teach the model to stop.
-    return Rendered(text, spans, bos=False, eos=not text.rstrip().endswith(tokenizer.special_texts))
+    return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=left_out)
+
+
+def _lacks_end(text: str, tokenizer: Tokenizer) -> bool:
+    """A template that ends the turn with no special token would never teach the model to stop."""
+    return not text.rstrip().endswith(tokenizer.special_texts)
+
+
+def _render_answer(chat: Conversation, number: int, tokenizer: Tokenizer) -> Rendered:
+    """Message ``number`` behind the prompt that generation would be given for it."""
+    template = tokenizer.template_for(chat.tools)
+    chat = replace(chat, messages=chat.messages[: number + 1], learned=[False] * number + [True])
+    if number == 0:  # no template begins a prompt with nothing before it
+        return _render_whole(chat, tokenizer, "assistant")
+    check_ending(template, tokenizer.special_texts)
+    prompt, answer = prompt_and_answer(template, chat, number)
+    found = find_omissions(chat, prompt + answer, lambda marked: "".join(prompt_and_answer(template, marked, number)))
+    lacks_end = _lacks_end(answer, tokenizer)
+    text = prompt + (answer if lacks_end else answer.rstrip())
+    return Rendered(text, prompt=prompt, bos=False, eos=lacks_end, omissions=judged(chat, found))
 
 
 def _up_to_last_learned(chat: Conversation) -> Conversation:

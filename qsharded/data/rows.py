@@ -132,7 +132,7 @@ def _parquet(path: Path) -> Rows:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", _without_nulls(row)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError that names no file
         raise ValueError(f"{path}: not readable as parquet: {error}") from None
 
 

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qsharded.data.tool_calls import parse_calls
+
 Message = dict[str, Any]
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 # Names of roles in the wild -> names that chat templates know.
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
-    **{"function": "tool", "observation": "tool"},
+    **{"function": "tool", "observation": "tool", "ipython": "tool"},
 }
 
 
@@ -171,11 +175,28 @@ def _message(raw: Any, where: str) -> Message:
     if named not in fields:
         raise ValueError(f"{where} has no role")
     message: Message = {"role": _role(fields.pop(named), where)}
-    if said in fields:
-        message["content"] = _content(fields.pop(said), where)
-    elif "tool_calls" not in fields:
+    content = fields.pop(said, None)
+    if content is not None:
+        message["content"] = _content(content, where)
+    message |= _optional(fields, where)
+    if "tool_calls" in message and message["role"] != "assistant":
+        raise ValueError(f"{where} has tool_calls and the role {message['role']}; only the assistant calls tools")
+    if content is None and "tool_calls" not in message:
         raise ValueError(f"{where} has no {said}")
-    return message | fields
+    return message
+
+
+def _optional(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields that say something: a template asks whether a key is there, and takes an empty list for a call."""
+    said = dict(fields)
+    if said.get("function_call"):  # OpenAI's older key, of one call
+        said.setdefault("tool_calls", [said.pop("function_call")])
+    if "tool_calls" in said:
+        said["tool_calls"] = parse_calls(said["tool_calls"] or [], f"{where}.tool_calls")
+    for key in REASONING_KEYS:
+        if key in said:
+            said[key] = _text_of(said[key], f"{key} of {where}")
+    return {key: value for key, value in said.items() if value not in ("", [], {})}
 
 
 def _role(name: Any, where: str) -> str:

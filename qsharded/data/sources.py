@@ -30,6 +30,8 @@ def find_files(source: str | Path, split: str) -> list[Path]:
         ValueError: no such source, a file type that is not read, no file of that split, or a Hub repository whose
             files are of several types or folders, so that reading all would mix them.
     """
+    if source == "":
+        raise ValueError("a dataset's name is empty; for the current folder write .")
     path = Path(source)
     if path.is_file():
         return [_checked(path)]

@@ -119,7 +119,7 @@ class Tokenizer:
         Raises:
             ValueError: no chat template, or it refuses the conversation.
         """
-        return self._template(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self.template_for(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def assistant_spans(self, chat: Conversation, text: str) -> list[Span]:
         """[start, end) in characters of the learned turns in ``text``, the rendering of ``chat``.
@@ -127,7 +127,21 @@ class Tokenizer:
         Raises:
             ValueError: they cannot be told from the rest for certain.
         """
-        return assistant_spans(self._template(chat.tools), chat, text, self.special_texts)
+        return assistant_spans(self.template_for(chat.tools), chat, text, self.special_texts)
+
+    def template_for(self, tools: list[Any] | None) -> ChatTemplate:
+        """The chat template for a conversation with such tools; some checkpoints have one of its own for that.
+
+        Raises:
+            ValueError: there is none.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise ValueError(
+                f"the tokenizer in {self._folder} has no {name} chat template. Take the instruction-tuned version of "
+                "the model, put a chat_template.jinja into the folder, or give plain rows: prompt + completion, or text"
+            )
+        return self._templates[name]
 
     @property
     def files(self) -> list[Path]:
@@ -143,15 +157,6 @@ class Tokenizer:
     def _templates(self) -> dict[str, ChatTemplate]:
         sources = read_templates(self._folder, self._settings)
         return {name: ChatTemplate(source, self._variables) for name, source in sources.items()}
-
-    def _template(self, tools: list[Any] | None) -> ChatTemplate:
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            raise ValueError(
-                f"the tokenizer in {self._folder} has no {name} chat template. Take the instruction-tuned version of "
-                "the model, put a chat_template.jinja into the folder, or give plain rows: prompt + completion, or text"
-            )
-        return self._templates[name]
 
     def _id_of(self, variable: str) -> int | None:
         text = self._variables.get(variable)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.checkpoint.tying import HEAD, open_tied
 from qsharded.durable import written_elsewhere
 from qsharded.integrations.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qsharded.models import ModelConfig
@@ -52,7 +53,7 @@ def write_gguf(checkpoint: Path, target: Path, name: str) -> None:
     """
     check_convertible(checkpoint, checkpoint)
     raw = read_json(checkpoint / "config.json")
-    config, source = ModelConfig.from_hf(raw), SafetensorsFolder(checkpoint)
+    config, source = open_tied(checkpoint, ModelConfig.from_hf(raw))
     arch = _ARCHITECTURES[raw["model_type"]]
     plans = list(_plans(config, arch, source))
     with written_elsewhere(target, sum(plan.nbytes for plan in plans)) as beside:
@@ -129,7 +130,7 @@ def _plans(config: ModelConfig, arch: Any, source: SafetensorsFolder) -> Iterato
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     permuted = heads if arch == gguf.MODEL_ARCH.LLAMA else {}
     for stored in source.names():
-        if stored.endswith(_RECOMPUTED) or (stored == "lm_head.weight" and config.tie_word_embeddings):
+        if stored.endswith(_RECOMPUTED) or (stored == HEAD and config.tie_word_embeddings):
             continue
         name, shape = names.get_name(stored, try_suffixes=(".weight", ".bias")), source.shape(stored)
         if name is None:

@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsharded import blockwise8, nf4, ops, parallel
+from qsharded.agreement import refused_by_all
 from qsharded.checkpoint.filling import FiniteCheck, double_quantize
 from qsharded.checkpoint.quantized import QUANT_METHOD as METHOD
 from qsharded.checkpoint.quantized import own_kind, torn_rows
@@ -218,9 +219,10 @@ class _Quantize(ConversionOps):
         rows = own_rows(kwargs["model"].get_parameter(name))
         config = self.hf_quantizer.quantization_config
         pack = _pack_doubly if config.double_quant else _pack
-        finite = FiniteCheck(name, rows.group)
-        finite.add(value)
-        finite.demand(value.device)
+        with refused_by_all([rows.group] if rows.group else [], value.device):
+            finite = FiniteCheck(name)
+            finite.add(value)
+            finite.demand()
         return _named(pack(*ops.nf4_quantize(value, config.format, config.block_size), rows), name)
 
 

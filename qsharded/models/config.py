@@ -143,6 +143,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json names, as transformers reads it: torch_dtype is the older spelling."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return None if dtype is None else str(dtype)
+
+
 def _family(config: Mapping[str, Any]) -> _Family:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:

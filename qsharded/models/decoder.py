@@ -168,10 +168,15 @@ class CausalLM(nn.Module):
         self.to(dtype)
         self.tie_weights()
 
+    @property
+    def embedding_weight(self) -> nn.Parameter:
+        """The embedding's, under what is wrapped around it."""
+        return getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens).get_parameter("weight")
+
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter where the config ties them (again, after a replacement)."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.embedding_weight
 
     def forward(
         self,

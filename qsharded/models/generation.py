@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from qsharded.models.cache import KVCache
 from qsharded.models.decoder import CausalLM
 
+
+class LogitsNotFinite(ValueError):
+    """The model's logits hold NaN or infinity, of which no token can be chosen."""
+
+
 PADDING = -1
 """Document id of the positions that stand left of a short prompt."""
 
@@ -30,17 +35,18 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    before_forward: Callable[[], object] = lambda: None,
 ) -> list[list[int]]:
     """Continue each prompt; return the new tokens of each, without the end-of-sequence token that stopped it.
 
     temperature 0 takes the likeliest token. Otherwise tokens are sampled with `seed` from the `top_k` likeliest (0:
     all), and of these from the likeliest that together reach probability `top_p` (https://arxiv.org/abs/1904.09751).
-    on_token(row, token) is called for every token as it comes.
+    on_token(row, token) is called for every token as it comes, before_forward() as often on every rank.
 
     Where torch.distributed is initialised, every rank must call this: ranks stop together, so that a sharded model
     sees the same number of forwards on each. Dropout is off meanwhile.
 
-    Raises ValueError for an empty prompt or no prompt, and for settings out of range.
+    Raises ValueError for an empty prompt or no prompt, and for settings out of range; LogitsNotFinite, on all ranks.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
     device = _device(model)
@@ -51,9 +57,11 @@ def generate(
 
     with _evaluating(model):
         for _ in range(max_new_tokens):
+            before_forward()
             logits_BV = model(
                 ids_BS, positions_BS=positions_BS, document_ids_BS=documents_BS, cache=cache, last_only=True
             )[:, -1]
+            _refuse_not_finite(logits_BV)
             next_B = _choose(logits_BV, temperature, top_k, top_p, generator)
             for index, token in enumerate(next_B.tolist()):
                 if rows[index].take(token) and on_token is not None:
@@ -115,6 +123,14 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     documents = [[PADDING] * gap + [0] * (longest - gap) for gap in gaps]
     ids_BS, positions_BS, documents_BS = (torch.tensor(rows, device=device) for rows in (ids, positions, documents))
     return ids_BS, positions_BS, documents_BS if any(gaps) else None
+
+
+def _refuse_not_finite(logits_BV: Tensor) -> None:
+    """On all ranks, should it be on one: the others would wait for it in the next forward."""
+    if not _all_ranks(bool(logits_BV.isfinite().all()), logits_BV.device):
+        raise LogitsNotFinite(
+            "the model's logits are not finite: weights of the model or its adapter are damaged, or training diverged"
+        )
 
 
 def _choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

@@ -50,8 +50,11 @@ class RopeConfig:
 
         Raises ValueError naming a rope type or key that is not known, or a key that is missing.
         """
-        raw = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        values = {_RENAMED.get(key, key): value for key, value in raw.items() if value is not None}
+        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        raw = {key: value for key, value in given.items() if value is not None}
+        if "rope_type" in raw:
+            raw.pop("type", None)  # its older spelling, which transformers reads only where the newer one is missing
+        values = {_RENAMED.get(key, key): value for key, value in raw.items()}
         values.setdefault("rope_type", "default")
         values.setdefault("rope_theta", config.get("rope_theta") or cls.rope_theta)
         if values.get("partial_rotary_factor", 1.0) == 1.0:

@@ -1,96 +1,22 @@
-"""Low-rank adapters on linear layers, with PEFT's parameter names.
+"""Low-rank adapters on a model's layers, with PEFT's parameter names.
 
 Source: Hu et al., "LoRA", arXiv:2106.09685; rsLoRA's scaling: Kalajdzievski, arXiv:2312.03732.
 """
 
-import logging
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsharded.nn.lora_config import LoRAConfig
+from qsharded.nn.lora_embedding import LoRAEmbedding
 from qsharded.nn.nf4_linear import NF4Linear
+from qsharded.nn.targets import modules_to_save, targets
 from qsharded.seeds import derived_seed
-
-logger = logging.getLogger(__name__)
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What to adapt and how; the fields are PEFT's.
-
-    Attributes:
-        r: rank of the adapters.
-        lora_alpha: the adapter's output is scaled by lora_alpha / r, with rsLoRA by lora_alpha / sqrt(r).
-        lora_dropout: probability of zeroing an adapter's input while training.
-        target_modules: "all-linear" (every linear but the output head), a list of name endings, or a regex that
-            matches whole names.
-        use_rslora: scale by lora_alpha / sqrt(r).
-        rank_pattern, alpha_pattern: name ending or regex -> r or lora_alpha of the layers that it matches.
-        modules_to_save: endings of the names of modules to train in full, kept out of quantization.
-        dtype: of the trainable parameters, all of them: FSDP2 refuses mixtures.
-    """
-
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = ALL_LINEAR
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            if r < 1:
-                raise ValueError(f"a LoRA rank must be at least 1, got {r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"adapters are float32 or bfloat16, got {self.dtype}")
-
-    def rank(self, name: str) -> int:
-        """The rank of the layer called ``name``."""
-        return int(_by_pattern(self.rank_pattern, name, self.r))
-
-    def scaling(self, name: str) -> float:
-        """What the adapter's output of the layer called ``name`` is multiplied by."""
-        r = self.rank(name)
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
-
-    def is_target(self, name: str) -> bool:
-        """Whether the linear layer called ``name`` gets an adapter."""
-        if self.is_saved(name):
-            return False
-        if self.target_modules == ALL_LINEAR:
-            return not _ends_with(name, "lm_head")
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
-        return any(_ends_with(name, target) for target in self.target_modules)
-
-    def is_saved(self, name: str) -> bool:
-        """Whether the module called ``name``, or one that it is part of, is trained in full."""
-        return any(f".{target}." in f".{name}." for target in self.modules_to_save)
-
-
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), default)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of patterns: an ending of the name, or a regex of one."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+from qsharded.shards import local, own_rows
 
 
 class LoRALinear(nn.Module):
@@ -130,37 +56,51 @@ class LoRALinear(nn.Module):
         """(lora_A, lora_B)."""
         return self.lora_A, self.lora_B
 
+    def updates(self) -> dict[str, Tensor]:
+        """What trains, by its name in this layer."""
+        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+
+    def initial(self, name: str, seed: int) -> tuple[Tensor, Tensor]:
+        """The values, in fp32 on the CPU, of :meth:`updates` at no change, for the layer called ``name``."""
+        return initial_A(name, seed, *self.lora_A.weight.shape), torch.zeros(self.lora_B.weight.shape)
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """The update [N, K] in fp32 that A and B make."""
+        return B.float() @ A.float() * self.scaling
+
     def delta_weight(self) -> Tensor:
         """The update as a matrix [N, K], in fp32."""
-        return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
+        return self.product(self.lora_A.weight, self.lora_B.weight)
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
+LoRALayer = LoRALinear | LoRAEmbedding
+"""A layer with its adapter."""
+
+
 def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Wrap the targeted linear layers of ``model`` in :class:`LoRALinear` and freeze all else, in place.
+    """Wrap the targeted layers of ``model`` in :class:`LoRALinear` or :class:`LoRAEmbedding` and freeze all else, in
+    place.
 
     The adapters' values are set by :func:`reset_adapters`, which this calls unless the model is on the meta device.
 
     Raises:
-        ValueError: no layer matches ``target_modules``, or no module matches an entry of ``modules_to_save``, or one
-            that does is quantized, or a chosen layer's weight is tied to another's, or the model has adapters already.
-            The model is then as it was.
+        ValueError: an entry of ``target_modules``, of the patterns or of ``modules_to_save`` matches nothing, or
+            something that cannot be adapted, or a module to save is quantized, or a chosen layer's weight is tied to
+            another's (an adapted embedding's may be: the other keeps the frozen one), or the model has adapters
+            already. The model is then as it was.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already; add_lora takes one without")
-    targets = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear) and config.is_target(n)]
-    if not targets:
-        raise ValueError(f"no linear layer matches target_modules = {config.target_modules!r}")
-    _tell_idle_patterns(config, [name for name, _ in targets])
-    saved = dict(named for ending in config.modules_to_save for named in _modules_to_save(model, ending))
+    chosen, saved = targets(model, config), modules_to_save(model, config)
     _refuse_shared(model, saved, "modules_to_save cannot train")
-    _refuse_shared(model, [name for name, _ in targets], "target_modules cannot adapt")
+    linears = [name for name, layer in chosen.items() if not isinstance(layer, nn.Embedding)]
+    _refuse_shared(model, linears, "target_modules cannot adapt")
     model.requires_grad_(False)
-    for name, base in targets:
-        lora = LoRALinear(base, config.rank(name), config.scaling(name), config.lora_dropout, config.dtype)
-        model.set_submodule(name, lora.train(base.training))
+    for name, base in chosen.items():
+        model.set_submodule(name, _adapted(name, base, config).train(base.training))
     for name, module in saved.items():
         _train_in_full(model, name, module.to(config.dtype))
     if not any(parameter.is_meta for parameter in model.parameters()):
@@ -168,20 +108,11 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     return model
 
 
-def _tell_idle_patterns(config: LoRAConfig, names: list[str]) -> None:
-    for pattern in {**config.rank_pattern, **config.alpha_pattern}:
-        if not any(_matches(pattern, name) for name in names):
-            logger.warning("the rank or alpha pattern %r matches no adapted layer", pattern)
-
-
-def _modules_to_save(model: nn.Module, ending: str) -> Iterator[tuple[str, nn.Module]]:
-    chosen = [(name, module) for name, module in model.named_modules() if _ends_with(name, ending)]
-    if not chosen:
-        raise ValueError(f"no module's name ends with {ending!r} (modules_to_save)")
-    for name, module in chosen:
-        if any(isinstance(part, NF4Linear) for part in module.modules()):
-            raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
-        yield name, module
+def _adapted(name: str, base: Any, config: LoRAConfig) -> LoRALayer:
+    r, scaling = config.rank(name), config.scaling(name)
+    if isinstance(base, nn.Embedding):
+        return LoRAEmbedding(base, r, scaling, config.dtype)
+    return LoRALinear(base, r, scaling, config.lora_dropout, config.dtype)
 
 
 def _refuse_shared(model: nn.Module, chosen: Iterable[str], complaint: str) -> None:
@@ -215,9 +146,9 @@ class MasterLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(name, layer) of every adapted layer, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
 
 
 def initial_A(name: str, seed: int, r: int, in_features: int) -> Tensor:
@@ -230,9 +161,13 @@ def initial_A(name: str, seed: int, r: int, in_features: int) -> Tensor:
     return (torch.rand(r, in_features, generator=generator) * 2 - 1) * bound
 
 
+@torch.no_grad()
 def reset_adapters(model: nn.Module, seed: int) -> None:
-    """Start every adapter of an unsharded model at no change: A random (:func:`initial_A`), B zero."""
-    with torch.no_grad():
-        for name, layer in lora_layers(model):
-            layer.lora_A.weight.copy_(initial_A(name, seed, *layer.lora_A.weight.shape))
-            layer.lora_B.weight.zero_()
+    """Start every adapter at no change: A random (:func:`initial_A`) and B zero, or an embedding's the other way round.
+
+    A sharded model's ranks fill their rows.
+    """
+    for name, layer in lora_layers(model):
+        for parameter, values in zip(layer.updates().values(), layer.initial(name, seed), strict=True):
+            rows = own_rows(parameter)
+            local(parameter).copy_(values[rows.start : rows.stop])

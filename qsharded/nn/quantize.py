@@ -1,16 +1,14 @@
 """Swap a model's linear layers for NF4 ones, in place."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from qsharded import nf4
+from qsharded.nn import left_out
 from qsharded.nn.lora import LoRALinear
 from qsharded.nn.nf4_linear import NF4Linear
-
-logger = logging.getLogger(__name__)
 
 Filter = Callable[[str, nn.Linear], bool]
 
@@ -33,7 +31,8 @@ def quantize_(
         block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
 
-    A layer whose in_features is no multiple of the block size keeps its dtype, and a warning names it.
+    A layer whose in_features is no multiple of the block size keeps its dtype, and so do weights that are no linear
+    layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
 
     Raises:
         ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such kind.
@@ -45,20 +44,17 @@ def quantize_(
     candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)
     linears = [(name, m) for name, m in candidates if chosen(name, m)]
     fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]
-    _tell_the_others([name for name, m in linears if m.in_features % block_size], block_size)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    torn = {name: m for name, m in linears if m.in_features % block_size}
     if not fitting:
         raise ValueError(
             f"no linear layer was quantized: the filter chose none whose in_features is a multiple of {block_size}"
         )
     for name, linear in fitting:
         model.set_submodule(name, pack(linear, f"{name}.weight"))
+    left_out.tell(model, torn, block_size, total)
     return model
 
 
 def _all_but_the_head(name: str, _: nn.Linear) -> bool:
     return name.rpartition(".")[2] != "lm_head"
-
-
-def _tell_the_others(names: list[str], block_size: int) -> None:
-    if names:
-        logger.warning("not quantized, in_features is no multiple of %d: %s", block_size, ", ".join(names))

@@ -11,6 +11,7 @@ from qsharded.adapted import find_adapter
 from qsharded.assembly import lora_config
 from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.checkpoint.tying import open_tied
 from qsharded.commands import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.machine import GIB
@@ -22,8 +23,8 @@ from qsharded.plan.rendering import render, render_needs
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights, of a packed
-    folder their names and the size of their blocks.
+    """Print what ``config`` takes; under torchrun, on the main rank only. Reads config.json and no weights; of a packed
+    folder their names and the size of their blocks, and of one that ties a stored head, whether it is the embedding.
 
     Returns the exit status: 1 where the GPU is known and does not hold it.
 
@@ -35,7 +36,7 @@ def dry_run(config: TrainConfig) -> int:
     described = read_json(folder / "config.json")
     adapter = find_adapter(config.adapter) if config.adapter else None
     dtype = compute_dtype(config.dtype, torch.device("cuda"))
-    model_config, packed = ModelConfig.from_hf(described), _packed(config, folder, described)
+    model_config, packed = _model(config, folder, described)
     planner = Planner(model_config, lora_config(config, adapter), dtype, _gpu_bytes(config), packed)
     plan = planner.plan(config, ranks)
     if os.environ.get("RANK", "0") == "0":
@@ -43,13 +44,17 @@ def dry_run(config: TrainConfig) -> int:
     return int(plan.fits is False)
 
 
-def _packed(config: TrainConfig, folder: Path, described: dict[str, Any]) -> PackedCheckpoint | Packing | None:
-    """What is packed; of a Hub id, and of a folder without its weights, only how."""
-    packing = read_packing(described)
+def _model(
+    config: TrainConfig, folder: Path, described: dict[str, Any]
+) -> tuple[ModelConfig, PackedCheckpoint | Packing | None]:
+    """The model and what of it is packed; of a Hub id, and of a folder without its weights, only how."""
+    model, packing = ModelConfig.from_hf(described), read_packing(described)
     if config.random_init:
-        return None
-    has_weights = Path(config.model).is_dir() and any(folder.glob("*.safetensors"))
-    return PackedCheckpoint.at(folder, packing) if has_weights else packing
+        return model, None
+    if not (Path(config.model).is_dir() and any(folder.glob("*.safetensors"))):
+        return model, packing
+    model, source = open_tied(folder, model)
+    return model, PackedCheckpoint.at(source, packing)
 
 
 def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:

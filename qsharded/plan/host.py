@@ -10,6 +10,7 @@ from qsharded.checkpoint.load import packed_layers, parameter_count
 from qsharded.config import TrainConfig
 from qsharded.machine import GIB
 from qsharded.models import CausalLM
+from qsharded.models.config import declared_dtype
 from qsharded.nn import NF4Linear
 from qsharded.plan.memory import Plan
 from qsharded.plan.optimizer import state_bytes
@@ -59,7 +60,7 @@ def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any], *, is_
 
 
 def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> int:
-    width = 4 if "float32" in str(described.get("dtype", described.get("torch_dtype"))) else 2
+    width = 4 if "float32" in (declared_dtype(described) or "") else 2
     layers = list(packed_layers(model).values()) if is_packed else []
     plain = parameter_count(model) - sum(layer.out_features * layer.in_features for layer in layers)
     return plain * width + sum(_packed(layer) for layer in layers)

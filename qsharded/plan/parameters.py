@@ -113,7 +113,7 @@ def _split(model: CausalLM, layout: Layout, ranks: int) -> set[Tensor]:
     """Embedding and head, where they are cut by rows that never come together."""
     if not is_split(model, layout, ranks > 1):
         return set()
-    return {model.model.embed_tokens.weight, model.lm_head.weight}
+    return {model.embedding_weight, model.lm_head.weight}
 
 
 def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -59,7 +59,9 @@ def step_work(
     and add to gradients that are there (counted as the gradients' own class). ``kind``: of its packed weights.
     """
     one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
-    model = skeleton(one_block, dataclasses.replace(lora, dtype=dtype) if is_sharded else lora, dtype, kind=kind)
+    # a block may lack what the configuration names in others
+    of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
+    model = skeleton(one_block, of_one, dtype, kind=kind)
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)

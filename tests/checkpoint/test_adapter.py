@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
+from qsharded.checkpoint.adapter import load_adapter, peft_config, read_lora_config, save_adapter, trainable
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint
@@ -113,3 +113,37 @@ def test_an_adapter_of_another_model_is_refused_by_name(folder: Path, tmp_path: 
     }[fault]
     with pytest.raises(ValueError, match=complaint):
         load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_values_that_are_not_finite_are_refused_by_name(folder: Path, tmp_path: Path, value: float) -> None:
+    model = random_adapter(folder)
+    save_adapter(model, LORA, tmp_path, base_model="base")
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    weights = load_file(path)
+    weights[name][-1, -1] = value
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {name} holds NaN or infinity"):
+        load_adapter(model, tmp_path)
+
+
+def test_of_names_that_match_nothing_pefts_adapter_is_read_and_they_are_not_written_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    """PEFT passes them over; what the adapter adapts stands in its file."""
+    lora = LoRAConfig(r=4, target_modules=["q_proj"])
+    save_adapter(load_model(folder, lora=lora, device="cpu"), lora, tmp_path, base_model="base")
+    change_config(tmp_path, target_modules=["q_proj", "w_proj"], rank_pattern={"w_proj": 2})
+    read = read_lora_config(tmp_path)
+    model = load_model(folder, lora=read, device="cpu")
+    load_adapter(model, tmp_path)
+    assert peft_config(model, read, "base")["target_modules"] == ["q_proj"]
+
+
+def test_adapters_that_peft_ties_to_the_heads_are_refused(folder: Path, tmp_path: Path) -> None:
+    save_adapter(random_adapter(folder), LORA, tmp_path, base_model="base")
+    change_config(tmp_path, ensure_weight_tying=True, modules_to_save=None)
+    assert read_lora_config(tmp_path).r == LORA.r
+    change_config(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"ensure_weight_tying = True with an adapter on model\.embed_tokens"):
+        read_lora_config(tmp_path)

@@ -1,9 +1,11 @@
 """Pieces: a checkpoint is the same bytes in whatever pieces it is read and written."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsharded.checkpoint import load_model, staging
@@ -41,6 +43,23 @@ def test_pieces_change_no_byte(folder: Path, monkeypatch: pytest.MonkeyPatch, tm
         (tmp_path / form).mkdir()
         quantize_checkpoint(folder, tmp_path / form, form, CPU)
         assert_same_bytes(state_bytes(tmp_path / form), expected)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_value_that_is_not_finite_is_found_in_any_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In the first row, the pieces behind it sound: what was seen of one piece must outlive the next."""
+    folder = write_checkpoint(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights[name][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    monkeypatch.setattr(staging, "PIECE", 1000)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds NaN"):
+        load_model(folder)
+    (tmp_path / "packed").mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds NaN"):
+        quantize_checkpoint(folder, tmp_path / "packed", "qsharded", CPU)
 
 
 @pytest.mark.gpu

@@ -12,16 +12,19 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from qsharded import parallel
+from qsharded import parallel, stopping
 from qsharded.checkpoint import files, writer
 from qsharded.checkpoint.manifest import verify
 from qsharded.checkpoint.retention import drop_partial_checkpoints
+from qsharded.checkpoint.shards import own_weights
 from qsharded.checkpoint.sound import newest_sound
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import (
     Progress,
     checkpoints,
     load_checkpoint,
+    read_progress,
+    refuse_other,
 )
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.nn import LoRAConfig
@@ -66,8 +69,8 @@ def write(folder: Path, step: int, keep: int | None = None) -> None:
 
 def assert_holds(folder: Path, step: int) -> None:
     model, optimizer = make(-1.0)
-    progress = load_checkpoint(folder, model, LORA, optimizer, {})
-    assert progress == Progress(step=step, window={"loss": step / 3})
+    load_checkpoint(folder, model, LORA, optimizer)
+    assert read_progress(folder) == Progress(step=step, window={"loss": step / 3})
     for parameter in model.parameters():
         assert (parameter == step).all()
         state = optimizer.state[parameter]
@@ -159,6 +162,39 @@ def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.M
         save(to, *make(1.0), 1)
 
 
+def test_the_wait_for_other_ranks_ends_before_they_time_out_in_a_collective() -> None:
+    """Else NCCL ends the ranks that wait for the main one, and nobody reads which disk was slow."""
+    assert writer._PATIENCE_S < stopping._PATIENCE.total_seconds() == 600
+
+
+def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyError), CheckpointWriter(tmp_path, parallel.World(0, 2, WORLD.device, None), None) as to:  # noqa: PT012
+        save(to, *make(1.0), 1)
+        raise KeyError
+    assert capsys.readouterr().err == ""
+    assert checkpoints(tmp_path) == []
+
+
+def test_all_ranks_wait_for_a_slow_disk_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of training's collectives: they ask each other after the wait and before anything is copied."""
+    calls, first_error = [], writer.first_error
+
+    def waiting(world: parallel.World, error: Exception | None) -> str | None:
+        calls.append([path.name for path in checkpoints(tmp_path)])
+        return first_error(world, error)
+
+    monkeypatch.setattr(writer, "first_error", waiting)
+    monkeypatch.setattr(writer, "own_weights", lambda *args: calls.append("copied") or own_weights(*args))
+    with CheckpointWriter(tmp_path, WORLD, None) as to:
+        save(to, *make(1.0), 1)
+        save(to, *make(2.0), 2)
+    assert calls == [[], "copied", ["step-000001"], "copied"]
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 5):
         write(tmp_path, step, keep=2)
@@ -230,7 +266,7 @@ def test_moments_of_another_kind_name_the_option(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, WORLD, None) as to:
         to.save(model, LORA, optimizer, Progress(step=1, settings={"moments": "fp32"}), base_model="base")
     with pytest.raises(ValueError, match=r"moments = 'fp32', this run has '8 bits'.*fp32: --optim adamw; 8 bits"):
-        load_checkpoint(checkpoints(tmp_path)[0], model, LORA, optimizer, {"moments": "8 bits"})
+        refuse_other({"moments": "8 bits"}, read_progress(checkpoints(tmp_path)[0]).settings, tmp_path)
 
 
 def test_an_old_one_that_cannot_be_deleted_stops_nothing(

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from qsharded.config import TrainConfig, parse, read_toml, write_toml
+from qsharded.config.options import options
+from tools.make_docs import PAGES
 
 GIVEN = ("--model", "m", "--dataset", "d")
 
@@ -55,7 +57,6 @@ def test_fill_sees_what_was_given_and_gives_way_to_it(tmp_path: Path) -> None:
         (["--learning_rate=1"], "learning_rate", 1.0),
         (["--max-steps", "-1"], "max_steps", -1),
         (["--packing"], "packing", True),
-        (["--packing", "--no-packing"], "packing", False),
         (["--no-cpu-offload"], "cpu_offload", False),
         (["--no_cpu_offload"], "cpu_offload", False),
         (["--output-dir", "with spaces, and_more"], "output_dir", "with spaces, and_more"),
@@ -70,11 +71,95 @@ def test_fill_sees_what_was_given_and_gives_way_to_it(tmp_path: Path) -> None:
         (["--lora-target-modules", r".*\.[qk]_proj{1,2}"], "lora_target_modules", r".*\.[qk]_proj{1,2}"),
         (["--lora-rank-pattern", "q_proj=4", r"(?=a)b=8"], "lora_rank_pattern", {"q_proj": 4, "(?=a)b": 8}),
         (["--lora-alpha-pattern", "q_proj=4,v_proj=0.5"], "lora_alpha_pattern", {"q_proj": 4.0, "v_proj": 0.5}),
-        (["--eval-dataset", "x", "--eval-dataset", ""], "eval_dataset", None),
+        (["--eval-dataset", ""], "eval_dataset", None),
+        (["--dataset-weights", "7"], "dataset_weights", [7.0]),
     ],
 )
 def test_flag_values(words: list[str], field: str, value: Any) -> None:
     assert getattr(parsed(*words), field) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--dataset", "a, b"], "a, b"),
+        (["--dataset=a"], "a"),
+        (["--dataset", "a", "b c", "d,e"], ("a", "b c", "d,e")),
+        (["--dataset", "a", "--dataset", "b"], ("a", "b")),
+        (["--dataset=a", "--seed", "1", "--dataset", "b", "c"], ("a", "b", "c")),
+    ],
+)
+def test_datasets_add_up_and_are_taken_as_they_are(words: list[str], value: Any) -> None:
+    config = parse(["--model", "m", *words], TrainConfig)
+    assert config.dataset == value
+    assert config.datasets == ((value,) if isinstance(value, str) else value)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [('dataset = "a"', "a"), ('dataset = ["a"]', "a"), ('dataset = ["a, b", "c"]', ("a, b", "c"))]
+)
+def test_datasets_in_toml(tmp_path: Path, line: str, value: Any) -> None:
+    path = toml(tmp_path, f'model = "m"\n{line}')
+    assert parse(["--config", path], TrainConfig).dataset == value
+    assert parse(["--config", path, "--dataset", "x", "y"], TrainConfig).dataset == ("x", "y")
+
+
+@pytest.mark.parametrize("words", [["0.7", "0.3"], ["0.7,0.3"], ["7", "3"]])
+def test_weights_of_datasets(words: list[str]) -> None:
+    config = parse(["--model", "m", "--dataset", "a", "b", "--dataset-weights", *words], TrainConfig)
+    assert config.dataset_weights[0] / sum(config.dataset_weights) == pytest.approx(0.7)
+
+
+TWICE = {
+    "plain": (["--seed", "1", "--seed", "2"], "--seed is given twice, as '--seed 1' and as '--seed 2'"),
+    "equal": (["--seed", "1", "--seed", "1"], "--seed is given twice, as '--seed 1' and as '--seed 1'"),
+    "with =": (["--seed", "1", "--seed=2"], "--seed is given twice, as '--seed 1' and as '--seed 2'"),
+    "with _": (["--lora_r", "1", "--lora-r=2"], "--lora-r is given twice, as '--lora-r 1' and as '--lora-r 2'"),
+    "apart": (["--seed=1", "--lora-r", "2", "--seed", "3"], "--seed is given twice, as '--seed 1' and as '--seed 3'"),
+    "switch": (["--packing", "--packing"], "--packing is given twice, as '--packing' and as '--packing'"),
+    "switch with a value": (
+        ["--packing=false", "--packing"],
+        "--packing is given twice, as '--packing false' and as '--packing'",
+    ),
+    "negated": (["--packing", "--no-packing"], "--packing is given twice, as '--packing' and as '--no-packing'"),
+    "negated twice": (
+        ["--no_packing", "--no-packing"],
+        "--packing is given twice, as '--no-packing' and as '--no-packing'",
+    ),
+    "names": (
+        ["--lora-target-modules", "q_proj", "v_proj", "--lora-target-modules", "k_proj"],
+        "--lora-target-modules is given twice, as '--lora-target-modules q_proj v_proj' and as "
+        "'--lora-target-modules k_proj'",
+    ),
+    "pairs": (
+        ["--lora-rank-pattern", "q=1", "--lora-rank-pattern", "k=2"],
+        "--lora-rank-pattern is given twice, as '--lora-rank-pattern q=1' and as '--lora-rank-pattern k=2'",
+    ),
+    "weights": (
+        ["--dataset-weights", "1", "--dataset-weights", "2"],
+        "--dataset-weights is given twice, as '--dataset-weights 1' and as '--dataset-weights 2'",
+    ),
+    "unset": (
+        ["--eval-dataset", "x", "--eval-dataset", ""],
+        "--eval-dataset is given twice, as '--eval-dataset x' and as '--eval-dataset '",
+    ),
+    "config": (["--config", "a", "--config", "b"], "--config is given twice, as '--config a' and as '--config b'"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), TWICE.values(), ids=TWICE)
+def test_a_flag_given_twice_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of([*GIVEN, *words], capsys) == f"qsharded.train: error: {message}: give it once"
+
+
+@pytest.mark.parametrize("command", PAGES.values(), ids=PAGES)
+def test_every_command_refuses_any_flag_twice(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """But those whose values add up, which the parser knows by their kind."""
+    for item in options(command):
+        if not item.repeated:
+            with pytest.raises(SystemExit):
+                parse([item.flag, "1", item.flag, "1"], command)
+            assert f"{item.flag} is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -120,6 +205,19 @@ def test_a_switch_stands_alone_or_takes_true_or_false(words: list[str], value: b
         (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
         (["--overlong", "cut"], "--overlong must be one of drop, truncate, got 'cut'"),
         (["--lora-rank-pattern", "q_proj"], "--lora-rank-pattern takes KEY=VALUE pairs, got 'q_proj'"),
+        (["--dataset-weights", "x"], "--dataset-weights must be a list of finite numbers, got ['x']"),
+        (["--dataset-weights", "inf"], "--dataset-weights must be a list of finite numbers, got [inf]"),
+        (["--dataset-weights", "1", "nan"], "--dataset-weights must be a list of finite numbers, got [1.0, nan]"),
+        (["--dataset-weights", "0"], "--dataset-weights must be above 0, got 0 for d: leave the dataset out"),
+        (
+            ["--dataset", "e", "--dataset-weights", "1", "-1"],
+            "--dataset-weights must be above 0, got -1 for e: leave the dataset out",
+        ),
+        (
+            ["--dataset", "e", "--dataset-weights", "1"],
+            "--dataset-weights must be one for each --dataset: there are 1 for 2 (d, e)",
+        ),
+        (["--dataset=e", "f"], "unexpected argument 'f'; values follow a --key"),
         (["--lora-rank-pattern", "=4"], "--lora-rank-pattern takes KEY=VALUE pairs, got '=4'"),
     ],
 )
@@ -138,12 +236,31 @@ def test_flag_errors(words: list[str], message: str, capsys: pytest.CaptureFixtu
         ('packing = "yes"', "--packing must be true or false, got 'yes'"),
         ("lora-modules-to-save = [1]", "--lora-modules-to-save must be a list of names, got [1]"),
         ("output-dir = 3", "--output-dir must be text, got 3"),
+        ("dataset-weights = 1", "--dataset-weights must be a list of finite numbers, got 1"),
+        ('dataset-weights = ["1"]', "--dataset-weights must be a list of finite numbers, got ['1']"),
         ("warmup-ratio = nan", "--warmup-ratio must be a finite number, got nan"),
     ],
 )
 def test_toml_errors(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = toml(tmp_path, text)
     assert error_of([*GIVEN, "--config", path], capsys) == "qsharded.train: error: " + message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dataset = 3", "--dataset must be text, or a list of texts, got 3"),
+        ('dataset = ["a", 3]', "--dataset must be text, or a list of texts, got ('a', 3)"),
+        ("dataset = []", "--dataset must name at least one dataset, got an empty list"),
+        (
+            'dataset = ["a", "b"]\ndataset-weights = [0.7, 0.2, 0.1]',
+            "--dataset-weights must be one for each --dataset: there are 3 for 2 (a, b)",
+        ),
+    ],
+)
+def test_dataset_errors_in_toml(tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = toml(tmp_path, f'model = "m"\n{line}')
+    assert error_of(["--config", path], capsys) == f"qsharded.train: error: {message}"
 
 
 def test_text_that_is_no_toml_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +294,8 @@ def changed(config: TrainConfig) -> TrainConfig:
     awkward = 'a "b"\\ \n\t\x7f é 𝄞 # ['
     texts = {
         "model": awkward,
+        "dataset": ("d, e", awkward),
+        "dataset_weights": [0.7, 3.0],
         "lora_target_modules": r".*\.(q|k)_proj",
         "lora_modules_to_save": ["norm", awkward],
         "lora_rank_pattern": {r"layers\.\d+": 3, "q-proj": 1},
@@ -193,6 +312,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "adam_epsilon": 1e22,
         "dataset_format": "text",
         "train_on": "all",
+        "one_example_per_answer": False,
         "overlong": "truncate",
         "lora_dtype": "bfloat16",
         "lr_scheduler_type": "constant",

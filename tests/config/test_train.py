@@ -22,6 +22,10 @@ def config(**values: Any) -> TrainConfig:
         ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, got -1.0"),
         ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
         (
+            {"one_example_per_answer": True, "train_on": "all"},
+            "--one-example-per-answer learns the answers: it does not go with --train-on all",
+        ),
+        (
             {"cpu_offload": True, "activation_checkpointing": "none"},
             "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
             "when its weights are back, not with none",

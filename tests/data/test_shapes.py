@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from qsharded.data.shapes import FORMATS, Conversation, PromptCompletion, Text, parse_row
@@ -87,6 +89,57 @@ def test_message_fields_reach_the_template_but_not_nulls_or_weights():
         [False, True, False, False, True],
         [{"name": "f"}],
     )
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_calls", [CALL]),
+        ("tool_calls", [CALL["function"]]),
+        ("tool_calls", json.dumps([CALL])),
+        ("function_call", CALL["function"]),
+    ],
+)
+def test_tool_calls_of_every_shape_are_alike(field, value):
+    assert parse_row({"messages": [USER, {"role": "assistant", field: value}]}).messages == [
+        USER,
+        {"role": "assistant", "tool_calls": [CALL]},
+    ]
+
+
+def test_a_call_keeps_its_id_wherever_it_stands():
+    for value in (CALL | {"id": "x"}, CALL["function"] | {"id": "x"}):
+        (_, message) = parse_row({"messages": [USER, {"role": "assistant", "tool_calls": [value]}]}).messages
+        assert message["tool_calls"] == [CALL | {"id": "x"}]
+
+
+def test_fields_that_say_nothing_are_dropped():
+    empty = {"tool_calls": [], "name": "", "reasoning_content": "", "function_call": {}, "tool_call_id": None}
+    row = {"messages": [USER | empty, ANSWER | empty | {"prefix": False}], "tools": []}
+    assert parse_row(row) == Conversation([USER, ANSWER | {"prefix": False}], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"tool_calls": "nope"}, r"messages\[0\].tool_calls is text, but not JSON"),
+        ({"tool_calls": {"name": "f"}}, r"tool_calls must be a list of tool calls, got dict"),
+        ({"tool_calls": ["f"]}, r"tool_calls\[0\] must be an object with name and arguments, got 'f'"),
+        ({"tool_calls": [{"function": "f"}]}, r"tool_calls\[0\] must be an object with name and arguments, got 'f'"),
+        ({"tool_calls": [{"arguments": {}}]}, r"tool_calls\[0\] must name a function, got name None"),
+        ({"tool_calls": [{"name": "f", "arguments": [1]}]}, r"arguments must be an object or its JSON, got \[1\]"),
+        ({"tool_calls": [{"name": "f", "parameters": {}}]}, r"has parameters; a call's values .* as arguments"),
+        ({"tool_calls": []}, r"messages\[0\] has no content"),
+        ({"content": "a", "role": "user", "tool_calls": [CALL]}, r"role user; only the assistant calls tools"),
+        ({"content": "a", "reasoning": ["b"]}, r"reasoning of messages\[0\] must be text, got list"),
+    ],
+)
+def test_malformed_calls_and_reasoning(message, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_row({"messages": [{"role": "assistant"} | message]})
 
 
 def test_parts_of_text_are_joined():

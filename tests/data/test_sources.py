@@ -110,6 +110,14 @@ def test_several_kinds_of_hub_files_are_not_mixed(hub, names):
         find_files("owner/name", "train")
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="a dataset's name is empty"):
+        find_files("", "train")
+    assert find_files(".", "train") == [Path("rows.jsonl")]
+
+
 def test_the_hubs_refusal_is_told():
     # The tests run offline.
     with pytest.raises(

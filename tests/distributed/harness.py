@@ -1,4 +1,6 @@
-"""Run a function on several gloo ranks of this machine, each a process of its own."""
+"""Run a function on several ranks of this machine, each a process of its own that does as CUDA does.
+
+They talk over gloo; where every rank has a GPU of its own, what lies on GPUs goes over NCCL."""
 
 import os
 import socket
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.distributed.as_cuda import run_as_cuda
 
 # A server that has imported torch once forks each rank in a fraction of the time that a fresh interpreter takes.
 _context = mp.get_context("forkserver")
@@ -64,11 +68,13 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size > 1 else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
     except BaseException:
         Path(folder, f"{rank}.unmet").write_text(traceback.format_exc())
         os._exit(1)
     try:
+        run_as_cuda()
         torch.save(function(*args), Path(folder, f"{rank}.pt"))
         if dist.is_initialized():  # the function may have left it by itself
             dist.destroy_process_group()

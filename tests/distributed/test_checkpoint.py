@@ -15,7 +15,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.checkpoint.manifest import verify
 from qsharded.checkpoint.shards import Rows
-from qsharded.checkpoint.training import Progress, load_checkpoint
+from qsharded.checkpoint.training import Progress, load_checkpoint, read_progress
 from qsharded.checkpoint.writer import CheckpointWriter
 from qsharded.nn import LoRAConfig
 from qsharded.seeds import derived_seed
@@ -101,7 +101,8 @@ def read(folder: Path, layout: str) -> None:
             for parameter in parameters:
                 local(parameter.detach()).zero_()
             checkpoint = folder / kind / written_by / "checkpoints" / "step-000005"
-            assert load_checkpoint(checkpoint, model, LORA, optimizer, {}) == Progress(step=5)
+            load_checkpoint(checkpoint, model, LORA, optimizer)
+            assert read_progress(checkpoint) == Progress(step=5)
             for name, parameter in trainable(model):
                 assert torch.equal(local(parameter), own(parameter, name))
                 if kind == "adamw":

@@ -10,12 +10,10 @@ import torch
 from qsharded import gather_check, generate, parallel, train
 from qsharded.gather_check import check_gather
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 
 
 def use_plain_gather() -> None:
-    """FSDP2's own gather, with copies as CUDA makes them."""
-    torch._foreach_copy_ = as_cuda_copies
+    """FSDP2's own gather."""
     parallel.use_exact_gather = lambda model: None
 
 
@@ -25,11 +23,6 @@ def what_the_probe_says() -> str:
     except parallel.DamagedGather as error:
         return str(error)
     return ""
-
-
-def probe_exact() -> str:
-    torch._foreach_copy_ = as_cuda_copies
-    return what_the_probe_says()
 
 
 def probe_plain() -> str:
@@ -45,7 +38,7 @@ def probe_damaged_on_the_last_rank_alone() -> str:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_exact_gather_passes(world_size: int) -> None:
-    assert run_ranks(probe_exact, world_size) == [""] * world_size
+    assert run_ranks(what_the_probe_says, world_size) == [""] * world_size
 
 
 def test_a_plain_gather_is_found_with_all_its_damage() -> None:

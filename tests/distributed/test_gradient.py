@@ -2,15 +2,17 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qsharded import parallel
+from qsharded import evaluation, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
-from qsharded.data import Cursor, Example, StepLoader
+from qsharded.data import Cursor, Example, Step, StepLoader, make_batch
+from qsharded.evaluation import batch_loss
 from qsharded.nn import LoRAConfig
 from qsharded.shards import local, whole
 from qsharded.train import accumulate_gradient
@@ -36,11 +38,13 @@ def examples() -> list[Example]:
     return made
 
 
-def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) -> dict[str, Tensor]:
+def gradient(
+    folder: Path, batch_size: int, accumulation: int, packing: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Every trainable parameter's gradient over one step of all rows, whole."""
     world = parallel.start_world()
     lora = LoRAConfig(r=4, modules_to_save=["lm_head"])
-    model = load_model(folder, mesh=world.mesh, lora=lora, dtype=torch.float32, seed=3)
+    model = load_model(folder, mesh=world.mesh, lora=lora, dtype=dtype, seed=3)
     with torch.no_grad():  # with B at zero, A's gradient would be zero too
         for name, parameter in trainable(model):
             if "lora_B" in name:
@@ -59,6 +63,28 @@ def gradient(folder: Path, batch_size: int, accumulation: int, packing: bool) ->
     step = next(loader.steps(Cursor()))
     accumulate_gradient(model, step, world, seed=0, step_number=0)
     return {name: whole(parameter.grad) for name, parameter in trainable(model)}
+
+
+def test_dropout_differs_by_rank_step_and_micro_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows everywhere, so that the losses differ by what is dropped alone; and once more, the same losses."""
+    model = load_model(folder, lora=LoRAConfig(r=4, lora_dropout=0.5), dtype=torch.float32, seed=3)
+    for name, parameter in trainable(model):
+        if "lora_B" in name:
+            parameter.data.fill_(0.02)
+    batch = make_batch([[examples()[0]]], pad_id=0, max_length=64)
+    step = Step([batch, batch], supervised_tokens=1, tokens=1, cursor=Cursor())
+    losses: list[float] = []
+
+    def noted(*args: Any) -> Tensor:
+        losses.append((loss := batch_loss(*args)).item())
+        return loss
+
+    monkeypatch.setattr(evaluation, "batch_loss", noted)
+    for rank, step_number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        world = parallel.World(rank, 2, torch.device("cpu"), None)
+        accumulate_gradient(model, step, world, seed=0, step_number=step_number)
+    assert len(set(losses[:8])) == 8
+    assert losses[8:] == losses[:8]
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +113,11 @@ def test_same_gradient_for_every_split(
         for name, want in expected.items():
             assert want.norm() > 0
             assert (found[name] - want).norm() / want.norm() < 1e-5, name
+
+
+def test_bf16_activations_give_the_same_gradient_to_their_precision(folder: Path, expected: dict[str, Tensor]) -> None:
+    """bf16 keeps 8 bits; a mean of means would be off by more than half."""
+    for found in run_ranks(gradient, 3, folder, 2, 2, False, torch.bfloat16):
+        for name, want in expected.items():
+            assert found[name].dtype == torch.float32
+            assert (found[name] - want).norm() / want.norm() < 0.05, name

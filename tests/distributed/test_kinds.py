@@ -13,7 +13,6 @@ from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.shards import local
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 from tests.distributed.test_load import whole_bytes
 
 IDS = torch.arange(24).view(2, 12) % 97
@@ -31,10 +30,7 @@ class Found(NamedTuple):
 
 
 def trained(paths: list[Path], world_size: int) -> list[Found]:
-    """With copies as CUDA makes them where there are shards."""
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
-    if mesh is not None:
-        torch._foreach_copy_ = as_cuda_copies
     lora = LoRAConfig(r=3)
     return [of_model(load_model(path, mesh=mesh, lora=lora, dtype=torch.float32, seed=7)) for path in paths]
 

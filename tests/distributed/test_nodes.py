@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from qsharded import parallel, train
+from qsharded import generate, parallel, train
 from qsharded.metrics import read_metrics
 from tests.distributed.harness import free_port, run_ranks
 
@@ -81,3 +83,39 @@ def test_two_agents_train_as_two_ranks_of_one_node_do(tmp_path: Path) -> None:
     assert losses(tmp_path / "two-nodes") == losses(tmp_path / "one-node")
     assert len(losses(tmp_path / "two-nodes")) == 2
     assert (tmp_path / "two-nodes" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("main", [train.main, generate.main])
+@pytest.mark.parametrize(
+    ("local_rank", "failure", "complaint"),
+    [
+        (2, None, "local rank 2 has no GPU of its own: this machine has 2; give torchrun --nproc-per-node 2"),
+        (1, torch.distributed.DistNetworkError("no route\nframe #0: c10"), "cannot join the other ranks: no route; "),
+        (1, ValueError("MASTER_ADDR expected"), "MASTER_ADDR expected"),
+    ],
+)
+def test_a_rank_that_cannot_join_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[list[str]], None],
+    local_rank: int,
+    failure: Exception | None,
+    complaint: str,
+) -> None:
+    """As on a machine of two GPUs, where the third rank finds none."""
+    for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(parallel, "let_reserved_memory_grow", lambda: None)
+
+    def fail(*_: object) -> None:
+        raise failure or AssertionError("a rank without a GPU must not wait for others")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(SystemExit) as leave:
+        main(["--model", "x/y", *(["--dataset", "x"] if main is train.main else ["--prompt", "x"])])
+    said = capsys.readouterr().err
+    assert leave.value.code == 1
+    assert said.startswith(f"{main.__module__}: error (rank 3): {complaint}")
+    assert said.count("\n") == 1

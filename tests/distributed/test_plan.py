@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LORAS = {
     "float32": LoRAConfig(r=5),
     "bfloat16": LoRAConfig(r=3, dtype=torch.bfloat16, target_modules=["q_proj", "down_proj"]),
+    "embedding": LoRAConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
     "trained-head": LoRAConfig(r=4, modules_to_save=["lm_head", "norm"]),
 }
 

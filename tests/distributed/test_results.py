@@ -66,9 +66,11 @@ def test_a_full_disk_at_the_adapter_costs_no_training_on_any_rank(model: Path, d
     assert f"Checkpoint {checkpoint} holds all of the training" in said[0]
     assert read_sound(checkpoint).step == 3
     assert not (out / "adapter").exists()
+    assert not (out / "finished.json").exists()
     command = shlex.split(said[0][said[0].index("torchrun") :])
     assert command[:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
     run_ranks(train.main, 2, command[6:])
+    assert (out / "finished.json").is_file()
     found, kept = load_file(weights), load_file(checkpoint / "adapter" / "adapter_model.safetensors")
     assert found.keys() == kept.keys()
     assert all((found[name] == kept[name]).all() for name in found)

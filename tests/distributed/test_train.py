@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsharded import evaluation, output, train
-from qsharded.checkpoint import writer
+from qsharded.checkpoint import load_model, writer
+from qsharded.data import Example, Tokenizer, load_examples
 from qsharded.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
@@ -46,7 +47,8 @@ def arguments(model: Path, dataset: Path, output: Path, **options: Any) -> list[
         "eval_split": 0.1,
         "save_steps": 0,
     } | options
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    several = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+    return [word for key, values in several.items() for word in (f"--{key}", *map(str, values))]
 
 
 def run(*args: Any) -> None:
@@ -57,9 +59,12 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_training_learns_and_writes_what_it_says(model: Path, dataset: Path, tmp_path: Path, world_size: int) -> None:
-    run_ranks(run, world_size, model, dataset, tmp_path / "out", {"max_steps": 12, "eval_steps": 4})
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_training_learns_and_writes_what_it_says(
+    model: Path, dataset: Path, tmp_path: Path, world_size: int, dtype: str
+) -> None:
+    options = {"max_steps": 12, "eval_steps": 4, "dtype": dtype}
+    run_ranks(run, world_size, model, dataset, tmp_path / "out", options)
     out = tmp_path / "out"
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
@@ -74,6 +79,28 @@ def test_training_learns_and_writes_what_it_says(model: Path, dataset: Path, tmp
     }
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert "learning-rate = 0.01" in (out / "config.toml").read_text()
+
+
+def test_the_logged_loss_is_the_mean_over_supervised_tokens(model: Path, tmp_path: Path) -> None:
+    """Of all ranks, micro-batches and steps since the last line, which have very unequal numbers of them."""
+    answers = ["ab" * n for n in (1, 20, 2, 1, 14, 3, 1, 1, 25, 2)]  # a step of 8 rows, and one of 2
+    dataset = tmp_path / "rows.jsonl"
+    dataset.write_text("".join(json.dumps({"prompt": "<u>a<a>", "completion": answer}) + "\n" for answer in answers))
+    options = {"max_steps": 2, "logging_steps": 2, "learning_rate": 1e-12, "lora_dropout": 0, "eval_split": 0}
+    run_ranks(run, 2, model, dataset, tmp_path / "out", options)
+    expected = mean_token_loss(model, load_examples(dataset, Tokenizer.from_folder(model), max_length=64).examples)
+    assert losses(tmp_path / "out") == pytest.approx([expected], rel=1e-5)
+
+
+def mean_token_loss(model: Path, examples: list[Example]) -> float:
+    """PyTorch's cross-entropy of each row's supervised tokens, one row at a time."""
+    ours, total, tokens = load_model(model, dtype=torch.float32), 0.0, 0
+    for example in examples:
+        ids, learned = torch.from_numpy(example.ids).long(), torch.from_numpy(example.supervised)[1:]
+        logits = ours(ids[None])[0, :-1][learned]
+        total += torch.nn.functional.cross_entropy(logits, ids[1:][learned], reduction="sum").item()
+        tokens += int(learned.sum())
+    return total / tokens
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -176,6 +203,72 @@ def test_a_run_resumed_by_other_ranks_goes_on_alike(model: Path, dataset: Path, 
         assert losses(tmp_path / ranks) == pytest.approx(expected, rel=1e-6)
 
 
+def write_texts(path: Path, letter: str, count: int, first: int = 0) -> Path:
+    """Rows that are told apart by their number of letters."""
+    rows = [{"prompt": "<u>", "completion": letter * n} for n in range(first + 1, first + count + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_trained_on(out: Path, *args: Any) -> list[list[tuple[int, int]]]:
+    """(first supervised id, number of them) of each row of every step, in no order; by this rank."""
+    accumulate, steps = train.accumulate_gradient, []
+
+    def watched(model: Any, step: Any, *rest: Any, **options: Any) -> Tensor:
+        targets = [row[row != -100] for batch in step.micro_batches for row in batch.targets]
+        steps.append([(int(row[0]), len(row)) for row in targets if len(row)])
+        return accumulate(model, step, *rest, **options)
+
+    train.accumulate_gradient = watched
+    run(*args[:2], out, args[2])
+    return steps
+
+
+def mixed(ranks: list[list[list[tuple[int, int]]]]) -> list[set[tuple[int, int]]]:
+    """The rows of each step, of all ranks."""
+    return [{row for rank in step for row in rank} for step in zip(*ranks, strict=True)]
+
+
+def test_a_weighted_mixture_is_trained_on_alike_by_any_ranks_and_resumed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 6 and 20 rows in shares of 3 to 1 an epoch takes 6 and 2."""
+    few, many = write_texts(tmp_path / "few.jsonl", "a", 6), write_texts(tmp_path / "many.jsonl", "b", 20, 10)
+    weights = {"eval_split": 0, "dataset_weights": "3,1", "lora_dropout": 0, "per_device_train_batch_size": 2}
+    weights |= {"max_steps": 6, "save_steps": 3, "optim": "adamw", "lora_r": 3}
+    mixture = [few, "--dataset", many]
+    two = mixed(run_ranks(rows_trained_on, 2, tmp_path / "two", model, mixture, weights | ONE_BATCH))
+    a, b = (Tokenizer.from_folder(model).encode(letter)[0] for letter in "ab")
+    epochs = [two[0] | two[1], two[2] | two[3], two[4] | two[5]]
+    for epoch in epochs:
+        assert {row for row in epoch if row[0] == a} == {(a, n) for n in range(2, 8)}  # with the end of the text
+        assert sum(row[0] == b for row in epoch) == 2
+    assert len({row for epoch in epochs for row in epoch if row[0] == b}) == 6
+    resumed = weights | ONE_BATCH | {"resume_from_checkpoint": tmp_path / "two" / "checkpoints" / "step-000003"}
+    resumed |= {"per_device_train_batch_size": 4}
+    one = rows_trained_on(tmp_path / "one", model, mixture, resumed)
+    assert mixed([one]) == two[3:]
+    printed = capsys.readouterr().out
+    assert f"data {few}: 6 rows of up to 64 tokens; 6 an epoch (75.0% of the mixture)" in printed
+    assert f"data {many}: 20 rows of up to 64 tokens; 2 an epoch (25.0% of the mixture)" in printed
+    with pytest.raises(SystemExit):
+        run(model, mixture, tmp_path / "two", resumed | {"dataset_weights": "1,1"})
+    assert "was written with dataset_weights = [3.0, 1.0], this run has [1.0, 1.0]" in capsys.readouterr().err
+
+
+ONE_BATCH = {"gradient_accumulation_steps": 1}
+
+
+def test_datasets_that_share_a_file_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_texts(tmp_path / "rows.jsonl", "a", 3)
+    for again in (rows, tmp_path, tmp_path / ".." / tmp_path.name / "rows.jsonl"):
+        with pytest.raises(SystemExit):
+            train.main(arguments(model, [rows, again], tmp_path / "out"))
+        assert f"--dataset {rows} and --dataset {again} both hold {rows}" in capsys.readouterr().err
+
+
 def test_deterministic_kernels_change_nothing_on_a_cpu(
     model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +322,29 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(
     assert all(tensor.isfinite().all() for tensor in adapter.values())
 
 
+def test_a_skipped_steps_loss_leaves_json_that_is_valid_and_a_run_that_goes_on(
+    model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """It is logged, and kept in the checkpoint between two log lines, as null."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    options = {"max_steps": 4, "max_skipped_steps": 1, "save_steps": 2, "logging_steps": 3}
+    assert run_ranks(run_with_infinite_loss, 1, [1], model, dataset, tmp_path, options) == [""]
+    whole = read_metrics(tmp_path / "metrics.jsonl")
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    state = json.loads((checkpoint / "state.json").read_text(), parse_constant=refuse)
+    assert state["window"]["loss"] is None
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    run_ranks(run, 1, model, dataset, tmp_path, options | {"resume_from_checkpoint": checkpoint})
+    resumed = read_metrics(tmp_path / "metrics.jsonl")
+    first, second = ([row["loss"] for row in rows if "loss" in row] for rows in (whole, resumed))
+    assert first == second
+    assert [loss is None for loss in first] == [True, False]
+
+
 def test_too_many_skipped_steps_stop_the_run_at_a_log_line(model: Path, dataset: Path, tmp_path: Path) -> None:
     options = {"max_steps": 6, "logging_steps": 3}
     stopped_by = run_ranks(run_with_infinite_loss, 2, [1], model, dataset, tmp_path / "out", options)
@@ -274,7 +390,7 @@ def test_an_earlier_run_is_not_overwritten_untold(
     model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.main(arguments(model, dataset, tmp_path, max_steps=1))
-    for options in ({}, {"resume_from_checkpoint": "auto"}):
+    for options in ({}, {"resume_from_checkpoint": "auto", "seed": 1}):  # the same run is finished, which is no error
         with pytest.raises(SystemExit):
             train.main(arguments(model, dataset, tmp_path, max_steps=1, **options))
         assert "holds an earlier run (adapter)" in capsys.readouterr().err

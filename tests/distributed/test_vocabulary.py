@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsharded import collectives
 from qsharded.autograd import vocabulary
 from qsharded.shards import RowRange, rows_of_rank
 from tests.distributed.harness import run_ranks
@@ -93,6 +94,40 @@ def logits_gaps(vocab: int) -> tuple[float, float]:
 def test_logits_and_their_gradient_equal_the_plain_product(world_size: int, vocab: int) -> None:
     for gaps in run_ranks(logits_gaps, world_size, vocab):
         assert max(gaps) <= TOLERANCES[torch.float64]
+
+
+def gradient_of_small_parts() -> Tensor:
+    """[T, 3]: of each column one rank's part is 1, and the two others' 2^-8, which bf16 drops beside a 1."""
+    weight_VD = torch.full((3, 3), 2.0**-8).fill_diagonal_(1).bfloat16()
+    hidden_TD = torch.zeros(2 + dist.get_rank(), 3, dtype=torch.bfloat16, requires_grad=True)
+    vocabulary.logits(hidden_TD, *own(weight_VD)).sum().backward()
+    return hidden_TD.grad
+
+
+def test_the_ranks_parts_of_a_gradient_are_added_in_fp32() -> None:
+    for found_TD in run_ranks(gradient_of_small_parts, 3):
+        assert torch.equal(found_TD, torch.full_like(found_TD, 1 + 2.0**-7))
+
+
+def sizes_looked_up(at_a_time: int) -> list[int]:
+    """How many values each collective of a look-up sums, of all ranks together."""
+    vocabulary._LOOKED_UP_AT_A_TIME = at_a_time
+    reduce_scatter, sizes = collectives.reduce_scatter, []
+
+    def watched(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        sizes.append(parts.nbytes // torch.bfloat16.itemsize)
+        return reduce_scatter(parts, group)
+
+    collectives.reduce_scatter = watched
+    _, weight_VD, ids_T = inputs(17, torch.bfloat16)
+    vocabulary.lookup(ids_T, *own(weight_VD))
+    return sizes
+
+
+def test_a_look_up_is_cut_by_what_it_brings_to_all_ranks_together() -> None:
+    """8 tokens on the rank that has most, 12 values each: of 2 ranks 75 values are 3 tokens at a time."""
+    for sizes in run_ranks(sizes_looked_up, 2, 75):
+        assert sizes == [2 * 3 * DIM, 2 * 3 * DIM, 2 * 2 * DIM]
 
 
 def looked_up(vocab: int, dtype: torch.dtype, at_a_time: int) -> bool:

@@ -22,7 +22,6 @@ from qsharded.integrations.bitsandbytes_format import rows_as_parameters
 from qsharded.nn import NF4Linear
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 
 X = torch.randn(5, 192, generator=torch.Generator().manual_seed(1))
 
@@ -145,11 +144,10 @@ def test_back_and_forth_keeps_the_keys_of_a_bitsandbytes_checkpoint() -> None:
 
 
 def converted(folder: Path, shard: bool) -> torch.Tensor:
-    """Logits of a model that bitsandbytes quantized and that became ours, with copies as CUDA makes them."""
+    """Logits of a model that bitsandbytes quantized and that became ours."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = convert_bitsandbytes(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
     if shard:
-        torch._foreach_copy_ = as_cuda_copies
         parallel.shard(model)
     return model(torch.arange(12).view(2, 6)).logits.detach()
 

@@ -23,7 +23,6 @@ from qsharded.nn import NF4Linear
 from tests.adapters import round_to_nf4, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 
 IDS = torch.arange(12).view(2, 6)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -184,7 +183,6 @@ def trained(checkpoint: Path, shard: bool, folder: Path) -> tuple[list[float], s
     config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(packed_model(checkpoint), config)
     if shard:
-        torch._foreach_copy_ = as_cuda_copies
         parallel.shard(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses = []

@@ -19,7 +19,6 @@ from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
 from qsharded.nn import NF4Linear
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_gather import as_cuda_copies
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -222,8 +221,7 @@ def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any,
 
 def sharded(folder: Path, saved: Path) -> list[tuple[Tensor, Tensor, int]]:
     """Of a model that is quantized into shards, and of what it saves: logits, generated tokens and the rows of a packed
-    weight that are here. Shards are gathered with copies as CUDA makes them."""
-    torch._foreach_copy_ = as_cuda_copies
+    weight that are here."""
     return [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
 
 
@@ -247,6 +245,33 @@ def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path) -> None:
             held.append(rows)
     assert held == [15, 15, 15, 15, 14, 14]
     assert as_bytes(read(tmp_path / "saved").state_dict()) == as_bytes(one.state_dict())
+
+
+def quantized_into_shards(folder: Path, damaged: Path) -> tuple[int, Tensor, str]:
+    """Rows of k_proj that are here, the logits, and the refusal of a checkpoint with NaN in the last rank's rows."""
+    options = {"distributed_config": DistributedConfig(fsdp_size=3), "quantization_config": QShardedConfig()}
+    model = read(folder, **options)
+    with pytest.raises(RuntimeError) as error:  # transformers' own, after a report of each weight at fault
+        read(damaged, **options)
+    k_proj = model.model.layers[0].self_attn.k_proj.weight
+    return len(k_proj.to_local()), model(IDS).logits.detach(), str(error.value)
+
+
+def test_a_rank_without_rows_takes_part_and_all_refuse_what_one_finds(tmp_path: Path) -> None:
+    """k_proj and v_proj have two rows, for three ranks."""
+    folder, damaged = tmp_path / "sound", tmp_path / "damaged"
+    for path in (folder, damaged):
+        path.mkdir()
+        write_checkpoint(path, hidden_size=64, head_dim=2, num_attention_heads=4, num_key_value_heads=1)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    expected = quantized(folder)(IDS).logits
+    ranks = run_ranks(quantized_into_shards, 3, folder, damaged)
+    assert [rows for rows, _, _ in ranks] == [1, 1, 0]
+    assert all(torch.equal(logits, expected) for _, logits, _ in ranks)
+    assert {said for _, _, said in ranks} == {ranks[0][2]}
+    assert "conversion" in ranks[0][2]
 
 
 def test_tensor_parallelism_is_refused(checkpoint: Path) -> None:

@@ -90,6 +90,22 @@ def every_pair_of_bytes(quant_type: str = "nf4") -> Encoded:
     return Encoded(codes, absmax, None, None, absmax, quant_type)
 
 
+def rounding_ties(dtype: torch.dtype) -> tuple[Encoded, Tensor]:
+    """Weights of +-absmax that lie halfway between two neighbours in ``dtype``, bf16 or fp16, and what they round to.
+
+    That is the neighbour whose last bit is 0: below in one half of the cases, above in the other. Random weights meet
+    no tie.
+    """
+    top = {torch.bfloat16: 0x7F7F, torch.float16: 0x7BFF}[dtype]  # the largest number's bits
+    below = torch.arange(0, top, 41, dtype=torch.int16)[:768]  # 41 is odd, so that every other one is
+    neighbours = torch.stack([below, below + 1]).view(dtype)
+    absmax = neighbours.double().mean(0).float().view(256, 3)
+    codes = torch.full((256, 3 * 32), 0xF0, dtype=torch.uint8)  # the levels 1 and -1, in turn
+    even = (below + below % 2).view(dtype)
+    expected = torch.stack([even, -even], dim=-1).repeat(1, 32)
+    return Encoded(codes, absmax, None, None, absmax), expected.view(256, 3 * 64)
+
+
 def fused_absmax(encoded: Encoded) -> Tensor:
     """What a fused multiply-add would decode, rounded once; fp64 holds the product exactly."""
     assert encoded.scales is not None

@@ -85,6 +85,12 @@ def test_dequantize_every_pair_of_bytes(isa: str, dtype: torch.dtype, quant_type
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantize_rounds_ties_to_even(isa: str, dtype: torch.dtype) -> None:
+    encoded, expected = cases.rounding_ties(dtype)
+    cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), expected)
+
+
 def test_absmax_is_not_fused(isa: str) -> None:
     encoded = cases.double_quantized(31, 9)
     assert not torch.equal(cases.fused_absmax(encoded), encoded.decoded_absmax)

@@ -79,6 +79,13 @@ def test_dequantize_every_pair_of_bytes(dtype: torch.dtype, quant_type: str) -> 
     assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
+    encoded, expected = cases.rounding_ties(dtype)
+    cases.assert_same_bits(encoded.expected(dtype), expected)
+    assert_dequantizes(encoded, dtype)
+
+
 def test_absmax_is_not_fused() -> None:
     encoded = cases.double_quantized(31, 9)
     assert not torch.equal(cases.fused_absmax(encoded), encoded.decoded_absmax)

@@ -1,6 +1,13 @@
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from transformers import AutoConfig
 
 from qsharded.models import ModelConfig
+from qsharded.models.config import declared_dtype
 from qsharded.models.rope import RopeConfig
 
 LLAMA = {
@@ -342,3 +349,54 @@ def test_what_is_not_supported_is_named(config: dict, message: str) -> None:
 def test_null_means_not_set() -> None:
     extra = {"something_new": None, "quantization_config": None, "rope_parameters": None, "layer_types": None}
     assert ModelConfig.from_hf(LLAMA | extra) == ModelConfig.from_hf(LLAMA)
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "ropes",
+    [
+        {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 300.0, "rope_scaling": {"rope_type": "llama3", "type": "linear", **_LLAMA3}},
+        {"rope_theta": 300.0, "rope_scaling": {"rope_type": "default", "type": "linear"}},
+        {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": 300.0, "rope_parameters": {"rope_type": "linear", "rope_theta": 70.0, "factor": 2.0}},
+        {"rope_theta": 300.0, "rope_parameters": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 70.0, "factor": 2.0},
+        },
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "rope_theta": 70.0, "factor": 2.0}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 70.0}},
+    ],
+    ids=str,
+)
+def test_of_doubled_spellings_of_the_rope_transformers_choice_counts(ropes: dict[str, Any], tmp_path: Path) -> None:
+    described = LLAMA | {"rope_theta": None} | ropes
+    (tmp_path / "config.json").write_text(json.dumps({key: v for key, v in described.items() if v is not None}))
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    ours = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text())).rope
+    assert (ours.rope_type, ours.rope_theta) == (theirs["rope_type"], theirs["rope_theta"])
+    assert ours.factor == theirs.get("factor", 1.0)
+    assert ours.original_length == theirs.get("original_max_position_embeddings", LLAMA["max_position_embeddings"])
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_of_both_names_of_the_dtype_the_newer_counts(
+    said: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    assert declared_dtype(said) == expected
+    described = {key: value for key, value in LLAMA.items() if key != "torch_dtype"} | said
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    theirs = AutoConfig.from_pretrained(tmp_path).dtype
+    assert theirs == (expected and getattr(torch, expected))

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qsharded.models import CausalLM, KVCache
-from qsharded.models.generation import _choose, generate
+from qsharded.models.generation import LogitsNotFinite, _choose, generate
 
 from .families import VOCAB, pair, random_ids
 
@@ -147,3 +149,14 @@ def test_a_full_cache_and_mixed_document_ids_are_errors() -> None:
         model(random_ids(1, 3), cache=cache)
     with pytest.raises(ValueError, match="every call"):
         model(random_ids(1, 1), cache=cache, document_ids_BS=torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_choose_no_token(value: float, temperature: float) -> None:
+    """The likeliest of NaN would be token 0 for ever, which may print as nothing at all."""
+    model = copy.deepcopy(pair("llama3")[1])
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = value
+    with pytest.raises(LogitsNotFinite, match="the model's logits are not finite"):
+        greedy(model, PROMPTS[:1], temperature=temperature)

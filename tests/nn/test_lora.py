@@ -223,7 +223,7 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def ranks_and_scalings(**settings: Any) -> tuple[dict[str, tuple[int, float]], dict[str, tuple[int, float]]]:
     """Ours and PEFT's, by the layers' names."""
     settings = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear"} | settings
-    ours = add_lora(llama(), LoRAConfig(**settings))
+    ours = add_lora(llama(), LoRAConfig(strict=False, **settings))  # PEFT takes patterns that match nothing
     return (
         {name: (layer.lora_A.weight.shape[0], layer.scaling) for name, layer in lora_layers(ours)},
         {name: (m.r["default"], m.scaling["default"]) for name, m in peft_layers(with_peft(**settings))},
@@ -494,9 +494,36 @@ def test_adapters_are_fp32_or_bf16(dtype: torch.dtype) -> None:
         LoRAConfig(dtype=dtype)
 
 
-def test_a_pattern_that_matches_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    config = LoRAConfig(rank_pattern={"0": 2, "no_such": 4})
-    with caplog.at_level("WARNING"):
-        add_lora(nn.Sequential(nn.Linear(64, 64)), config)
-    assert "pattern 'no_such' matches no adapted layer" in caplog.text
-    assert "'0'" not in caplog.text
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_adapted_layer_is_refused_by_name(option: str) -> None:
+    """k_proj is there, but is not adapted."""
+    config = LoRAConfig(target_modules=["q_proj", "up_proj"], **{option: {"q_proj": 2, "k_proj": 4}})
+    with pytest.raises(ValueError, match=rf"{option}: 'k_proj' matches no adapted layer; adapted are q_proj, up_proj$"):
+        add_lora(llama(), config)
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_a_misspelt_name_among_right_ones_is_refused_with_the_names_that_exist(option: str) -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'w_proj'.*\({option}\)|{option} = \['w_proj'\]") as raised:
+        add_lora(model, LoRAConfig(**{"target_modules": ["v_proj"], option: ["q_proj", "w_proj"]}))
+    for name in ("q_proj", "down_proj", "embed_tokens"):
+        assert name in str(raised.value).partition("there are")[2]
+    assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "target_modules", [["q_proj", "mlp"], r".*self_attn.*", ["norm", "q_proj"], r".*\.\d"], ids=str
+)
+def test_targets_that_no_adapter_fits_are_refused_as_by_peft(target_modules: Any) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        with_peft(target_modules=target_modules)
+    with pytest.raises(ValueError, match=r"target_modules = .*(mlp|self_attn|norm|layers\.0|\\d)"):
+        add_lora(llama(), LoRAConfig(target_modules=target_modules))
+
+
+def test_a_target_that_is_trained_in_full_is_no_misspelling() -> None:
+    model = add_lora(llama(), LoRAConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]))
+    assert {name.rpartition(".")[2] for name, _ in lora_layers(model)} == {"q_proj"}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import qsharded
@@ -62,8 +63,47 @@ def test_a_layer_whose_width_does_not_fit_is_kept_and_named(caplog: pytest.LogCa
         quantize_(model)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "not quantized, in_features is no multiple of 64: odd"
+    total = sum(parameter.nbytes for parameter in Model().bfloat16().parameters())
+    assert record.getMessage() == (
+        f"not quantized, in_features is no multiple of 64: odd. So {100 * 64 * 2:,} of the model's {total:,} bytes "
+        "stay in 16 or 32 bits, beside embedding and head"
+    )
     assert_same_bits(model.odd.weight.detach(), before)
+
+
+EXPERTS = {  # name of the class -> parameters that no linear layer holds, of each layer
+    "Qwen3Moe": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+    "GptOss": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+    "Mixtral": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+    "DeepseekV3": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_in_one_tensor_are_told_in_one_warning_with_their_bytes(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "first_k_dense_replace": 0}
+    experts = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{family}Config")(**shape, **heads, **experts, n_group=1, topk_group=1)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    with caplog.at_level(logging.WARNING, "qsharded"):
+        quantize_(model)
+    (record,) = caplog.records
+    left = [
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if ".mlp." in name and ("experts." in name or name.endswith(("gate.weight", "router.weight")))
+        if parameter.dim() > 1 and "shared_experts" not in name
+    ]
+    assert sum(left) > total / 100
+    assert f"So {sum(left):,} of the model's {total:,} bytes stay in 16 or 32 bits" in record.getMessage()
+    for name in EXPERTS[family]:
+        one = model.get_parameter(f"model.layers.0.mlp.{name}")
+        assert f"model.layers.*.mlp.{name} ({2 * one.nbytes:,})" in record.getMessage()
 
 
 def test_what_the_filter_leaves_out_is_no_misfit(caplog: pytest.LogCaptureFixture) -> None:

@@ -95,6 +95,20 @@ def test_gradients_of_an_unsharded_model_are_there_already() -> None:
     assert abs(whole.block.passing - sharded.block.passing) <= 2 * r * D * 4 + B * S * D * 2
 
 
+@pytest.mark.parametrize(("on_host", "name"), [(False, "gather buffers"), (True, "weights from the host")])
+def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
+    """The block that runs, and the next one's, which comes meanwhile."""
+    config = TrainConfig(model="m", dataset="d", max_length=S, per_device_train_batch_size=B, cpu_offload=on_host)
+    planned = plan(ModelConfig.from_hf(LLAMA), config, 2, lora=LORA)
+    codes = (2 * D * D + 2 * D * (D // 2) + 3 * D * I) // 2  # q, o, k, v, and the MLP's; 4 bits a weight
+    scales = (2 * D + 2 * (D // 2) + 2 * I) * 2 + D * 4  # bytes a row: 2 blocks, or 3 and one of padding
+    norms = 2 * D * 2
+    # lora_A's 5 rows are 3 on each of two ranks; what trains does not come from the host
+    adapters = 0 if on_host else ((r + 1) + r) * D * 2
+    found = sum(row.bytes for row in planned.rows if row.name == name and row.phases == ("backward of a block",))
+    assert found == 2 * (codes + scales + norms + adapters)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode) -> None:
     """Four blocks, embedding and loss in one run, beside four times one block."""

@@ -1,0 +1,88 @@
+"""The lines of the record, in the order in which they are run: those that may run side by side, then the large ones.
+
+python -m benchmarks.two_gpus.lines NAME FOLDER RESULT [--short]    # one of them, in this process
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.two_gpus import small
+from benchmarks.two_gpus.large import LARGE, LARGEST_GAP, LARGEST_LOSS_GAP, Large
+from benchmarks.two_gpus.runner import Found, Job
+
+_AS_ONE_GPU = f"losses of one GPU within {small.LOSS_GAP:g}, gradient norms within {small.NORM_GAP:g}, relative"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: ``run`` is given the folder that all lines share, and what else is as in ``Job``."""
+
+    name: str
+    asked: str
+    run: Callable[[Path], Found]
+    limit_s: float = 75
+    alone: bool = False
+    after: str | None = None
+
+
+def _mode(name: str, **options: object) -> Line:
+    return Line(name, _AS_ONE_GPU, partial(small.mode, name=name, options=options), after="one-gpu")
+
+
+def _large(case: Large, short: bool, limit_s: float) -> Line:
+    asked = [f"peak within {LARGEST_GAP:.0%} of the plan"]
+    if case.like:
+        asked.append(f"losses of {case.like} within {LARGEST_LOSS_GAP:g}, {case.of_its_speed:g} of its speed a GPU")
+    asked += [f"{case.least_speed:g} tokens/s a GPU"] * (case.least_speed > 0)
+    asked += [f"at most {case.most_gib:g} GiB a GPU"] * (case.most_gib < float("inf"))
+    return Line(case.name, ", ".join(asked), partial(case.run, short), limit_s, alone=True, after=case.like)
+
+
+def lines(short: bool = False) -> list[Line]:
+    """All of them; ``short`` makes the large ones small."""
+    return [
+        Line("gather", "0 modes damaged", small.gather),
+        Line("built-in", f"exact match of at least {small.LEAST_EXACT:.0%}", small.built_in_run, 120),
+        Line("one-gpu", "it runs: the modes are held to it", small.reference),
+        _mode("full"),
+        _mode("replicate", sharding="replicate"),
+        _mode("hsdp", dp_replicate=small.RANKS),
+        _mode("cpu-offload", cpu_offload=True),
+        Line("split-vocabulary", _AS_ONE_GPU, small.split_vocabulary, 100),
+        Line("resume", "killed, resumed on two: the same losses and adapter to the bit", small.resumed, 110),
+        Line("resume-on-one", f"{_AS_ONE_GPU}, when one goes on with doubled accumulation", small.resumed_on_one),
+        Line("generate", "two ranks say what one says", small.generated, after="built-in"),
+        Line("merge", "W + alpha / r B A to one unit in the last place", small.merged, after="built-in"),
+        Line("doctor", "nothing broken", small.doctor),
+        Line("optimizer", "its test over NCCL passes", small.optimizer_test),
+        Line("one-dies", f"the others end in {small.ENDED_WITHIN_S:g} s, not 0, one cause", small.one_dies, 120),
+        *(_large(case, short, 200 if case.shape == "llama3-405b" else 120) for case in LARGE),
+    ]
+
+
+def job(line: Line, folder: Path, short: bool) -> Job:
+    """The line as a command."""
+    result = folder / f"{line.name}.found.json"
+    words = [line.name, str(folder), str(result), *(["--short"] if short else [])]
+    command = [sys.executable, "-m", "benchmarks.two_gpus.lines", *words]
+    patience = 4 if short else 1  # a machine without GPUs has few cores, and ranks on each
+    return Job(line.name, line.asked, command, result, patience * line.limit_s, line.alone, line.after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--short", action="store_true")
+    given = parser.parse_args()
+    chosen = {line.name: line for line in lines(given.short)}[given.name]
+    chosen.run(given.folder).write(given.result)
+
+
+if __name__ == "__main__":
+    main()

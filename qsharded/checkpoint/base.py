@@ -1,0 +1,144 @@
+"""Which base weights a run, an adapter or a packed checkpoint belongs to: recorded, read, and compared.
+
+A checkpoint in 4 bits has two identities: its own bytes, and the weights in 16 bits that it was packed from. It and its
+original serve the same adapters.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsharded.checkpoint.adapter import WEIGHTS_FILE, open_weights
+from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.fingerprint import Fingerprint, is_packed
+from qsharded.checkpoint.source import read_json
+
+ORIGIN_FILE = "qsharded_base.json"  # in a packed checkpoint's folder
+BASE_KEY = "qsharded_base"  # in the metadata of an adapter's safetensors file
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The base weights that something was made with.
+
+    Attributes:
+        own: of the checkpoint that was given.
+        packed: whether that is in 4 bits.
+        made_from: of the checkpoint in 16 bits that it was packed from; None where that is not known.
+    """
+
+    own: Fingerprint
+    packed: bool = False
+    made_from: Fingerprint | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> "BaseIdentity":
+        """Of the checkpoint in ``folder``.
+
+        Raises:
+            ValueError: it is damaged, or is no longer what ``qsharded.quantize`` wrote.
+        """
+        own = Fingerprint.of(folder)
+        if not is_packed(folder):
+            return cls(own)
+        return cls(own, packed=True, made_from=_read_origin(folder, own))
+
+    @classmethod
+    def of_random(cls, folder: Path, seed: int, device: torch.device) -> "BaseIdentity":
+        """Of weights drawn in the shape that config.json in ``folder`` gives."""
+        return cls(Fingerprint.of_random(folder, seed, device))
+
+    @classmethod
+    def from_json(cls, read: Mapping[str, Any]) -> "BaseIdentity":
+        """What :meth:`to_json` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            origin = read["made_from"]
+            return cls(Fingerprint(**read["own"]), bool(read["packed"]), Fingerprint(**origin) if origin else None)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no fingerprint of a base model: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON."""
+        return asdict(self)
+
+    @property
+    def in_16_bits(self) -> Fingerprint | None:
+        """Of the weights before they were packed."""
+        return self.made_from if self.packed else self.own
+
+    def difference(self, now: "BaseIdentity", folder: Path) -> str | None:
+        """In words, where ``now``, which is that of ``folder``, is another base than this; None where it is the same.
+
+        Raises:
+            CannotTell: one is packed from a checkpoint that is not known.
+        """
+        if self.own.difference(now.own, folder) is None:
+            return None
+        if self.in_16_bits is not None and now.in_16_bits is not None:
+            return self.in_16_bits.difference(now.in_16_bits, folder)
+        if self.packed and now.packed and self.in_16_bits is now.in_16_bits is None:
+            return self.own.difference(now.own, folder)
+        if other := self.own.config_difference(now.own):
+            return other
+        raise CannotTell("a checkpoint in 4 bits does not say which weights it was packed from")
+
+
+class CannotTell(Exception):
+    """Two bases cannot be compared; the message says why."""
+
+
+def write_origin(original: Path, packed: Path) -> None:
+    """Have the checkpoint in ``packed`` say that it was made from the one in ``original``."""
+    both = {"packed": asdict(Fingerprint.of(packed)), "made_from": asdict(Fingerprint.of(original))}
+    write_json(packed / ORIGIN_FILE, both)
+
+
+def _read_origin(folder: Path, own: Fingerprint) -> Fingerprint | None:
+    path = folder / ORIGIN_FILE
+    if not path.is_file():
+        return None
+    read = read_json(path)
+    try:
+        written, origin = Fingerprint(**read["packed"]), Fingerprint(**read["made_from"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; quantize the original again") from None
+    if changed := written.difference(own, folder):
+        raise ValueError(
+            f"{folder} was changed after it was packed: {changed}. Quantize the original again, or delete "
+            f"{ORIGIN_FILE} to use it as another model"
+        )
+    return origin
+
+
+def base_metadata(base: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter's safetensors file says of its base, for :func:`base_of_adapter` to read.
+
+    It stands there and not in adapter_config.json, where PEFT warns of keys that it does not know, or in a file of its
+    own, which a copy or a later save would leave behind.
+    """
+    return {BASE_KEY: json.dumps(base)} if base else {}
+
+
+def base_of_adapter(folder: Path) -> BaseIdentity | None:
+    """The base that an adapter says it was trained on; None where it does not say, as PEFT's do not.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    with open_weights(path) as file:
+        said = (file.metadata() or {}).get(BASE_KEY)
+    if said is None:
+        return None
+    try:
+        return BaseIdentity.from_json(json.loads(said))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its {BASE_KEY} is {error}") from None

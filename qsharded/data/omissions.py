@@ -1,0 +1,202 @@
+"""What a chat template leaves out of a conversation, found by rendering a copy in which every part carries a marker.
+
+Text could be searched for instead, but short text is found by chance, and some templates escape or trim theirs.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from qsharded.data.chat import ChatTemplate
+from qsharded.data.examples import Dataset
+from qsharded.data.shapes import REASONING_KEYS, Conversation, Message
+from qsharded.data.tool_calls import renamed
+
+_LEADING_TAGS = re.compile(r"(?:\s*<[^<>\s]+>)*")
+_THINK_TAGS = re.compile(r"(</?think>)")
+
+REASONING, CALL, TOOLS = "reasoning", "tool calls", "definitions of tools"
+_TEXT_BESIDE_CALL = "text beside tool calls"
+
+
+@dataclass(frozen=True)
+class Omission:
+    """A part of a conversation that its rendering lacks.
+
+    Attributes:
+        kind: what it is, in words that go with "leaves out": :data:`REASONING`, "system messages", ...
+        message: the number of the message that it is part of, None of the row.
+        text: what is lost.
+    """
+
+    kind: str
+    message: int | None
+    text: str
+
+    def __str__(self) -> str:
+        place = "" if self.message is None else f"message {self.message}: "
+        return f"{place}{self.text!r:.80}"
+
+
+def omissions(template: ChatTemplate, chat: Conversation, text: str) -> list[Omission]:
+    """What of ``chat`` is missing in ``text``, its rendering; reasoning only where it was to be learned.
+
+    Raises:
+        ValueError: a tool call, a tool's answer or the assistant's text is: what is learned would be false.
+    """
+    roles = tuple((message["role"], bool(message.get("content", "").strip())) for message in _plain(chat))
+    if len(roles) == len(chat.messages) and not chat.tools:
+        found = [_whole(chat, number) for number in _left_out_of_plain(template, roles)]
+    else:
+        found = find_omissions(chat, text, lambda marked: template.render(marked.messages, tools=marked.tools))
+    return judged(chat, found)
+
+
+def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
+    """``found`` less what nobody misses, and in words for the user.
+
+    Raises:
+        ValueError: as :func:`omissions`.
+    """
+    kept = []
+    for one in found:
+        calls = one.message is not None and "tool_calls" in chat.messages[one.message]
+        if one.kind == _ANSWER and calls:
+            kept.append(replace(one, kind=_TEXT_BESIDE_CALL))
+        elif one.kind in _REFUSED:
+            raise ValueError(f"message {one.message} {_REFUSED[one.kind].format(text=repr(one.text[:80]))}")
+        elif one.kind != REASONING or (one.message is not None and chat.learned[one.message]):
+            kept.append(one)
+    return kept
+
+
+def omission_notes(data: Dataset, one_example_per_answer: bool) -> list[str]:
+    """A line for each kind of what ``data``'s rows have and its examples lack, with what can be done about it."""
+    notes = []
+    for kind, omitted in data.omitted.items():
+        keeps = kind in _KEPT_AT_GENERATION and not one_example_per_answer
+        advice = f"; --one-example-per-answer keeps {_KEPT_AT_GENERATION[kind]}" if keeps else ""
+        rows = f"{omitted.rows:,} row{'s' if omitted.rows > 1 else ''}"
+        notes.append(f"note: the chat template leaves {kind} out of {rows}, as at {omitted.example}{advice}")
+    return notes
+
+
+def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation], str]) -> list[Omission]:
+    """The parts of ``chat`` that ``write`` leaves out; ``text`` is what it makes of ``chat`` itself."""
+    stem = "qmark"
+    while stem in text:
+        stem += "q"
+    marked = _Marked(stem)
+    copy = marked.conversation(chat)
+    try:
+        written = write(copy)
+    except ValueError:  # a template may look into names and texts: what it wrote of these is all that can be known
+        return [part for part in marked.parts.values() if part.text not in text]
+    return [part for marker, part in marked.parts.items() if marker not in written]
+
+
+_KEPT_AT_GENERATION = {REASONING: "it", "system messages": "them where generation would"}
+_ANSWER, _TOOL_ANSWER = "assistant messages", "tool messages"
+_REFUSED = {
+    CALL: "calls a tool ({text}), which the chat template does not write: an empty answer would be learned. Take a "
+    "model whose chat template has tool calls, write the call into the content, or leave the row out",
+    _TOOL_ANSWER: "is a tool's answer ({text}), which the chat template leaves out. Take a model whose chat template "
+    "has tools, make it a user's message, or leave the row out",
+    _ANSWER: "of the assistant ({text}) is left out by the chat template. Put another chat_template.jinja into the "
+    "model's folder, or leave the row out",
+}
+
+
+def _plain(chat: Conversation) -> Iterator[Message]:
+    """The messages that have nothing but text to them."""
+    for message in chat.messages:
+        content = message.get("content") or ""
+        if message["role"] != "tool" and "</think>" not in content and not _SPECIAL_KEYS & message.keys():
+            yield message
+
+
+_SPECIAL_KEYS = {"tool_calls", *REASONING_KEYS}
+
+
+@lru_cache(maxsize=4096)
+def _left_out_of_plain(template: ChatTemplate, roles: tuple[tuple[str, bool], ...]) -> tuple[int, ...]:
+    """The numbers of messages that the template leaves out of every conversation of such roles, blank or not.
+
+    Such rows are most of all, and what of them is written depends on no text: one rendering serves all.
+    """
+    messages = [{"role": role, "content": f"qmark{at}q" if said else ""} for at, (role, said) in enumerate(roles)]
+    try:
+        text = template.render(messages)
+    except ValueError:  # it takes other texts than these
+        return ()
+    return tuple(at for at, (_, said) in enumerate(roles) if said and f"qmark{at}q" not in text)
+
+
+def _whole(chat: Conversation, number: int) -> Omission:
+    message = chat.messages[number]
+    return Omission(f"{message['role']} messages", number, message["content"].strip())
+
+
+@dataclass
+class _Marked:
+    """Makes the marked copy of a conversation; ``parts``: what each marker stands in."""
+
+    stem: str
+    parts: dict[str, Omission] = field(default_factory=dict)
+
+    def conversation(self, chat: Conversation) -> Conversation:
+        messages = [self._message(message, number) for number, message in enumerate(chat.messages)]
+        return replace(chat, messages=messages, tools=chat.tools and [self._tool(tool) for tool in chat.tools])
+
+    def _marker(self, kind: str, number: int | None, text: str) -> str:
+        marker = f"{self.stem}{len(self.parts)}z"
+        self.parts[marker] = Omission(kind, number, text)
+        return marker
+
+    def _message(self, message: Message, number: int) -> Message:
+        copy = dict(message)
+        if message.get("content"):
+            copy["content"] = self._content(message, number)
+        key = next((key for key in REASONING_KEYS if message.get(key)), None)
+        if key:
+            copy[key] = self._in_text(message[key], REASONING, number)
+        if "tool_calls" in message:
+            copy["tool_calls"] = [self._call(call, number) for call in message["tool_calls"]]
+        return copy
+
+    def _content(self, message: Message, number: int) -> str:
+        kind, text = f"{message['role']} messages", message["content"]
+        if kind != _ANSWER:
+            return self._in_text(text, kind, number)
+        head, end, tail = text.rpartition("</think>")
+        pieces = [
+            piece if _THINK_TAGS.fullmatch(piece) else self._in_text(piece, REASONING, number)
+            for piece in _THINK_TAGS.split(head)
+        ]
+        return "".join(pieces) + end + self._in_text(tail, kind, number)
+
+    def _in_text(self, text: str, kind: str, number: int) -> str:
+        """``text`` with a marker behind its first piece: what it begins and ends with, as tags, may matter."""
+        if not text.strip():
+            return text
+        match = _LEADING_TAGS.match(text)
+        assert match is not None, "the pattern matches the empty string"
+        piece = text[match.end() :].split("<", 1)[0].rstrip()
+        at = match.end() + len(piece) if piece else len(text.rstrip())
+        return text[:at] + self._marker(kind, number, text.strip()) + text[at:]
+
+    def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
+        function, arguments = call["function"], call["function"]["arguments"]
+        name = function["name"] + self._marker(CALL, number, function["name"])
+        marker = self._marker(CALL, number, f"{function['name']}, its arguments")
+        marked = {**arguments, marker: marker} if isinstance(arguments, dict) else arguments + marker
+        return renamed(call | {"function": function | {"arguments": marked}}, name)
+
+    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return tool
+        named = function | {"name": function["name"] + self._marker(TOOLS, None, function["name"])}
+        return tool | {"function": named} if "function" in tool else named

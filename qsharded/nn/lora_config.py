@@ -1,0 +1,88 @@
+"""Which layers get adapters, of which rank and scaling: PEFT's settings, read as PEFT reads them."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to adapt and how; the fields are PEFT's.
+
+    Attributes:
+        r: rank of the adapters.
+        lora_alpha: the adapter's output is scaled by lora_alpha / r, with rsLoRA by lora_alpha / sqrt(r).
+        lora_dropout: probability of zeroing an adapter's input while training.
+        target_modules: "all-linear" (every linear but the output head), a list of name endings, or a regex that
+            matches whole names. Endings and regexes may choose embeddings too.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        rank_pattern, alpha_pattern: name ending or regex -> r or lora_alpha of the layers that it matches.
+        modules_to_save: endings of the names of modules to train in full, kept out of quantization.
+        dtype: of the trainable parameters, all of them: FSDP2 refuses mixtures.
+        strict: refuse entries of target_modules, patterns and modules_to_save that match nothing. Not so for an adapter
+            that exists already: its tensors say what it adapts, and PEFT reads it too.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            if r < 1:
+                raise ValueError(f"a LoRA rank must be at least 1, got {r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"adapters are float32 or bfloat16, got {self.dtype}")
+
+    def rank(self, name: str) -> int:
+        """The rank of the layer called ``name``."""
+        return int(_by_pattern(self.rank_pattern, name, self.r))
+
+    def scaling(self, name: str) -> float:
+        """What the adapter's output of the layer called ``name`` is multiplied by."""
+        r = self.rank(name)
+        return _by_pattern(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+    def is_target(self, name: str) -> bool:
+        """Whether the layer called ``name`` gets an adapter, if it is of a kind that can."""
+        return not self.is_saved(name) and self.matches(name)
+
+    def matches(self, name: str) -> bool:
+        """Whether ``target_modules`` means the layer called ``name``."""
+        if self.target_modules == ALL_LINEAR:
+            return not ends_with(name, "lm_head")
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, name) is not None
+        return any(ends_with(name, target) for target in self.target_modules)
+
+    def is_saved(self, name: str) -> bool:
+        """Whether the module called ``name``, or one that it is part of, is trained in full."""
+        return any(f".{target}." in f".{name}." for target in self.modules_to_save)
+
+
+def ends_with(name: str, ending: str) -> bool:
+    """Whether ``ending`` is the name's last parts, or all of it."""
+    return name == ending or name.endswith("." + ending)
+
+
+def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, name)), default)
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """PEFT's rule for the keys of patterns: an ending of the name, or a regex of one."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

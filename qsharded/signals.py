@@ -1,0 +1,156 @@
+"""What a signal does to a command: end it at once with one line, unwind it, or be noted for the next safe moment.
+
+A thread of its own waits for signals, so they are answered while the main thread sits in a collective, a download or a
+long call into C, where Python runs no handlers. They are blocked in all threads, hence :func:`take_over` comes first in
+a process, before the imports that start threads (and take seconds). This module imports nothing that is slow.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+from types import FrameType
+from typing import NoReturn
+
+# Ctrl-C; what schedulers, torchrun and `kill` send; a closed terminal; what Slurm's --signal is often told to send.
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Has the main thread run the handler that unwinds it, out of a waiting system call too. Ignored by default.
+_WAKE = signal.SIGURG
+_ONE_REQUEST_S = 0.2  # timeout(1) sends each signal twice in a row, to the process and to its group
+_LOOK_S = 2.0  # between two looks whether other ranks have left
+
+
+class _Answer(Enum):
+    END = auto()
+    UNWIND = auto()
+    NOTE = auto()
+
+
+FAILED = "failed"  # how another rank has left, where it was no signal
+
+
+class _Listener:
+    """The signals of this process. ``prog`` and ``meanwhile`` are for the line that it ends with at once."""
+
+    def __init__(self) -> None:
+        self.prog, self.meanwhile = "qsharded", ""
+        self.answer = _Answer.END
+        self.noted: signal.Signals | None = None
+        self.look: Callable[[], str] = lambda: ""
+        self.tell: Callable[[str], object] = lambda _: None
+        self._asked_at: dict[bool, float] = {}
+
+    def listen(self) -> NoReturn:
+        waited_for = [number for number in _ASKING if number is not signal.SIGHUP or _ends_with_the_terminal()]
+        while True:
+            received = signal.sigtimedwait(waited_for, _LOOK_S)
+            if received is not None:
+                self._receive(signal.Signals(received.si_signo), from_launcher=_launcher() == received.si_pid)
+            elif how := self.look():
+                time.sleep(_LOOK_S)  # torchrun names the first to leave as the cause: that is not this rank
+                follow(how)
+
+    def _receive(self, number: signal.Signals, *, from_launcher: bool) -> None:
+        if how := self.look():  # hence the signal: torchrun ends the ranks that are left
+            follow(how)
+        if self.noted is not None and self._is_another(from_launcher):
+            self.leave(number, f"a second signal, {number.name}: leaving at once, what was being saved is lost")
+        self._asked_at.setdefault(from_launcher, time.monotonic())
+        if self.answer is _Answer.END:
+            self.leave(number, f"stopped by {number.name}{self.meanwhile}")
+        first, self.noted = self.noted is None, self.noted or number
+        if first and self.answer is _Answer.UNWIND:
+            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+    def _is_another(self, from_launcher: bool) -> bool:
+        """Whether it asks once more. Slurm and systemd signal torchrun and its ranks, and torchrun passes its own on:
+        one request that comes twice, from two senders."""
+        asked_at = self._asked_at.get(from_launcher)
+        return asked_at is not None and time.monotonic() - asked_at > _ONE_REQUEST_S
+
+    def leave(self, number: signal.Signals, why: str) -> NoReturn:
+        self.tell(str(int(number)))
+        say(self.prog, why)
+        os._exit(128 + number)
+
+    def unwind(self, _number: int, _frame: FrameType | None) -> None:
+        """Runs in the main thread."""
+        assert self.noted is not None
+        say(self.prog, f"stopped by {self.noted.name}{self.meanwhile}")
+        raise SystemExit(128 + self.noted)
+
+
+_listener = _Listener()
+
+
+def take_over(prog: str, meanwhile: str = "") -> None:
+    """Answer signals from now on, at first by ending at once with a line and exit status 128 + the signal's number.
+
+    To be called in the main thread, before any other is started.
+
+    Args:
+        prog: the command, and how the line begins.
+        meanwhile: how it ends: what a signal that ends the command interrupts, or leaves behind.
+    """
+    if not hasattr(signal, "sigtimedwait"):
+        return  # macOS: signals do what Python has them do
+    _listener.prog, _listener.meanwhile = prog, meanwhile
+    signal.signal(_WAKE, _listener.unwind)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    threading.Thread(target=_listener.listen, name="signals", daemon=True).start()
+
+
+def note_from_now() -> None:
+    """From now on a signal is only noted, for :func:`noted`; a second one ends the process at once."""
+    _listener.answer = _Answer.NOTE
+
+
+def noted() -> signal.Signals | None:
+    """The signal that has asked this process to stop, if one has."""
+    return _listener.noted
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Meanwhile a signal raises SystemExit in the main thread, so that what is half done is cleaned up."""
+    before, _listener.answer = _listener.answer, _Answer.UNWIND
+    try:
+        yield
+    finally:
+        _listener.answer = before
+
+
+def watch_ranks(look: Callable[[], str], tell: Callable[[str], object]) -> None:
+    """Have the thread ``look`` how another rank has left, if one has, and ``tell`` the others of a signal that ends
+    this one: its number, as :func:`follow` takes it."""
+    _listener.look, _listener.tell = look, tell
+
+
+def follow(how: str) -> NoReturn:
+    """End the process because another rank left with that signal, or FAILED and has said why."""
+    if how == FAILED:
+        os._exit(1)
+    number = signal.Signals(int(how))
+    say(_listener.prog, f"stopped by {number.name}{_listener.meanwhile}")
+    os._exit(128 + number)
+
+
+def say(prog: str, text: str) -> None:
+    """Print a line on standard error, once for all ranks. It takes no lock, which the main thread could hold."""
+    if os.environ.get("RANK", "0") == "0":
+        behind_a_bar = "\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{behind_a_bar}{prog}: {text}\n".encode())
+
+
+def _launcher() -> int | None:
+    """The process that passes its signals on to this one: torchrun's agent."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _ends_with_the_terminal() -> bool:
+    """False under nohup."""
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN

@@ -115,18 +115,19 @@ def test_the_trainer_trains_resumes_and_goes_on_from_it(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     model, rows = write_chat_checkpoint(tmp_path / "model"), write_chat_rows(tmp_path / "rows.jsonl", 40)
     flags = ["--model", str(model), "--dataset", str(rows), "--logging-steps", "1", "--lora-r", "2"]
-    flags += ["--dtype", "float32", "--learning-rate", "0.01", "--lora-target-modules", "q_proj,embed_tokens"]
+    flags += ["--dtype", "float32", "--lora-target-modules", "q_proj,embed_tokens"]
+    rate = ["--learning-rate", "0.01"]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    train.main([*flags, "--output-dir", str(whole), "--max-steps", "4", "--save-steps", "2"])
+    train.main([*flags, *rate, "--output-dir", str(whole), "--max-steps", "4", "--save-steps", "2"])
     learnt = load_file(whole / "adapter" / WEIGHTS)
     assert learnt[PREFIX + "lora_embedding_A"].abs().max() > 0  # zeros at the start
     said = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert said["target_modules"] == ["q_proj", "embed_tokens"]
     second = ["--resume-from-checkpoint", str(whole / "checkpoints" / "step-000002")]
-    train.main([*flags, "--output-dir", str(part), "--max-steps", "4", "--save-steps", "0", *second])
+    train.main([*flags, *rate, "--output-dir", str(part), "--max-steps", "4", "--save-steps", "0", *second])
     resumed = load_file(part / "adapter" / WEIGHTS)
     assert all(torch.equal(resumed[name], weight) for name, weight in learnt.items())
-    flags = flags[: flags.index("--learning-rate")]  # the adapter says its targets
+    flags = [flag for flag in flags if flag not in ("--lora-target-modules", "q_proj,embed_tokens")]
     on = [*flags, "--adapter", str(whole / "adapter"), "--output-dir", str(tmp_path / "on"), "--max-steps", "1"]
     train.main([*on, "--learning-rate", "1e-9"])
     went_on = load_file(tmp_path / "on" / "adapter" / WEIGHTS)

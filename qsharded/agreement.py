@@ -91,3 +91,15 @@ def _outcome(look: Callable[[], _T]) -> _T | _Complaint:
         return look()
     except (ValueError, OSError) as error:
         return _Complaint(str(error))
+
+
+def first_error(world: World, error: Exception | None) -> str | None:
+    """What the first rank whose ``error`` is one says of it, on every rank; None where all went well.
+
+    Every rank calls this, and waits however long it takes: for errors that ranks met apart, beside collectives.
+    """
+    said: list[str | None] = [None if error is None else str(error)]
+    if world.mesh is not None:
+        said = [None] * world.size
+        dist.all_gather_object(said, None if error is None else str(error), group=world.patient)
+    return next((text for text in said if text is not None), None)

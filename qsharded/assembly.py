@@ -26,9 +26,10 @@ from qsharded.layout import Layout, frozen_bytes, least_memory
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
-from qsharded.output import check_output_dir, claim_output_dir, find_resumed
+from qsharded.output import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.parallel import World, mesh_of
 from qsharded.resuming import Made, Resumed, kept_accumulation
+from qsharded.room import Sizes
 from qsharded.stopping import Stopping
 
 
@@ -72,6 +73,8 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
         outline = Outline.of(folder, lora, dtype, random_init=config.random_init)
     tokenizer = Tokenizer.from_folder(folder)
+    sizes = Sizes.of((parameter for _, parameter in trainable(outline.model)), config.optim, tokenizer.files)
+    check_room(config, world, resume_from, sizes)
     train_data, eval_data = _datasets(config, tokenizer)
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(outline.model.config.vocab_size, train_data, eval_data, prompts)

@@ -7,7 +7,7 @@ from typing import Any
 
 from qsharded.agreement import found_by_main
 from qsharded.checkpoint.adapter import WEIGHTS_FILE
-from qsharded.checkpoint.files import sync_folder, write_json
+from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import ADAPTER, Progress, checkpoints
 from qsharded.config import TrainConfig
@@ -22,12 +22,12 @@ class AlreadyFinished(Exception):
 
 
 def mark_finished(config: TrainConfig, progress: Progress) -> None:
-    """Write into the output folder that the run is at its end. To be called once all else is on the disk."""
-    folder = Path(config.output_dir)
-    beside = folder / f"{FINISHED_FILE}.new"
-    write_json(beside, _run(config, progress, progress.step))
-    beside.replace(folder / FINISHED_FILE)
-    sync_folder(folder)
+    """Write into the output folder that the run is at its end. To be called once the adapter is on the disk.
+
+    Raises:
+        NotWritten: it could not be.
+    """
+    write_json(Path(config.output_dir, FINISHED_FILE), _run(config, progress, progress.step))
 
 
 def is_marked(folder: Path) -> bool:

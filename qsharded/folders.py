@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qsharded.durable import copy_whole, sync_folder
 from qsharded.signals import unwinding
 
 
@@ -26,6 +27,7 @@ def complete_or_absent(output: Path) -> Iterator[Path]:
             unfinished.chmod(0o777 & ~_umask())  # mkdtemp's is the owner's alone
             yield unfinished
             unfinished.replace(output)
+            sync_folder(output.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -41,6 +43,4 @@ def copy_files(files: Iterable[Path], folder: Path, target: Path) -> None:
     """Copy those of ``files``, which lie in ``folder``, that exist; sub-folders stay."""
     for file in files:
         if file.is_file():
-            copy = target / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            copy_whole(file, target / file.relative_to(folder))

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from qsharded.durable import AppendedFile, write_whole
 from qsharded.strict_json import without_nan
 
 
@@ -47,6 +48,7 @@ class MetricsLog:
     ) -> None:
         self._is_main = is_main
         self._file = _reopen(Path(path), first_step) if is_main else None
+        self._is_full = False
         self._screen = _Screen(stream or sys.stdout)
         self._progress = _Progress(total_steps, first_step, clock)
         self._status = ""
@@ -94,8 +96,13 @@ class MetricsLog:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.add(_line(row).encode())
+            self._is_full = False
+        except OSError as error:  # the rows wait in memory for room: no reason to end the training
+            if not self._is_full:
+                self.message(f"warning: {error}; the rows follow when there is room again")
+            self._is_full = True
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -111,15 +118,12 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in finished]
 
 
-def _reopen(path: Path, first_step: int) -> TextIO:
+def _reopen(path: Path, first_step: int) -> AppendedFile:
     """The file, opened for appending after the rows of the steps done."""
     kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
-    # A run that is killed here still has all its rows.
-    os.replace(fresh, path)
-    return path.open("a", encoding="utf-8")
+    write_whole(path, "".join(map(_line, kept)).encode())
+    return AppendedFile(path)
 
 
 class _Screen:

@@ -4,16 +4,22 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import torch.distributed as dist
 
-from qsharded.checkpoint.manifest import read_manifest, verify
-from qsharded.checkpoint.training import checkpoints, drop_partial_checkpoints, newest_valid, step_of
+from qsharded.agreement import found_by_main
+from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkpoints, set_aside
+from qsharded.checkpoint.sound import UNREADABLE, agreed_step, newest_sound, read_sound
+from qsharded.checkpoint.training import checkpoints, step_of
 from qsharded.config import TrainConfig, write_toml
+from qsharded.durable import folder_bytes, write_whole
 from qsharded.finished import FINISHED_FILE, is_marked
 from qsharded.parallel import World
+from qsharded.room import Sizes, refuse_full_disk
+from qsharded.writable import refuse_unwritable
 
 _ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
@@ -29,27 +35,23 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
     if config.resume_from_checkpoint is None:
         return None
     # The main rank looks: a checkpoint's files are read once, and ranks that each chose could choose differently.
-    found = [_look_for_checkpoint(config)] if world.is_main else [None]
-    world.barrier()  # reading takes a while
-    if world.mesh is not None:
-        dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ValueError(f"--resume-from-checkpoint: {found[0]}")
-    return found[0]
+    return found_by_main(world, partial(_look_for_checkpoint, config))
 
 
-def _look_for_checkpoint(config: TrainConfig) -> Path | str | None:
-    """The same on one rank, where a mistake is returned as what is to be said of it."""
+def _look_for_checkpoint(config: TrainConfig) -> Path | None:
     try:
         if config.resume_from_checkpoint == "auto":
-            return newest_valid(Path(config.output_dir), lambda line: print(f"{config.prog}: {line}", file=sys.stderr))
+            return newest_sound(Path(config.output_dir), partial(_warn, config))
         folder = Path(str(config.resume_from_checkpoint))
         if not folder.is_dir():
-            return f"{folder} is no folder"
-        verify(folder)
-        return folder
-    except (ValueError, OSError) as error:
-        return str(error)
+            raise ValueError(f"{folder} is no folder")
+        return read_sound(folder).folder
+    except UNREADABLE as error:
+        raise ValueError(f"--resume-from-checkpoint: {error}") from None
+
+
+def _warn(config: TrainConfig, line: str) -> None:
+    print(f"{config.prog}: {line}", file=sys.stderr)
 
 
 def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
@@ -57,13 +59,16 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
 
     Raises:
         ValueError: the folder holds an earlier run that is neither resumed nor to be replaced, the adapter to go on
-            with lies in what is to be replaced, or there are checkpoints to write and not all ranks see the folder.
+            with lies in what is to be replaced, it cannot be written to, or there are checkpoints to write and not all
+            ranks see the folder.
     """
     folder = Path(config.output_dir)
+    may_be_done = _may_be_done(config)  # end_if_finished decides, once it can
+    if not may_be_done:
+        _refuse_losing_unreadable(config, resume_from)
     # "auto" may start afresh over a run that was stopped before it had anything to lose
     kept = _results(folder) if config.resume_from_checkpoint == "auto" else _results(folder) + _traces(folder)
     world.barrier()  # every rank has looked before the main one writes
-    may_be_done = config.resume_from_checkpoint == "auto" and is_marked(folder)  # end_if_finished decides, once it can
     if kept and not _continues(folder, resume_from) and not config.overwrite_output_dir and not may_be_done:
         raise ValueError(
             f"{folder} holds an earlier run ({kept[0].name}); choose another --output-dir, replace it with "
@@ -73,8 +78,47 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
         raise ValueError(
             f"--adapter {config.adapter} lies in --output-dir and would be replaced; choose another folder"
         )
+    found_by_main(world, partial(_refuse_unwritable, config))
     if world.mesh is not None and config.save_steps:
         _check_seen_by_all(folder, world)
+
+
+def _refuse_unwritable(config: TrainConfig) -> None:
+    if not _may_be_done(config):
+        refuse_unwritable(Path(config.output_dir), (_ADAPTER, "checkpoints"), _TRACES)
+
+
+def _may_be_done(config: TrainConfig) -> bool:
+    """Whether it may be that nothing is left to do or to write."""
+    return config.resume_from_checkpoint == "auto" and is_marked(Path(config.output_dir))
+
+
+def _refuse_losing_unreadable(config: TrainConfig, resume_from: Path | None) -> None:
+    """A disk may be out of order for a while, and then give the checkpoints back."""
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint == "auto" and resume_from is None and (found := checkpoints(folder)):
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {folder} can be gone on from; choose another --output-dir, or "
+            "replace them with --overwrite-output-dir and no --resume-from-checkpoint"
+        )
+
+
+def check_room(config: TrainConfig, world: World, resume_from: Path | None, sizes: Sizes) -> None:
+    """See that the disk holds what the run must write, unless it may be done; what it will replace counts as free.
+
+    Raises:
+        ValueError: it does not.
+    """
+    folder = Path(config.output_dir)
+    resumed = _continues(folder, resume_from)
+
+    def look() -> None:
+        if _may_be_done(config):
+            return
+        freed = 0 if resumed else folder_bytes(_results(folder))
+        refuse_full_disk(config, sizes, freed=freed, resumed=resumed)
+
+    found_by_main(world, look)
 
 
 def _check_seen_by_all(folder: Path, world: World) -> None:
@@ -114,19 +158,44 @@ def _appears(path: Path, patience_s: float) -> bool:
 
 
 def claim_output_dir(config: TrainConfig, world: World, resume_from: Path | None) -> None:
-    """Delete what an earlier run left there, as far as this one does not continue it, and write config.toml."""
-    if not world.is_main:
-        return
+    """Delete what an earlier run left there, as far as this one does not continue it, and write config.toml.
+
+    Raises:
+        ValueError: the disk did not let it; on all ranks.
+    """
+    found_by_main(world, partial(_claim, config, resume_from))
+
+
+def _claim(config: TrainConfig, resume_from: Path | None) -> None:
     folder = Path(config.output_dir)
+    _refuse_losing_unreadable(config, resume_from)
     if resume_from and _continues(folder, resume_from):
-        step = read_manifest(resume_from).step  # its folder may have been renamed
-        _delete(path for path in checkpoints(folder) if step_of(path) > step)
+        step = agreed_step(resume_from)  # its folder may have been renamed
+        for path in [path for path in checkpoints(folder) if step_of(path) > step]:
+            _drop_newer(config, path)
     else:
         _delete(_results(folder) + _traces(folder))
     (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to come
     drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(write_toml(config), encoding="utf-8")
+    write_whole(folder / "config.toml", write_toml(config).encode())
+
+
+def _drop_newer(config: TrainConfig, folder: Path) -> None:
+    """Delete a checkpoint that is newer than the one gone back to, if it is known for one; else only move it away."""
+    if config.resume_from_checkpoint != "auto" and _is_known(folder):
+        delete_checkpoint(folder)
+        return
+    moved = set_aside(folder, "unreadable")
+    _warn(config, f"{folder.name} could not be read and is kept as {moved}; delete it when you do not need it")
+
+
+def _is_known(folder: Path) -> bool:
+    try:
+        agreed_step(folder)
+    except UNREADABLE:
+        return False
+    return True
 
 
 def _continues(folder: Path, resume_from: Path | None) -> bool:

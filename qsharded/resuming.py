@@ -46,7 +46,9 @@ class Resumed:
 
     @classmethod
     def _of(cls, folder: Path) -> "Resumed":
-        return cls(folder, read_progress(folder), read_manifest(folder).world_size)
+        progress = read_progress(folder)
+        progress.skipped_before = progress.skipped_steps  # --max-skipped-steps counts anew
+        return cls(folder, progress, read_manifest(folder).world_size)
 
 
 def kept_accumulation(config: TrainConfig, ranks: int, resumed: Resumed | None) -> tuple[int, str]:

@@ -44,10 +44,3 @@ class Stopping:
         for item in items:
             self.check()
             yield item
-
-    def main_says(self, answer: bool) -> bool:
-        """The main rank's answer, on every rank."""
-        said = torch.tensor(answer)
-        if self._group is not None:
-            dist.broadcast(said, src=0, group=self._group)
-        return bool(said)

@@ -9,42 +9,37 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qsharded import assembly, evaluation
-from qsharded.checkpoint.adapter import save_adapter, trainable
-from qsharded.checkpoint.base import base_metadata
+from qsharded import assembly, evaluation, restart, results
+from qsharded.checkpoint.adapter import trainable
 from qsharded.checkpoint.training import Progress, checkpoint_folder
 from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.commands import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.determinism import use_deterministic_algorithms
+from qsharded.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
+from qsharded.durable import NotWritten
 from qsharded.failures import one_cause
-from qsharded.finished import AlreadyFinished, mark_finished
+from qsharded.finished import AlreadyFinished
 from qsharded.gather_check import check_gather
 from qsharded.metrics import MetricsLog, TrainRow
 from qsharded.models import CausalLM
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.output import rank_without_sight
 from qsharded.parallel import DamagedGather, World, stop_world
 from qsharded.plan.dry_run import dry_run
-from qsharded.restart import command_to_go_on
+from qsharded.restart import Again
 from qsharded.seeds import derived_seed
 from qsharded.shards import whole
 from qsharded.stopping import StopRequested
-
-_SEEN_WITHIN_S = 5.0  # of the 25 s in which a stopped run is to be saved
-
-
-class SkippedTooOften(RuntimeError):
-    """More steps had a gradient that is not finite than ``--max-skipped-steps`` allows."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +71,7 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str]) -> 
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     with errors_named(config.prog, world, kinds):
-        return run(config, world, parts, lambda: command_to_go_on(argv))
+        return run(config, world, parts, partial(restart.command, argv, world.size))
 
 
 def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
     return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
-def run(config: TrainConfig, world: World, parts: assembly.Parts, how_to_go_on: Callable[[], str]) -> int:
+def run(config: TrainConfig, world: World, parts: assembly.Parts, again: Again) -> int:
     """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
 
     Returns the exit status: 0, or what a stopped run is to exit with.
@@ -92,9 +87,11 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts, how_to_go_on: 
     metrics_file = Path(config.output_dir, "metrics.jsonl")
     with (
         MetricsLog(metrics_file, parts.total_steps, world.is_main, first_step=parts.progress.step) as log,
-        CheckpointWriter(Path(config.output_dir), world, config.save_total_limit) as writer,
+        CheckpointWriter(
+            Path(config.output_dir), world, config.save_total_limit, partial(results.save_refusal, config, parts)
+        ) as writer,
     ):
-        for line in parts.summary:
+        for line in parts.summary + results.room_note(config, parts):
             log.message(line)
         if parts.progress.step == 0:
             _evaluate(config, world, parts, log, "before training")
@@ -102,33 +99,17 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts, how_to_go_on: 
         try:
             train_steps(config, world, parts, log, writer)
         except StopRequested as stop:
-            return _save_stopped(config, world, parts, log, writer, stop, how_to_go_on)
-        adapter = _write_adapter(config, world, parts)
+            return _save_stopped(config, world, parts, log, writer, stop, again)
+        except SkippedTooOften:
+            advice = results.after_divergence(config, world, parts.progress, writer, again)
+            raise SkippedTooOften(advice) from None
+        adapter = results.write_results(config, world, parts, writer, again)
         log.message(f"adapter written to {adapter}")  # before what may still fail
-        if world.is_main:
-            mark_finished(config, parts.progress)
         try:
             _evaluate(config, world, parts, log, "after training")
         except StopRequested as stop:
             log.message(f"stopped by {stop} during the last evaluation, which is left out; the training is finished")
     return 0
-
-
-def _write_adapter(config: TrainConfig, world: World, parts: assembly.Parts) -> Path:
-    """Every rank calls this; the main one writes."""
-    adapter = Path(config.output_dir, "adapter")
-    save_adapter(
-        parts.model,
-        parts.lora,
-        adapter,
-        base_model=parts.base_model,
-        revision=config.revision,
-        metadata=base_metadata(parts.progress.base),
-        is_main=world.is_main,
-    )
-    if world.is_main:
-        parts.tokenizer.copy_files(adapter)
-    return adapter
 
 
 def _save_stopped(
@@ -138,43 +119,32 @@ def _save_stopped(
     log: MetricsLog,
     writer: CheckpointWriter,
     stop: StopRequested,
-    how_to_go_on: Callable[[], str],
+    again: Again,
 ) -> int:
-    """Save the last complete step, the adapter so far, and say so. Every rank calls this; returns the exit status."""
+    """Save what the last complete step has left, and say so. Every rank calls this; returns the exit status."""
     step = parts.progress.step
     if step == 0:
         log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
         return 128 + stop.signal
-    why_none = _save_checkpoint_of_stop(config, world, parts, writer)
-    adapter = _write_adapter(config, world, parts)
-    checkpoint = f"no checkpoint, as {why_none}" if why_none else checkpoint_folder(Path(config.output_dir), step)
-    on = f"start from it with --adapter {adapter}" if why_none else f"go on with: {how_to_go_on()}"
-    log.message(
-        f"stopped by {stop} after step {step} of {parts.total_steps}; saved {checkpoint}, and the adapter so far in "
-        f"{adapter}; {on}"
-    )
+    happened = f"stopped by {stop} after step {step} of {parts.total_steps}"
+    try:
+        saved = results.save_stopped(config, world, parts, writer, again)
+    except (NotWritten, CheckpointNotWritten) as error:
+        raise type(error)(f"{happened}; {error}") from error
+    log.message(f"{happened}; {saved}")
     world.barrier()  # the main rank writes the longest, and torchrun ends all when one exits with another status
     return config.exit_code_when_stopped
-
-
-def _save_checkpoint_of_stop(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> str:
-    """Have the checkpoint of this step on the disk; returns why it cannot be, or ""."""
-    writer.wait()
-    if parts.stopping.main_says(checkpoint_folder(Path(config.output_dir), parts.progress.step).is_dir()):
-        return ""
-    # with --save-steps 0 nobody has looked yet
-    blind = None if config.save_steps else rank_without_sight(Path(config.output_dir), world, _SEEN_WITHIN_S)
-    if blind is not None:
-        return f"rank {blind} does not see what rank 0 writes to --output-dir"
-    _save(config, parts, writer)
-    writer.wait()
-    return ""
 
 
 def train_steps(
     config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
-    """Optimizer steps from where the run stands to its end."""
+    """Optimizer steps from where the run stands to its end.
+
+    Raises:
+        SkippedTooOften: the run has diverged.
+        StopRequested: a signal asks to stop; the progress is that of the last complete step.
+    """
     progress, window = parts.progress, Window(parts.progress)
     for step in parts.loader.steps(Cursor(progress.epoch, progress.row)):
         if progress.step >= parts.total_steps:
@@ -187,7 +157,8 @@ def train_steps(
         log.advance(progress.step)
         if progress.step % config.logging_steps == 0 or progress.step == parts.total_steps:
             log.train(window.close(progress, parts.epochs_done(), grad_norm, rate, world))
-            _refuse_divergence(config, progress)
+            if has_diverged(config, progress):
+                raise SkippedTooOften(skipped_more_than_allowed(config, progress))
         _evaluate_and_save(config, world, parts, log, writer)
 
 
@@ -302,35 +273,22 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _refuse_divergence(config: TrainConfig, progress: Progress) -> None:
-    if progress.skipped_steps > config.max_skipped_steps:
-        raise SkippedTooOften(
-            f"{progress.skipped_steps} steps were skipped by step {progress.step} because their gradient was not "
-            f"finite, --max-skipped-steps allows {config.max_skipped_steps}. Lower --learning-rate, or look for "
-            "damaged rows in the dataset"
-        )
-
-
 def _evaluate_and_save(
     config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
     step = parts.progress.step
     if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
         _log_validation(parts, world, log)
-    writer.check()
-    if config.save_steps and step % config.save_steps == 0:
-        _save(config, parts, writer)
+    writer.check(parts.progress)
+    if config.save_steps and step % config.save_steps == 0 and step < parts.total_steps:  # that of the last: results
+        _save(config, world, parts, writer)
 
 
-def _save(config: TrainConfig, parts: assembly.Parts, writer: CheckpointWriter) -> None:
-    writer.save(
-        parts.model,
-        parts.lora,
-        parts.optimizer,
-        parts.progress,
-        base_model=parts.base_model,
-        revision=config.revision,
-    )
+def _save(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> None:
+    refusal = results.save(config, parts, writer)
+    if refusal is not None and world.is_main:
+        name = checkpoint_folder(Path(config.output_dir), parts.progress.step).name
+        print(f"warning: checkpoint {name} is left out: {refusal}", file=sys.stderr)
 
 
 def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:

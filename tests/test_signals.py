@@ -126,8 +126,8 @@ def half(*given):
     time.sleep(1000)
 
 {command}.{function} = half
-for name in ("find_checkpoint", "find_adapter", "tokenizer_folder"):
-    setattr({command}, name, lambda *_: Path("found"))
+for name in ("find_checkpoint", "find_adapter", "tokenizer_folder", "log_base_note"):
+    setattr({command}, name, lambda *_, **__: Path("found"))
 {command}.main()
 """
 

@@ -1,5 +1,7 @@
 """A run that a signal has asked to stop, at every place where it looks: what it saves, says and exits with."""
 
+import itertools
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -8,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from qsharded import evaluation, restart, signals, train
+from qsharded import evaluation, restart, results, signals, train
 from qsharded.metrics import MetricsLog, read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.test_train import arguments, assert_same_file, losses
+from tests.test_durable import room_in_a_file
+from tests.test_room import disk_with, fill_disk
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,80 @@ def test_a_checkpoint_of_this_step_is_not_written_again(
     assert (checkpoint.name, saved) == ("step-000002", [1])
 
 
+def test_a_diverged_run_is_stopped_without_a_checkpoint_or_an_adapter_and_says_why(
+    model: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listener: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Steps have two micro-batches: the third step is NaN, the fourth is stopped, and no log line came before."""
+    loss, calls = evaluation.batch_loss, itertools.count(1)
+
+    def poisoned(*args: Any) -> Any:
+        call = next(calls)
+        listener.noted = signal.SIGTERM if call == 7 else None
+        return loss(*args) * (math.nan if call > 4 else 1)
+
+    monkeypatch.setattr(evaluation, "batch_loss", poisoned)
+    options = {"max_steps": 5, "save_steps": 1, "logging_steps": 5, "eval_split": 0.0}
+    assert exit_status(arguments(model, dataset, tmp_path, **options)) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("stopped by SIGTERM after step 3 of 5; nothing was saved, as 1 steps were skipped by step 3")
+    assert "Go back to step-000001 (what came after it is kept as step-000002.diverged): python -m" in said
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000001", "step-000002.diverged"}
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_stopped_run_whose_adapter_does_not_fit_goes_on_from_its_checkpoint(
+    model: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_in_call: Any,
+    listener: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_adapter = results.save_adapter
+
+    def limited(*args: Any, **kwargs: Any) -> None:
+        with room_in_a_file(2000):
+            save_adapter(*args, **kwargs)
+
+    stop_in_call(MetricsLog, "advance", 3)  # a logged step calls it twice
+    monkeypatch.setattr(results, "save_adapter", limited)
+    stopped = arguments(model, dataset, tmp_path, max_steps=4)
+    assert exit_status(stopped) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("qsharded.train: error: stopped by SIGTERM after step 2 of 4; ")
+    assert "adapter_model.safetensors was not written: File too large" in said
+    assert f"Checkpoint {tmp_path}/checkpoints/step-000002 holds all of the training" in said
+    assert not (tmp_path / "finished.json").exists()
+    monkeypatch.setattr(results, "save_adapter", save_adapter)
+    listener.noted = None
+    assert exit_status([*stopped, "--resume-from-checkpoint", "auto"]) == 0
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_stopped_run_whose_checkpoint_does_not_fit_writes_its_adapter_and_fails_in_one_line(
+    model: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_in_call: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_in_call(MetricsLog, "advance", 3)  # a logged step calls it twice
+    fill_disk(monkeypatch, at=2, until=3)
+    assert exit_status(arguments(model, dataset, tmp_path, max_steps=4)) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "stopped by SIGTERM after step 2 of 4; checkpoint " in said
+    assert said.endswith(f"The adapter so far was written to {tmp_path}/adapter")
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_before_the_end_of_the_first_step_there_is_nothing_to_save(
     model: Path, dataset: Path, tmp_path: Path, stop_in_call: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +211,7 @@ def test_generated_samples_are_abandoned_and_the_finished_training_is_kept(
 def test_a_signal_while_the_final_adapter_is_written_leaves_it_complete(
     model: Path, dataset: Path, tmp_path: Path, stop_in_call: Any
 ) -> None:
-    stop_in_call(train, "save_adapter", 1)
+    stop_in_call(results, "save_adapter", 1)
     assert exit_status(arguments(model, dataset, tmp_path, max_steps=2)) == 0
     assert (tmp_path / "adapter" / "tokenizer.json").is_file()
     assert (tmp_path / "finished.json").is_file()
@@ -166,12 +244,15 @@ def test_the_command_to_go_on_resumes_and_replaces_nothing(monkeypatch: pytest.M
     monkeypatch.setattr("sys.orig_argv", ["my python", "-X", "dev", "-m", "qsharded.train", *given])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     expected = "'my python' -X dev -m qsharded.train --lora-r 4 --resume-from-checkpoint auto"
-    assert restart.command_to_go_on(given) == expected
+    assert restart.command(given, 1, resume_from_checkpoint="auto") == expected
 
 
 def test_the_command_of_a_run_without_arguments_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "qsharded.train"])
-    assert restart.command_to_go_on([]) == "python -m qsharded.train --resume-from-checkpoint auto"
+    assert (
+        restart.command([], 1, resume_from_checkpoint="auto")
+        == "python -m qsharded.train --resume-from-checkpoint auto"
+    )
 
 
 def finished_before(model: Path, dataset: Path, out: Path, **options: Any) -> Callable[..., list[str]]:
@@ -202,6 +283,23 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"qsharded.train: the run in {tmp_path} is finished: 2 of 2 steps")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_finished_run_is_finished_on_a_full_disk_and_when_no_checkpoint_can_be_read(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = finished_before(model, dataset, tmp_path, save_steps=1)
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    for checkpoint in kept:
+        (checkpoint / "manifest.json").write_text("{")
+    disk_with(monkeypatch, 0)
+    assert exit_status(again()) == 0
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+    monkeypatch.undo()
+    # of another run the marked one is nothing to go on from, and its checkpoints may be read again one day
+    assert exit_status([*again(learning_rate=0.5), "--overwrite-output-dir"]) == 1
+    assert "none of the 2 checkpoints in" in capsys.readouterr().err
+    assert sorted((tmp_path / "checkpoints").iterdir()) == kept
 
 
 def test_a_finished_run_that_is_to_be_longer_goes_on(model: Path, dataset: Path, tmp_path: Path) -> None:

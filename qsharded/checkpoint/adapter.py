@@ -1,16 +1,15 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsharded.agreement import groups_sharing, refused_by_all
+from qsharded.checkpoint.files import Parts, write_json, write_tensors
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.nn.lora import lora_layers
@@ -53,6 +52,9 @@ def save_adapter(
 
     Every rank calls this: one trainable parameter after the other is gathered, and the main rank writes. Frozen
     weights are not touched.
+
+    Raises:
+        NotWritten: on the main rank alone, a file that could not be written; the one before is then still there.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in trainable(model):
@@ -62,9 +64,9 @@ def save_adapter(
     if not is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", **(metadata or {})})
-    described = json.dumps(peft_config(model, config, base_model, revision), indent=2)
-    (folder / CONFIG_FILE).write_text(described + "\n", encoding="utf-8")
+    parts = {name: Parts(tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in weights.items()}
+    write_tensors(folder / WEIGHTS_FILE, parts, {"format": "pt", **(metadata or {})})
+    write_json(folder / CONFIG_FILE, peft_config(model, config, base_model, revision))
 
 
 def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision: str | None = None) -> dict[str, Any]:

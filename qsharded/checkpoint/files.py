@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qsharded.durable import Replacement
 
 _CHUNK = 1 << 22  # bytes read at once: enough to keep a disk busy, small beside what a rank holds
 # The format's names. In this order within a file, as safetensors writes it: wide ones first, so that all are aligned.
@@ -42,21 +43,24 @@ class Parts:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_bytes(path: Path, parts: Iterable[Any]) -> FileRecord:
-    """Write ``parts``, which are buffers of bytes, to ``path``."""
+def write_bytes(path: Path, parts: Iterable[Any], nbytes: int | None = None) -> FileRecord:
+    """Write ``parts``, which are buffers of bytes, ``nbytes`` in all, to ``path``.
+
+    Raises:
+        NotWritten: it could not be; what was there before still is.
+    """
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with Replacement(path, nbytes) as file:
         for part in parts:
             size += file.write(part)
             digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> FileRecord:
     """Write ``value`` to ``path`` as a JSON object."""
-    return write_bytes(path, [(json.dumps(value, indent=2) + "\n").encode()])
+    text = (json.dumps(value, indent=2) + "\n").encode()
+    return write_bytes(path, [text], len(text))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> FileRecord:
@@ -64,8 +68,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Parts], metadata: Mapping[st
     # The widest types first: readers map the file into memory, where each tensor must be aligned.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     head = _safetensors_head(ordered, metadata)
-    record = write_bytes(path, chain([head], (_bytes_of(t) for parts in ordered.values() for t in parts.tensors)))
-    assert record.size == len(head) + sum(parts.size for parts in ordered.values()), f"{path}: parts of other shapes"
+    nbytes = len(head) + sum(parts.size for parts in ordered.values())
+    values = (_bytes_of(tensor) for parts in ordered.values() for tensor in parts.tensors)
+    record = write_bytes(path, chain([head], values), nbytes)
+    assert record.size == nbytes, f"{path}: parts of other shapes"
     return record
 
 
@@ -99,12 +105,3 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk: a file or a rename is not there after a power cut without this."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,7 +28,8 @@ from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.quantized import read_packing
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tying import EMBEDDING, HEAD, described_as, open_tied
-from qsharded.checkpoint.writing import extended_header
+from qsharded.checkpoint.writing import data_bytes, extended_header
+from qsharded.durable import Replacement
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import NF4Linear
 from qsharded.nn.lora import LoRALayer, lora_layers
@@ -196,9 +197,10 @@ def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]
     """Copy a safetensors file with its tensors changed. Names, shapes and dtypes stay, and so the header does, but for
     ``copies``, tensors to add: a new name each, and the stored tensor of which it gets what ``change`` makes of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as plain, safe_open(source, framework="pt") as file, open(target, "wb") as out:
-        header = plain.read(int.from_bytes(plain.read(8), "little"))
-        header = extended_header(header, copies)
+    with source.open("rb") as plain:
+        header = extended_header(plain.read(int.from_bytes(plain.read(8), "little")), copies)
+    nbytes = 8 + len(header) + data_bytes(header)
+    with safe_open(source, framework="pt") as file, Replacement(target, nbytes) as out:
         out.write(len(header).to_bytes(8, "little") + header)
         for name, origin in [*((name, name) for name in file.offset_keys()), *copies.items()]:
             stored = file.get_tensor(origin)

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: where they lie, which is the newest valid one, and how a run goes on from one.
+"""Checkpoints of a run: where they lie, and how a run goes on from one.
 
 A checkpoint is a folder of ``manifest.json``, ``state.json``, ``adapter/`` in PEFT's format, and the optimizer's state,
-a file for each rank that wrote it. :mod:`qsharded.checkpoint.writer` writes them.
+a file for each rank that wrote it. :mod:`qsharded.checkpoint.writer` writes them, :mod:`qsharded.checkpoint.sound`
+tells which are fit to go on from, :mod:`qsharded.checkpoint.retention` which stay.
 """
 
 import math
-import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, load_adapter, peft_config
-from qsharded.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, read_manifest, verify
+from qsharded.checkpoint.manifest import read_manifest
 from qsharded.checkpoint.shards import load_state, opened
 from qsharded.checkpoint.source import read_json
 from qsharded.nn import LoRAConfig
@@ -39,6 +39,7 @@ class Progress:
         step: optimizer steps tried, the skipped ones included.
         epoch, row: the data's cursor.
         skipped_steps: steps left out for a gradient that was not finite.
+        skipped_before: those of them before the run was last resumed, which ``--max-skipped-steps`` does not count.
         window: what has been summed since the last log line; NaN, after a skipped step, is null in the file.
         settings: the options that matter when a run goes on; :mod:`qsharded.config.continuing` says how.
         data, base: fingerprints of the rows and of the base weights; empty where an older version wrote them.
@@ -54,6 +55,17 @@ class Progress:
     data: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    skipped_before: int = 0
+
+    @property
+    def skipped_since_start(self) -> int:
+        """Steps left out since the run was started or resumed."""
+        return self.skipped_steps - self.skipped_before
+
+    @property
+    def applied_steps(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.skipped_steps
 
 
 def load_checkpoint(folder: Path, model: nn.Module, lora: LoRAConfig, optimizer: Optimizer) -> None:
@@ -93,9 +105,9 @@ def read_progress(folder: Path) -> Progress:
     path = folder / STATE_FILE
     try:
         progress = Progress(**read_json(path))
-    except TypeError as error:
+        progress.window = {key: math.nan if value is None else value for key, value in progress.window.items()}
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not of this version: {error}") from None
-    progress.window = {key: math.nan if value is None else value for key, value in progress.window.items()}
     return progress
 
 
@@ -104,21 +116,18 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def newest_valid(output_dir: Path, report: Callable[[str], object]) -> Path | None:
-    """The newest checkpoint of a run whose files are as they were written; ``report`` is told of those passed over."""
-    for folder in reversed(checkpoints(output_dir)):
-        try:
-            verify(folder)
-            return folder
-        except DamagedCheckpoint as error:
-            report(f"{folder.name} is passed over: {error}")
-    return None
-
-
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; one that was renamed is the user's, and not among them."""
-    found = (output_dir / "checkpoints").glob("step-*")
-    return sorted((folder for folder in found if _number(folder).isdecimal()), key=step_of)
+    try:
+        found = list((output_dir / "checkpoints").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((path for path in found if has_step_name(path) and path.is_dir()), key=step_of)
+
+
+def has_step_name(checkpoint: Path) -> bool:
+    """Whether the folder is called as the writer calls it: step- and a number."""
+    return checkpoint.name.startswith("step-") and _number(checkpoint).isdecimal()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -128,24 +137,3 @@ def step_of(checkpoint: Path) -> int:
 
 def _number(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix("step-")
-
-
-def drop_old_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; None keeps all."""
-    complete = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST_FILE).is_file()]
-    if keep is not None:
-        for folder in complete[:-keep]:
-            delete_checkpoint(folder)
-
-
-def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; one that is only half deleted when the process dies no longer has a checkpoint's name."""
-    doomed = folder.with_name(folder.name + PARTIAL)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def drop_partial_checkpoints(output_dir: Path) -> None:
-    """Delete what a run left that died while it was writing or deleting one."""
-    for folder in (output_dir / "checkpoints").glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(folder)

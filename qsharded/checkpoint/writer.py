@@ -5,12 +5,14 @@ a folder called ``.partial`` and then says so by a small one; the main rank's th
 checkpoint and renames the folder. So a folder without that ending is complete at any moment, whatever is killed.
 """
 
+import errno
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,11 +21,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qsharded.agreement import first_error, found_by_main
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
 from qsharded.checkpoint.base import base_metadata
-from qsharded.checkpoint.files import FileRecord, sync_folder, write_json, write_tensors
+from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.manifest import Manifest, write_manifest
+from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
 from qsharded.checkpoint.shards import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import (
@@ -33,8 +37,8 @@ from qsharded.checkpoint.training import (
     STATE_FILE,
     Progress,
     checkpoint_folder,
-    drop_old_checkpoints,
 )
+from qsharded.durable import sync_folder
 from qsharded.nn import LoRAConfig
 from qsharded.parallel import World
 from qsharded.strict_json import without_nan
@@ -45,6 +49,7 @@ _WEIGHTS = "weights"
 # time-out of ranks that wait for the main one in a collective.
 _PATIENCE_S = 300
 _POLL_S = 0.05
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointNotWritten(RuntimeError):
@@ -74,15 +79,26 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls it in the same steps.
 
     An error of the thread is raised by the next call, or at the end: leaving the context waits for the last checkpoint.
+    A full disk is no reason to lose the training, though: but for :meth:`wait`, that is printed, and it goes on.
 
     Args:
         output_dir: of the run, on a file system that all ranks see.
         world: the ranks.
-        keep: how many checkpoints stay, the newest; None keeps all.
+        keep: how many checkpoints stay, the newest, and until the newest is proved (see ``retention``) the newest that
+            is; None keeps all.
+        refusal: why no checkpoint is written of such a progress, or None; the main rank asks it.
     """
 
-    def __init__(self, output_dir: Path, world: World, keep: int | None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        world: World,
+        keep: int | None,
+        refusal: Callable[[Progress], str | None] = lambda progress: None,
+    ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
+        self._refusal = refusal
+        self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._abandoned = threading.Event()
@@ -116,14 +132,18 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
-    ) -> None:
+    ) -> str | None:
         """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
 
+        Returns None, or why none is written, on all ranks: what ``refusal`` has said.
+
         Raises:
-            CheckpointNotWritten: the one before could not be written.
+            CheckpointNotWritten: the one before could not be written; on all ranks.
         """
-        self.wait()
-        self._world.barrier()  # not in the next collective of training, which has a time-out, while a disk is slow
+        self._wait_for_all()
+        refused = found_by_main(self._world, partial(self._look_for_refusal, progress))
+        if refused is not None:
+            return refused
         rank = self._world.rank
         tensors = {
             _WEIGHTS: self._copied(_WEIGHTS, own_weights(model, rank)),
@@ -137,15 +157,61 @@ class CheckpointWriter:
             peft_config(model, lora, base_model, revision),
         )
         self._pending = self._thread.submit(self._write, job)
+        self._unproved = progress.applied_steps
+        return None
+
+    def _wait_for_all(self) -> None:
+        """Not in the next collective of training, which has a time-out, while a disk is slow."""
+        failed: CheckpointNotWritten | None = None
+        try:
+            self.settle()
+        except CheckpointNotWritten as error:
+            failed = error
+        if said := first_error(self._world, failed):
+            raise CheckpointNotWritten(said) from failed
+
+    def _look_for_refusal(self, progress: Progress) -> str | None:
+        """No rank writes now, so what is left of a checkpoint that failed can go, and makes room."""
+        try:
+            drop_partial_checkpoints(self._output_dir)
+            return self._refusal(progress)
+        except OSError as error:
+            return str(error)
 
     def _copied(self, kind: str, tensors: RankTensors) -> RankTensors:
         copy = self._copies.copy
         return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in tensors.of.items()})
 
-    def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written meanwhile."""
+    def check(self, progress: Progress | None = None) -> None:
+        """Raise the error of a checkpoint that could not be written meanwhile.
+
+        Where ``progress`` proves the newest checkpoint, the older one that was kept in its stead goes.
+        """
         if self._pending is not None and self._pending.done():
+            self.settle()
+        if self._pending is None and progress and self._unproved is not None:
+            self._drop_if_proved(progress)
+
+    def _drop_if_proved(self, progress: Progress) -> None:
+        if self._unproved is not None and progress.applied_steps > self._unproved:
+            self._unproved = None
+            if self._world.is_main:
+                self._pending = self._thread.submit(self._drop_old, progress.applied_steps)
+
+    def keep_newest(self) -> None:
+        """At a run's good end: no more checkpoints stay than were asked for, proved or not."""
+        if self._world.is_main:
+            self._drop_old(None)
+
+    def settle(self) -> None:
+        """Wait as :meth:`wait` does, but have it printed that the disk is full: an older checkpoint is still there."""
+        try:
             self.wait()
+        except CheckpointNotWritten as error:
+            if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_ROOM):
+                raise
+            self._unproved = None
+            print(f"warning: {error}. Training goes on without it: make room", file=sys.stderr)
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, and raise its error."""
@@ -163,12 +229,12 @@ class CheckpointWriter:
         except Exception as error:
             raise CheckpointNotWritten(f"checkpoint {job.folder} was not written: {error}") from error
         if self._world.is_main:
-            self._drop_old()
+            self._drop_old(job.progress["step"] - job.progress["skipped_steps"])
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, applied_steps: int | None) -> None:
         """The new one is complete, so training goes on where an old one cannot be deleted."""
         try:
-            drop_old_checkpoints(self._output_dir, self._keep)
+            drop_old_checkpoints(self._output_dir, self._keep, applied_steps)
         except OSError as error:
             print(f"an old checkpoint was not deleted: {error}", file=sys.stderr)
 
@@ -178,10 +244,9 @@ class CheckpointWriter:
         job.partial.mkdir(parents=True, exist_ok=True)
         names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
         records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}
-        done = job.partial / _rank_file(self._world.rank)
-        unfinished = done.with_suffix(".new")
-        write_json(unfinished, {name: asdict(record) for name, record in records.items()})
-        unfinished.rename(done)  # the main rank may read it from now on
+        # the main rank may read it from now on
+        said = {name: asdict(record) for name, record in records.items()}
+        write_json(job.partial / _rank_file(self._world.rank), said)
 
     def _complete(self, job: _Job) -> None:
         """Make a checkpoint of what all ranks have written. The main rank's."""
@@ -193,7 +258,6 @@ class CheckpointWriter:
             (job.partial / name).unlink()
         kept = {name: record for name, record in files.items() if name not in weights}
         write_manifest(job.partial, Manifest(job.progress["step"], self._world.size, kept))
-        sync_folder(job.partial)
         job.partial.rename(job.folder)
         sync_folder(job.folder.parent)
 
@@ -222,7 +286,6 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
         metadata = {"format": "pt"} | base_metadata(job.progress["base"])
         tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), metadata)
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
-    sync_folder(folder)
     return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.files import SAFETENSORS_NAME
+from qsharded.durable import Replacement
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -33,18 +34,20 @@ class SafetensorsFile:
         # room for the header as it will be: an offset has at most 19 digits
         room = {name: _entry(torch.uint8, (10**18,), 10**18, 10**18) for name in late}
         self._header_size = len(_header(self._entries | room))
-        self._file = path.open("wb")
+        self._file = Replacement(path)
 
     def __enter__(self) -> "SafetensorsFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._file.__exit__(kind, error, at)
+            return
         with self._file:
-            if kind is None:
-                self._file.truncate(8 + self._header_size + self._end)
-                self._file.seek(0)
-                header = _header(self._entries).ljust(self._header_size)
-                self._file.write(self._header_size.to_bytes(8, "little") + header)
+            self._file.truncate(8 + self._header_size + self._end)
+            self._file.seek(0)
+            header = _header(self._entries).ljust(self._header_size)
+            self._file.write(self._header_size.to_bytes(8, "little") + header)
 
     @property
     def nbytes(self) -> int:
@@ -83,13 +86,18 @@ def _header(entries: Mapping[str, Any]) -> bytes:
     return text.ljust(-(-len(text) // 8) * 8)
 
 
+def data_bytes(header: bytes) -> int:
+    """What the tensors take that a file's header lists."""
+    entries = json.loads(header)
+    return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+
+
 def extended_header(header: bytes, copies: Mapping[str, str]) -> bytes:
     """The header of a file with tensors added behind its last: a new name each, and one of the file's of the same kind.
     As it is where there are none."""
     if not copies:
         return header
-    entries = json.loads(header)
-    end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    entries, end = json.loads(header), data_bytes(header)
     for name, like in copies.items():
         begin, stop = entries[like]["data_offsets"]
         entries[name] = entries[like] | {"data_offsets": [end, end + stop - begin]}

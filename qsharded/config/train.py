@@ -146,7 +146,8 @@ class TrainConfig:
     adam_epsilon: float = _optimizer("Added to the root of the squared gradient's mean.", 1e-8, check=POSITIVE)
     max_grad_norm: float = _optimizer("Gradients are clipped to this norm; 0 leaves them.", 1.0, check=AT_LEAST_0)
     max_skipped_steps: int = _optimizer(
-        "Steps that may be skipped because their gradient is not finite; one more stops the run.",
+        "Steps that may be skipped because their gradient is not finite, counted since the run was started or resumed; "
+        "one more stops it at the next log line, and until then no checkpoint is saved.",
         0,
         unit="steps",
         check=AT_LEAST_0,
@@ -164,13 +165,19 @@ class TrainConfig:
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
     save_steps: int = _output(
-        "Steps from one checkpoint to the next; 0 writes none, save where a signal stops the run.",
+        "Steps from one checkpoint to the next; the last step has one too. 0 writes none, save where a "
+        "signal stops the run.",
         500,
         unit="steps",
         check=AT_LEAST_0,
     )
     save_total_limit: int | None = _output(
-        "Checkpoints to keep, the newest.", None, unit="checkpoints", check=AT_LEAST_1, unset="all"
+        "Checkpoints to keep, the newest undamaged ones. While training, the newest one that a later step has found a "
+        "finite gradient at is kept too, so that a run can go back where it diverges.",
+        None,
+        unit="checkpoints",
+        check=AT_LEAST_1,
+        unset="all",
     )
     resume_from_checkpoint: str | None = _output(
         "Checkpoint folder to go on from, on any number of ranks; auto takes the newest undamaged one in --output-dir "

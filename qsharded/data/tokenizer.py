@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from qsharded.data.tokenizer_files import (
     read_templates,
     special_variables,
 )
+from qsharded.durable import copy_whole
 
 
 class Tokenizer:
@@ -151,9 +151,7 @@ class Tokenizer:
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
         for file in self.files:
-            target = folder / file.relative_to(self._folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copyfile(file, target)
+            copy_whole(file, folder / file.relative_to(self._folder))
 
     @cached_property
     def _templates(self) -> dict[str, ChatTemplate]:

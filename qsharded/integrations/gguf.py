@@ -6,7 +6,7 @@ halves in Hugging Face's: the rows of its q_proj and k_proj are put in the other
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.checkpoint.tying import HEAD, open_tied
+from qsharded.durable import written_elsewhere
 from qsharded.integrations.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qsharded.models import ModelConfig
 from qsharded.models.rope import frequency_divisors
@@ -55,9 +56,14 @@ def write_gguf(checkpoint: Path, target: Path, name: str) -> None:
     config, source = open_tied(checkpoint, ModelConfig.from_hf(raw))
     arch = _ARCHITECTURES[raw["model_type"]]
     plans = list(_plans(config, arch, source))
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch])
-    _describe(writer, config, name, max(_FILE_TYPES[plan.dtype] for plan in plans))
-    add_tokenizer(writer, checkpoint, config.vocab_size)
+    with written_elsewhere(target, sum(plan.nbytes for plan in plans)) as beside:
+        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[arch])
+        _describe(writer, config, name, max(_FILE_TYPES[plan.dtype] for plan in plans))
+        add_tokenizer(writer, checkpoint, config.vocab_size)
+        _write_plans(writer, plans)
+
+
+def _write_plans(writer: Any, plans: "Sequence[_Plan]") -> None:
     for plan in plans:
         plan.announce(writer)
     writer.write_header_to_file()
@@ -100,6 +106,10 @@ class _Plan:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def announce(self, writer: Any) -> None:
         """Its name, shape and dtype; BF16, which numpy lacks, as bytes."""
         if self.dtype == torch.bfloat16:
@@ -108,7 +118,7 @@ class _Plan:
             writer.add_tensor_info(self.name, shape, np.dtype(np.uint8), math.prod(shape), bf16)
         else:
             dtype = np.dtype(str(self.dtype).removeprefix("torch."))
-            writer.add_tensor_info(self.name, self.shape, dtype, math.prod(self.shape) * dtype.itemsize)
+            writer.add_tensor_info(self.name, self.shape, dtype, self.nbytes)
 
     def values(self) -> np.ndarray:
         tensor = self.read().to(self.dtype).contiguous()

@@ -17,6 +17,7 @@ from qsharded.checkpoint.inspection import inspect_path
 from qsharded.nn import LoRAConfig
 from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows, write_checkpoint
+from tests.test_durable import room_in_a_file
 
 IDS = torch.arange(48).view(2, 24) * 7 % 97
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 2}}
@@ -84,6 +85,20 @@ def test_merging_rounds_the_fp32_sum_once(tmp_path: Path) -> None:
     product = (weights[PREFIX + "lora_embedding_B"].float() @ weights[PREFIX + "lora_embedding_A"].float()).T * 12 / 2
     expected = (load_file(checkpoint / "model.safetensors")[name].float() + product).bfloat16()
     assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[name], expected)
+
+
+def test_a_merge_that_does_not_fit_names_the_bytes_of_the_file_with_the_head_that_unties(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write(tmp_path / "model", tie_word_embeddings=True)
+    adapter = write_adapter(tmp_path / "adapter", checkpoint, **TARGETS)
+    merged = ["--model", str(checkpoint), "--adapter", str(adapter), "--output"]
+    merge.main([*merged, str(tmp_path / "merged")])
+    needed = (tmp_path / "merged" / "model.safetensors").stat().st_size
+    with pytest.raises(SystemExit), room_in_a_file(20_000):
+        merge.main([*merged, str(tmp_path / "full")])
+    assert f"model.safetensors was not written: File too large; it takes {needed:,} bytes" in capsys.readouterr().err
+    assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.parametrize("part", ["A", "B"])

@@ -63,8 +63,8 @@ def test_damage_is_found_and_its_file_named(folder: Path, damage: Callable[[Path
 
 
 def test_another_layout_is_no_damage(folder: Path) -> None:
-    edit_manifest(folder, format_version=2, more=1)
-    with pytest.raises(ValueError, match="format_version 2") as caught:
+    edit_manifest(folder, format_version=3, more=1)
+    with pytest.raises(ValueError, match="format_version 3") as caught:
         verify(folder)
     assert not isinstance(caught.value, DamagedCheckpoint)
 
@@ -93,3 +93,70 @@ def test_tensor_files_are_safetensors(tmp_path: Path) -> None:
         assert file.metadata() == {"a": "b"}
     data = path.read_bytes()
     assert record == FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def as_first_version(folder: Path, **changes: object) -> None:
+    """The manifest as it was before it had a hash of itself, changed."""
+    path = folder / "manifest.json"
+    said = json.loads(path.read_text()) | {"format_version": 1} | changes
+    said.pop("manifest_sha256", None)
+    path.write_text(json.dumps(said))
+
+
+def test_any_changed_byte_of_the_manifest_is_found(folder: Path) -> None:
+    """Whatever it makes of the meaning: white space, another step, another version, the hash itself."""
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for place, byte in enumerate(whole):
+        for other in (byte ^ 1, byte ^ 32, ord("0"), ord(" ")):
+            if other != byte:
+                path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+                with pytest.raises(ValueError, match=r"manifest\.json"):
+                    read_manifest(folder)
+    path.write_bytes(whole)
+    assert read_manifest(folder).step == 7
+
+
+def test_a_manifest_cut_off_anywhere_is_found(folder: Path) -> None:
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedCheckpoint):
+            read_manifest(folder)
+
+
+@pytest.mark.parametrize("field", ["step", "world_size", "files", "qsharded_version", "manifest_sha256"])
+def test_a_changed_value_in_sound_json_is_found(folder: Path, field: str) -> None:
+    for value in (0, "8", None, [], {}, True, "0" * 64):
+        edit_manifest(folder, **{field: value})
+        with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is damaged"):
+            read_manifest(folder)
+
+
+def test_checkpoints_of_the_first_version_are_read(folder: Path) -> None:
+    manifest = verify(folder)
+    as_first_version(folder)
+    assert verify(folder) == manifest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "7"},
+        {"step": True},
+        {"step": -1},
+        {"world_size": 1.5},
+        {"files": None},
+        {"files": {"state.json": 3}},
+        {"files": {"state.json": {"size": "2", "sha256": ""}}},
+        {"files": {"../state.json": {"size": 2, "sha256": ""}}},
+        {"files": {"/etc/hostname": {"size": 2, "sha256": ""}}},
+        {"files": {"state.json": {"size": 2, "sha256": None}}},
+        {"more": 1},
+    ],
+)
+def test_the_first_versions_values_are_held_to_their_types(folder: Path, changes: dict[str, object]) -> None:
+    as_first_version(folder, **changes)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is damaged"):
+        read_manifest(folder)

@@ -15,13 +15,14 @@ from torch.optim import AdamW, Optimizer
 from qsharded import parallel, stopping
 from qsharded.checkpoint import files, writer
 from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.retention import drop_partial_checkpoints
+from qsharded.checkpoint.shards import own_weights
+from qsharded.checkpoint.sound import newest_sound
 from qsharded.checkpoint.source import read_json
 from qsharded.checkpoint.training import (
     Progress,
     checkpoints,
-    drop_partial_checkpoints,
     load_checkpoint,
-    newest_valid,
     read_progress,
     refuse_other,
 )
@@ -59,9 +60,11 @@ def save(to: CheckpointWriter, model: nn.Module, optimizer: Optimizer, step: int
 
 
 def write(folder: Path, step: int, keep: int | None = None) -> None:
-    """A checkpoint whose tensors tell its step."""
+    """A checkpoint whose tensors tell its step, the last one of a run."""
     with CheckpointWriter(folder, WORLD, keep) as to:
         save(to, *make(float(step)), step)
+        to.wait()
+        to.keep_newest()
 
 
 def assert_holds(folder: Path, step: int) -> None:
@@ -119,7 +122,7 @@ def test_what_a_gpu_holds_is_copied_before_it_changes(tmp_path: Path) -> None:
 
 
 def failing(*args: Any) -> None:
-    raise OSError(28, "No space left on device")
+    raise OSError(5, "Input/output error")
 
 
 @pytest.mark.parametrize("call", ["check", "save", "exit"])
@@ -134,7 +137,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(
         "save": lambda: save(to, *make(2.0), 2),
         "exit": lambda: to.__exit__(None, None, None),
     }
-    with pytest.raises(CheckpointNotWritten, match=r"step-000001 was not written: .*No space left on device"):
+    with pytest.raises(CheckpointNotWritten, match=r"step-000001 was not written: .*Input/output error"):
         calls[call]()
     to.wait()  # it was told once
     assert checkpoints(tmp_path) == []
@@ -147,7 +150,7 @@ def test_another_error_goes_first(
     with pytest.raises(KeyError), CheckpointWriter(tmp_path, WORLD, None) as to:  # noqa: PT012
         save(to, *make(1.0), 1)
         raise KeyError
-    assert "No space left on device" in capsys.readouterr().err
+    assert "Input/output error" in capsys.readouterr().err
 
 
 def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +177,22 @@ def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(
     assert checkpoints(tmp_path) == []
 
 
-def test_all_ranks_wait_for_a_slow_disk_before_training_goes_on(tmp_path: Path) -> None:
-    """Outside of training's collectives: the barrier comes after the wait and before anything is copied."""
-    calls = []
+def test_all_ranks_wait_for_a_slow_disk_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of training's collectives: they ask each other after the wait and before anything is copied."""
+    calls, first_error = [], writer.first_error
 
-    class Waiting(parallel.World):
-        def barrier(self) -> None:
-            calls.append([path.name for path in checkpoints(tmp_path)])
+    def waiting(world: parallel.World, error: Exception | None) -> str | None:
+        calls.append([path.name for path in checkpoints(tmp_path)])
+        return first_error(world, error)
 
-    with CheckpointWriter(tmp_path, Waiting(0, 1, WORLD.device, None), None) as to:
+    monkeypatch.setattr(writer, "first_error", waiting)
+    monkeypatch.setattr(writer, "own_weights", lambda *args: calls.append("copied") or own_weights(*args))
+    with CheckpointWriter(tmp_path, WORLD, None) as to:
         save(to, *make(1.0), 1)
         save(to, *make(2.0), 2)
-    assert calls == [[], ["step-000001"]]
+    assert calls == [[], "copied", ["step-000001"], "copied"]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -200,7 +207,7 @@ def die_at(moment: int) -> None:
     What was not yet synchronized is lost in part, as after a power cut.
     """
     calls = iter(range(moment + 1))
-    for name in ("fsync", "rename", "unlink", "rmdir"):
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
         setattr(os, name, _deadly(name, getattr(os, name), calls, moment))
 
 
@@ -231,7 +238,7 @@ def test_a_death_at_any_moment_leaves_a_valid_checkpoint_and_none_that_only_look
         run = tmp_path / str(moment)
         write(run, 1)
         died = dies_while_writing(run, moment)
-        newest = newest_valid(run, print)
+        newest = newest_sound(run, print)
         assert newest is not None
         for folder in checkpoints(run):
             verify(folder)
@@ -268,7 +275,7 @@ def test_an_old_one_that_cannot_be_deleted_stops_nothing(
     monkeypatch.setattr(writer, "drop_old_checkpoints", failing)
     write(tmp_path, 1)
     assert_holds(checkpoints(tmp_path)[0], 1)
-    assert "an old checkpoint was not deleted: [Errno 28]" in capsys.readouterr().err
+    assert "an old checkpoint was not deleted: [Errno 5]" in capsys.readouterr().err
 
 
 def test_any_error_of_the_thread_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, losses
 
+# a constant rate: runs of two, three and four steps go on from each other
 OPTIONS = {"max_steps": 2, "save_steps": 2, "eval_split": 0, "lora_dropout": 0, "optim": "adamw"}
+OPTIONS |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
 def printed(command: Any, args: list[str]) -> tuple[str, str]:

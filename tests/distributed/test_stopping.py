@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsharded import signals, train
+from qsharded import results, signals, train
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, assert_same_file, losses
@@ -160,7 +160,7 @@ def run_on_own_disk(model: Path, dataset: Path, folder: Path) -> str:
         signals._listener.noted = signal.SIGTERM
         advance(log, step)
 
-    train.MetricsLog.advance, train._SEEN_WITHIN_S = stopping, 0.2
+    train.MetricsLog.advance, results._SEEN_WITHIN_S = stopping, 0.2
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(arguments(model, dataset, own, max_steps=3, save_steps=0))
     return printed.getvalue()

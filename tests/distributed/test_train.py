@@ -450,8 +450,9 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     assert f"{file} is damaged" in capsys.readouterr().err
     train.main(arguments(model, dataset, tmp_path, **options, resume_from_checkpoint="auto"))
     printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith(f"qsharded.train: step-000004 is passed over: {file} is damaged")
+    passed_over, kept = printed.err.splitlines()
+    assert passed_over.startswith(f"qsharded.train: step-000004 is passed over: {file} is damaged")
+    assert f"kept as {damaged}.unreadable" in kept
     assert "step-000003 at step 3" in printed.out
     assert losses(tmp_path) == whole
 
@@ -459,7 +460,8 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_a_line(
     model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000003.partial").write_text("in the way")
     with pytest.raises(SystemExit):
         train.main(arguments(model, dataset, tmp_path, max_steps=3, save_steps=3))
     message = capsys.readouterr().err

@@ -15,8 +15,10 @@ import qsharded
 from qsharded import merge
 from tests.adapters import recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
+from tests.test_durable import room_in_a_file
 
 gguf = pytest.importorskip("gguf")
+from qsharded.durable import NotWritten  # noqa: E402
 from qsharded.integrations.gguf import write_gguf  # noqa: E402
 from qsharded.integrations.gguf_tokenizer import pre_tokenizer_name  # noqa: E402
 
@@ -209,3 +211,12 @@ def test_llama_cpp_says_the_same_tokens(tmp_path: Path, config: dict[str, Any] |
         theirs.reset()
         stream = theirs.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
         assert [next(stream) for _ in range(16)] == expected[len(ids) :]
+
+
+def test_a_file_that_does_not_fit_is_named_and_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "model.gguf"
+    target.write_bytes(b"old")
+    with pytest.raises(NotWritten, match=r"model\.gguf was not written: .*; it takes [\d,]+ bytes, "):  # noqa: SIM117
+        with room_in_a_file(20_000):
+            write_gguf(BUILTIN, target, "m")
+    assert (target.read_bytes(), list(tmp_path.iterdir())) == (b"old", [target])

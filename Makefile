@@ -15,7 +15,7 @@ NPROC ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count()
 
 help:
 	@echo 'make train   make $(VENV) and fine-tune the built-in model (NPROC=processes, ARGS="--max-steps 100 ...")'
-	@echo 'make test    make $(VENV) and run the test suite (WORKERS=processes, ARGS="tests/test_nf4.py ...")'
+	@echo 'make test    make $(VENV) and run the test suite (WORKERS=processes, ARGS="tests/quant/test_formats.py ...")'
 	@echo 'make bench   time the kernels, a short form (ARGS="--peers bitsandbytes ..."; see benchmarks/kernels)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make docs    write docs/ from the commands'"'"' options'

@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from benchmarks.record import environment
-from qsharded import parallel
-from qsharded.autograd.recompute import recomputed
-from qsharded.commands import join_world
-from qsharded.layout import materialize
-from qsharded.shards import local, own_rows
-from qsharded.streaming import HostWeights
+from qsharded.cli.command import join_world
+from qsharded.distributed import fsdp
+from qsharded.distributed.cpu_offload import HostWeights
+from qsharded.distributed.placement import materialize
+from qsharded.distributed.sharding import local, own_rows
+from qsharded.models.recompute import recomputed
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
 MODES: dict[str, tuple[Any, ...]] = {
@@ -80,7 +80,7 @@ def damaged_bytes(
         reshard_after_forward=reshard,
     )
     if exact:
-        parallel.use_exact_gather(model)
+        fsdp.use_exact_gather(model)
     forward = torch.compile(model, backend=compiler) if compiler else model
     damage = 0
     for _ in range(2):

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded import assembly, train
-from qsharded.checkpoint.writer import CheckpointWriter
+from qsharded import train
+from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.config import TrainConfig, builtin_overrides, parse
-from qsharded.determinism import use_deterministic_algorithms
-from qsharded.metrics import MetricsLog
-from qsharded.parallel import World, let_reserved_memory_grow, stop_world
+from qsharded.distributed.fsdp import World, let_reserved_memory_grow, stop_world
+from qsharded.training import setup
+from qsharded.training.determinism import use_deterministic_algorithms
+from qsharded.training.metrics import MetricsLog
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     torch.zeros(1, device=device)  # a device that is in use is not chosen anew by the mesh
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size(), device, init_device_mesh("cuda", (dist.get_world_size(),)))
-    parts = assembly.prepare(config, world)
+    parts = setup.prepare(config, world)
     output = Path(config.output_dir)
     with (
         MetricsLog(output / "metrics.jsonl", parts.total_steps, world.is_main, first_step=parts.progress.step) as log,

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.record import command, environment
 from qsharded.checkpoint.load import expected_shapes, parameter_count, skeleton
+from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX
-from qsharded.checkpoint.writing import SafetensorsFile
 from qsharded.models import ModelConfig
 
 SIZES = {

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsharded import parallel
-from qsharded.agreement import groups_of
-from qsharded.checkpoint import filling, load_model
+from qsharded.checkpoint import fill, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
-from qsharded.checkpoint.pieces import Piece
+from qsharded.checkpoint.row_chunks import Piece
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
-from qsharded.commands import join_world
-from qsharded.layout import lay_out
+from qsharded.cli.command import join_world
+from qsharded.distributed import fsdp
+from qsharded.distributed.agreement import groups_of
+from qsharded.distributed.placement import lay_out
+from qsharded.distributed.sharding import RowRange, local
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.shards import RowRange, local
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -46,18 +46,18 @@ def main() -> None:
     warm_up(world)
     measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](folder, world)
     Path(results, f"{world.rank}.json").write_text(json.dumps(measured))
-    parallel.stop_world(world)
+    fsdp.stop_world(world)
 
 
-def warm_up(world: parallel.World) -> None:
+def warm_up(world: fsdp.World) -> None:
     """Contexts, compiled kernels and communicators, which a run needs once whatever it loads."""
     absmax_NG = torch.rand(8, 4, device=world.device)
     group = world.mesh.get_group() if world.mesh else None
-    filling.double_quantize(absmax_NG, RowRange(0, 8, 8, group))
+    fill.double_quantize(absmax_NG, RowRange(0, 8, 8, group))
     torch.ops.qsharded.nf4_quantize(torch.randn(8, 256, device=world.device).bfloat16())
 
 
-def seconds(work: Callable[[], object], world: parallel.World) -> float:
+def seconds(work: Callable[[], object], world: fsdp.World) -> float:
     """Wall clock of ``work`` from when all ranks stand ready."""
     if world.mesh is not None:
         dist.barrier()
@@ -68,25 +68,25 @@ def seconds(work: Callable[[], object], world: parallel.World) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(world: parallel.World) -> None:
+def synchronize(world: fsdp.World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
 
-def empty_model(folder: Path, world: parallel.World) -> CausalLM:
+def empty_model(folder: Path, world: fsdp.World) -> CausalLM:
     """As ``load_model`` makes it before it reads."""
     model = skeleton(ModelConfig.from_hf(read_json(folder / "config.json")), None, torch.bfloat16)
     lay_out(model, world.mesh, world.device, param_dtype=torch.bfloat16)
     return model
 
 
-def pieces(folder: Path, world: parallel.World) -> list[Piece]:
+def pieces(folder: Path, world: fsdp.World) -> list[Piece]:
     """All that this rank reads."""
     fills = quantizing_fills(empty_model(folder, world), SafetensorsFolder(folder))
     return [piece for fill in fills for piece in fill.pieces]
 
 
-def measure_read(folder: Path, world: parallel.World) -> dict[str, Any]:
+def measure_read(folder: Path, world: fsdp.World) -> dict[str, Any]:
     source, wanted = SafetensorsFolder(folder), pieces(folder, world)
 
     def read() -> None:
@@ -97,16 +97,16 @@ def measure_read(folder: Path, world: parallel.World) -> dict[str, Any]:
     return {"seconds": seconds(read, world), "bytes": sum(piece.nbytes for piece in wanted)}
 
 
-def measure_quantize(folder: Path, world: parallel.World) -> dict[str, Any]:
+def measure_quantize(folder: Path, world: fsdp.World) -> dict[str, Any]:
     source = Resident(folder)
     fills = quantizing_fills(empty_model(folder, world), source)
     stream = source.stream([piece for fill in fills for piece in fill.pieces], world.device)
     next(stream)
     groups = groups_of(world.mesh)
-    return {"seconds": seconds(lambda: filling.take_all(fills, source, stream, world.device, groups), world)}
+    return {"seconds": seconds(lambda: fill.take_all(fills, source, stream, world.device, groups), world)}
 
 
-def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:
+def measure_load(folder: Path, world: fsdp.World) -> dict[str, Any]:
     before = Memory(world)
     loaded: list[CausalLM] = []
     took = seconds(
@@ -127,7 +127,7 @@ def measure_load(folder: Path, world: parallel.World) -> dict[str, Any]:
 class Memory:
     """The most that is taken on top of what is held when it is made. Linux alone counts resident memory so."""
 
-    def __init__(self, world: parallel.World) -> None:
+    def __init__(self, world: fsdp.World) -> None:
         self._device = world.device
         with suppress(OSError):  # a container may forbid it; the peak then counts from the process's start
             Path("/proc/self/clear_refs").write_text("5")

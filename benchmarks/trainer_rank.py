@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qsharded import train
-from qsharded.commands import run_as_process
+from qsharded.cli.command import run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 
 

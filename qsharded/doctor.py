@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 
 import qsharded
-from qsharded import backends, machine, nf4, ops
 from qsharded.config import parse
-from qsharded.machine import GIB
+from qsharded.quant import backends, formats, ops
+from qsharded.utils import hardware
+from qsharded.utils.hardware import GIB
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -26,8 +27,8 @@ _FAREWELL_S = 60  # torchrun gives its ranks 30 s to end before it kills them
 _LOW_MEMORY, _LOW_DISK, _LOW_SHARED = 6 * GIB, 20 * GIB, GIB // 2
 _OLDEST_CAPABILITY = (8, 0)
 _REPORT = (
-    "this is no matter of the network; torchrun --standalone --nproc-per-node 2 -m qsharded.doctor_rank prints all of "
-    "it: report that, with the versions above"
+    "this is no matter of the network; torchrun --standalone --nproc-per-node 2 -m qsharded.cli.doctor_rank prints all "
+    "of it: report that, with the versions above"
 )
 
 
@@ -179,13 +180,13 @@ def _devices() -> list[torch.device]:
 def _wrong_bytes(device: torch.device) -> str:
     """Quantize and decode a small weight on the device, beside the reference on the CPU."""
     weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(0))
-    codes, absmax = nf4.encode(weight)
+    codes, absmax = formats.encode(weight)
     found_codes, found_absmax = ops.nf4_quantize(weight.to(device))
     decoded = ops.nf4_dequantize(codes.to(device), absmax.to(device), dtype=torch.float32)
     pairs = {
         "codes": (found_codes, codes),
         "absmax": (found_absmax, absmax),
-        "decoded weights": (decoded, nf4.decode(codes, absmax, torch.float32)),
+        "decoded weights": (decoded, formats.decode(codes, absmax, torch.float32)),
     }
     wrong = [name for name, (found, wanted) in pairs.items() if not torch.equal(found.cpu(), wanted)]
     return f", WHICH WRITE OTHER {' AND '.join(wrong)} than the format's" if wrong else ""
@@ -198,7 +199,7 @@ def check_ranks() -> Iterator[Finding]:
     where = f"{ranks} ranks over {wire}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     try:
-        result = _run([*command, "-m", "qsharded.doctor_rank"])
+        result = _run([*command, "-m", "qsharded.cli.doctor_rank"])
     except subprocess.TimeoutExpired as late:
         yield _hung(_lines_of_ranks(late.output), where, wire)
         return
@@ -282,15 +283,15 @@ def _remedy_for(wire: str) -> str:
 
 def check_memory_and_disk() -> Iterator[Finding]:
     """Host memory, shared memory, and disk here and in the Hub's cache."""
-    available = machine.available_memory()
+    available = hardware.available_memory()
     text = f"host memory: {available / GIB:.1f} GiB available"
     yield Finding(text, "" if available > _LOW_MEMORY else "each rank takes about 4.5 GiB while it loads a model")
     if torch.cuda.device_count() > 1:
-        shared = machine.free_disk(_SHARED_MEMORY)
+        shared = hardware.free_disk(_SHARED_MEMORY)
         remedy = "" if shared > _LOW_SHARED else "NCCL needs it: start the container with --shm-size=8g or --ipc=host"
         yield Finding(f"shared memory: {shared / GIB:.1f} GiB free", remedy)
     for path in dict.fromkeys((Path.cwd(), _hub_cache())):
-        free = machine.free_disk(path)
+        free = hardware.free_disk(path)
         remedy = "" if free > _LOW_DISK else "a 70B checkpoint takes 140 GB: HF_HOME moves the Hub's cache"
         yield Finding(f"disk: {free / GIB:.1f} GiB free at {path}", remedy)
 

@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded import signals
+from qsharded.cli import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")
@@ -17,19 +17,25 @@ from typing import ClassVar, Literal
 import torch
 import torch.distributed as dist
 
-from qsharded.adapted import base_or_builtin_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import compute_dtype, errors_named, join_world, run_as_process
+from qsharded.cli.base_model import (
+    base_or_builtin_model,
+    find_adapter,
+    log_base_note,
+    mismatch_explained,
+    tokenizer_folder,
+)
+from qsharded.cli.command import compute_dtype, errors_named, join_world, run_as_process
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
-from qsharded.failures import one_cause
-from qsharded.gather_check import check_gather
+from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.distributed.self_test import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
-from qsharded.parallel import DamagedGather, World, stop_world
+from qsharded.training.rank_failures import one_cause
 
 logger = logging.getLogger(__name__)
 

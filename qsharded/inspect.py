@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from qsharded.checkpoint.inspection import Report, inspect_path
-from qsharded.commands import errors_named
+from qsharded.checkpoint.report import Report, inspect_path
+from qsharded.cli.command import errors_named
 from qsharded.config import check_values, option, parse
-from qsharded.parallel import World
+from qsharded.distributed.fsdp import World
 
 _what = partial(option, group="What is inspected")
 

@@ -1,6 +1,6 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
-from qsharded import signals
+from qsharded.cli import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.merge", "; --output was not written")
@@ -17,15 +17,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.adapted import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.checkpoint.files import write_json
-from qsharded.checkpoint.merging import Base, merge_weights
+from qsharded.checkpoint.merge_adapter import Base, merge_weights
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import BLOCK_SIZE, errors_named
+from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
+from qsharded.cli.command import BLOCK_SIZE, errors_named
+from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
-from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
-from qsharded.parallel import World
+from qsharded.distributed.fsdp import World
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")

@@ -1,6 +1,6 @@
 """``python -m qsharded.quantize``: a checkpoint in 16 or 32 bits in, one that is packed in 4 bits out."""
 
-from qsharded import signals
+from qsharded.cli import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.quantize", "; --output was not written")
@@ -15,16 +15,16 @@ from typing import ClassVar
 
 import torch
 
-from qsharded.checkpoint.base import write_origin
-from qsharded.checkpoint.quantized import Form
-from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.checkpoint.base_identity import write_origin
+from qsharded.checkpoint.pack import quantize_checkpoint
+from qsharded.checkpoint.packed_format import Form
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.commands import BLOCK_SIZE, errors_named
+from qsharded.cli.command import BLOCK_SIZE, errors_named
+from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
-from qsharded.folders import complete_or_absent, copy_files, refuse_occupied
-from qsharded.nf4 import Kind, QuantType
-from qsharded.parallel import World
+from qsharded.distributed.fsdp import World
+from qsharded.quant.formats import Kind, QuantType
 
 _in = partial(option, group="What is quantized")
 _out = partial(option, group="What is written")

@@ -1,6 +1,6 @@
 """``python -m qsharded.train``: a checkpoint and a dataset in, a LoRA adapter out. Read :func:`run` from the top."""
 
-from qsharded import signals
+from qsharded.cli import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.train", " before its first step: nothing was trained, so nothing is lost")
@@ -16,30 +16,31 @@ from typing import Any
 
 import torch
 
-from qsharded import assembly, evaluation, restart, results
 from qsharded.checkpoint.adapter import trainable
-from qsharded.checkpoint.training import Progress, checkpoint_folder
-from qsharded.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
-from qsharded.commands import errors_named, join_world, run_as_process
+from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
+from qsharded.checkpoint.resume import Progress, checkpoint_folder
+from qsharded.cli import command_line
+from qsharded.cli.command import errors_named, join_world, run_as_process
+from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
-from qsharded.determinism import use_deterministic_algorithms
-from qsharded.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
-from qsharded.durable import NotWritten
-from qsharded.failures import one_cause
-from qsharded.finished import AlreadyFinished
-from qsharded.gather_check import check_gather
-from qsharded.metrics import MetricsLog, TrainRow
+from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.sharding import whole
 from qsharded.models import CausalLM
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.schedule import learning_rate
-from qsharded.parallel import DamagedGather, World, stop_world
 from qsharded.plan.dry_run import dry_run
-from qsharded.restart import Again
-from qsharded.seeds import derived_seed
-from qsharded.shards import whole
-from qsharded.stopping import StopRequested
+from qsharded.training import evaluation, results, setup
+from qsharded.training.determinism import use_deterministic_algorithms
+from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
+from qsharded.training.finished import AlreadyFinished
+from qsharded.training.metrics import MetricsLog, TrainRow
+from qsharded.training.rank_failures import one_cause
+from qsharded.training.stopping import StopRequested
+from qsharded.utils.durable_files import NotWritten
+from qsharded.utils.seeds import derived_seed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,14 +65,14 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str]) -> 
     try:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
-            parts = assembly.prepare(config, world)
+            parts = setup.prepare(config, world)
     except AlreadyFinished as end:
         if world.is_main:
             print(f"{config.prog}: {end}")
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     with errors_named(config.prog, world, kinds):
-        return run(config, world, parts, partial(restart.command, argv, world.size))
+        return run(config, world, parts, partial(command_line.command, argv, world.size))
 
 
 def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
     return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
-def run(config: TrainConfig, world: World, parts: assembly.Parts, again: Again) -> int:
+def run(config: TrainConfig, world: World, parts: setup.Parts, again: Again) -> int:
     """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
 
     Returns the exit status: 0, or what a stopped run is to exit with.
@@ -115,7 +116,7 @@ def run(config: TrainConfig, world: World, parts: assembly.Parts, again: Again) 
 def _save_stopped(
     config: TrainConfig,
     world: World,
-    parts: assembly.Parts,
+    parts: setup.Parts,
     log: MetricsLog,
     writer: CheckpointWriter,
     stop: StopRequested,
@@ -137,7 +138,7 @@ def _save_stopped(
 
 
 def train_steps(
-    config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
+    config: TrainConfig, world: World, parts: setup.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
     """Optimizer steps from where the run stands to its end.
 
@@ -162,9 +163,7 @@ def train_steps(
         _evaluate_and_save(config, world, parts, log, writer)
 
 
-def _train_step(
-    config: TrainConfig, world: World, parts: assembly.Parts, step: Step, rate: float
-) -> tuple[float, float]:
+def _train_step(config: TrainConfig, world: World, parts: setup.Parts, step: Step, rate: float) -> tuple[float, float]:
     """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
     if isinstance(parts.optimizer, PagedAdamW8bit):
         parts.optimizer.prefetch()  # hidden behind the passes
@@ -202,7 +201,7 @@ def accumulate_gradient(
     return loss_sum
 
 
-def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> float:
+def _apply_gradient(config: TrainConfig, parts: setup.Parts, rate: float) -> float:
     """Clip and step, or skip where the gradient is not finite: the norm is global, so all ranks decide alike."""
     optimizer, parameters = parts.optimizer, [parameter for _, parameter in trainable(parts.model)]
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
@@ -220,7 +219,7 @@ def _apply_gradient(config: TrainConfig, parts: assembly.Parts, rate: float) -> 
     return norm_value
 
 
-def _learning_rate(config: TrainConfig, parts: assembly.Parts, step: int) -> float:
+def _learning_rate(config: TrainConfig, parts: setup.Parts, step: int) -> float:
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(config.warmup_ratio * parts.total_steps)
@@ -274,7 +273,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _evaluate_and_save(
-    config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, writer: CheckpointWriter
+    config: TrainConfig, world: World, parts: setup.Parts, log: MetricsLog, writer: CheckpointWriter
 ) -> None:
     step = parts.progress.step
     if config.eval_steps and step % config.eval_steps == 0 and step < parts.total_steps:
@@ -284,27 +283,27 @@ def _evaluate_and_save(
         _save(config, world, parts, writer)
 
 
-def _save(config: TrainConfig, world: World, parts: assembly.Parts, writer: CheckpointWriter) -> None:
+def _save(config: TrainConfig, world: World, parts: setup.Parts, writer: CheckpointWriter) -> None:
     refusal = results.save(config, parts, writer)
     if refusal is not None and world.is_main:
         name = checkpoint_folder(Path(config.output_dir), parts.progress.step).name
         print(f"warning: checkpoint {name} is left out: {refusal}", file=sys.stderr)
 
 
-def _evaluate(config: TrainConfig, world: World, parts: assembly.Parts, log: MetricsLog, when: str) -> None:
+def _evaluate(config: TrainConfig, world: World, parts: setup.Parts, log: MetricsLog, when: str) -> None:
     _log_validation(parts, world, log)
     if parts.prompts:
         _log_exact_match(parts, log, when)
 
 
-def _log_validation(parts: assembly.Parts, world: World, log: MetricsLog) -> None:
+def _log_validation(parts: setup.Parts, world: World, log: MetricsLog) -> None:
     if parts.eval_loader is not None:
         steps = islice(parts.eval_loader.steps(), parts.eval_loader.steps_in_epoch(0))
         values = evaluation.validation_loss(parts.model, parts.stopping.between(steps), world)
         log.evaluation(parts.progress.step, parts.epochs_done(), values)
 
 
-def _log_exact_match(parts: assembly.Parts, log: MetricsLog, when: str) -> None:
+def _log_exact_match(parts: setup.Parts, log: MetricsLog, when: str) -> None:
     result = evaluation.exact_match(parts.model, parts.tokenizer, parts.prompts, before_forward=parts.stopping.check)
     log.evaluation(parts.progress.step, parts.epochs_done(), {"exact_match": result.accuracy})
     log.message(f"exact match {when}: {result.accuracy:.1%} of {len(parts.prompts)} held-out prompts; samples:")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qsharded import nf4
+from qsharded.quant import formats
 
 
 def transformers_model(checkpoint: Path, dtype: Any = "auto") -> PreTrainedModel:
@@ -42,5 +42,5 @@ def round_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     """Give every linear layer but the head the weights that it has in NF4."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            layer.weight.data = nf4.quantize(layer.weight.data).dequantize(layer.weight.dtype)
+            layer.weight.data = formats.quantize(layer.weight.data).dequantize(layer.weight.dtype)
     return model

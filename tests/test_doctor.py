@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded import backends, doctor, doctor_rank, machine, ops
+from qsharded import doctor
+from qsharded.cli import doctor_rank
 from qsharded.doctor import Finding
+from qsharded.quant import backends, ops
+from qsharded.utils import hardware
 
 GIB = 2**30
 
@@ -244,11 +247,11 @@ signal.pause()
 
 
 def test_little_memory_or_disk_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_memory", lambda: GIB)
-    monkeypatch.setattr(machine, "free_disk", lambda path: GIB)
+    monkeypatch.setattr(hardware, "available_memory", lambda: GIB)
+    monkeypatch.setattr(hardware, "free_disk", lambda path: GIB)
     found = list(doctor.check_memory_and_disk())
     assert all(finding.remedy for finding in found)
     assert not any(finding.is_broken for finding in found)
-    monkeypatch.setattr(machine, "available_memory", lambda: 100 * GIB)
-    monkeypatch.setattr(machine, "free_disk", lambda path: 100 * GIB)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 100 * GIB)
+    monkeypatch.setattr(hardware, "free_disk", lambda path: 100 * GIB)
     assert not any(finding.remedy for finding in doctor.check_memory_and_disk())

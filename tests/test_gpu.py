@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsharded import nf4
 from qsharded.checkpoint import load_model
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ def weight(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
@@ -30,8 +30,8 @@ def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: tor
     on_cpu, on_gpu = NF4Linear.from_linear(linear), NF4Linear.from_linear(linear.cuda())
     for found, expected in zip(on_gpu.packed(), on_cpu.packed(), strict=True):
         assert torch.equal(found.cpu(), expected)
-    for out in nf4.FLOAT_DTYPES:
-        decoded = nf4.quantize(weight(*shape, dtype)).dequantize(out)
+    for out in formats.FLOAT_DTYPES:
+        decoded = formats.quantize(weight(*shape, dtype)).dequantize(out)
         assert torch.equal(on_gpu.dequantize(out).cpu(), decoded)
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qsharded import inspect, nf4
+from qsharded import inspect
 from qsharded.checkpoint.files import FileRecord
-from qsharded.checkpoint.inspection import inspect_path
 from qsharded.checkpoint.manifest import Manifest, write_manifest
+from qsharded.checkpoint.report import inspect_path
+from qsharded.quant import formats
 from tests.adapters import write_adapter
 from tests.checkpoints import packed_by_bitsandbytes, write_checkpoint
 
@@ -46,7 +47,7 @@ def pack(folder: Path, packed: Callable[[str, Tensor], dict[str, Tensor]], metho
 
 
 def by_us(name: str, weight: Tensor, nested: bool = True) -> dict[str, Tensor]:
-    w = nf4.quantize(weight, double_quant=nested)
+    w = formats.quantize(weight, double_quant=nested)
     if not nested:
         return {name: w.codes, f"{name}_absmax": w.absmax.view(torch.uint8)}
     return {

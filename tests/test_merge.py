@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qsharded import nf4, quantize
+from qsharded import quantize
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
-from qsharded.checkpoint.merging import merge_weights
+from qsharded.checkpoint.merge_adapter import merge_weights
 from qsharded.merge import MergeConfig, main, run
 from qsharded.nn import LoRAConfig
+from qsharded.quant import formats
 from tests.adapters import recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.data.folders import make_folder
@@ -143,7 +144,7 @@ def test_on_nf4_rounds_the_fp32_sum_once(tmp_path: Path, checkpoint: Path, adapt
         if not name.endswith("_proj.weight"):
             assert torch.equal(merged[name], weight)
             continue
-        expected = nf4.quantize(weight).dequantize(torch.float32)
+        expected = formats.quantize(weight).dequantize(torch.float32)
         prefix = "base_model.model." + name.removesuffix("weight")
         if f"{prefix}lora_A.weight" in update:
             expected = update[f"{prefix}lora_B.weight"] @ update[f"{prefix}lora_A.weight"] * (12 / 4) + expected

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from qsharded.data import Example, Tokenizer, load_examples, load_prompts
-from qsharded.evaluation import exact_match
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.training.evaluation import exact_match
 from tools.builtin.pretrain import ROW_TOKENS, initialise, pretrain
 from tools.builtin.tasks import OPERATIONS, Row, operation_rows, pretraining_row, skill_rows
 from tools.builtin.tokenizer import make_tokenizer, save_tokenizer

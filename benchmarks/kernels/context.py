@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
-from qsharded import blockwise8, nf4
+from qsharded.quant import blockwise8, formats
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Packed:
     def with_tables(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""
         device = self.codes.device
-        return *self.arguments(), nf4.levels(device), blockwise8.dynamic_map(True, device)
+        return *self.arguments(), formats.levels(device), blockwise8.dynamic_map(True, device)
 
     def decoded(self) -> Tensor:
         """The fp64 weight."""
-        absmax = nf4.decode_absmax(self.absmax, self.scales, self.offset)
-        return nf4.decode(self.codes, absmax, torch.float32).double()
+        absmax = formats.decode_absmax(self.absmax, self.scales, self.offset)
+        return formats.decode(self.codes, absmax, torch.float32).double()
 
     @property
     def bytes(self) -> int:
@@ -81,7 +81,7 @@ def random_weight(shape: tuple[int, int], device: torch.device) -> Tensor:
 def pack(shape: tuple[int, int], device: torch.device) -> Packed:
     """By the reference."""
     weight = random_weight(shape, device)
-    packed = nf4.quantize(weight)
+    packed = formats.quantize(weight)
     assert packed.absmax_codes is not None
     assert packed.absmax_scales is not None
     assert packed.absmax_offset is not None

@@ -25,7 +25,7 @@ from benchmarks.kernels.context import Packed, forget_weights, pack
 from benchmarks.kernels.measure import Row, measure
 from benchmarks.kernels.ops.linear import TOLERANCE
 from benchmarks.record import command, environment
-from qsharded import backends
+from qsharded.quant import backends
 from qsharded_kernels import cuda_linear, fused_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512)

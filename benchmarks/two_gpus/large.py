@@ -15,12 +15,12 @@ from benchmarks.launch import flags_of, torchrun
 from benchmarks.plan import LARGEST_GAP
 from benchmarks.trainer_rank import memory
 from benchmarks.two_gpus.runner import Found
-from qsharded.assembly import lora_config
 from qsharded.config import TrainConfig, parse
-from qsharded.machine import GIB
-from qsharded.metrics import read_metrics
 from qsharded.models import ModelConfig
-from qsharded.plan.memory import plan
+from qsharded.plan.gpu_memory import plan
+from qsharded.training.metrics import read_metrics
+from qsharded.training.setup import lora_config
+from qsharded.utils.hardware import GIB
 
 OFFLOADED = {"activation_checkpointing": "offloaded", "lora_dtype": "bfloat16"}
 TINY = LLAMA3 | {

@@ -18,9 +18,9 @@ from benchmarks.gpu_training import BUILTIN, LLAMA3, shape_options
 from benchmarks.launch import flags_of, torchrun
 from benchmarks.two_gpus.runner import Found, marked, own_mark
 from qsharded.checkpoint.load import skeleton
-from qsharded.metrics import read_metrics
+from qsharded.distributed.vocab_parallel import is_large
 from qsharded.models import ModelConfig
-from qsharded.vocabulary import is_large
+from qsharded.training.metrics import read_metrics
 
 RANKS = 2
 LEAST_EXACT = 0.99

@@ -1,7 +1,7 @@
 """NF4's double quantization by the compiled library, on CPUs (csrc/cpu/absmax.cpp) and NVIDIA GPUs
 (csrc/cuda/double_quantize.cu).
 
-The steps work on whole rows of a weight that ranks share, and give the bytes of ``qsharded.nf4``'s.
+The steps work on whole rows of a weight that ranks share, and give the bytes of ``qsharded.quant.formats``'s.
 Axes: N = these rows, G = absmax values in a row.
 """
 

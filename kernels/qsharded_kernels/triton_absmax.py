@@ -1,6 +1,6 @@
 """NF4's double quantization in Triton, for any GPU; without one under TRITON_INTERPRET=1.
 
-The steps work on whole rows of a weight that ranks share, and give the bytes of ``qsharded.nf4``'s.
+The steps work on whole rows of a weight that ranks share, and give the bytes of ``qsharded.quant.formats``'s.
 Axes: N = these rows, G = absmax values in a row; within a kernel R = rows of one program, V = values of one program.
 """
 

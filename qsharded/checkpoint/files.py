@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsharded.durable import Replacement
+from qsharded.utils.durable_files import Replacement
 
 _CHUNK = 1 << 22  # bytes read at once: enough to keep a disk busy, small beside what a rank holds
 # The format's names. In this order within a file, as safetensors writes it: wide ones first, so that all are aligned.

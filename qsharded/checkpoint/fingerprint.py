@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qsharded.checkpoint.quantized import read_packing
+from qsharded.checkpoint.packed_format import read_packing
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.models import ModelConfig
 

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded.agreement import groups_of, refused_by_all
-from qsharded.autograd.modes import Mode
-from qsharded.checkpoint import filling
-from qsharded.checkpoint.pieces import WeightSource
-from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing, torn_rows
+from qsharded.checkpoint import fill
+from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing, read_packing, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
+from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
-from qsharded.checkpoint.tying import HEAD, open_tied
-from qsharded.layout import SHARDED, Layout, lay_out
+from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
+from qsharded.distributed.agreement import groups_of, refused_by_all
+from qsharded.distributed.placement import SHARDED, Layout, lay_out
+from qsharded.distributed.sharding import local, own_rows
+from qsharded.lora.config import LoRAConfig
+from qsharded.lora.layer import add_lora, reset_adapters
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.nf4 import NF4_64, Kind
-from qsharded.nn import LoRAConfig, NF4Linear, add_lora, quantize_
-from qsharded.nn.lora import reset_adapters
-from qsharded.nn.quantize import Filter
-from qsharded.shards import local, own_rows
+from qsharded.quant.convert import Filter, quantize_
+from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.linear import NF4Linear
+from qsharded.utils.checkpointing_modes import Mode
 
 
 def load_model(
@@ -109,11 +110,11 @@ class Outline:
         groups = groups_of(mesh)
         with refused_by_all(groups, device):
             fills, source = self._fills(device, seed)
-        filling.run(fills, source, device, groups)
+        fill.run(fills, source, device, groups)
         reset_adapters(self.model, seed)
         return self.model
 
-    def _fills(self, device: torch.device, seed: int) -> tuple[list[filling.Fill], WeightSource]:
+    def _fills(self, device: torch.device, seed: int) -> tuple[list[fill.Fill], WeightSource]:
         """What fills this rank's part of the model, and out of what."""
         if self.packed is not None:
             return _packed_fills(self.model, self.packed), self.packed.source
@@ -192,19 +193,19 @@ def checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def quantizing_fills(model: CausalLM, source: WeightSource) -> list[filling.Fill]:
+def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill.Fill]:
     """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(expected_shapes(model))
     packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
     return packed + _plain_fills(model, source)
 
 
-def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> filling.Fill:
+def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> fill.Fill:
     rows = own_rows(layer.weight)
-    return filling.QuantizingFill(source, name, layer.in_features, rows, layer.kind, filling.LayerSink(layer))
+    return fill.QuantizingFill(source, name, layer.in_features, rows, layer.kind, fill.LayerSink(layer))
 
 
-def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fill]:
+def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
     layers = packed_layers(model)
     tensors = (tensor for name in layers for tensor in packed.packing.tensors(name))
@@ -213,19 +214,19 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[filling.Fil
     return fills + _plain_fills(model, packed.source)
 
 
-def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[filling.Fill]:
+def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[fill.Fill]:
     parts = packed.packing.parts(packed.source, name, layer.out_features, layer.in_features)
     first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
-    yield filling.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
+    yield fill.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
-        yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
+        yield fill.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
         return
     absmax.view(torch.uint8)[:, G:].zero_()
-    yield filling.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
+    yield fill.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
     assert layer.weight_absmax_scales is not None
     assert layer.weight_absmax_offset is not None
-    yield filling.RowsFill(packed.source, parts.scales, layer.weight_absmax_scales)
+    yield fill.RowsFill(packed.source, parts.scales, layer.weight_absmax_scales)
     layer.weight_absmax_offset.fill_(parts.offset)
 
 
@@ -235,13 +236,13 @@ def packed_layers(model: nn.Module) -> dict[str, NF4Linear]:
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
 
 
-def _plain_fills(model: nn.Module, source: WeightSource) -> list[filling.Fill]:
+def _plain_fills(model: nn.Module, source: WeightSource) -> list[fill.Fill]:
     plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
     return [_plain_fill(source, name, parameter) for name, parameter in plain]
 
 
-def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> filling.Fill:
-    return filling.RowsFill(source, name, local(parameter).detach(), own_rows(parameter).start)
+def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> fill.Fill:
+    return fill.RowsFill(source, name, local(parameter).detach(), own_rows(parameter).start)
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qsharded import __version__
 from qsharded.checkpoint.files import FileRecord, read_record
-from qsharded.durable import write_whole
+from qsharded.utils.durable_files import write_whole
 
 MANIFEST_FILE = "manifest.json"
 FORMAT, FORMAT_VERSION = "qsharded-checkpoint", 2

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.pieces import Piece
-from qsharded.seeds import derived_seed
+from qsharded.checkpoint.row_chunks import Piece
+from qsharded.utils.seeds import derived_seed
 
 
 @dataclass(frozen=True)

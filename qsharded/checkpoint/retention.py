@@ -8,9 +8,9 @@ writes one whose every gradient is NaN.
 import shutil
 from pathlib import Path
 
-from qsharded.checkpoint.sound import Checkpoint, sound_checkpoints
-from qsharded.checkpoint.training import PARTIAL, checkpoints, step_of
-from qsharded.durable import sync_folder
+from qsharded.checkpoint.intact import Checkpoint, sound_checkpoints
+from qsharded.checkpoint.resume import PARTIAL, checkpoints, step_of
+from qsharded.utils.durable_files import sync_folder
 
 
 def newest_proved(output_dir: Path, applied_steps: int) -> Checkpoint | None:

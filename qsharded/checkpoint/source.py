@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qsharded.checkpoint import staging
-from qsharded.checkpoint.pieces import Piece
+from qsharded.checkpoint import read_ahead
+from qsharded.checkpoint.row_chunks import Piece
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
@@ -193,12 +193,12 @@ class SafetensorsFolder:
 
     def rows_at_once(self, row_bytes: int) -> int:
         """As many as fill a staging buffer."""
-        return max(1, staging.PIECE // row_bytes)
+        return max(1, read_ahead.PIECE // row_bytes)
 
     def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
         """The bytes of each piece in turn, uint8 on ``device``, good until the next is asked for; read ahead."""
         fills = [partial(self.read_into, piece.name, piece.start * piece.row_bytes) for piece in pieces]
-        return staging.read_ahead(fills, [piece.nbytes for piece in pieces], device)
+        return read_ahead.read_ahead(fills, [piece.nbytes for piece in pieces], device)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor, on the CPU in the dtype it is stored in."""

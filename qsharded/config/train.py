@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from qsharded.autograd.modes import Mode
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
+from qsharded.utils.checkpointing_modes import Mode
 
 _model = partial(option, group="Model")
 _data = partial(option, group="Data")

@@ -6,7 +6,7 @@ from qsharded.data.load import load_examples
 from qsharded.data.loader import Cursor, Step, StepLoader
 from qsharded.data.mixture import Mixture
 from qsharded.data.prompts import Prompt, load_prompts
-from qsharded.data.rows import read_rows
+from qsharded.data.records import read_rows
 from qsharded.data.tokenizer import Tokenizer
 
 __all__ = [

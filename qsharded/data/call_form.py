@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal
 
 from qsharded.data.chat import ChatTemplate
-from qsharded.data.shapes import Conversation, Message
+from qsharded.data.formats import Conversation, Message
 from qsharded.data.tool_calls import Call
 
 _KEY, _VALUE = "qkeyq", "zvaluez"

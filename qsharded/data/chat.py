@@ -15,7 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qsharded.data.shapes import REASONING_KEYS, Message
+from qsharded.data.formats import REASONING_KEYS, Message
 
 Span = tuple[int, int]
 

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 from qsharded.data.encode import encode
 from qsharded.data.examples import Dataset, Example
+from qsharded.data.formats import Shape, parse_row
 from qsharded.data.omissions import Omission
+from qsharded.data.records import Rows, read_rows
 from qsharded.data.render import Rendered, TrainOn, render
-from qsharded.data.rows import Rows, read_rows
-from qsharded.data.shapes import Shape, parse_row
 from qsharded.data.tokenizer import Tokenizer
 
 Overlong = Literal["drop", "truncate"]
@@ -38,8 +38,8 @@ def load_examples(
     these two where the tokenizer adds one. Messages behind the last learned one are left out: nothing depends on them.
 
     Args:
-        source: a file, folder or Hub dataset; see :func:`qsharded.data.rows.read_rows`.
-        format: one of :data:`qsharded.data.shapes.FORMATS`.
+        source: a file, folder or Hub dataset; see :func:`qsharded.data.records.read_rows`.
+        format: one of :data:`qsharded.data.formats.FORMATS`.
         max_length: in tokens, at least 2.
         overlong: what becomes of longer rows.
         train_on: "all" learns every token of conversations and prompts too.

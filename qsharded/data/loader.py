@@ -6,7 +6,7 @@ from random import Random
 
 from qsharded.data.batches import Batch, make_batch
 from qsharded.data.examples import Example
-from qsharded.data.packing import pack
+from qsharded.data.sequence_packing import pack
 
 Row = list[Example]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qsharded.data.chat import ChatTemplate
 from qsharded.data.examples import Dataset
-from qsharded.data.shapes import REASONING_KEYS, Conversation, Message
+from qsharded.data.formats import REASONING_KEYS, Conversation, Message
 from qsharded.data.tool_calls import renamed
 
 _LEADING_TAGS = re.compile(r"(?:\s*<[^<>\s]+>)*")

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsharded.data.call_form import fit_calls
+from qsharded.data.formats import Conversation, PromptCompletion, Shape, parse_row
 from qsharded.data.omissions import omissions
-from qsharded.data.rows import read_rows
-from qsharded.data.shapes import Conversation, PromptCompletion, Shape, parse_row
+from qsharded.data.records import read_rows
 from qsharded.data.tokenizer import Tokenizer
 
 

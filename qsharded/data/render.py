@@ -7,8 +7,8 @@ from typing import Literal
 from qsharded.data.answers import prompt_and_answer
 from qsharded.data.call_form import fit_calls
 from qsharded.data.chat import Span
+from qsharded.data.formats import Conversation, PromptCompletion, Shape, Text
 from qsharded.data.omissions import Omission, find_omissions, judged, omissions
-from qsharded.data.shapes import Conversation, PromptCompletion, Shape, Text
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.data.turns import TurnUnclear, check_ending
 

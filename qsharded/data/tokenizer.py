@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qsharded.data.chat import ChatTemplate, Span
-from qsharded.data.shapes import Conversation, Message
-from qsharded.data.spans import assistant_spans
+from qsharded.data.formats import Conversation, Message
 from qsharded.data.tokenizer_files import (
     load_backend,
     optional_json,
@@ -19,7 +18,8 @@ from qsharded.data.tokenizer_files import (
     read_templates,
     special_variables,
 )
-from qsharded.durable import copy_whole
+from qsharded.data.trained_spans import assistant_spans
+from qsharded.utils.durable_files import copy_whole
 
 
 class Tokenizer:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from qsharded.data.chat import ChatTemplate, Span
-from qsharded.data.shapes import Conversation, Message
+from qsharded.data.formats import Conversation, Message
 from qsharded.data.tool_calls import renamed
 
 # They differ in their first and in their last character, and nothing strips or escapes them.

@@ -14,11 +14,11 @@ import torch
 from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse
 from torch import Tensor, nn
 
-from qsharded import blockwise8, nf4
 from qsharded.integrations.bitsandbytes_format import check_map, kind_of, rows_as_parameters
 from qsharded.integrations.bitsandbytes_kernels import install as install
 from qsharded.integrations.bitsandbytes_kernels import uninstall as uninstall
-from qsharded.nn import NF4Linear
+from qsharded.quant import blockwise8, formats
+from qsharded.quant.linear import NF4Linear
 
 
 def convert_bitsandbytes(model: nn.Module) -> nn.Module:
@@ -44,7 +44,7 @@ def _ours(layer: Any, name: str) -> NF4Linear:
     codes, state = _plain_order(layer, name)
     nested = state.state2 if state.nested else None
     kind = kind_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
-    check_map(state.code, nf4.levels("cpu", kind.quant_type), name)
+    check_map(state.code, formats.levels("cpu", kind.quant_type), name)
     if nested is not None:
         check_map(nested.code, blockwise8.dynamic_map(True, "cpu"), name)
     rows = rows_as_parameters(codes, state.absmax, state.shape, kind, name)
@@ -104,7 +104,7 @@ def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
     new.quant_state = QuantState(
         absmax=absmax.flatten(),
         shape=torch.Size([layer.out_features, layer.in_features]),
-        code=nf4.levels(codes.device, quant_type).clone(),
+        code=formats.levels(codes.device, quant_type).clone(),
         blocksize=layer.block_size,
         quant_type=quant_type,
         dtype=dtype,

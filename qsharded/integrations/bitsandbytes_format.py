@@ -14,14 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qsharded import blockwise8, nf4
-from qsharded.checkpoint import quantized
-from qsharded.nf4 import Kind
-from qsharded.nn.nf4_linear import pad_absmax
+from qsharded.checkpoint import packed_format
+from qsharded.quant import blockwise8, formats
+from qsharded.quant.formats import Kind
+from qsharded.quant.linear import pad_absmax
 
 _ABSMAX, _NESTED_ABSMAX, _MAP, _NESTED_MAP = _TENSORS = tuple(
     ending.removeprefix(".")
-    for ending in (quantized.BNB_ABSMAX, quantized.BNB_NESTED, quantized.BNB_MAP, quantized.BNB_NESTED_MAP)
+    for ending in (
+        packed_format.BNB_ABSMAX,
+        packed_format.BNB_NESTED,
+        packed_format.BNB_MAP,
+        packed_format.BNB_NESTED_MAP,
+    )
 )
 
 
@@ -31,7 +36,7 @@ def companions(quant_type: str) -> tuple[str, ...]:
 
 
 def _state_name(quant_type: str) -> str:
-    return quantized.BNB_STATE.removeprefix(".") + quant_type
+    return packed_format.BNB_STATE.removeprefix(".") + quant_type
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ def read_settings(config: Any) -> Settings:
         ValueError: it is not bitsandbytes', or not of 4 bits.
     """
     described = config if isinstance(config, dict | None) else config.to_dict()
-    packing = quantized.read_packing({quantized.CONFIG_KEY: described})
-    if described is None or packing is None or packing.form != quantized.BITSANDBYTES:
+    packing = packed_format.read_packing({packed_format.CONFIG_KEY: described})
+    if described is None or packing is None or packing.form != packed_format.BITSANDBYTES:
         raise ValueError("the checkpoint is not quantized to 4 bits by bitsandbytes: its config.json does not say so")
     return Settings(packing.kind.quant_type, packing.double_quant, described.get("llm_int8_skip_modules"))
 
@@ -60,7 +65,7 @@ def read_settings(config: Any) -> Settings:
 def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:
     """Weights in a block of the first packed weight in ``files``, of which the safetensors are looked at; None where
     there is none. The quantization_config does not say it."""
-    ending = quantized.BNB_STATE + quant_type
+    ending = packed_format.BNB_STATE + quant_type
     for path in (path for path in files if path.endswith(".safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is no dict)
@@ -95,7 +100,7 @@ def packed_tensors(
     found = kind_of(state["quant_type"], state["blocksize"], state.get("nested_blocksize"), name)
     if found != kind:
         raise ValueError(f"{name} is {found}, the checkpoint's first weight {kind}; all must be of one kind")
-    check_map(stored[_MAP], nf4.levels("cpu", kind.quant_type), name)
+    check_map(stored[_MAP], formats.levels("cpu", kind.quant_type), name)
     rows = rows_as_parameters(stored["weight"], stored[_ABSMAX], state["shape"], kind, name)
     offset = state.get("nested_offset")
     if offset is None:
@@ -116,7 +121,7 @@ def rows_as_parameters(
     N, K = shape
     B = kind.block_size
     if K % B:
-        raise ValueError(quantized.torn_rows(name, K, kind))
+        raise ValueError(packed_format.torn_rows(name, K, kind))
     rows = codes.reshape(-1).view(torch.uint8)
     if rows.numel() * 2 != N * K or absmax.numel() * B != N * K:
         raise ValueError(

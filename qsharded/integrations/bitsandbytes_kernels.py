@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsharded import blockwise8, nf4, ops
 from qsharded.integrations import bitsandbytes_optimizer
 from qsharded.integrations.bitsandbytes_tables import is_table
+from qsharded.quant import blockwise8, formats, ops
 
 _Kernel = Callable[..., Any]
 _NAMESPACE = "bitsandbytes"
@@ -61,7 +61,7 @@ class _Before:
 
 def _quantize(before: _Kernel) -> _Kernel:
     def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-        if not _is_ours(quant_type, blocksize) or A.numel() % nf4.BLOCK or A.numel() == 0:
+        if not _is_ours(quant_type, blocksize) or A.numel() % formats.BLOCK or A.numel() == 0:
             return before(A, blocksize, quant_type, quant_storage)
         codes, absmax = ops.nf4_quantize(_in_whole_blocks(A))
         return codes.view(-1).view(quant_storage).unsqueeze(1), absmax.view(-1)
@@ -74,10 +74,10 @@ def _dequantize(before: _Kernel) -> _Kernel:
         A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         codes, numel = _bytes(A), math.prod(shape)
-        if not _is_ours(quant_type, blocksize) or numel % nf4.BLOCK or numel == 0:
+        if not _is_ours(quant_type, blocksize) or numel % formats.BLOCK or numel == 0:
             return before(A, absmax, blocksize, quant_type, shape, dtype)
         K = _row_length(shape, numel)
-        decoded = ops.nf4_dequantize(codes.view(-1, K // 2), absmax.view(-1, K // nf4.BLOCK), dtype=dtype)
+        decoded = ops.nf4_dequantize(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK), dtype=dtype)
         return decoded.view(tuple(shape))
 
     return dequantize_4bit
@@ -107,7 +107,7 @@ def _gemm(before: _Kernel) -> _Kernel:
 
 def _gemv(before: _Kernel) -> _Kernel:
     def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-        if blocksize != nf4.BLOCK or not _fits(A, shapeB) or not is_table(code, nf4.levels(code.device)):
+        if blocksize != formats.BLOCK or not _fits(A, shapeB) or not is_table(code, formats.levels(code.device)):
             return before(A, B, shapeB, absmax, code, blocksize)
         return _product(A, B, shapeB, absmax)
 
@@ -143,12 +143,12 @@ def _product(
 
 
 def _is_ours(quant_type: str, blocksize: int) -> bool:
-    return quant_type == "nf4" and blocksize == nf4.BLOCK
+    return quant_type == "nf4" and blocksize == formats.BLOCK
 
 
 def _fits(x: Tensor, shape: Sequence[int]) -> bool:
     """Rows of whole blocks, and numbers that our kernels multiply without decoding first."""
-    return shape[1] % nf4.BLOCK == 0 and x.shape[-1] == shape[1] and x.numel() > 0 and x.dtype != torch.float32
+    return shape[1] % formats.BLOCK == 0 and x.shape[-1] == shape[1] and x.numel() > 0 and x.dtype != torch.float32
 
 
 def _bytes(codes: Tensor) -> Tensor:
@@ -161,4 +161,4 @@ def _in_whole_blocks(weight: Tensor) -> Tensor:
 
 def _row_length(shape: Sequence[int], numel: int) -> int:
     """A row of the weight where it is whole blocks; else a block, as bitsandbytes cuts the flat weight."""
-    return shape[-1] if shape[-1] % nf4.BLOCK == 0 and numel % shape[-1] == 0 else nf4.BLOCK
+    return shape[-1] if shape[-1] % formats.BLOCK == 0 and numel % shape[-1] == 0 else formats.BLOCK

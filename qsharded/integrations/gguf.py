@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
-from qsharded.checkpoint.tying import HEAD, open_tied
-from qsharded.durable import written_elsewhere
+from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
 from qsharded.integrations.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qsharded.models import ModelConfig
 from qsharded.models.rope import frequency_divisors
+from qsharded.utils.durable_files import written_elsewhere
 
 # A mistral without sliding windows computes what a llama does.
 _ARCHITECTURES = {

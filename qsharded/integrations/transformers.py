@@ -21,15 +21,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsharded import blockwise8, nf4, ops, parallel
-from qsharded.agreement import refused_by_all
-from qsharded.checkpoint.filling import FiniteCheck, double_quantize
-from qsharded.checkpoint.quantized import QUANT_METHOD as METHOD
-from qsharded.checkpoint.quantized import own_kind, torn_rows
+from qsharded.checkpoint.fill import FiniteCheck, double_quantize
+from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
+from qsharded.checkpoint.packed_format import own_kind, torn_rows
+from qsharded.distributed import fsdp
+from qsharded.distributed.agreement import refused_by_all
+from qsharded.distributed.sharding import RowRange, own_rows
 from qsharded.integrations import bitsandbytes_format
-from qsharded.nn import NF4Linear, quantize_
-from qsharded.nn.nf4_linear import pad_absmax
-from qsharded.shards import RowRange, own_rows
+from qsharded.quant import blockwise8, formats, ops
+from qsharded.quant.convert import quantize_
+from qsharded.quant.linear import NF4Linear, pad_absmax
 
 _ABSMAX = "weight_absmax"
 
@@ -61,7 +62,7 @@ class QShardedConfig(QuantizationConfigMixin):
     stored_as: str = METHOD
     version: int = 1
     format: str = "nf4"
-    block_size: int = nf4.BLOCK
+    block_size: int = formats.BLOCK
     absmax_block_size: int = blockwise8.BLOCK
 
     def __post_init__(self) -> None:
@@ -150,7 +151,7 @@ class QShardedQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, NF4Linear):
                 module.requires_grad_(False)
-        parallel.use_exact_gather(model)
+        fsdp.use_exact_gather(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -183,7 +184,7 @@ def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
         )
 
 
-def _refuse_torn_rows(linears: list[tuple[str, Any]], kind: nf4.Kind) -> None:
+def _refuse_torn_rows(linears: list[tuple[str, Any]], kind: formats.Kind) -> None:
     for name, linear in linears:
         if linear.in_features % kind.block_size:
             raise ValueError(torn_rows(name, linear.in_features, kind))

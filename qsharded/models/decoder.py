@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.autograd.chunked_loss import IGNORE, chunked_cross_entropy
-from qsharded.models.cache import KVCache
+from qsharded.models.attention_inputs import attention_mask
+from qsharded.models.chunked_loss import IGNORE, chunked_cross_entropy
 from qsharded.models.config import ModelConfig
-from qsharded.models.masks import attention_mask
+from qsharded.models.kv_cache import KVCache
 from qsharded.models.rope import rope_tables, rotate
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsharded.models.cache import KVCache
 from qsharded.models.decoder import CausalLM
+from qsharded.models.kv_cache import KVCache
 
 
 class LogitsNotFinite(ValueError):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsharded.blockwise8 import BLOCK
 from qsharded.optim.host_memory import host_bytes, lock
 from qsharded.optim.reference import Moments
+from qsharded.quant.blockwise8 import BLOCK
 
 BLOCK_BYTES = 2 * (BLOCK + 4)  # codes and fp32 scales of both moments
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qsharded import backends, blockwise8
+from qsharded.quant import backends, blockwise8
 from qsharded_kernels import cuda
 
 

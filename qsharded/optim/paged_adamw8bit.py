@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qsharded.optim.local_values import agree_on_maximum
 from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
-from qsharded.optim.shards import agree_on_maximum
 from qsharded.optim.state import joined, part_of
 from qsharded.optim.store import Store, upload
 

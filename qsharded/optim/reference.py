@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded import blockwise8
+from qsharded.quant import blockwise8
 
 LARGEST = torch.finfo(torch.float32).max
 

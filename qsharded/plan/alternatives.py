@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from qsharded.autograd.modes import Mode
 from qsharded.config import TrainConfig
-from qsharded.plan.memory import Plan, Planner
+from qsharded.plan.gpu_memory import Plan, Planner
+from qsharded.utils.checkpointing_modes import Mode
 
 _RANKS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 _SHORTEST = 128

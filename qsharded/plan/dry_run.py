@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from qsharded import machine
-from qsharded.adapted import find_adapter
-from qsharded.assembly import lora_config
-from qsharded.checkpoint.quantized import PackedCheckpoint, Packing, read_packing
+from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing, read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
-from qsharded.checkpoint.tying import open_tied
-from qsharded.commands import compute_dtype
+from qsharded.checkpoint.tied_embeddings import open_tied
+from qsharded.cli.base_model import find_adapter
+from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
-from qsharded.machine import GIB
 from qsharded.models import ModelConfig
 from qsharded.plan.alternatives import nearest
-from qsharded.plan.host import disk, host_memory
-from qsharded.plan.memory import Plan, Planner
+from qsharded.plan.gpu_memory import Plan, Planner
+from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs
+from qsharded.training.setup import lora_config
+from qsharded.utils import hardware
+from qsharded.utils.hardware import GIB
 
 
 def dry_run(config: TrainConfig) -> int:
@@ -31,7 +31,7 @@ def dry_run(config: TrainConfig) -> int:
     Raises:
         ValueError: a mistake of the user's, named.
     """
-    ranks = config.gpus or machine.default_ranks()
+    ranks = config.gpus or hardware.default_ranks()
     folder = find_checkpoint(config.model, config.revision, weights=False)
     described = read_json(folder / "config.json")
     adapter = find_adapter(config.adapter) if config.adapter else None
@@ -59,8 +59,8 @@ def _model(
 
 def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
     config, model = plan.config, planner.model
-    available = f"this machine has {machine.available_memory() / GIB:.1f} available"
-    free = f"{machine.free_disk(Path(config.output_dir)) / GIB:.1f} free at {config.output_dir}"
+    available = f"this machine has {hardware.available_memory() / GIB:.1f} available"
+    free = f"{hardware.free_disk(Path(config.output_dir)) / GIB:.1f} free at {config.output_dir}"
     return "\n".join(
         [
             render(plan, nearest(planner, plan)),
@@ -71,4 +71,4 @@ def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:
 
 
 def _gpu_bytes(config: TrainConfig) -> int | None:
-    return machine.gpu_memory() if config.gpu_memory_gib is None else int(config.gpu_memory_gib * GIB)
+    return hardware.gpu_memory() if config.gpu_memory_gib is None else int(config.gpu_memory_gib * GIB)

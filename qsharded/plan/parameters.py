@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from qsharded import parallel
-from qsharded.layout import SHARDED, Layout, is_split
+from qsharded.distributed import fsdp
+from qsharded.distributed.placement import SHARDED, Layout, is_split
+from qsharded.distributed.sharding import rows_of_rank
 from qsharded.models import CausalLM
-from qsharded.nn import NF4Linear
-from qsharded.shards import rows_of_rank
+from qsharded.quant.linear import NF4Linear
 
 CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS = "codes", "scales", "embedding and head", "norms and others", "adapters"
 """Classes of parameters. Adapters are everything that trains; others are frozen and in 16 or 32 bits."""
@@ -162,7 +162,7 @@ class _Gathered:
         if self.ranks == 1:
             return 0
         layers = set(self.model.model.layers)
-        chosen = [modules for modules in parallel.groups(self.model) if (modules[0] in layers) == is_block]
+        chosen = [modules for modules in fsdp.groups(self.model) if (modules[0] in layers) == is_block]
         return max((self._bytes(modules) for modules in chosen), default=0)
 
     def _bytes(self, modules: list[nn.Module]) -> int:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from qsharded.machine import GIB
 from qsharded.plan.alternatives import Alternative
-from qsharded.plan.host import Need
-from qsharded.plan.memory import Plan, Row
+from qsharded.plan.gpu_memory import Plan, Row
+from qsharded.plan.host_memory import Need
+from qsharded.utils.hardware import GIB
 
 
 def render(plan: Plan, alternatives: Sequence[Alternative]) -> str:

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qsharded import nf4
-from qsharded import ops as ops  # defines torch.ops.qsharded
+from qsharded.quant import formats
+from qsharded.quant import ops as ops  # defines torch.ops.qsharded
 
 
 class LiveBytes(TorchDispatchMode):
@@ -73,8 +73,8 @@ def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
     """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; blocks that are not of 64 by PyTorch."""
     N, K = codes.shape[0], codes.shape[1] * 2
     # the last argument, which is not passed on here where it is at its default
-    block_size = next((other for other in others if isinstance(other, int)), nf4.BLOCK)
-    return N * K * x.itemsize + (0 if block_size == nf4.BLOCK else nf4.decode_workspace(N, K))
+    block_size = next((other for other in others if isinstance(other, int)), formats.BLOCK)
+    return N * K * x.itemsize + (0 if block_size == formats.BLOCK else formats.decode_workspace(N, K))
 
 
 def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:

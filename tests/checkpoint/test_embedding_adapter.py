@@ -13,11 +13,11 @@ from torch import Tensor
 from qsharded import merge, train
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
-from qsharded.checkpoint.inspection import inspect_path
+from qsharded.checkpoint.report import inspect_path
 from qsharded.nn import LoRAConfig
 from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows, write_checkpoint
-from tests.test_durable import room_in_a_file
+from tests.utils.test_durable_files import room_in_a_file
 
 IDS = torch.arange(48).view(2, 24) * 7 % 97
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"embed_tokens": 2}}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qsharded.checkpoint import fingerprint
-from qsharded.checkpoint.base import BaseIdentity, CannotTell
+from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell
 from qsharded.checkpoint.fingerprint import Fingerprint
 from qsharded.quantize import main as quantize
 from tests.adapters import transformers_model

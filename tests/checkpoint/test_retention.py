@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from qsharded.checkpoint.background_writer import CheckpointWriter
+from qsharded.checkpoint.resume import Progress, checkpoints
 from qsharded.checkpoint.retention import drop_old_checkpoints, newest_proved, set_aside
-from qsharded.checkpoint.training import Progress, checkpoints
-from qsharded.checkpoint.writer import CheckpointWriter
+from tests.checkpoint.test_background_writer import LORA, WORLD, make, write
 from tests.checkpoint.test_manifest import as_first_version, edit_manifest
-from tests.checkpoint.test_writer import LORA, WORLD, make, write
 
 
 def steps(run: Path) -> list[int]:

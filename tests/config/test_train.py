@@ -4,7 +4,7 @@ import pytest
 
 from qsharded.config import TrainConfig
 from qsharded.config.options import options
-from qsharded.data.shapes import FORMATS
+from qsharded.data.formats import FORMATS
 
 
 def config(**values: Any) -> TrainConfig:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qsharded.data import Example, make_batch
-from qsharded.evaluation import batch_loss
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.models.masks import attention_mask
+from qsharded.models.attention_inputs import attention_mask
+from qsharded.training.evaluation import batch_loss
 from tests.checkpoints import LLAMA
 
 A = Example([1, 2, 3], [False, False, True])

@@ -7,14 +7,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.gather import ALL_PATTERNS
-from qsharded import gather_check, parallel
+from qsharded.distributed import fsdp, self_test
 from tests.distributed import as_cuda
 from tests.distributed.harness import run_ranks
 
 
 def call_without_an_input() -> None:
-    world = parallel.start_world()
-    probe = parallel.shard(gather_check._Probe(world.device, torch.float32), world.mesh)
+    world = fsdp.start_world()
+    probe = fsdp.shard(self_test._Probe(world.device, torch.float32), world.mesh)
     probe()
 
 

@@ -10,16 +10,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from qsharded import parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
+from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.checkpoint.manifest import verify
-from qsharded.checkpoint.shards import Rows
-from qsharded.checkpoint.training import Progress, load_checkpoint, read_progress
-from qsharded.checkpoint.writer import CheckpointWriter
+from qsharded.checkpoint.rank_tensors import Rows
+from qsharded.checkpoint.resume import Progress, load_checkpoint, read_progress
+from qsharded.distributed import fsdp
+from qsharded.distributed.sharding import local, own_rows
 from qsharded.nn import LoRAConfig
-from qsharded.seeds import derived_seed
-from qsharded.shards import local, own_rows
+from qsharded.utils.seeds import derived_seed
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -68,8 +68,8 @@ class CodedOptimizer(Optimizer):
         self.encode(parameter, torch.cat(runs)[rows.start - first : rows.stop - first])
 
 
-def start(folder: Path, layout: str) -> tuple[parallel.World, nn.Module, list[nn.Parameter]]:
-    world = parallel.start_world()
+def start(folder: Path, layout: str) -> tuple[fsdp.World, nn.Module, list[nn.Parameter]]:
+    world = fsdp.start_world()
     mesh = world.mesh
     if layout == "hsdp":  # each rank holds every row
         mesh = init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("replicate", "shard"))

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.load import load_model
+from qsharded.distributed.fsdp import World
 from qsharded.generate import GenerateConfig, main, run
 from qsharded.nn import LoRAConfig
-from qsharded.parallel import World
 from tests.checkpoints import write_checkpoint
 from tests.data.folders import make_folder
 from tests.data.templates import CHATML

@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qsharded import nf4
-from qsharded.checkpoint import load_model, staging
-from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.checkpoint import load_model, read_ahead
+from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.layout import SHARDED, Layout
+from qsharded.distributed.placement import SHARDED, Layout
+from qsharded.distributed.sharding import local, own_rows, whole
 from qsharded.nn import LoRAConfig, NF4Linear
-from qsharded.shards import local, own_rows, whole
+from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -47,7 +47,7 @@ def gathered_bytes(
     """
     mesh = init_device_mesh("cpu", (world_size,)) if world_size > 1 else None
     if mesh is not None:
-        staging.PIECE = 3000
+        read_ahead.PIECE = 3000
     model = load_model(
         path,
         mesh=mesh,
@@ -140,7 +140,7 @@ def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
     assert len(packed) == 2 * 7
     for name, layer in packed.items():
         weight = source.rows(f"{name}.weight", 0, layer.out_features)
-        expected = nf4.quantize(weight)
+        expected = formats.quantize(weight)
         codes, absmax_codes, scales, offset = layer.packed()
         assert torch.equal(codes, expected.codes)
         assert torch.equal(absmax_codes, expected.absmax_codes)

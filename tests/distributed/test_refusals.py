@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded.agreement import Groups, groups_of, refused_by_all
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, save_adapter
-from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
+from qsharded.distributed.agreement import Groups, groups_of, refused_by_all
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -42,12 +42,12 @@ def in_form(form: str, folder: Path, target: Path) -> Path:
 
 def without_second_level(packed: Path, folder: Path) -> Path:
     """Our form with fp32 absmax, as transformers' integration writes it, out of the doubly quantized one."""
-    from qsharded import nf4
+    from qsharded.quant import formats
 
     weights, original = load_file(packed / "model.safetensors"), load_file(folder / "model.safetensors")
     for name in [name for name in original if f"{name}_absmax" in weights]:
         del weights[f"{name}_absmax_scales"], weights[f"{name}_absmax_offset"]
-        weights[f"{name}_absmax"] = nf4.quantize(original[name], double_quant=False).absmax.view(torch.uint8)
+        weights[f"{name}_absmax"] = formats.quantize(original[name], double_quant=False).absmax.view(torch.uint8)
     described = json.loads((packed / "config.json").read_text())
     described["quantization_config"]["double_quant"] = False
     (packed / "config.json").write_text(json.dumps(described))

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from qsharded import results, train
-from qsharded.checkpoint.sound import read_sound
+from qsharded import train
+from qsharded.checkpoint.intact import read_sound
+from qsharded.training import results
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments
-from tests.test_durable import room_in_a_file
+from tests.utils.test_durable_files import room_in_a_file
 
 
 @pytest.fixture(scope="module")

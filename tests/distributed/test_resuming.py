@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from qsharded import generate, train
-from qsharded.checkpoint.training import read_progress
+from qsharded.checkpoint.resume import read_progress
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, losses

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qsharded import results, signals, train
+from qsharded import train
+from qsharded.cli import signals
+from qsharded.training import results
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, assert_same_file, losses
@@ -35,7 +37,7 @@ import os, signal, sys, time
 from qsharded import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import evaluation, train
-from qsharded.commands import run_as_process
+from qsharded.cli.command import run_as_process
 
 loss, calls = evaluation.batch_loss, 0
 
@@ -92,7 +94,7 @@ import os, signal, time
 from qsharded import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import assembly, train
-from qsharded.commands import run_as_process
+from qsharded.cli.command import run_as_process
 
 def load(config, world):
     if world.rank == 1:
@@ -117,7 +119,7 @@ import os, sys, time
 from qsharded import signals
 signals.take_over("qsharded.train")
 from qsharded import train
-from qsharded.commands import run_as_process
+from qsharded.cli.command import run_as_process
 
 step = train._train_step
 

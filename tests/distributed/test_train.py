@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qsharded import evaluation, output, train
-from qsharded.checkpoint import load_model, writer
+from qsharded import train
+from qsharded.checkpoint import background_writer, load_model
 from qsharded.data import Example, Tokenizer, load_examples
-from qsharded.metrics import read_metrics
+from qsharded.training import evaluation
+from qsharded.training import run_folder as output
+from qsharded.training.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 
@@ -178,14 +180,14 @@ def run_until(last_step: int, *args: Any) -> None:
 
 def run_killed_while_saving(step: int, *args: Any) -> None:
     """Have the main rank killed when all it lacks of that step's checkpoint is the manifest."""
-    write_manifest = writer.write_manifest
+    write_manifest = background_writer.write_manifest
 
     def deadly(folder: Path, manifest: Any) -> None:
         if manifest.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         write_manifest(folder, manifest)
 
-    writer.write_manifest = deadly
+    background_writer.write_manifest = deadly
     run(*args)
 
 

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qsharded
-from qsharded import nf4, ops, parallel
+from qsharded.distributed import fsdp
 from qsharded.integrations import bitsandbytes_kernels, entry
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
 from qsharded.integrations.bitsandbytes_format import rows_as_parameters
 from qsharded.nn import NF4Linear
+from qsharded.quant import formats, ops
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -125,13 +126,14 @@ def test_a_reordered_layer_whose_absmax_is_in_fp32_keeps_them_but_for_their_roun
     )
     convert_bitsandbytes(model)
     rounded = before.bfloat16().float().view(64, -1)
-    expected = nf4.decode(codes.view(64, 64), rounded, torch.float32, nf4.Kind(kind, block_size))
+    expected = formats.decode(codes.view(64, 64), rounded, torch.float32, formats.Kind(kind, block_size))
     assert torch.equal(model[0].dequantize(torch.float32), expected.view(shape))
 
 
 def test_absmax_of_another_type_are_refused() -> None:
+    codes = torch.zeros(64, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"w has its absmax in torch.bfloat16, must be uint8 or float32"):
-        rows_as_parameters(torch.zeros(64, 1, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64), nf4.NF4_64, "w")
+        rows_as_parameters(codes, torch.ones(2).bfloat16(), (2, 64), formats.NF4_64, "w")
 
 
 def test_back_and_forth_keeps_the_keys_of_a_bitsandbytes_checkpoint() -> None:
@@ -148,7 +150,7 @@ def converted(folder: Path, shard: bool) -> torch.Tensor:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = convert_bitsandbytes(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))
     if shard:
-        parallel.shard(model)
+        fsdp.shard(model)
     return model(torch.arange(12).view(2, 6)).logits.detach()
 
 
@@ -265,7 +267,7 @@ def test_what_serves_gpus_alone_is_right_too(calls: list[str], monkeypatch: pyte
     halves = torch.ops.bitsandbytes.dequantize_4bit(
         layer.weight.data, state.absmax, 64, "nf4", [192 * 75], torch.float16
     )
-    assert torch.equal(halves, nf4.quantize(weight, double_quant=False).dequantize(torch.float16).view(-1))
+    assert torch.equal(halves, formats.quantize(weight, double_quant=False).dequantize(torch.float16).view(-1))
 
 
 def test_installing_twice_is_as_once_and_can_be_undone(calls: list[str]) -> None:

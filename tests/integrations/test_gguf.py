@@ -15,12 +15,12 @@ import qsharded
 from qsharded import merge
 from tests.adapters import recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
-from tests.test_durable import room_in_a_file
+from tests.utils.test_durable_files import room_in_a_file
 
 gguf = pytest.importorskip("gguf")
-from qsharded.durable import NotWritten  # noqa: E402
 from qsharded.integrations.gguf import write_gguf  # noqa: E402
 from qsharded.integrations.gguf_tokenizer import pre_tokenizer_name  # noqa: E402
+from qsharded.utils.durable_files import NotWritten  # noqa: E402
 
 BUILTIN = Path(qsharded.__file__).parent / "builtin" / "model"
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 32}

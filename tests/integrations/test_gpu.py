@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qsharded import nf4
 from qsharded.integrations.transformers import QShardedConfig
 from qsharded.nn import NF4Linear
+from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -65,13 +65,13 @@ def test_a_strided_weight_is_quantized_as_it_reads(installed: None, weight: torc
     wide = torch.cat([weight, weight], dim=1).cuda()
     for view in (wide[:, :576], weight.cuda().t(), wide.view(8, 64, 1152)[:, ::2]):
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit(view, 64, "nf4", storage)
-        expected_codes, expected_absmax = nf4.encode(view.cpu().reshape(-1, 64))
+        expected_codes, expected_absmax = formats.encode(view.cpu().reshape(-1, 64))
         assert codes.dtype == storage
         assert torch.equal(codes.view(torch.uint8).cpu().view(-1), expected_codes.view(-1))
         assert torch.equal(absmax.cpu(), expected_absmax.view(-1))
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_pytorch_finds_nothing_wrong_with_the_operations(
     installed: None, weight: torch.Tensor, dtype: torch.dtype, storage: torch.dtype
@@ -86,9 +86,9 @@ def test_pytorch_finds_nothing_wrong_with_the_operations(
         torch.library.opcheck(operations.quantize_4bit.default, (weight.to(dtype), 64, "nf4", storage))
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantizing_is_exact(installed: None, weight: torch.Tensor, dtype: torch.dtype) -> None:
-    packed = nf4.quantize(weight, double_quant=False)
+    packed = formats.quantize(weight, double_quant=False)
     codes, absmax = packed.codes.cuda().view(-1, 1), packed.absmax.cuda().flatten()
     found = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", [512, 576], dtype)
     assert torch.equal(found.cpu(), packed.dequantize(dtype))

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qsharded import nf4, parallel
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.adapter import save_adapter as native_save
+from qsharded.distributed import fsdp
 from qsharded.integrations import peft as integration
 from qsharded.integrations.peft import NF4LoraLinear, save_adapter
 from qsharded.integrations.transformers import QShardedConfig
 from qsharded.nn import NF4Linear
+from qsharded.quant import formats
 from tests.adapters import round_to_nf4, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -121,7 +122,7 @@ def test_merging_keeps_the_kind(checkpoint: Path, tmp_path: Path) -> None:
     layer = model.get_submodule(name)
     expected = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
     merged = model.merge_and_unload().get_submodule(name.removeprefix("base_model.model."))
-    again = nf4.quantize(expected.detach(), quant_type="fp4", block_size=32, double_quant=False)
+    again = formats.quantize(expected.detach(), quant_type="fp4", block_size=32, double_quant=False)
     assert torch.equal(merged.packed()[0], again.codes)
     assert (merged.quant_type, merged.block_size, merged.weight_absmax_scales) == ("fp4", 32, None)
 
@@ -183,7 +184,7 @@ def trained(checkpoint: Path, shard: bool, folder: Path) -> tuple[list[float], s
     config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(packed_model(checkpoint), config)
     if shard:
-        parallel.shard(model)
+        fsdp.shard(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     losses = []
     for _ in range(3):

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from qsharded import nf4
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.quantizing import quantize_checkpoint
+from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
 from qsharded.nn import NF4Linear
+from qsharded.quant import formats
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -86,7 +86,7 @@ def test_without_double_quantization_the_absmax_is_kept_in_fp32(checkpoint: Path
     layer = quantized(checkpoint, double_quant=False).model.layers[1].mlp.down_proj
     stored = load_file(checkpoint / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(
-        layer.dequantize(torch.float32), nf4.quantize(stored, double_quant=False).dequantize(torch.float32)
+        layer.dequantize(torch.float32), formats.quantize(stored, double_quant=False).dequantize(torch.float32)
     )
 
 
@@ -178,7 +178,7 @@ def test_every_kind_is_quantized_as_the_quantize_command_does(
     checkpoint: Path, tmp_path: Path, quant_type: str, block_size: int
 ) -> None:
     model = quantized(checkpoint, format=quant_type, block_size=block_size)
-    quantize_checkpoint(checkpoint, tmp_path, "qsharded", torch.device("cpu"), nf4.Kind(quant_type, block_size))
+    quantize_checkpoint(checkpoint, tmp_path, "qsharded", torch.device("cpu"), formats.Kind(quant_type, block_size))
     assert as_bytes(model.state_dict()) == as_bytes(load_model(tmp_path, device="cpu").state_dict())
     assert torch.isfinite(model(IDS).logits).all()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsharded import blockwise8, nf4
+from qsharded.quant import blockwise8, formats
 
 # no row: what a rank beyond the last row holds; K = 576 and 2880: 9 and 45 blocks a row, and 31 rows of 9 end inside a
 # second-level block
@@ -28,7 +28,7 @@ def hard_weight(dtype: torch.dtype) -> Tensor:
     """One row per difficulty: zeros, signed zeros, subnormal and huge blocks, ties and their neighbours."""
     largest = torch.finfo(dtype).max
     ramp = torch.linspace(-1, 1, 64)
-    ties = torch.cat([torch.tensor([1.0]), nf4.thresholds(), torch.zeros(48)])
+    ties = torch.cat([torch.tensor([1.0]), formats.thresholds(), torch.zeros(48)])
     rows = [
         torch.zeros(64),
         torch.zeros(64).neg(),
@@ -63,11 +63,11 @@ class Encoded:
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         absmax_map = None if self.scales is None else blockwise8.dynamic_map()
-        levels = nf4.levels(quant_type=self.quant_type)
+        levels = formats.levels(quant_type=self.quant_type)
         return self.codes, self.absmax, self.scales, self.offset, levels, absmax_map
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        return nf4.decode(self.codes, self.decoded_absmax, dtype, nf4.Kind(self.quant_type))
+        return formats.decode(self.codes, self.decoded_absmax, dtype, formats.Kind(self.quant_type))
 
 
 def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:
@@ -76,9 +76,9 @@ def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:
     codes = torch.randint(256, (rows, blocks_per_row * 32), dtype=torch.uint8, generator=generator)
     padded = torch.randint(256, (rows, blocks_per_row + gap), dtype=torch.uint8, generator=generator)
     absmax = padded[:, :blocks_per_row]
-    scales = torch.rand(nf4.second_level_blocks(rows, blocks_per_row), generator=generator)
+    scales = torch.rand(formats.second_level_blocks(rows, blocks_per_row), generator=generator)
     offset = torch.tensor(0.7123)
-    return Encoded(codes, absmax, scales, offset, nf4.decode_absmax(absmax, scales, offset))
+    return Encoded(codes, absmax, scales, offset, formats.decode_absmax(absmax, scales, offset))
 
 
 def every_pair_of_bytes(quant_type: str = "nf4") -> Encoded:

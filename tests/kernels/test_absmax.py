@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded import blockwise8, nf4
+from qsharded.quant import blockwise8, formats
 from qsharded_kernels import compiled_absmax, triton_absmax
 from tests.kernels import cases
 
@@ -49,7 +49,8 @@ def random_absmax(rows: int, blocks_per_row: int) -> Tensor:
 @pytest.mark.parametrize("shape", [(0, 9), *SHAPES])
 def test_row_sums_run_from_left_to_right(kernels: Kernels, shape: tuple[int, int]) -> None:
     absmax = random_absmax(*shape) * torch.logspace(-18, 18, shape[1])
-    cases.assert_same_bits(kernels.module.absmax_row_sums(absmax.to(kernels.device)).cpu(), nf4.absmax_row_sums(absmax))
+    sums = kernels.module.absmax_row_sums(absmax.to(kernels.device)).cpu()
+    cases.assert_same_bits(sums, formats.absmax_row_sums(absmax))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,18 +98,18 @@ def test_sum_in_row_order_where_the_order_decides(kernels: Kernels, nudge: int) 
 
 def assert_whole(kernels: Kernels, absmax: Tensor) -> None:
     actual = kernels.module.double_quantize(absmax.to(kernels.device), kernels.thresholds())
-    for tensor, expected in zip(actual, nf4.double_quantize(absmax), strict=True):
+    for tensor, expected in zip(actual, formats.double_quantize(absmax), strict=True):
         cases.assert_same_bits(tensor.cpu(), expected)
 
 
 def assert_steps(kernels: Kernels, absmax: Tensor, first: int, last: int) -> None:
-    codes, scales, offset = nf4.double_quantize(absmax)
+    codes, scales, offset = formats.double_quantize(absmax)
     device, rows = kernels.device, absmax.shape[0]
-    sums = nf4.absmax_row_sums(absmax)
+    sums = formats.absmax_row_sums(absmax)
     cases.assert_same_bits(kernels.module.absmax_offset(sums.to(device), absmax.shape[1]).cpu(), offset)
     own = absmax[first:last]
     maxima = kernels.module.absmax_scales(own.to(device), offset.to(device), first_row=first, rows=rows)
-    cases.assert_same_bits(maxima.cpu(), nf4.absmax_scales(own, offset, first_row=first, rows=rows))
+    cases.assert_same_bits(maxima.cpu(), formats.absmax_scales(own, offset, first_row=first, rows=rows))
     agreed = scales.to(device), offset.to(device), kernels.thresholds()
     encoded = kernels.module.encode_absmax(own.to(device), *agreed, first_row=first)
     cases.assert_same_bits(encoded.cpu(), codes[first:last])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded import blockwise8
 from qsharded.optim import PagedAdamW8bit, reference, store
 from qsharded.optim.arena import BLOCK_BYTES
 from qsharded.optim.kernels import step_tables
+from qsharded.quant import blockwise8
 from qsharded_kernels import cuda_adamw8bit, triton_adamw8bit
 from tests.kernels.cases import assert_same_bits
 from tests.optim import cases

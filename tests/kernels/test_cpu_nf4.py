@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsharded import nf4
+from qsharded.quant import formats
 from qsharded_kernels import cpu_nf4, library
 from tests.kernels import cases
 
@@ -31,19 +31,19 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def assert_quantizes(weight: torch.Tensor, **choices: str | int) -> None:
-    expected_codes, expected_absmax = nf4.encode(weight.contiguous())
-    codes, absmax = cpu_nf4.quantize(weight, nf4.thresholds(), **choices)
+    expected_codes, expected_absmax = formats.encode(weight.contiguous())
+    codes, absmax = cpu_nf4.quantize(weight, formats.thresholds(), **choices)
     cases.assert_same_bits(codes, expected_codes)
     cases.assert_same_bits(absmax, expected_absmax)
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_equals_reference(isa: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_quantizes(cases.random_weight(shape, dtype), isa=isa)
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_hard_blocks(isa: str, dtype: torch.dtype) -> None:
     assert_quantizes(cases.hard_weight(dtype), isa=isa)
 
@@ -54,8 +54,8 @@ def test_quantize_every_half(isa: str) -> None:
 
 def test_tie_goes_down(isa: str) -> None:
     weight = torch.zeros(1, 64)
-    weight[0, :16] = torch.cat([nf4.thresholds(), torch.ones(1)])
-    codes, _ = cpu_nf4.quantize(weight, nf4.thresholds(), isa=isa)
+    weight[0, :16] = torch.cat([formats.thresholds(), torch.ones(1)])
+    codes, _ = cpu_nf4.quantize(weight, formats.thresholds(), isa=isa)
     assert codes[0, :8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
 
 
@@ -67,19 +67,19 @@ def test_quantize_strided_weight(isa: str) -> None:
 def test_bad_weight_shows_in_absmax(isa: str, bad: float) -> None:
     weight = torch.ones(2, 128)
     weight[1, 70] = bad
-    _, absmax = cpu_nf4.quantize(weight, nf4.thresholds(), isa=isa)
+    _, absmax = cpu_nf4.quantize(weight, formats.thresholds(), isa=isa)
     assert absmax.isfinite().tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_equals_reference(isa: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     encoded = cases.double_quantized(shape[0], shape[1] // 64)
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
 
 
-@pytest.mark.parametrize("quant_type", nf4.LEVELS)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("quant_type", formats.LEVELS)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_every_pair_of_bytes(isa: str, dtype: torch.dtype, quant_type: str) -> None:
     encoded = cases.every_pair_of_bytes(quant_type)
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
@@ -111,11 +111,11 @@ def test_unknown_isa_or_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu_nf4, "ISA_NAMES", (*cpu_nf4.ISA_NAMES, "avx1024"))
     weight = torch.ones(1, 64)
     with pytest.raises(ValueError, match="does not run avx1024"):
-        cpu_nf4.quantize(weight, nf4.thresholds(), isa="avx1024")
+        cpu_nf4.quantize(weight, formats.thresholds(), isa="avx1024")
     with pytest.raises(ValueError, match="does not run avx1024"):
         cpu_nf4.dequantize(*cases.double_quantized(1, 1).arguments(), torch.float32, isa="avx1024")
     with pytest.raises(KeyError):
-        cpu_nf4.quantize(weight.double(), nf4.thresholds())
+        cpu_nf4.quantize(weight.double(), formats.thresholds())
 
 
 def test_library_is_the_fresh_one(fresh_library: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded import nf4
+from qsharded.quant import formats
 from qsharded_kernels import cuda, cuda_nf4
 from tests.kernels import cases
 
@@ -25,8 +25,8 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def assert_quantizes(weight: Tensor) -> None:
-    expected_codes, expected_absmax = nf4.encode(weight.cpu().contiguous())
-    codes, absmax = cuda_nf4.quantize(weight.cuda(), nf4.thresholds("cuda"))
+    expected_codes, expected_absmax = formats.encode(weight.cpu().contiguous())
+    codes, absmax = cuda_nf4.quantize(weight.cuda(), formats.thresholds("cuda"))
     cases.assert_same_bits(codes.cpu(), expected_codes)
     cases.assert_same_bits(absmax.cpu(), expected_absmax)
 
@@ -45,12 +45,12 @@ def assert_dequantizes(encoded: cases.Encoded, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_quantizes(cases.random_weight(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_hard_blocks(dtype: torch.dtype) -> None:
     assert_quantizes(cases.hard_weight(dtype))
 
@@ -63,7 +63,7 @@ def test_quantize_every_half() -> None:
 def test_quantize_around_every_threshold(divisor: float) -> None:
     """The 32 floats on either side of each midpoint, in blocks of any absmax."""
     steps = torch.arange(-32, 31, dtype=torch.int32)
-    around = (nf4.thresholds().view(torch.int32)[:, None] + steps).view(torch.float32)
+    around = (formats.thresholds().view(torch.int32)[:, None] + steps).view(torch.float32)
     weight = torch.cat([torch.ones(15, 1), around], dim=1) * divisor
     assert_quantizes(weight)
 
@@ -74,23 +74,23 @@ def test_quantize_strided_or_unaligned_weight() -> None:
     assert_quantizes(weight.flatten()[1 : 1 + 63 * 128].view(63, 128))
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_bad_weight_shows_in_absmax(bad: float, dtype: torch.dtype) -> None:
     weight = torch.ones(2, 128, device="cuda", dtype=dtype)
     weight[1, 70] = bad
-    _, absmax = cuda_nf4.quantize(weight, nf4.thresholds("cuda"))
+    _, absmax = cuda_nf4.quantize(weight, formats.thresholds("cuda"))
     assert absmax.isfinite().tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
 
 
-@pytest.mark.parametrize("quant_type", nf4.LEVELS)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("quant_type", formats.LEVELS)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_every_pair_of_bytes(dtype: torch.dtype, quant_type: str) -> None:
     assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)
 

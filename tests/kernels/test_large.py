@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qsharded import backends, blockwise8, nf4
+from qsharded.quant import backends, blockwise8, formats
 from tests.kernels import cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library")]
@@ -25,12 +25,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[backends.Kernels]:
 
 def test_quantize_and_double_quantize(kernels: backends.Kernels) -> None:
     weight = torch.randn(N, K, dtype=torch.bfloat16, device="cuda")
-    codes, absmax = kernels.nf4.quantize(weight, nf4.thresholds("cuda"))
+    codes, absmax = kernels.nf4.quantize(weight, formats.thresholds("cuda"))
     for rows in ENDS:
-        for actual, expected in zip((codes[rows], absmax[rows]), nf4.encode(weight[rows]), strict=True):
+        for actual, expected in zip((codes[rows], absmax[rows]), formats.encode(weight[rows]), strict=True):
             cases.assert_same_bits(actual, expected)
     second_level = kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, "cuda"))
-    for actual, expected in zip(second_level, nf4.double_quantize(absmax), strict=True):
+    for actual, expected in zip(second_level, formats.double_quantize(absmax), strict=True):
         cases.assert_same_bits(actual, expected)
 
 
@@ -38,9 +38,9 @@ def test_dequantize(kernels: backends.Kernels) -> None:
     codes = torch.randint(256, (N, K // 2), dtype=torch.uint8, device="cuda")
     absmax = torch.randint(256, (N, G), dtype=torch.uint8, device="cuda")
     scales, offset = torch.rand(N * G // 256, device="cuda"), torch.tensor(0.7, device="cuda")
-    tables = nf4.levels("cuda"), blockwise8.dynamic_map(True, "cuda")
+    tables = formats.levels("cuda"), blockwise8.dynamic_map(True, "cuda")
     weight = kernels.nf4.dequantize(codes, absmax, scales, offset, *tables, torch.bfloat16)
     for rows in ENDS:
         own_scales = scales[rows.start * G // 256 : rows.stop * G // 256]
-        expected = nf4.decode(codes[rows], nf4.decode_absmax(absmax[rows], own_scales, offset), torch.bfloat16)
+        expected = formats.decode(codes[rows], formats.decode_absmax(absmax[rows], own_scales, offset), torch.bfloat16)
         cases.assert_same_bits(weight[rows], expected)

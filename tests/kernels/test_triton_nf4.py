@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded import nf4
+from qsharded.quant import formats
 from qsharded_kernels import triton_nf4
 from tests.kernels import cases
 
@@ -24,8 +24,8 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def assert_quantizes(weight: Tensor) -> None:
-    expected_codes, expected_absmax = nf4.encode(weight.contiguous())
-    codes, absmax = triton_nf4.quantize(weight.to(DEVICE), nf4.thresholds(DEVICE))
+    expected_codes, expected_absmax = formats.encode(weight.contiguous())
+    codes, absmax = triton_nf4.quantize(weight.to(DEVICE), formats.thresholds(DEVICE))
     cases.assert_same_bits(codes.cpu(), expected_codes)
     cases.assert_same_bits(absmax.cpu(), expected_absmax)
 
@@ -41,12 +41,12 @@ def on_device(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_quantizes(cases.random_weight(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_quantize_hard_blocks(dtype: torch.dtype) -> None:
     assert_quantizes(cases.hard_weight(dtype))
 
@@ -63,18 +63,18 @@ def test_quantize_strided_weight() -> None:
 def test_bad_weight_shows_in_absmax(bad: float) -> None:
     weight = torch.ones(2, 128, device=DEVICE)
     weight[1, 70] = bad
-    _, absmax = triton_nf4.quantize(weight, nf4.thresholds(DEVICE))
+    _, absmax = triton_nf4.quantize(weight, formats.thresholds(DEVICE))
     assert absmax.isfinite().tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
 
 
-@pytest.mark.parametrize("quant_type", nf4.LEVELS)
-@pytest.mark.parametrize("dtype", nf4.FLOAT_DTYPES)
+@pytest.mark.parametrize("quant_type", formats.LEVELS)
+@pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_every_pair_of_bytes(dtype: torch.dtype, quant_type: str) -> None:
     assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)
 

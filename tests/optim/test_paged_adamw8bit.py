@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from qsharded.blockwise8 import dynamic_map
 from qsharded.optim import PagedAdamW8bit, clipping_scale
 from qsharded.optim.arena import BLOCK_BYTES
+from qsharded.quant.blockwise8 import dynamic_map
 from tests.kernels.cases import assert_same_bits
 from tests.optim import cases
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded.blockwise8 import decode, dynamic_map
 from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.state import from_bitsandbytes, joined, merged, to_bitsandbytes
+from qsharded.quant.blockwise8 import decode, dynamic_map
 from tests.kernels.cases import assert_same_bits
 from tests.optim import cases
 from tests.optim.test_paged_adamw8bit import assert_same_state

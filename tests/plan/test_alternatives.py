@@ -10,7 +10,7 @@ from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.plan.alternatives import Alternative, nearest
-from qsharded.plan.memory import Planner
+from qsharded.plan.gpu_memory import Planner
 from tests.checkpoints import LLAMA
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 32000}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qsharded import train
-from qsharded.checkpoint.quantized import own_config
-from qsharded.nf4 import Kind
+from qsharded.checkpoint.packed_format import own_config
+from qsharded.quant.formats import Kind
 from tests.checkpoints import LLAMA, pack_by_bitsandbytes, write_checkpoint
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}

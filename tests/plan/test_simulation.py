@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qsharded import nf4
 from qsharded.nn import NF4Linear
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
+from qsharded.quant import formats
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -57,9 +57,9 @@ def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
     layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed()
-    nf4.decode(codes, absmax, torch.bfloat16, layer.kind)  # its table is made once, and stays
+    formats.decode(codes, absmax, torch.bfloat16, layer.kind)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
-        nf4.decode(codes, absmax, torch.bfloat16, layer.kind)
+        formats.decode(codes, absmax, torch.bfloat16, layer.kind)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         layer(x)
     assert live.decoded == real.peak

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.kernels import context, peers
 from benchmarks.kernels.case import Case, Contender
-from qsharded import backends
+from qsharded.quant import backends
 
 # bf16 keeps 8 bits: rounding errs by 2^-9 at most, by 1e-3 of the norm over many
 TOLERANCE = 2e-3

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-import qsharded.ops  # noqa: F401 - registers torch.ops.qsharded
+import qsharded.quant.ops  # noqa: F401 - registers torch.ops.qsharded
 from benchmarks.kernels import context
 from benchmarks.kernels.case import Case, Contender
 

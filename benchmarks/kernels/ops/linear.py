@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels import context, peers
 from benchmarks.kernels.case import Case, Contender
-from qsharded import ops
+from qsharded.quant import ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
 SHORT_ROWS = (1, 16)

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.kernels import context, peers
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
-from qsharded import backends, blockwise8, nf4
+from qsharded.quant import backends, blockwise8, formats
 
 Encoding = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -31,13 +31,13 @@ def encoders(device: torch.device) -> dict[str, Callable[[Tensor], Encoding]]:
 
 
 def by_kernels(kernels: backends.Kernels, weight: Tensor) -> Encoding:
-    codes, absmax = kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
+    codes, absmax = kernels.nf4.quantize(weight, formats.thresholds(weight.device))
     return codes, *kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, weight.device))
 
 
 def by_reference(weight: Tensor) -> Encoding:
-    codes, absmax = nf4.encode(weight)
-    return codes, *nf4.double_quantize(absmax)
+    codes, absmax = formats.encode(weight)
+    return codes, *formats.double_quantize(absmax)
 
 
 def own(name: str, encode: Callable[[Tensor], Encoding], packed: context.Packed) -> Contender:

@@ -1,0 +1,196 @@
+"""Values for a model's parameters: each fill names the rows that it needs and takes them piece by piece, in order.
+
+Axes: N = this rank's rows, K = in_features, G = blocks in a row.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
+from qsharded.distributed.agreement import Groups, refused_by_all
+from qsharded.distributed.sharding import RowRange, local, own_rows
+from qsharded.quant import backends, formats, ops
+from qsharded.quant.formats import Kind
+from qsharded.quant.linear import NF4Linear, pad_absmax
+
+
+class Fill(Protocol):
+    """One parameter, or one packed layer, or one tensor of a file that is written."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """What it takes, in this order."""
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        """The next of the pieces, in the dtype it is stored in, flat; good during this call alone."""
+
+    def check(self) -> None:
+        """All pieces were taken. Raise ValueError where they are not sound; the other ranks learn of it."""
+
+    def finish(self, device: torch.device) -> None:
+        """All pieces are sound on every rank, on ``device``. Ranks that have none come here too."""
+
+
+def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, groups: Groups = ()) -> None:
+    """Carry out ``fills`` in order on ``device``, reading ahead meanwhile.
+
+    Args:
+        groups: those of the ranks that carry out the same fills, each its own rows.
+
+    Raises:
+        ValueError, OSError: what is read is damaged, or cannot be read: alike on all these ranks.
+    """
+    fills = list(fills)
+    with closing(source.stream([piece for fill in fills for piece in fill.pieces], device)) as stream:
+        take_all(fills, source, stream, device, groups)
+
+
+@torch.no_grad()
+def take_all(
+    fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device, groups: Groups = ()
+) -> None:
+    """Give ``fills`` their pieces out of ``stream``, which has the bytes of all in their order."""
+    for fill in fills:
+        with refused_by_all(groups, device):
+            for piece in fill.pieces:
+                fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+            fill.check()
+        fill.finish(device)
+
+
+class RowsFill:
+    """Rows that are kept as they are stored, but for the dtype.
+
+    Args:
+        target: this rank's rows, from row ``first`` on of the stored tensor. uint8 takes the bytes of any dtype, and
+            any dtype takes stored uint8 as its bytes.
+    """
+
+    def __init__(self, source: WeightSource, name: str, target: Tensor, first: int = 0) -> None:
+        self._target, self._first, self._finite = target, first, FiniteCheck(name)
+        self._takes_bytes = torch.uint8 in (target.dtype, source.dtype(name))
+        size = target.itemsize if self._takes_bytes else source.dtype(name).itemsize
+        row_bytes = math.prod(target.shape[1:]) * size
+        self.pieces = pieces_of(source, name, first, first + target.shape[0], row_bytes)
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        if self._takes_bytes:
+            values = values.view(self._target.dtype)
+        self._finite.add(values)
+        target = self._target[piece.start - self._first : piece.stop - self._first]
+        target.copy_(values.view(target.shape))
+
+    def check(self) -> None:
+        self._finite.demand()
+
+    def finish(self, device: torch.device) -> None:
+        """Nothing is left to do."""
+
+
+class PackedSink(Protocol):
+    """Where a weight goes that is quantized."""
+
+    def put_codes(self, first: int, codes_NP: Tensor) -> None:
+        """Codes of the rows from ``first`` on, counted in the whole weight."""
+
+    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+        """The second level of all of this rank's rows."""
+
+
+class QuantizingFill:
+    """A weight from 16 or 32 bits to a sink: each piece is quantized as it comes; scales and offset, which span ranks,
+    are agreed on at the end, exactly.
+
+    Args:
+        K: in_features.
+        rows: this rank's.
+        kind: to quantize to.
+    """
+
+    def __init__(self, source: WeightSource, name: str, K: int, rows: RowRange, kind: Kind, sink: PackedSink) -> None:
+        self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
+        self._finite = FiniteCheck(name)
+        self._absmax: list[Tensor] = []
+        self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        self._finite.add(values)
+        kind = self._kind
+        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), kind.quant_type, kind.block_size)
+        self._sink.put_codes(piece.start, codes_NP)
+        self._absmax.append(absmax_NG)
+
+    def check(self) -> None:
+        self._finite.demand()
+
+    def finish(self, device: torch.device) -> None:
+        absmax, self._absmax = self._absmax, []
+        empty = torch.empty(0, self._K // self._kind.block_size, dtype=torch.float32, device=device)
+        self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
+
+
+class LayerSink:
+    """A packed layer, sharded or whole."""
+
+    def __init__(self, layer: NF4Linear) -> None:
+        self._layer = layer
+        self._first = own_rows(layer.weight).start
+        self._codes_NP = local(layer.weight).view(torch.uint8)
+
+    def put_codes(self, first: int, codes_NP: Tensor) -> None:
+        first -= self._first
+        self._codes_NP[first : first + codes_NP.shape[0]].copy_(codes_NP)
+
+    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+        layer = self._layer
+        assert layer.weight_absmax_scales is not None
+        assert layer.weight_absmax_offset is not None
+        local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(codes_NG))
+        layer.weight_absmax_scales.copy_(scales)
+        layer.weight_absmax_offset.copy_(offset)
+
+
+def double_quantize(absmax_NG: Tensor, rows: RowRange) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
+    offset = _agreed_offset(absmax_NG, rows)
+    scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
+    _all_reduce(scales, dist.ReduceOp.MAX, rows.group)
+    return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
+
+
+def _agreed_offset(absmax_NG: Tensor, rows: RowRange) -> Tensor:
+    """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
+    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
+    sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
+    _all_reduce(sums_N, dist.ReduceOp.SUM, rows.group)
+    return backends.absmax_offset(sums_N, absmax_NG.shape[1])
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        dist.all_reduce(tensor, op, group=group)
+
+
+class FiniteCheck:
+    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._all: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Look at these too; bytes and codes always are, and so are the rows of a rank that has none."""
+        if values.is_floating_point() and values.numel():
+            finite = formats.all_finite(values)
+            self._all = finite if self._all is None else self._all & finite
+
+    def demand(self) -> None:
+        """Raise ValueError unless all that was looked at, on this rank, is finite."""
+        if self._all is not None:
+            formats.refuse_not_finite(self._all, self._name)

@@ -1,0 +1,209 @@
+"""Fold a LoRA adapter into its checkpoint, file by file, with one tensor in memory at a time.
+
+Axes: N = out_features, K = in_features.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from qsharded.checkpoint.adapter import (
+    PREFIX,
+    WEIGHTS_FILE,
+    copy_rows,
+    load_adapter,
+    open_weights,
+    own_base,
+    read_lora_config,
+    trainable,
+)
+from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
+from qsharded.checkpoint.packed_format import read_packing
+from qsharded.checkpoint.safetensors_writer import data_bytes, extended_header
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
+from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
+from qsharded.lora.layer import LoRALayer, lora_layers
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.quant import formats, ops
+from qsharded.quant.linear import NF4Linear
+from qsharded.utils.durable_files import Replacement
+
+logger = logging.getLogger(__name__)
+
+Base = Literal["16bit", "nf4", "fp4"]
+
+
+def merge_weights(
+    checkpoint: Path, adapter: Path, target: Path, base: Base, block_size: int = formats.BLOCK
+) -> dict[str, Any]:
+    """Write the safetensors of ``checkpoint`` into ``target``, under their names, with the adapter folded in.
+
+    Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
+    before anything is written. The most that is held is one tensor of the checkpoint, in fp32 and its own dtype.
+    An adapter on a tied embedding unties it: the head, which it does not change, gets a tensor of its own.
+
+    Args:
+        checkpoint: a folder, as ``find_checkpoint`` gives it.
+        adapter: a folder that PEFT or qsharded wrote.
+        target: an existing folder.
+        base: "16bit" adds to the checkpoint's weights, "nf4" and "fp4" to what is left of them after quantization,
+            which is what the adapter was trained on.
+        block_size: of that quantization.
+
+    Returns the JSON files of the checkpoint that are to be others for the merged one, by name.
+
+    Raises:
+        ValueError: checkpoint or adapter is damaged, not supported, or not made for the other; a checkpoint that is
+            packed already; a merged weight that is not finite. The tensor is named.
+    """
+    described = read_json(checkpoint / "config.json")
+    if packing := read_packing(described):
+        raise ValueError(
+            f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
+            "--model the 16-bit checkpoint it was made from"
+        )
+    kind = None if base == "16bit" else formats.Kind(base, block_size)
+    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    model = skeleton(config, read_lora_config(adapter), torch.float32, kind=kind)
+    source.check(expected_shapes(model))
+    load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
+    with open_weights(adapter / WEIGHTS_FILE) as file:
+        merge = _Merge.of(model, kind, file, adapter / WEIGHTS_FILE)
+        added = _untied(config, source, merge)
+        for path in sorted({source.file_of(name) for name in source.names()}):
+            logger.info("merging %s", path.name)
+            copies = added if path == source.file_of(EMBEDDING) else {}
+            _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
+    if merge.changes(EMBEDDING):
+        config = replace(config, tie_word_embeddings=False)
+    return _changed_json(checkpoint, source, described, config, added)
+
+
+def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
+    """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing."""
+    if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
+        return {}
+    return {EMBEDDING: HEAD} if source.renamed else {HEAD: EMBEDDING}
+
+
+def _changed_json(
+    checkpoint: Path, source: SafetensorsFolder, described: dict[str, Any], config: ModelConfig, added: dict[str, str]
+) -> dict[str, Any]:
+    changed, says = {}, described_as(described, config)
+    if says != described:
+        changed["config.json"] = says
+    if added and (checkpoint / INDEX).exists():
+        index = read_json(checkpoint / INDEX)
+        file = source.file_of(EMBEDDING).relative_to(checkpoint).as_posix()
+        index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, file)}.items()))
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += source.nbytes(EMBEDDING)
+        changed[INDEX] = index
+    return changed
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What becomes of each tensor of a checkpoint; the tensors are called by their names there.
+
+    Attributes:
+        adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
+        replaced: tensors that the adapter holds whole (modules_to_save).
+        brought: tensors of which the adapter holds the frozen weight too, which counts -> that one's name in its file.
+        rounded: tensors to quantize and decode first.
+        kind: to which, or None.
+        file, path: the adapter's, open.
+    """
+
+    adapted: dict[str, tuple[str, LoRALayer]]
+    replaced: set[str]
+    brought: dict[str, str]
+    rounded: set[str]
+    kind: formats.Kind | None
+    file: Any
+    path: Path
+
+    @classmethod
+    def of(cls, model: CausalLM, kind: formats.Kind | None, file: Any, path: Path) -> "_Merge":
+        """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
+        updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
+        packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+        adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
+        bases = {tensor: PREFIX + own_base(name) for tensor, (name, _) in adapted.items()}
+        if model.config.tie_word_embeddings and EMBEDDING in bases:
+            bases[HEAD] = bases[EMBEDDING]
+        held = set(file.keys())
+        return cls(
+            adapted=adapted,
+            replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
+            brought={tensor: name for tensor, name in bases.items() if name in held},
+            rounded=packed if kind else set(),
+            kind=kind,
+            file=file,
+            path=path,
+        )
+
+    def changes(self, name: str) -> bool:
+        """Whether the merged checkpoint holds another tensor under ``name``."""
+        return any(name in changed for changed in (self.adapted, self.replaced, self.brought, self.rounded))
+
+    def tensor(self, name: str, stored: Tensor) -> Tensor:
+        """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
+        if not self.changes(name):
+            return stored
+        new = self._new(name, stored).to(stored.dtype)
+        if not new.isfinite().all():
+            raise ValueError(f"{name} is not finite once merged: {self.path} is damaged, or {stored.dtype} overflows")
+        return new
+
+    def _new(self, name: str, stored: Tensor) -> Tensor:
+        if name in self.replaced:
+            return self.file.get_tensor(PREFIX + name)
+        base = stored
+        if name in self.brought:
+            base = self.file.get_tensor(self.brought[name])
+        elif self.kind is not None and name in self.rounded:
+            base = quantized_and_decoded(stored, name, self.kind)
+        return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
+
+    def _delta(self, name: str, layer: LoRALayer) -> Tensor:
+        """The update in fp32, of the weight's shape. The adapter's parameters are in memory for this long alone."""
+        values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
+        for part, value in values.items():
+            copy_rows(self.file, f"{PREFIX}{name}.{part}", value, self.path)
+        with torch.no_grad():
+            return layer.product(*values.values())
+
+
+def quantized_and_decoded(weight: Tensor, name: str, kind: formats.Kind) -> Tensor:
+    """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and decoded.
+
+    Raises:
+        ValueError: NaN or infinity in the tensor ``name``.
+    """
+    formats.check_weight(weight, kind, name)
+    codes, absmax = ops.nf4_quantize(weight, kind.quant_type, kind.block_size)
+    scales = formats.double_quantize(absmax)
+    return ops.nf4_dequantize(codes, *scales, torch.float32, kind.quant_type, kind.block_size)
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor], copies: Mapping[str, str]) -> None:
+    """Copy a safetensors file with its tensors changed. Names, shapes and dtypes stay, and so the header does, but for
+    ``copies``, tensors to add: a new name each, and the stored tensor of which it gets what ``change`` makes of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as plain:
+        header = extended_header(plain.read(int.from_bytes(plain.read(8), "little")), copies)
+    nbytes = 8 + len(header) + data_bytes(header)
+    with safe_open(source, framework="pt") as file, Replacement(target, nbytes) as out:
+        out.write(len(header).to_bytes(8, "little") + header)
+        for name, origin in [*((name, name) for name in file.offset_keys()), *copies.items()]:
+            stored = file.get_tensor(origin)
+            changed = change(name, stored)
+            assert (changed.shape, changed.dtype) == (stored.shape, stored.dtype)
+            out.write(changed.contiguous().flatten().view(torch.uint8).numpy().data)

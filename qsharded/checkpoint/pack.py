@@ -1,0 +1,163 @@
+"""Write a packed checkpoint from one in 16 or 32 bits, file by file, with a piece of a tensor in memory at a time.
+
+Axes: N = out_features, K = in_features, P = K/2, G = blocks in a row.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsharded.checkpoint import fill, packed_format
+from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
+from qsharded.checkpoint.packed_format import Form, Packing
+from qsharded.checkpoint.row_chunks import Piece, pieces_of
+from qsharded.checkpoint.safetensors_writer import SafetensorsFile, Spec
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
+from qsharded.checkpoint.tied_embeddings import described_as, open_tied
+from qsharded.distributed.sharding import RowRange
+from qsharded.models import ModelConfig
+from qsharded.quant import blockwise8, formats
+from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.linear import NF4Linear
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torch.device, kind: Kind = NF4_64) -> None:
+    """Write ``checkpoint`` with its linear layers packed: safetensors under the same names, their index, config.json.
+
+    The bytes are those that ``load_model`` makes of it, for the default kind. What is not packed keeps its dtype, and
+    so do linear layers whose in_features is no multiple of the block size.
+
+    Args:
+        checkpoint: a folder, as ``find_checkpoint`` gives it.
+        target: an existing folder.
+        form: "qsharded", or "bitsandbytes" for transformers and bitsandbytes.
+        device: to quantize on.
+        kind: of levels and blocks.
+
+    Raises:
+        ValueError: the checkpoint is damaged, not supported, packed already, or not finite; or no layer fits.
+    """
+    described = read_json(checkpoint / "config.json")
+    if packed_format.read_packing(described):
+        raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
+    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    model = skeleton(config, None, torch.bfloat16, Packing(form, kind=kind))
+    writer = _Writer(source, packed_layers(model), form, kind, device)
+    names_of = writer.names_by_file(expected_shapes(model))
+    files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
+    if (checkpoint / INDEX).exists():
+        weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
+        size = sum(file.nbytes for file in files.values())
+        write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    said = packed_format.own_config(kind) if form == "qsharded" else _bitsandbytes_config(model, writer)
+    write_json(target / "config.json", described_as(described, config) | {packed_format.CONFIG_KEY: said})
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the tensors of ``source``, those of ``layers`` packed."""
+
+    source: SafetensorsFolder
+    layers: Mapping[str, NF4Linear]
+    form: Form
+    kind: Kind
+    device: torch.device
+
+    def names_by_file(self, shapes: dict[str, tuple[int, ...]]) -> dict[Path, list[str]]:
+        """The tensors to write, by the file that holds them, once all are found sound."""
+        self.source.check(shapes)
+        names: dict[Path, list[str]] = {}
+        for name in shapes:
+            names.setdefault(self.source.file_of(name).relative_to(self.source.folder), []).append(name)
+        return names
+
+    def write(self, path: Path, names: Sequence[str]) -> SafetensorsFile:
+        """One file of them."""
+        logger.info("writing %s", path.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        specs = [self._specs(name) for name in names]
+        known = {name: spec for entry in specs for name, spec in entry.items() if spec is not None}
+        late = [name for entry in specs for name, spec in entry.items() if spec is None]
+        with SafetensorsFile(path, known, late) as file:
+            fill.run([self._fill(name, file) for name in names], self.source, self.device)
+        return file
+
+    def _specs(self, name: str) -> Mapping[str, Spec | None]:
+        if name not in self.layers:
+            return {name: (self.source.dtype(name), self.source.shape(name))}
+        return packed_format.packed_specs(self.form, self.kind, name, *self.source.shape(name))
+
+    def _fill(self, name: str, file: SafetensorsFile) -> fill.Fill:
+        if name not in self.layers:
+            return _CopyFill(self.source, name, file)
+        (N, K), dtype = self.source.shape(name), self.source.dtype(name)
+        sink = _FileSink(file, self.form, self.kind, name, N, K, dtype)
+        return fill.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.kind, sink)
+
+
+class _CopyFill:
+    """A tensor that is written as it is."""
+
+    def __init__(self, source: SafetensorsFolder, name: str, file: SafetensorsFile) -> None:
+        N, *others = source.shape(name)
+        row_bytes = math.prod(others) * source.dtype(name).itemsize
+        self.pieces = pieces_of(source, name, 0, N, row_bytes)
+        self._file, self._finite = file, fill.FiniteCheck(name)
+
+    def take(self, piece: Piece, values: Tensor) -> None:
+        self._finite.add(values)
+        self._file.write(piece.name, values, piece.start * piece.row_bytes)
+
+    def check(self) -> None:
+        self._finite.demand()
+
+    def finish(self, device: torch.device) -> None:
+        """Nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class _FileSink:
+    """A packed weight [N, K] in a file, which was of ``dtype`` before."""
+
+    file: SafetensorsFile
+    form: Form
+    kind: Kind
+    name: str
+    N: int
+    K: int
+    dtype: torch.dtype
+
+    def put_codes(self, first: int, codes_NP: Tensor) -> None:
+        self.file.write(self.name, codes_NP, first * self.K // 2)
+
+    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+        if self.form == "qsharded":
+            self.file.write(self.name + packed_format.ABSMAX, codes_NG)
+            self.file.write(self.name + packed_format.SCALES, scales)
+            self.file.write(self.name + packed_format.OFFSET, offset)
+            return
+        parts = {
+            packed_format.BNB_ABSMAX: codes_NG,
+            packed_format.BNB_NESTED: scales,
+            packed_format.BNB_MAP: formats.levels(quant_type=self.kind.quant_type),
+            packed_format.BNB_NESTED_MAP: blockwise8.dynamic_map(),
+        }
+        for ending, part in parts.items():
+            self.file.write(self.name + ending, part)
+        state = packed_format.bitsandbytes_state(self.kind, self.N, self.K, self.dtype, offset.item())
+        self.file.append(self.name + packed_format.BNB_STATE + self.kind.quant_type, state)
+
+
+def _bitsandbytes_config(model: nn.Module, writer: _Writer) -> dict[str, Any]:
+    plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    dtype = writer.source.dtype(next(iter(writer.layers)))
+    return packed_format.bitsandbytes_config(writer.kind.quant_type, dtype, plain)

@@ -1,0 +1,148 @@
+"""Where a model's parameters are: cut over the ranks, whole on each, or in host memory; and the check that they are."""
+
+import functools
+import os
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qsharded.distributed import vocab_parallel
+from qsharded.distributed.cpu_offload import HostWeights
+from qsharded.distributed.fsdp import World, blocks_of, shard
+from qsharded.distributed.sharding import local, place_in, rows_each, rows_of_rank
+from qsharded.models import CausalLM, recompute
+from qsharded.utils import hardware
+
+
+def least_memory(world: World) -> int:
+    """Bytes of the smallest GPU among the ranks' own, or of a rank's part of a machine's memory where there is none."""
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        total = hardware.memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    least = torch.tensor(total, device=world.device)
+    if world.mesh is not None:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """What the frozen parameters of ``model`` take where they are whole; a tied one counts once."""
+    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the frozen weights are. What trains is cut over the ranks, and stays on the GPU, in any of them.
+
+    Attributes:
+        replicated: whole on every rank; else cut over the ranks.
+        on_host: in host memory, from where a block's come while the one before it runs.
+        split_vocabulary: embedding and head are never gathered whole; None decides by their size. It takes both to be
+            frozen, and nothing is split where all is replicated.
+
+    Raises:
+        ValueError: replicated and on the host.
+    """
+
+    replicated: bool = False
+    on_host: bool = False
+    split_vocabulary: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicated and self.on_host:
+            raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
+
+
+SHARDED = Layout()
+"""Cut over the ranks, on the GPUs."""
+
+
+def lay_out(
+    model: CausalLM,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    *,
+    layout: Layout = SHARDED,
+    checkpointing: recompute.Mode = "none",
+    param_dtype: torch.dtype | None = None,
+) -> None:
+    """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
+
+    Raises:
+        ValueError: weights on the host, and blocks that are not recomputed in full.
+        RuntimeError: a parameter of which this rank holds more or less than its share, named.
+    """
+    _refuse_saved_weights(layout, checkpointing)
+    placed = vocab_parallel.split_vocabulary(model, mesh) if is_split(model, layout, mesh is not None) else set()
+    blocks = list(blocks_of(model))
+    forwards = [block.forward for block in blocks]
+    if layout.on_host:
+        weights = HostWeights(blocks, mesh)
+        forwards = weights.forwards
+        placed |= set(weights.parameters())
+    # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
+    for block, forward in zip(blocks, recompute.recomputed(forwards, checkpointing), strict=True):
+        block.forward = forward
+    if mesh is not None:
+        shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
+    materialize(model, device, on_host=placed if layout.on_host else frozenset())
+    model.tie_weights()  # each module got a parameter of its own
+    check_shares(model, mesh, layout)
+
+
+def _refuse_saved_weights(layout: Layout, checkpointing: recompute.Mode) -> None:
+    if layout.on_host and checkpointing in ("none", "selective"):
+        raise ValueError(
+            f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "
+            "would keep its weights on the device"
+        )
+
+
+def is_split(model: CausalLM, layout: Layout, is_shared: bool) -> bool:
+    """Whether embedding and head are cut by rows and never gathered; ``is_shared``: by several ranks."""
+    if layout.replicated or not vocab_parallel.can_split(model):
+        return False
+    if layout.split_vocabulary is not None:
+        return layout.split_vocabulary
+    return layout.on_host or (is_shared and vocab_parallel.is_large(model))
+
+
+def materialize(model: nn.Module, device: torch.device, on_host: Set[nn.Parameter] = frozenset()) -> None:
+    """Memory for a ``model`` on the meta device, as ``to_empty`` gives it, but for the parameters ``on_host``.
+
+    What stays on the host of a GPU is pinned, so that copies of it run beside the compute. A tied weight gets its
+    memory once, under a parameter for each of its modules.
+    """
+
+    @functools.cache
+    def empty(tensor: Tensor) -> Tensor:
+        if tensor in on_host:
+            return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+        return torch.empty_like(tensor, device=device)
+
+    model._apply(empty)
+
+
+def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHARDED) -> None:
+    """Compare the bytes that this rank holds of every parameter with its share under ``layout``.
+
+    Raises:
+        RuntimeError: they differ; the first parameter is named.
+    """
+    for name, parameter in model.named_parameters():
+        replicated = layout.replicated and not parameter.requires_grad
+        ranks, rank = (1, 0) if mesh is None or replicated else place_in(mesh)
+        row_bytes = parameter.shape[1:].numel() * parameter.itemsize
+        start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
+        room = rows_each(parameter.shape[0], ranks) * row_bytes  # FSDP2 pads the last ranks' shards
+        own = local(parameter)
+        if own.nbytes != (stop - start) * row_bytes or own.untyped_storage().nbytes() > room:
+            raise RuntimeError(
+                f"this rank holds {own.nbytes:,} bytes of {name} in a storage of "
+                f"{own.untyped_storage().nbytes():,}, its share is {(stop - start) * row_bytes:,}"
+            )

@@ -1,0 +1,92 @@
+"""Embedding and head whose rows stay where they are: each rank holds V / W of them, and no rank ever gathers them.
+
+These take the place of a decoder's ``embed_tokens`` and ``lm_head`` where both are frozen; what they compute across
+ranks is in :mod:`qsharded.distributed.vocab_parallel_autograd`. The weight stays a parameter of the same name, a
+DTensor cut by rows (or a plain tensor on one rank), so that the checkpoint is read into it as into any other.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from qsharded.distributed import vocab_parallel_autograd
+from qsharded.distributed.sharding import local, own_rows, place_in, rows_of_rank
+from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
+from qsharded.models.decoder import Head
+
+LARGE_BYTES = 4 * LOGITS_PER_CHUNK
+"""Above this a vocabulary is split: gathered whole it would outweigh the one chunk of logits that the loss holds."""
+
+
+class SplitEmbedding(nn.Module):
+    """``nn.Embedding`` over the ranks of the weight's mesh: ids go to all, rows come back. Axes: V rows, D columns."""
+
+    def __init__(self, weight_VD: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VD
+
+    @torch.compiler.disable
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """ids [B, S], of any size on each rank -> [B, S, D]. Every rank calls this."""
+        found_TD = vocab_parallel_autograd.lookup(ids_BS.flatten(), local(self.weight), own_rows(self.weight))
+        return found_TD.unflatten(0, ids_BS.shape)
+
+
+class SplitHead(Head):
+    """The head over the ranks of the weight's mesh; logits are whole on the rank whose tokens they are of."""
+
+    def __init__(self, weight_VD: nn.Parameter) -> None:
+        super().__init__(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
+        self.weight = weight_VD
+
+    @torch.compiler.disable
+    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """hidden [B, S, D], of any B and S on each rank -> logits, or the loss of this rank's tokens."""
+        weight_vD = local(self.weight).to(hidden_BSD.device, hidden_BSD.dtype, non_blocking=True)
+        rows, hidden_TD = own_rows(self.weight), hidden_BSD.flatten(0, 1)
+        if targets_BS is None:
+            return vocab_parallel_autograd.logits(hidden_TD, weight_vD, rows).unflatten(0, hidden_BSD.shape[:2])
+        return vocab_parallel_autograd.cross_entropy(hidden_TD, weight_vD, targets_BS.flatten(), rows)
+
+
+def can_split(model: Any) -> bool:
+    """Whether embedding and head are frozen and as the decoder made them: what trains must be gathered."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    embedding = getattr(embedding, "base_layer", embedding)  # an adapter around it is gathered by itself
+    plain = type(embedding) is nn.Embedding and type(head) is Head
+    return plain and not (embedding.weight.requires_grad or head.weight.requires_grad)
+
+
+def is_large(model: Any) -> bool:
+    """Whether the embedding's bytes are above :data:`LARGE_BYTES`."""
+    weight: Tensor = model.embedding_weight
+    return weight.nbytes > LARGE_BYTES
+
+
+def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
+    """Replace embedding and head of a ``model`` on the meta device, in place, and return their parameters.
+
+    A tied weight stays one parameter.
+    """
+    embedding, head = model.embedding_weight, model.lm_head.weight
+    split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
+    place = "embed_tokens.base_layer" if hasattr(model.model.embed_tokens, "base_layer") else "embed_tokens"
+    model.model.set_submodule(place, SplitEmbedding(split[embedding]))
+    model.lm_head = SplitHead(split[head])
+    return set(split.values())
+
+
+def shard_rows(parameter: nn.Parameter, mesh: DeviceMesh | None) -> nn.Parameter:
+    """The frozen ``parameter`` of a model on the meta device, cut by rows over the last dimension of ``mesh``."""
+    if mesh is None:
+        return parameter
+    start, stop = rows_of_rank(parameter.shape[0], *place_in(mesh))
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    own = parameter.detach()[start:stop].contiguous()
+    sharded = DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(sharded, requires_grad=False)

@@ -1,0 +1,106 @@
+"""Which layers an adapter's configuration chooses, and the refusal of entries that choose none.
+
+A name that matches nothing would be trained by nobody and written all the same: a misspelling has to be told.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import nn
+
+from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches_pattern
+from qsharded.quant.linear import NF4Linear
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether there is an adapter for layers of this type. A subclass of nn.Embedding may compute something else."""
+    return isinstance(module, nn.Linear | NF4Linear) or type(module) is nn.Embedding
+
+
+def targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The layers of ``model`` that get an adapter, by name.
+
+    Raises:
+        ValueError: an entry of ``target_modules`` or of a pattern that matches no such layer, or one of
+            ``target_modules`` that also matches a module which cannot have an adapter, as PEFT refuses it. Neither is
+            raised where ``config`` is not strict.
+    """
+    layers = {name: module for name, module in model.named_modules() if adaptable(module)}
+    if config.strict:
+        _refuse_idle_targets(config, {n: layer for n, layer in layers.items() if _may_mean(config, layer)})
+        _refuse_other_modules(model, config)
+    chosen = {n: layer for n, layer in layers.items() if config.is_target(n) and _may_mean(config, layer)}
+    if config.strict:
+        _refuse_idle_patterns(config, chosen)
+    return chosen
+
+
+def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules of ``model`` that are trained in full, by name.
+
+    Raises:
+        ValueError: an entry that matches none (unless ``config`` is not strict), or one that is quantized.
+    """
+    modules = dict(model.named_modules())
+    chosen: dict[str, nn.Module] = {}
+    for ending in config.modules_to_save:
+        found = {name: module for name, module in modules.items() if ends_with(name, ending)}
+        if not found and config.strict:
+            raise ValueError(
+                f"no module's name ends with {ending!r} (modules_to_save); there are {_listed(filter(None, modules))}"
+            )
+        chosen |= found
+    for name, module in chosen.items():
+        if any(isinstance(part, NF4Linear) for part in module.modules()):
+            raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
+    return chosen
+
+
+def _may_mean(config: LoRAConfig, layer: nn.Module) -> bool:
+    return config.target_modules != ALL_LINEAR or not isinstance(layer, nn.Embedding)
+
+
+def _entries(config: LoRAConfig) -> Iterator[tuple[str, Callable[[str], bool]]]:
+    """(entry of target_modules, whether it matches a name)."""
+    if isinstance(config.target_modules, str):
+        yield config.target_modules, config.matches
+    else:
+        for target in config.target_modules:
+            yield target, lambda name, target=target: ends_with(name, target)  # type: ignore[misc]
+
+
+def _refuse_idle_targets(config: LoRAConfig, layers: Mapping[str, nn.Module]) -> None:
+    idle = [entry for entry, matches in _entries(config) if not any(map(matches, layers))]
+    if idle or not config.target_modules:
+        said = config.target_modules if isinstance(config.target_modules, str) else idle
+        raise ValueError(f"no linear layer matches target_modules = {said!r}{_there_are(layers)}")
+
+
+def _there_are(layers: Mapping[str, nn.Module]) -> str:
+    embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
+    also = f", and the embedding {_listed(embeddings)}" if embeddings else ""
+    return f"; there are {_listed(layers.keys() - set(embeddings))}{also}"
+
+
+def _refuse_other_modules(model: nn.Module, config: LoRAConfig) -> None:
+    if config.target_modules == ALL_LINEAR:
+        return
+    for name, module in model.named_modules():
+        # an Identity stands where other libraries' models of this kind have no module
+        if name and not adaptable(module) and not isinstance(module, nn.Identity) and config.is_target(name):
+            raise ValueError(
+                f"target_modules = {config.target_modules!r} matches {name}, which is no linear layer and no embedding "
+                f"but {type(module).__name__}; PEFT refuses it too: name the layers in it"
+            )
+
+
+def _refuse_idle_patterns(config: LoRAConfig, chosen: Mapping[str, nn.Module]) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(matches_pattern(pattern, name) for name in chosen):
+                raise ValueError(f"{option}: {pattern!r} matches no adapted layer; adapted are {_listed(chosen)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The last parts of the names, those of numbered blocks left out."""
+    last = {name.rpartition(".")[2] for name in names}
+    return ", ".join(sorted(part for part in last if not part.isdecimal()) or sorted(last)) or "none"

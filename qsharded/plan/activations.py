@@ -1,0 +1,134 @@
+"""The memory of one micro-batch: a block, and the head with its loss, simulated from the model's own code.
+
+Axes: B rows of a micro-batch, S tokens of a row, D hidden size, E head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsharded.checkpoint.load import skeleton
+from qsharded.lora.config import LoRAConfig
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.models.attention_inputs import attention_mask
+from qsharded.models.recompute import recomputed
+from qsharded.models.rope import rope_tables
+from qsharded.plan.simulation import LiveBytes, as_on_gpu
+from qsharded.quant.formats import NF4_64, Kind
+from qsharded.utils.checkpointing_modes import Mode
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of a piece of the model: ``kept`` from its forward to its backward, ``passing`` beside them at the worst
+    moment, and of these ``decoded`` for a packed weight."""
+
+    kept: int
+    passing: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (masks, rotary tables, the
+    embedding's output)."""
+
+    block: Work
+    loss: Work
+    shared: int
+
+
+def step_work(
+    config: ModelConfig,
+    lora: LoRAConfig,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    length: int,
+    checkpointing: Mode,
+    is_sharded: bool,
+    kind: Kind = NF4_64,
+) -> StepWork:
+    """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first block stands for all.
+
+    A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
+    and add to gradients that are there (counted as the gradients' own class). ``kind``: of its packed weights.
+    """
+    one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
+    # a block may lack what the configuration names in others
+    of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
+    model = skeleton(one_block, of_one, dtype, kind=kind)
+    one = model.model.layers[0]
+    for module in (one, model.model.norm):
+        as_on_gpu(module)
+    (one.forward,) = recomputed([one.forward], checkpointing)
+    if not is_sharded:
+        _give_gradients(model)
+    with torch.device("meta"):
+        positions_BS = torch.zeros(rows, length, dtype=torch.int64)
+        x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
+        tables = rope_tables(config.rope, config.head_dim, positions_BS, dtype)
+        masks = [attention_mask(length, length, positions_BS, w, x_BSD.device) for w in set(config.layer_windows)]
+    block = _simulate(model, lambda x: one(x, *tables, masks[0], None), x_BSD)
+    shared = [positions_BS, x_BSD, *tables, *(mask for mask in masks if mask is not None)]
+    return StepWork(block, _loss_work(model, positions_BS, x_BSD), sum(tensor.nbytes for tensor in shared))
+
+
+def _give_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+
+
+def _loss_work(model: CausalLM, targets_BS: Tensor, x_BSD: Tensor) -> Work:
+    norm = model.model.norm
+    model.model = _Stack(norm)  # type: ignore[assignment]
+
+    def loss(x_BSD: Tensor) -> Tensor:
+        model.model.hidden_BSD = norm(x_BSD)
+        return model(targets_BS, targets_BS=targets_BS)
+
+    return _simulate(model, loss, x_BSD)
+
+
+class _Stack(nn.Module):
+    """Stands in for a decoder: it puts out the hidden states that it is given."""
+
+    hidden_BSD: Any
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *_: Any) -> Tensor:
+        hidden_BSD, self.hidden_BSD = self.hidden_BSD, None
+        return hidden_BSD
+
+
+class _Rest(torch.autograd.Function):
+    """Stands in for the rest of a model: it lets go of its input before it puts out a gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+        return y.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.new_empty(ctx.shape, dtype=ctx.dtype)
+
+
+def _simulate(model: nn.Module, forward: Callable[[Tensor], Tensor], x_BSD: Tensor) -> Work:
+    x_BSD = x_BSD.clone().requires_grad_()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients, x_BSD]) as live:
+        y = forward(x_BSD)
+        kept = live.now()
+        rest = _Rest.apply(y)
+        del y
+        rest.backward()
+    return Work(kept, live.peak - kept, live.decoded)

@@ -1,0 +1,258 @@
+"""What a training run takes on a GPU before any of it is loaded: the bytes of every class, and whether they fit."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing
+from qsharded.config import TrainConfig
+from qsharded.distributed.placement import Layout, frozen_bytes
+from qsharded.lora.config import LoRAConfig
+from qsharded.models import CausalLM, ModelConfig
+from qsharded.plan.activations import StepWork, step_work
+from qsharded.plan.optimizer import pageable_bytes, state_bytes
+from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
+from qsharded.quant.formats import NF4_64, Kind
+from qsharded.training.setup import fits_whole, layout_of, leaves_sharding_open
+from qsharded.utils.checkpointing_modes import Mode
+
+Phase = Literal["loss", "backward of a block", "optimizer step"]
+ALWAYS: tuple[Phase, ...] = ("loss", "backward of a block", "optimizer step")
+_OPTIMIZER_STATE = "optimizer state"
+_KEPT: tuple[Phase, ...] = ("loss", "backward of a block")
+
+# PyTorch gives cuBLAS 32 MiB of its own memory for each thread that multiplies: forward's and backward's (sm_90).
+_LIBRARY_BYTES = 2 * 32 * 2**20
+# What never shows in PyTorch's figures, an estimate: CUDA's context with its loaded kernels, and NCCL's buffers.
+_OUTSIDE_BYTES = int(0.7 * 2**30)
+# PyTorch's allocator reserves more than is allocated: blocks are cut to fit, and streams do not share them. An estimate
+# too; benchmarks/plan.py measures all three.
+_RESERVED_OVER_ALLOCATED = 1.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one class on a rank, and the phases of a step in which they are there."""
+
+    name: str
+    bytes: int
+    phases: tuple[Phase, ...] = ALWAYS
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """What a rank keeps in host memory for the whole run: frozen weights, blocks' inputs, and optimizer state."""
+
+    weights: int = 0
+    activations: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The GPU memory of one rank.
+
+    Attributes:
+        config: the settings that were planned for.
+        ranks: that share the model.
+        rows: every class.
+        gpu_bytes: of a GPU; None where it is not known.
+        on_host: what lies in host memory instead.
+    """
+
+    config: TrainConfig
+    ranks: int
+    rows: tuple[Row, ...]
+    gpu_bytes: int | None
+    on_host: HostBytes = HostBytes()
+
+    def of_phase(self, phase: Phase) -> int:
+        """Bytes allocated at the worst moment of a phase."""
+        return sum(row.bytes for row in self.rows if phase in row.phases)
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that allocates most."""
+        return max(ALWAYS, key=self.of_phase)
+
+    @property
+    def allocated(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` will say."""
+        return self.of_phase(self.peak_phase)
+
+    @property
+    def needed(self) -> int:
+        """What the GPU must have: with what the allocator reserves beyond that, and with what lies outside of it."""
+        return int(self.allocated * _RESERVED_OVER_ALLOCATED) + _OUTSIDE_BYTES
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a GPU holds it; None where the GPU is not known."""
+        return None if self.gpu_bytes is None else self.needed <= self.gpu_bytes
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans runs of one model, of which it keeps what does not change with the settings.
+
+    Args:
+        model_config: the model.
+        lora: its adapters.
+        dtype: of the activations, and of what is not quantized.
+        gpu_bytes: of each GPU; None where it is not known.
+        packed: how the checkpoint packs its weights, if it does, and which, where it is there to say.
+    """
+
+    model_config: ModelConfig
+    lora: LoRAConfig
+    dtype: torch.dtype
+    gpu_bytes: int | None = None
+    packed: PackedCheckpoint | Packing | None = None
+    _simulated: dict[tuple[int, int, Mode, bool], StepWork] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def model(self) -> CausalLM:
+        """The whole model on the meta device."""
+        return skeleton(self.model_config, self.lora, self.dtype, self.packed)
+
+    def plan(self, config: TrainConfig, ranks: int) -> Plan:
+        """The memory of the rank that holds most, with rows of ``--max-length`` tokens.
+
+        Raises:
+            ValueError: ``--dp-replicate`` does not divide the ranks.
+        """
+        if ranks % config.dp_replicate:
+            raise ValueError(f"--dp-replicate {config.dp_replicate} does not divide the {ranks} ranks")
+        sharing = ranks // config.dp_replicate
+        held = parameters(self.model, ranks=sharing, layout=self._layout(config, ranks), param_dtype=self._param_dtype)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        work = self._work(config, ranks)
+        blocks = self.model_config.num_hidden_layers
+        rows = [
+            *_resident(held),
+            _optimizer_state(state_bytes(trained, config.optim, ranks=sharing), config),
+            *_gathers(held),
+            *_activations(work, blocks, config),
+            *_optimizer_step(held, config, ranks),
+        ]
+        boundaries = blocks * pinned_bytes(work.block.kept) if config.activation_checkpointing == "offloaded" else 0
+        on_gpu = tuple(row for row in rows if row.bytes)
+        resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.pinned, boundaries))
+        return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))
+
+    def _work(self, config: TrainConfig, ranks: int) -> StepWork:
+        shape = (config.per_device_train_batch_size, config.max_length, config.activation_checkpointing, ranks > 1)
+        if shape not in self._simulated:
+            rows, length, mode, is_sharded = shape
+            self._simulated[shape] = step_work(
+                self.model_config,
+                self.lora,
+                self.dtype,
+                rows=rows,
+                length=length,
+                checkpointing=mode,
+                is_sharded=is_sharded,
+                kind=self._kind,
+            )
+        return self._simulated[shape]
+
+    @property
+    def _kind(self) -> Kind:
+        packing = self.packed.packing if isinstance(self.packed, PackedCheckpoint) else self.packed
+        return packing.kind if packing else NF4_64
+
+    def _layout(self, config: TrainConfig, ranks: int) -> Layout:
+        replicated = config.sharding == "replicate"
+        if leaves_sharding_open(config, ranks):
+            # a GPU of unknown size is taken to be too small, which is the layout that needs less of it
+            replicated = fits_whole(frozen_bytes(self.model), self.gpu_bytes or 0)
+        return layout_of(config, replicated and ranks > 1)
+
+    @property
+    def _param_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else None  # as load_model shards
+
+
+def _resident(held: Held) -> list[Row]:
+    return [
+        *(Row(name, size) for name, size in held.resident.items()),
+        Row("gradients", held.resident[ADAPTERS], note="of what trains"),
+        Row("library workspaces", _LIBRARY_BYTES, note="cuBLAS"),
+    ]
+
+
+def _optimizer_state(size: int, config: TrainConfig) -> Row:
+    paged = "; what does not fit goes to host memory" if config.optim == "paged_adamw8bit" else ""
+    return Row(_OPTIMIZER_STATE, size, note=f"--optim {config.optim}{paged}")
+
+
+def _paged(resident: Plan, pageable: int) -> Plan:
+    """The plan once as much optimizer state is in host memory as the GPU has no room for."""
+    excess = 0 if resident.gpu_bytes is None else resident.needed - resident.gpu_bytes
+    paged = min(pageable, math.ceil(max(0, excess) / _RESERVED_OVER_ALLOCATED) + 1)  # needed rounds down
+    if excess <= 0 or not paged:
+        return resident
+    rows = tuple(
+        replace(row, bytes=row.bytes - paged) if row.name == _OPTIMIZER_STATE else row for row in resident.rows
+    )
+    return replace(resident, rows=rows, on_host=replace(resident.on_host, optimizer=paged))
+
+
+def _gathers(held: Held) -> list[Row]:
+    """A block whole, and beside it the next one's: with FSDP2 a gathered block and the buffer that the next one's
+    shards arrive in. While embedding or head are gathered, the buffer of the last block is still there."""
+    last = held.block + 2 * held.vocabulary
+    return [
+        Row("gather buffers", last, ("loss",), "embedding or head, whole" if held.vocabulary else "the last block's"),
+        Row("gather buffers", 2 * held.block, ("backward of a block",), "a block, and the next one's buffer"),
+        Row("weights from the host", held.head_from_host, ("loss",), "the head"),
+        Row("weights from the host", 2 * held.streamed, ("backward of a block",), "a block, and the next one"),
+        Row("gradient reduction", held.block_gradient, ("backward of a block",), "a block's, in fp32"),
+    ]
+
+
+_MODES = {"none": "all of a block's", "selective": "the dearest of a block's", "full": "a block's input"}
+
+
+def _activations(work: StepWork, blocks: int, config: TrainConfig) -> list[Row]:
+    block, mode = work.block, config.activation_checkpointing
+    if mode == "offloaded":
+        # one that runs, one on its way to the host or back, one that was allocated while the copy before had not ended
+        kept = Row(
+            "activations", 3 * block.kept + work.shared, _KEPT, "three blocks' inputs; the others in host memory"
+        )
+    else:
+        kept = Row(
+            "activations", blocks * block.kept + work.shared, _KEPT, f"{_MODES[mode]}, {blocks} times, and masks"
+        )
+    return [
+        kept,
+        Row("decode workspace", block.decoded, ("backward of a block",), "the largest weight in 16 bits"),
+        Row("block's work", block.passing - block.decoded, ("backward of a block",), "what backward takes of one"),
+        Row("logits and loss", work.loss.passing + work.loss.kept, ("loss",), "a chunk of logits, hidden states"),
+    ]
+
+
+def _optimizer_step(held: Held, config: TrainConfig, ranks: int) -> list[Row]:
+    """torch's AdamW takes the root of all second moments at once where its parameters are plain tensors; ours has no
+    room of its own."""
+    roots = held.resident[ADAPTERS] if config.optim == "adamw" and ranks == 1 else 0
+    return [Row("optimizer's work", roots, ("optimizer step",), "roots of the second moments")]
+
+
+def plan(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    ranks: int,
+    *,
+    lora: LoRAConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    gpu_bytes: int | None = None,
+) -> Plan:
+    """The GPU memory of one rank of ``ranks`` that train so; nothing is loaded, and no GPU is needed."""
+    return Planner(model_config, lora, dtype, gpu_bytes).plan(train_config, ranks)

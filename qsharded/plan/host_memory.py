@@ -1,0 +1,93 @@
+"""Host memory and disk of a training run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsharded.checkpoint.load import packed_layers, parameter_count
+from qsharded.config import TrainConfig
+from qsharded.models import CausalLM
+from qsharded.models.config import declared_dtype
+from qsharded.plan.gpu_memory import Plan
+from qsharded.plan.optimizer import state_bytes
+from qsharded.plan.parameters import ADAPTERS, parameters
+from qsharded.quant.linear import NF4Linear
+from qsharded.utils.hardware import GIB
+
+# An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
+_INTERPRETER_BYTES = int(2.5 * GIB)
+# What loading may hold of a checkpoint at a time, beyond that: bounded for any size of model.
+_LOADING_BYTES = 2 * GIB
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of host memory or disk, and what they are for."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
+    """What a rank takes of its machine's memory; the dataset's rows come to that."""
+    sharing = plan.ranks // plan.config.dp_replicate
+    needs = [
+        Need("interpreter", _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
+        Need("reading the checkpoint", _LOADING_BYTES, "at most, and given back"),
+        Need(
+            "checkpoint's copy",
+            _checkpoint(model, plan.config, sharing),
+            "adapters and optimizer state, while they are written",
+        ),
+        Need("frozen weights", plan.on_host.weights, "--cpu-offload"),
+        Need("optimizer state", plan.on_host.optimizer, "paged: the GPU has no room for it"),
+        Need("activations", plan.on_host.activations, "--activation-checkpointing offloaded"),
+    ]
+    return [need for need in needs if need.bytes]
+
+
+def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any], *, is_packed: bool = False) -> list[Need]:
+    """What the run writes, and what it downloads first. ``described`` is the model's config.json; ``is_packed``: the
+    checkpoint holds the packed layers as they are."""
+    trained = parameters(model, ranks=1).resident[ADAPTERS]
+    needs = [Need("adapter", trained), _checkpoints(model, config)]
+    if not Path(config.model).is_dir() and not config.random_init:
+        needs.insert(0, Need("download", _download(model, described, is_packed), "unless the Hub's cache has it"))
+    return [need for need in needs if need.bytes]
+
+
+def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> int:
+    width = 4 if "float32" in (declared_dtype(described) or "") else 2
+    layers = list(packed_layers(model).values()) if is_packed else []
+    plain = parameter_count(model) - sum(layer.out_features * layer.in_features for layer in layers)
+    return plain * width + sum(_packed(layer) for layer in layers)
+
+
+def _packed(layer: NF4Linear) -> int:
+    """Bytes of a packed weight in a checkpoint: codes and their scales, without the padding of rows in memory."""
+    blocks = layer.out_features * layer.in_features // layer.block_size
+    if layer.weight_absmax_scales is None:
+        return layer.weight.nbytes + blocks * torch.float32.itemsize
+    return layer.weight.nbytes + blocks + layer.weight_absmax_scales.nbytes
+
+
+def _checkpoints(model: CausalLM, config: TrainConfig) -> Need:
+    one = _checkpoint(model, config, 1)
+    if not config.save_steps:
+        return Need("checkpoints", 0)
+    planned = config.max_steps // config.save_steps if config.max_steps > 0 else None
+    # the oldest goes when the newest is complete
+    limit = config.save_total_limit + 1 if config.save_total_limit else None
+    counts = [count for count in (planned, limit) if count is not None]
+    if not counts:
+        return Need("checkpoints", one, "each; --save-total-limit bounds their number")
+    return Need("checkpoints", one * min(counts), f"{min(counts)} of {one / GIB:.2f} GiB")
+
+
+def _checkpoint(model: CausalLM, config: TrainConfig, ranks: int) -> int:
+    """Adapters and optimizer state: the part of one of ``ranks``."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return parameters(model, ranks=ranks).resident[ADAPTERS] + state_bytes(trained, config.optim, ranks=ranks)

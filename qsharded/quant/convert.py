@@ -1,0 +1,59 @@
+"""Swap a model's linear layers for NF4 ones, in place."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from qsharded.lora.layer import LoRALinear
+from qsharded.quant import formats, unquantized
+from qsharded.quant.linear import NF4Linear
+
+Filter = Callable[[str, nn.Linear], bool]
+
+
+def quantize_(
+    model: nn.Module,
+    filter: Filter | None = None,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = formats.BLOCK,
+    double_quant: bool = True,
+) -> nn.Module:
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`NF4Linear`; on the meta device, by empty ones.
+
+    Args:
+        model: changed in place, and returned.
+        filter: called with each linear's name and module, True to quantize it. By default every linear but the output
+            head ("lm_head"). Adapters are left alone.
+        quant_type: "nf4", or bitsandbytes' "fp4".
+        block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
+        double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
+
+    A layer whose in_features is no multiple of the block size keeps its dtype, and so do weights that are no linear
+    layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
+
+    Raises:
+        ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such kind.
+    """
+    formats.Kind(quant_type, block_size)  # there is one
+    pack = partial(NF4Linear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    chosen = filter or _all_but_the_head
+    adapters = {part for module in model.modules() if isinstance(module, LoRALinear) for part in module.adapters()}
+    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)
+    linears = [(name, m) for name, m in candidates if chosen(name, m)]
+    fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    torn = {name: m for name, m in linears if m.in_features % block_size}
+    if not fitting:
+        raise ValueError(
+            f"no linear layer was quantized: the filter chose none whose in_features is a multiple of {block_size}"
+        )
+    for name, linear in fitting:
+        model.set_submodule(name, pack(linear, f"{name}.weight"))
+    unquantized.tell(model, torn, block_size, total)
+    return model
+
+
+def _all_but_the_head(name: str, _: nn.Linear) -> bool:
+    return name.rpartition(".")[2] != "lm_head"

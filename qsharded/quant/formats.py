@@ -1,0 +1,293 @@
+"""The NF4 format: its levels, packing and double quantization, in plain PyTorch. Every kernel is held to these bytes.
+
+A weight ``[N, K]`` is cut into blocks of 64 along K. Each block keeps its largest magnitude (absmax, fp32) and, for
+every weight, the index of the nearest of 16 levels to ``weight / absmax``. Two indices share a byte, the first in the
+high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
+absmax. Codes and fp32 absmax are byte for byte those of bitsandbytes 0.50 on CPU.
+Source: Dettmers et al., "QLoRA", arXiv:2305.14314.
+
+bitsandbytes has other kinds of this format, which differ in the levels (FP4) and in the size of a block: :class:`Kind`.
+
+Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qsharded.quant import blockwise8
+
+BLOCK = 64
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# A sign bit, then three bits of a float. The levels do not ascend, and 0 stands there twice.
+_FP4 = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
+QuantType = Literal["nf4", "fp4"]
+LEVELS = {"nf4": _NF4, "fp4": _FP4}
+
+_SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
+_ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB each, whatever the weight's size
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which levels, and how many weights share an absmax. The kernels are written for blocks of 64.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        block_size: weights in a block, one of ``BLOCK_SIZES``.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+
+    quant_type: str = "nf4"
+    block_size: int = BLOCK
+
+    def __post_init__(self) -> None:
+        # types too: these come from JSON, where a list cannot be looked up, and 64.0 equals 64 until it is a size
+        if not isinstance(self.quant_type, str) or self.quant_type not in LEVELS:
+            raise ValueError(f"quant_type must be one of {tuple(LEVELS)}, got {self.quant_type!r}")
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
+
+    def __str__(self) -> str:
+        return f"{self.quant_type} in blocks of {self.block_size}"
+
+
+NF4_64 = Kind()
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantized weight of shape [N, K]. Without double quantization ``absmax_codes`` and its fellows are None.
+
+    Attributes:
+        codes: uint8 [N, K/2].
+        absmax: fp32 [N, G], as decoding uses it.
+        absmax_codes: uint8 [N, G].
+        absmax_scales: fp32 [ceil(N*G/256)].
+        absmax_offset: fp32 [].
+        kind: of levels and blocks.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_codes: Tensor | None
+    absmax_scales: Tensor | None
+    absmax_offset: Tensor | None
+    kind: Kind = NF4_64
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weight [N, K] in ``dtype`` (bfloat16, float16 or float32)."""
+        return decode(self.codes, self.absmax, dtype, self.kind)
+
+
+def quantize(
+    weight: Tensor, *, quant_type: str = "nf4", block_size: int = BLOCK, double_quant: bool = True
+) -> NF4Weight:
+    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the kind of those two names.
+
+    Raises:
+        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a kind or dtype that the format lacks,
+            or NaN or infinity among the weights.
+    """
+    kind = Kind(quant_type, block_size)
+    check_weight(weight, kind)
+    codes, absmax = encode(weight, kind)
+    if not double_quant:
+        return NF4Weight(codes, absmax, None, None, None, kind)
+    absmax_codes, scales, offset = double_quantize(absmax)
+    decoded = decode_absmax(absmax_codes, scales, offset)
+    return NF4Weight(codes, decoded, absmax_codes, scales, offset, kind)
+
+
+def check_weight(weight: Tensor, kind: Kind = NF4_64, name: str = "weight") -> None:
+    """Raise ValueError where ``weight`` cannot be quantized, naming it ``name``."""
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float16 or float32 to be quantized, got {weight.dtype}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
+    if weight.shape[1] % kind.block_size:
+        raise ValueError(f"{name}: in_features must be a multiple of {kind.block_size}, got {weight.shape[1]}")
+    refuse_not_finite(all_finite(weight), name)
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether all of a non-empty float tensor is finite, as a bool on its device.
+
+    The extremes tell: NaN is passed on to both. One pass; ``isfinite().all()`` takes 30 times as long on a CPU.
+    """
+    low, high = values.aminmax()
+    return low.isfinite() & high.isfinite()
+
+
+def refuse_not_finite(finite: Tensor, name: str) -> None:
+    """Raise ValueError for the tensor ``name`` unless ``finite``, which a GPU is asked for here."""
+    if not finite:
+        raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged or was saved after a divergence")
+
+
+@cache
+def levels(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
+    """The 16 levels by their codes, fp32. The tensor is shared: do not write to it."""
+    return torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
+
+
+@cache
+def thresholds(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
+    """The 15 fp32 midpoints of the ascending levels. The tensor is shared: do not write to it."""
+    ascending = levels(quant_type=quant_type).sort().values
+    return ((ascending[:-1] + ascending[1:]) / 2).to(device)
+
+
+@cache
+def _ascending_codes(device: torch.device, quant_type: str) -> Tensor:
+    """uint8 [16]: the codes in the order of their levels; of two zeros the lower code first."""
+    return levels(quant_type=quant_type).argsort(stable=True).to(torch.uint8).to(device)
+
+
+@cache
+def _level_pairs(device: torch.device, quant_type: str) -> Tensor:
+    """Both levels of each byte, fp32 [256, 2]: one look-up decodes two codes."""
+    byte = torch.arange(256, device="cpu")
+    return levels(quant_type=quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
+
+
+@torch.no_grad()
+def encode(weight_NK: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
+    N, K = weight_NK.shape
+    codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
+    absmax_NG = torch.empty(N, K // kind.block_size, dtype=torch.float32, device=weight_NK.device)
+    for rows in _row_chunks(N, K):
+        codes_NP[rows], absmax_NG[rows] = _encode_rows(weight_NK[rows], kind)
+    return codes_NP, absmax_NG
+
+
+def _encode_rows(weight_NK: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, kind.block_size))
+    absmax_NG = blocks_NGB.abs().amax(-1)
+    reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
+    scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
+    codes = _nearest_codes(scaled, kind.quant_type).flatten(1)
+    return codes[:, ::2] << 4 | codes[:, 1::2], absmax_NG
+
+
+def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
+    # bucketize puts a value that equals a threshold below it: a tie goes down
+    index = torch.bucketize(scaled, thresholds(scaled.device, quant_type), out_int32=True)
+    if quant_type == "nf4":
+        return index.to(torch.uint8)  # its levels ascend: no second look-up
+    return _ascending_codes(scaled.device, quant_type)[index]
+
+
+def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, kind: Kind = NF4_64) -> Tensor:
+    """The weight [N, K]: level times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
+    N, P = codes_NP.shape
+    out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
+    for rows in _row_chunks(N, P * 2):
+        out_NK[rows] = _decode_rows(codes_NP[rows], absmax_NG[rows], kind)
+    return out_NK
+
+
+def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, kind: Kind) -> Tensor:
+    pairs = _level_pairs(codes_NP.device, kind.quant_type).index_select(0, codes_NP.flatten().int())
+    return (pairs.view(*absmax_NG.shape, kind.block_size) * absmax_NG.unsqueeze(-1)).flatten(1)
+
+
+def decode_workspace(N: int, K: int) -> int:
+    """Bytes that :func:`decode` takes beside its result: the levels of some rows in fp32, and their products."""
+    return min(N, _rows_at_a_time(K)) * K * (4 + 4)
+
+
+def _rows_at_a_time(K: int) -> int:
+    return max(1, _ELEMENTS_AT_A_TIME // max(K, 1))
+
+
+def _row_chunks(N: int, K: int) -> Iterator[slice]:
+    step = _rows_at_a_time(K)
+    return (slice(start, start + step) for start in range(0, N, step))
+
+
+# Double quantization. A sharded weight is encoded by its ranks together to the very bytes that one process writes:
+# each step below works on any run of whole rows, and what crosses ranks is exact (row sums gathered, maxima reduced).
+
+
+def double_quantize(absmax_NG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax."""
+    N, G = absmax_NG.shape
+    offset = absmax_offset(absmax_row_sums(absmax_NG), G)
+    scales = absmax_scales(absmax_NG, offset, first_row=0, rows=N)
+    return encode_absmax(absmax_NG, scales, offset, first_row=0), scales, offset
+
+
+def absmax_row_sums(absmax_NG: Tensor) -> Tensor:
+    """fp64 [N]: each row's columns added from left to right, so that no device or thread count changes a bit."""
+    sums_N = torch.zeros(absmax_NG.shape[0], dtype=torch.float64, device=absmax_NG.device)
+    for column_N in absmax_NG.unbind(1):
+        sums_N += column_N
+    return sums_N
+
+
+def absmax_offset(row_sums_N: Tensor, G: int) -> Tensor:
+    """fp32 []: the mean of all absmax, from fp64 row sums added from first to last."""
+    total = row_sums_N.cpu().cumsum(0)[-1]  # PyTorch's CPU cumsum runs in order on one thread
+    return (total / (row_sums_N.numel() * G)).float().to(row_sums_N.device)
+
+
+def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: int) -> Tensor:
+    """fp32 [ceil(rows*G/256)]: the maxima of the 256-blocks as far as these rows reach; 0 for blocks they do not touch.
+
+    ``absmax_NG`` are the rows from ``first_row`` on of a weight of ``rows`` rows.
+    """
+    G = absmax_NG.shape[1]
+    scales = torch.zeros(second_level_blocks(rows, G), dtype=torch.float32, device=absmax_NG.device)
+    block = _second_level_block(absmax_NG, first_row).flatten()
+    return scales.scatter_reduce_(0, block, (absmax_NG - offset).abs().flatten(), "amax")
+
+
+def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
+    """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
+    own_scales = scales[_second_level_block(absmax_NG, first_row)]
+    return blockwise8.nearest_codes(absmax_NG - offset, own_scales)
+
+
+def decode_absmax(codes_NG: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
+    """fp32 [N, G] of a whole weight: map entry times scale, plus offset, each rounded to fp32."""
+    return blockwise8.decode(codes_NG, scales[_second_level_block(codes_NG, 0)]) + offset
+
+
+def second_level_blocks(N: int, G: int) -> int:
+    """How many 256-blocks hold N*G absmax values."""
+    return -(-N * G // blockwise8.BLOCK)
+
+
+def _second_level_block(rows_NG: Tensor, first_row: int) -> Tensor:
+    """int64 [N, G]: the 256-block in which each absmax of these rows lies."""
+    N, G = rows_NG.shape
+    flat = torch.arange(first_row * G, (first_row + N) * G, device=rows_NG.device)
+    return (flat // blockwise8.BLOCK).view(N, G)

@@ -1,0 +1,54 @@
+"""What quantizing leaves as it was because it cannot be packed, told once: experts kept as one tensor, torn rows."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import nn
+
+from qsharded.lora.embedding import LoRAEmbedding
+from qsharded.quant.linear import NF4Linear
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+
+
+def tell(model: nn.Module, torn: Mapping[str, nn.Linear], block_size: int, total: int) -> None:
+    """Warn once of the weights that stay in their dtype though nobody chose so: how many bytes, and whose.
+
+    Args:
+        model: once it is quantized.
+        torn: linear layers whose rows are no whole blocks of ``block_size``, by name.
+        total: bytes of the model before.
+    """
+    reasons = []
+    if torn:
+        reasons.append(f"in_features is no multiple of {block_size}: {', '.join(torn)}")
+    if others := _of_other_modules(model):
+        reasons.append(f"of no linear layer (experts in one tensor are not packed yet): {_listed(others)}")
+    if reasons:
+        size = sum(layer.weight.nbytes for layer in torn.values()) + others.total()
+        told = f"{size:,} of the model's {total:,} bytes stay in 16 or 32 bits, beside embedding and head"
+        logger.warning("not quantized, %s. So %s", "; and ".join(reasons), told)
+
+
+def _of_other_modules(model: nn.Module) -> Counter[str]:
+    """Bytes of the matrices and larger tensors in modules that are neither linear nor embeddings, by name.
+
+    transformers holds the experts of a mixture as one tensor of three dimensions. Blocks' numbers become "*".
+    """
+    found: Counter[str] = Counter()
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear | LoRAEmbedding):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.dim() >= 2 and parameter.is_floating_point():
+                found[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += parameter.nbytes
+    return found
+
+
+def _listed(sizes: Counter[str]) -> str:
+    named = ", ".join(f"{name} ({size:,})" for name, size in sizes.most_common(_SHOWN))
+    return named + (f" and {len(sizes) - _SHOWN} more" if len(sizes) > _SHOWN else "")

@@ -1,0 +1,76 @@
+"""What a model is worth on held-out rows: loss and perplexity, and exact answers."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from qsharded.data import Batch, Prompt, Step, Tokenizer
+from qsharded.distributed.fsdp import World
+from qsharded.models import CausalLM
+from qsharded.models.generation import generate
+
+
+@torch.no_grad()
+def validation_loss(model: CausalLM, steps: Iterable[Step], world: World) -> dict[str, float]:
+    """``eval_loss`` (nats a supervised token) and ``eval_perplexity`` over all rows; every rank calls this."""
+    model.eval()
+    loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    for step in steps:
+        for batch in step.micro_batches:
+            loss_sum += batch_loss(model, batch.to(world.device))
+        tokens += step.supervised_tokens
+    model.train()
+    loss = global_sum(loss_sum, world) / tokens
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
+    """The fp32 sum of a batch's token losses."""
+    return model(
+        batch.input_ids,
+        positions_BS=batch.positions,
+        document_ids_BS=batch.document_ids,
+        targets_BS=batch.targets,
+    )
+
+
+def global_sum(value: torch.Tensor, world: World) -> float:
+    """The sum over ranks of one number."""
+    if world.mesh is not None:
+        dist.all_reduce(value)
+    return value.item()
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """The share of answers that equal the reference to the character, and what was answered, in the prompts' order."""
+
+    accuracy: float
+    answers: list[str]
+
+
+def exact_match(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 64,
+    before_forward: Callable[[], object] = lambda: None,
+) -> ExactMatch:
+    """Greedy answers to ``prompts`` against their references; every rank calls this and gets the same.
+
+    What ``before_forward`` raises ends it.
+    """
+    model.eval()
+    room = max(len(tokenizer.encode(prompt.answer)) for prompt in prompts) + 8
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        ids = [prompt.ids for prompt in prompts[start : start + batch_size]]
+        tokens = generate(model, ids, max_new_tokens=room, eos_ids=tokenizer.eos_ids, before_forward=before_forward)
+        answers += [tokenizer.decode([t for t in row if t not in tokenizer.eos_ids]) for row in tokens]
+    model.train()
+    right = sum(answer.strip() == prompt.answer.strip() for answer, prompt in zip(answers, prompts, strict=True))
+    return ExactMatch(right / len(prompts), answers)

@@ -1,0 +1,84 @@
+"""What each mode computes again in backward, and that it changes no result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsharded.checkpoint import load_model
+from qsharded.checkpoint.pack import quantize_checkpoint
+from qsharded.models.recompute import Mode, recomputed
+from qsharded.nn import LoRAConfig
+from qsharded.quant import backends
+from qsharded.quant.formats import NF4_64, Kind
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("mode", "again"),
+    # 2 blocks of 7 packed layers
+    [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
+)
+@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+def test_what_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: int
+) -> None:
+    original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
+    folder.mkdir()
+    quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
+    lora = LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])  # the last layer is packed, not adapted
+    model = load_model(folder, lora=lora, dtype=torch.float32, device="cpu", activation_checkpointing=mode)
+    linear, calls = backends.linear, []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return linear(*args)
+
+    monkeypatch.setattr(backends, "linear", counted)
+    loss = model(torch.arange(24).view(2, 12), targets_BS=torch.arange(24).view(2, 12))
+    assert len(calls) == 2 * 7
+    loss.backward()
+    assert len(calls) == 2 * 7 + again
+
+
+def squaring(weight: Tensor, seen: list[Tensor]) -> Any:
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        seen.append(x)
+        return (x * weight * factor).square()
+
+    return forward
+
+
+def test_offloaded_inputs_are_those_of_the_forward() -> None:
+    """Two micro-batches, whose backwards come after both forwards: every block gets its own input again."""
+    weights = [nn.Parameter(torch.rand(3) + 0.5) for _ in range(3)]
+    seen: list[Tensor] = []
+    forwards = recomputed([squaring(weight, seen) for weight in weights], "offloaded")
+    outputs = []
+    for seed in range(2):
+        x = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        for forward in forwards:
+            x = forward(x, torch.tensor(1.5))
+        outputs.append(x)
+    given = [x.detach().clone() for x in seen]
+    for output in reversed(outputs):
+        output.sum().backward()
+    again = seen[6:]
+    assert len(again) == 6
+    for order, x in zip((5, 4, 3, 2, 1, 0), again, strict=True):
+        assert torch.equal(x, given[order])
+    expected = plain_gradients(weights)
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert torch.equal(weight.grad, gradient)
+
+
+def plain_gradients(weights: list[nn.Parameter]) -> list[Tensor]:
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+    for seed in (1, 0):
+        x = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed))
+        for copy in copies:
+            x = (x * copy * torch.tensor(1.5)).square()
+        x.sum().backward()
+    return [copy.grad for copy in copies]

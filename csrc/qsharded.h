@@ -73,12 +73,33 @@ QSHARDED_API const char* qsharded_cuda_error_string(int result);
 QSHARDED_API int qsharded_cuda_nf4_quantize(const void* weight, int dtype, int64_t blocks, const float* midpoints,
                                             uint8_t* codes, float* absmax, void* stream);
 
-// As qsharded_cpu_nf4_dequantize. codes and out: 16-byte aligned.
+// As qsharded_cpu_nf4_dequantize. codes, out and each of its rows: 16-byte aligned. out_row_stride: in weights.
 QSHARDED_API int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row,
                                               const void* absmax, int64_t absmax_row_stride,
                                               const float* absmax_scales, const float* absmax_offset,
-                                              const float* absmax_map, const float* levels, void* out, int dtype,
-                                              void* stream);
+                                              const float* absmax_map, const float* levels, void* out,
+                                              int64_t out_row_stride, int dtype, void* stream);
+
+// A weight among several of the same width, with the B of its adapter.
+typedef struct {
+  const uint8_t* codes;
+  const void* absmax;
+  int64_t absmax_row_stride;
+  const float* absmax_scales;
+  const float* absmax_offset;
+  int64_t rows;
+  const void* b;  // [rows, rank] float32 or bfloat16, or null
+  int b_dtype;
+  float scale;
+  int64_t rank;
+  int64_t column;  // where its B begins among the `tail` columns
+} qsharded_part;
+
+// Up to 4 weights, one below the other in bfloat16, and in `tail` columns behind each row (a multiple of 8) that row of
+// scale * B, at the weight's own columns, with zeros in the others. All with double quantization or none.
+QSHARDED_API int qsharded_cuda_nf4_dequantize_parts(const qsharded_part* parts, int count, int64_t blocks_per_row,
+                                                    int64_t tail, const float* absmax_map, const float* levels,
+                                                    void* out, int64_t out_row_stride, void* stream);
 
 // As their qsharded_cpu_ twins. The offset is as if added from first to last.
 QSHARDED_API int qsharded_cuda_absmax_row_sums(const float* absmax, int64_t rows, int64_t blocks_per_row,

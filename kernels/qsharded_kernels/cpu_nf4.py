@@ -44,6 +44,7 @@ def dequantize(
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
     *,
+    out: Tensor | None = None,
     threads: int | None = None,
     isa: str | None = None,
 ) -> Tensor:
@@ -52,13 +53,15 @@ def dequantize(
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
-    ``absmax_map``: fp32 [256]. ``threads`` and ``isa`` as in ``quantize``.
+    ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned. ``threads`` and ``isa`` as in
+    ``quantize``.
 
     Raises:
         ValueError: this machine lacks ``isa``.
     """
     tables = absmax_scales, absmax_offset, levels, absmax_map
-    codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype)
+    codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
+    assert out.is_contiguous()
     cpu.call(
         "nf4_dequantize",
         *(codes_NP, *absmax_NG.shape),

@@ -4,6 +4,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import CDLL
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +43,19 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
         RuntimeError: CUDA refused the launch; its own words.
         ValueError: more weights than the kernels count.
     """
+    index = next(argument.get_device() for argument in arguments if isinstance(argument, Tensor))
+    call_on(index, function, *[_pointer(argument, index) for argument in arguments])
+
+
+def call_on(index: int, function: str, *arguments: Any) -> None:
+    """The same on device ``index``, with pointers in the place of tensors."""
     compiled = library.load()
     assert compiled is not None, "ask is_available() first"
-    index = next(argument.get_device() for argument in arguments if isinstance(argument, Tensor))
-    pointers = [_pointer(argument, index) for argument in arguments]
     with _current(index):
         stream = torch._C._cuda_getCurrentRawStream(index)  # as Triton asks for it: several times faster than a Stream
-        result = getattr(compiled, f"qsharded_cuda_{function}")(*pointers, stream)
-    _raise_for(result, compiled)
+        result = getattr(compiled, f"qsharded_cuda_{function}")(*arguments, stream)
+    if result != 0:
+        _raise_for(result, compiled)
 
 
 def _current(index: int) -> AbstractContextManager[object]:

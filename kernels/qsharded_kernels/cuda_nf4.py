@@ -4,6 +4,8 @@ Axes: N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in 
 The callers check what users pass; the assertions here guard raw memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def dequantize(
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
     ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
-    ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
+    ``absmax_map``: fp32 [256]. ``out``: [N, K] to write to, each row
+    contiguous and 16-byte aligned.
     """
     tables = absmax_scales, absmax_offset, levels, absmax_map
     codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
@@ -45,6 +48,43 @@ def dequantize(
         "nf4_dequantize",
         *(codes_NP, *absmax_NG.shape),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
-        *(levels, out, library.DTYPES[out_dtype]),
+        *(levels, out, out.stride(0), library.DTYPES[out_dtype]),
     )
     return out
+
+
+MOST_PARTS = 4
+
+Part = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float, int]
+"""codes [n, P], absmax [n, G], absmax_scales and absmax_offset as :func:`dequantize` takes them; the adapter's B [n, r]
+(fp32 or bf16) or None, its scale, and its first column among those behind the weights."""
+
+
+def dequantize_parts(parts: Sequence[Part], levels: Tensor, absmax_map: Tensor | None, out: Tensor, tail: int) -> None:
+    """Up to 4 weights of the same K into bf16 ``out`` [N, K + tail], one below the other, in one launch.
+
+    The ``tail`` columns behind a weight's row, a multiple of 8, hold that row of scale * B in its own columns and zeros
+    in the others. ``out``: rows in a run, each 16-byte aligned. All parts have absmax in 8 bits, or all in fp32.
+    """
+    array = (library.Part * len(parts))()
+    for place, (codes, absmax, scales, offset, B, scale, column) in zip(array, parts, strict=True):
+        assert codes.is_contiguous()
+        assert absmax.stride(1) == 1
+        place.codes, place.absmax, place.absmax_row_stride = codes.data_ptr(), absmax.data_ptr(), absmax.stride(0)
+        if scales is not None and offset is not None:
+            place.absmax_scales, place.absmax_offset = scales.data_ptr(), offset.data_ptr()
+        place.rows, place.column, place.scale = codes.shape[0], column, scale
+        if B is not None:
+            assert B.is_contiguous()
+            assert B.shape[0] == codes.shape[0]
+            place.b, place.b_dtype, place.rank = B.data_ptr(), library.DTYPES[B.dtype], B.shape[1]
+    G = parts[0][1].shape[1]
+    assert out.dtype == torch.bfloat16
+    assert out.stride(1) == 1
+    cuda.call_on(
+        out.get_device(),
+        "nf4_dequantize_parts",
+        *(array, len(parts), G, tail),
+        *(None if absmax_map is None else absmax_map.data_ptr(), levels.data_ptr()),
+        *(out.data_ptr(), out.stride(0)),
+    )

@@ -1,7 +1,7 @@
 """The compiled library (built by setup.py from csrc/), loaded through ctypes. It is optional."""
 
 import logging
-from ctypes import CDLL, c_char_p, c_int, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,24 @@ BAD_DTYPE, BAD_ISA, BAD_SIZE = 1, 2, 3
 CUDA_ERROR = 1000  # plus a cudaError_t
 
 _log = logging.getLogger(__name__)
+
+
+class Part(Structure):
+    """``qsharded_part``: a weight among several, with the B of its adapter."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("absmax", c_void_p),
+        ("absmax_row_stride", c_int64),
+        ("absmax_scales", c_void_p),
+        ("absmax_offset", c_void_p),
+        ("rows", c_int64),
+        ("b", c_void_p),
+        ("b_dtype", c_int),
+        ("scale", c_float),
+        ("rank", c_int64),
+        ("column", c_int64),
+    ]
 
 
 @cache
@@ -85,7 +103,12 @@ def _declare_cuda(library: CDLL) -> None:
     library.qsharded_cuda_nf4_dequantize.argtypes = [
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_int, c_void_p),  # levels, out, dtype, stream
+        *(c_void_p, c_void_p, c_int64, c_int, c_void_p),  # levels, out, its row stride, dtype, stream
+    ]
+    library.qsharded_cuda_nf4_dequantize_parts.argtypes = [
+        *(POINTER(Part), c_int, c_int64, c_int64),  # parts, how many, blocks_per_row, tail
+        *(c_void_p, c_void_p),  # map, levels
+        *(c_void_p, c_int64, c_void_p),  # out, its row stride, stream
     ]
     library.qsharded_cuda_absmax_row_sums.argtypes = [
         *(c_void_p, c_int64, c_int64),  # absmax, rows, blocks_per_row

@@ -68,6 +68,7 @@ def dequantize(
     """
     tables = absmax_scales, absmax_offset, levels, absmax_map
     codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
+    assert out.is_contiguous()
     N, G = absmax_NG.shape
     with torch.cuda.device_of(codes_NP):
         _dequantize_kernel[(triton.cdiv(N * G, _DEQUANTIZE_BLOCKS),)](

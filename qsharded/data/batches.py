@@ -4,13 +4,15 @@ Axes: B rows, S positions of a row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qsharded.data.examples import Example
+from qsharded.models.attention_inputs import Boundaries
 
 NOT_SUPERVISED = -100  # what torch's cross entropy ignores by default
 PADDING_DOCUMENT = -1
@@ -29,17 +31,19 @@ class Batch:
         positions: the token's place in its document; 0 in padding.
         document_ids: the document's number in its row; -1 in padding. None where no row has more than one: padding
             comes last, so attention that is merely causal hides it, and that needs no mask.
+        boundaries: those of ``document_ids``, found here since a GPU would have to be waited for.
     """
 
     input_ids: Tensor
     targets: Tensor
     positions: Tensor
     document_ids: Tensor | None
+    boundaries: Boundaries | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``."""
-        documents_BS = None if self.document_ids is None else self.document_ids.to(device)
-        return Batch(self.input_ids.to(device), self.targets.to(device), self.positions.to(device), documents_BS)
+        """The batch on ``device``; from pinned memory without waiting."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(part if part is None else _moved(part, device) for part in parts))
 
 
 def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: int) -> Batch:
@@ -59,7 +63,13 @@ def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: in
         _fill_row({name: array_BS[number] for name, array_BS in arrays_BS.items()}, row)
     tensors = {name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()}
     documents_BS = tensors.pop("document_ids")
-    return Batch(**tensors, document_ids=documents_BS if any(len(row) > 1 for row in rows) else None)
+    if all(len(row) <= 1 for row in rows):
+        return Batch(**tensors, document_ids=None)
+    return Batch(**tensors, document_ids=documents_BS, boundaries=Boundaries.of(documents_BS))
+
+
+def _moved(part: Any, device: torch.device | str) -> Any:
+    return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
 
 
 def _fill_row(arrays_S: dict[str, np.ndarray], row: Sequence[Example]) -> None:

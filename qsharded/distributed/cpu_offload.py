@@ -55,14 +55,20 @@ class HostWeights:
 
     @torch.compiler.disable  # which weights are there changes from call to call
     def _run(self, index: int, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-        arrival = self._arrived.pop(index, None) or self._fetch(index, x.device)
+        with self.present(index, x.device):
+            return forward(x, *others)
+
+    @contextmanager
+    def present(self, index: int, device: torch.device) -> Iterator[None]:
+        """A block's weights are in their modules on ``device``, and the next block's are on their way."""
+        arrival = self._arrived.pop(index, None) or self._fetch(index, device)
         following = index + self._direction(index)
         if 0 <= following < len(self._places) and following not in self._arrived:
-            self._arrived[following] = self._fetch(following, x.device)
+            self._arrived[following] = self._fetch(following, device)
         if arrival.event is not None:
-            torch.cuda.current_stream(x.device).wait_event(arrival.event)
+            torch.cuda.current_stream(device).wait_event(arrival.event)
         with _in_place(self._places[index], arrival.weights):
-            return forward(x, *others)
+            yield
 
     def _direction(self, index: int) -> int:
         """Blocks run upwards, and in backward downwards from the last; block 0 begins anew."""

@@ -14,8 +14,10 @@ from qsharded.distributed import vocab_parallel
 from qsharded.distributed.cpu_offload import HostWeights
 from qsharded.distributed.fsdp import World, blocks_of, shard
 from qsharded.distributed.sharding import local, place_in, rows_each, rows_of_rank
-from qsharded.models import CausalLM, recompute
+from qsharded.fused.forwards import layer_forwards
+from qsharded.models import CausalLM
 from qsharded.utils import hardware
+from qsharded.utils.checkpointing_modes import Mode
 
 
 def least_memory(world: World) -> int:
@@ -68,7 +70,7 @@ def lay_out(
     device: torch.device,
     *,
     layout: Layout = SHARDED,
-    checkpointing: recompute.Mode = "none",
+    checkpointing: Mode = "none",
     param_dtype: torch.dtype | None = None,
 ) -> None:
     """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
@@ -80,13 +82,13 @@ def lay_out(
     _refuse_saved_weights(layout, checkpointing)
     placed = vocab_parallel.split_vocabulary(model, mesh) if is_split(model, layout, mesh is not None) else set()
     blocks = list(blocks_of(model))
-    forwards = [block.forward for block in blocks]
+    forwards, present = [block.forward for block in blocks], None
     if layout.on_host:
         weights = HostWeights(blocks, mesh)
-        forwards = weights.forwards
+        forwards, present = weights.forwards, weights.present
         placed |= set(weights.parameters())
     # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
-    for block, forward in zip(blocks, recompute.recomputed(forwards, checkpointing), strict=True):
+    for block, forward in zip(blocks, layer_forwards(blocks, forwards, checkpointing, present), strict=True):
         block.forward = forward
     if mesh is not None:
         shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
@@ -95,7 +97,7 @@ def lay_out(
     check_shares(model, mesh, layout)
 
 
-def _refuse_saved_weights(layout: Layout, checkpointing: recompute.Mode) -> None:
+def _refuse_saved_weights(layout: Layout, checkpointing: Mode) -> None:
     if layout.on_host and checkpointing in ("none", "selective"):
         raise ValueError(
             f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "

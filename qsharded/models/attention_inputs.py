@@ -1,7 +1,115 @@
-"""Who may look at whom. Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own)."""
+"""What attention needs besides q, k and v, made once a step for all layers: rotary tables, and who may look at whom.
 
+Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim, N documents.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from qsharded.models.config import ModelConfig
+from qsharded.models.rope import rope_tables
+
+_HAS_VARLEN_KERNEL = (torch.bfloat16, torch.float16)
+"""Dtypes for which PyTorch's kernel on a GPU takes documents and windows without a mask."""
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where each document begins in the batch's rows laid end to end, padding being one more document.
+
+    Attributes:
+        starts: int32 [N + 1], ascending from 0 to B * S, where attention runs.
+        longest: tokens of the longest document, or more.
+    """
+
+    starts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, documents_BS: Tensor) -> "Boundaries":
+        """Of document ids: neighbours of equal id in a row are one document. From a GPU's tensor it waits for it."""
+        ids = documents_BS.cpu().numpy()
+        starts = np.ones(ids.shape, dtype=bool)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        edges = np.append(np.flatnonzero(starts), ids.size)
+        on_cpu = torch.from_numpy(edges.astype(np.int32))
+        return cls(on_cpu.to(documents_BS.device), int(np.diff(edges).max(initial=1)))
+
+    @classmethod
+    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Boundaries":
+        """Of rows that are one document each."""
+        return cls(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device), length)
+
+    def to(self, device: torch.device | str) -> "Boundaries":
+        """The same on ``device``."""
+        return Boundaries(self.starts.to(device, non_blocking=True), self.longest)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What a layer's attention takes beside q, k and v; layers with the same window share it.
+
+    A query sees itself and earlier keys, of its own document alone. At most one of ``boundaries`` and ``mask_BST`` is
+    there. Neither: causal among as many keys as queries, or one query that sees every key.
+
+    Attributes:
+        cos_BSE, sin_BSE: rotary tables [B or 1, S, E] in the activations' dtype.
+        window: how many latest keys a query sees, itself included; None: all.
+        boundaries: of the documents, where a kernel takes them.
+        mask_BST: boolean [B or 1, 1, S, T], True where a query sees a key; window and documents are in it.
+    """
+
+    cos_BSE: Tensor
+    sin_BSE: Tensor
+    window: int | None = None
+    boundaries: Boundaries | None = None
+    mask_BST: Tensor | None = None
+
+
+def attention_inputs(
+    config: ModelConfig,
+    positions_BS: Tensor,
+    dtype: torch.dtype,
+    *,
+    documents_BT: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+    keys: int | None = None,
+    device: torch.device | None = None,
+) -> dict[int | None, AttentionInputs]:
+    """The inputs of every window that the model's layers have.
+
+    Args:
+        positions_BS: each query's place in its document.
+        dtype: of the activations.
+        documents_BT: each key's document; -1 is padding. None: a row is a document.
+        boundaries: those of ``documents_BT``, if they are known already; without cached keys.
+        keys: T, where there are cached ones before the queries; else S.
+        device: to choose for; by default the positions'. A plan asks for a GPU's inputs on the meta device.
+    """
+    tables = rope_tables(config.rope, config.head_dim, positions_BS, dtype)
+    device = device or positions_BS.device
+    queries = positions_BS.shape[1]
+    keys = queries if keys is None else keys
+    uses_kernel = device.type == "cuda" and dtype in _HAS_VARLEN_KERNEL and keys == queries
+    if not uses_kernel:
+        boundaries = None
+    elif boundaries is None and documents_BT is not None:
+        boundaries = Boundaries.of(documents_BT)
+    made: dict[int | None, AttentionInputs] = {}
+    for window in set(config.layer_windows):
+        narrow = None if window is None or window >= keys else window
+        if not uses_kernel:
+            mask_BST = attention_mask(queries, keys, documents_BT, narrow, positions_BS.device)
+            made[window] = AttentionInputs(*tables, narrow, None, mask_BST)
+        elif narrow is not None and boundaries is None:
+            rows = Boundaries.of_rows(*positions_BS.shape, positions_BS.device)
+            made[window] = AttentionInputs(*tables, narrow, rows)
+        else:
+            made[window] = AttentionInputs(*tables, narrow, boundaries)
+    return made
 
 
 def attention_mask(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsharded.quant.backends import wanted_backend
+
 IGNORE = -100
 """The target of a token that is not supervised, as in torch's cross_entropy."""
 
@@ -45,9 +47,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
-            chunk_loss, grad_CV = _loss_and_gradient((hidden_CD @ weight_VD.T).to(precise), targets_C)
+            chunk_loss, grad_CV = _loss_and_gradient(hidden_CD @ weight_VD.T, targets_C, precise)
             loss += chunk_loss
-            grad_CV = grad_CV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
             if grad_weight_VD is not None:
@@ -67,13 +68,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
-def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk's loss, and its gradient by the logits: softmax - one-hot."""
-    supervised_C1 = (targets_C != IGNORE)[:, None]
-    index_C1 = targets_C[:, None].where(supervised_C1, 0)
-    log_probs_CV = logits_CV.log_softmax(dim=-1)
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A chunk's loss in ``precise``, and its gradient by the logits in theirs: softmax - one-hot."""
+    if logits_CV.is_cuda and precise == torch.float32 and wanted_backend() != "reference":
+        from qsharded_kernels import triton_cross_entropy  # here: Triton loads slowly
+
+        return triton_cross_entropy.forward_(logits_CV, targets_C, IGNORE).sum(), logits_CV
+    if logits_CV.is_meta:  # for plans: what the kernel allocates
+        return logits_CV.new_empty((), dtype=precise), logits_CV
+    trained_C1 = (targets_C != IGNORE)[:, None]
+    index_C1 = targets_C[:, None].where(trained_C1, 0)
+    log_probs_CV = logits_CV.to(precise).log_softmax(dim=-1)
     chosen_C1 = log_probs_CV.gather(-1, index_C1)
     grad_CV = log_probs_CV.exp_()  # in place: a chunk is hundreds of megabytes
     grad_CV.scatter_add_(-1, index_C1, torch.full_like(chosen_C1, -1.0))
-    grad_CV.masked_fill_(~supervised_C1, 0.0)
-    return -chosen_C1.where(supervised_C1, 0.0).sum(), grad_CV
+    grad_CV.masked_fill_(~trained_C1, 0.0)
+    return -chosen_C1.where(trained_C1, 0.0).sum(), grad_CV.to(logits_CV.dtype)

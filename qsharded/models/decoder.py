@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.models.attention_inputs import attention_mask
+from qsharded.models.attention import attend
+from qsharded.models.attention_inputs import AttentionInputs, Boundaries, attention_inputs
 from qsharded.models.chunked_loss import IGNORE, chunked_cross_entropy
 from qsharded.models.config import ModelConfig
 from qsharded.models.kv_cache import KVCache
-from qsharded.models.rope import rope_tables, rotate
+from qsharded.models.rope import rotate
 
 
 class Attention(nn.Module):
@@ -34,35 +35,18 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x_BSD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, mask_BST: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        q_BHSE = rotate(self.q_norm(self._heads(self.q_proj(x_BSD))).transpose(1, 2), cos_BSE, sin_BSE)
-        k_BGTE = rotate(self.k_norm(self._heads(self.k_proj(x_BSD))).transpose(1, 2), cos_BSE, sin_BSE)
+    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        tables = inputs.cos_BSE, inputs.sin_BSE
+        q_BHSE = rotate(self.q_norm(self._heads(self.q_proj(x_BSD))).transpose(1, 2), *tables)
+        k_BGTE = rotate(self.k_norm(self._heads(self.k_proj(x_BSD))).transpose(1, 2), *tables)
         v_BGTE = self._heads(self.v_proj(x_BSD)).transpose(1, 2)
         if cache is not None:
             k_BGTE, v_BGTE = cache.update(self.layer, k_BGTE, v_BGTE)
-        y_BHSE = attend(q_BHSE, k_BGTE, v_BGTE, mask_BST)
-        return self.o_proj(y_BHSE.transpose(1, 2).flatten(2))
+        y_BSHE = attend(q_BHSE.transpose(1, 2), k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), inputs)
+        return self.o_proj(y_BSHE.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
-
-
-def attend(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, each key-value head serving H / G query heads.
-
-    No mask: causal among as many keys as queries, or one query that sees all keys.
-    """
-    groups = q_BHSE.shape[1] // k_BGTE.shape[1]
-    if mask_BST is None:
-        causal = q_BHSE.shape[2] > 1
-        return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, is_causal=causal, enable_gqa=groups > 1)
-    # Of the fused GPU kernels only cuDNN's takes a mask and grouped heads at once, and it is not everywhere; the
-    # fallback would hold all S x T scores. Repeating costs 5% where cuDNN would have served (H200, 4 x 2048 tokens).
-    if groups > 1:
-        k_BGTE, v_BGTE = (t.repeat_interleave(groups, dim=1) for t in (k_BGTE, v_BGTE))
-    return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST)
 
 
 class MLP(nn.Module):
@@ -88,16 +72,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        cos_BSE: Tensor,
-        sin_BSE: Tensor,
-        mask_BST: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """One layer. `mask_BST` is boolean, broadcastable to `[B, H, S, T]`; None: as in `attend`."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_BSE, sin_BSE, mask_BST, cache)
+    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> Tensor:
+        """One layer: x [B, S, D] -> [B, S, D]."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), inputs, cache)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -113,7 +90,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, input_ids_BS: Tensor, positions_BS: Tensor | None, documents_BS: Tensor | None, cache: KVCache | None
+        self,
+        input_ids_BS: Tensor,
+        positions_BS: Tensor | None,
+        documents_BS: Tensor | None,
+        boundaries: Boundaries | None,
+        cache: KVCache | None,
     ) -> Tensor:
         length = input_ids_BS.shape[1]
         past = 0 if cache is None else cache.length
@@ -123,14 +105,17 @@ class Decoder(nn.Module):
             positions_BS = torch.arange(past, past + length, device=input_ids_BS.device)[None]
 
         x_BSD = self.embed_tokens(input_ids_BS).to(self.dtype)  # an embedding that is trained may be wider
-        cos_BSE, sin_BSE = rope_tables(self.config.rope, self.config.head_dim, positions_BS, x_BSD.dtype)
-        # Neither tables nor masks depend on the layer, but for its window: one mask serves all layers of a window.
-        masks = {
-            window: attention_mask(length, past + length, documents_BT, window, x_BSD.device)
-            for window in set(self.config.layer_windows)
-        }
+        # Nothing of these depends on the layer, but for its window.
+        inputs = attention_inputs(
+            self.config,
+            positions_BS.expand(input_ids_BS.shape),
+            x_BSD.dtype,
+            documents_BT=documents_BT,
+            boundaries=boundaries,
+            keys=past + length,
+        )
         for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
-            x_BSD = layer(x_BSD, cos_BSE, sin_BSE, masks[window], cache)
+            x_BSD = layer(x_BSD, inputs[window], cache)
         if cache is not None:
             cache.advance(length)
         return self.norm(x_BSD)
@@ -184,6 +169,7 @@ class CausalLM(nn.Module):
         *,
         positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
+        boundaries: Boundaries | None = None,
         targets_BS: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -192,12 +178,13 @@ class CausalLM(nn.Module):
 
         positions_BS: each token's place in its document, from 0; None counts from the row's (or cache's) start.
         document_ids_BS: int64; tokens see earlier tokens of equal id only; -1 marks padding. None: a row is a document.
+        boundaries: those of document_ids_BS, where they are known: a GPU would be waited for to find them.
         targets_BS: int64, already shifted: what position s predicts stands at s; -100 is not supervised.
         cache: tokens read before these, extended by these. last_only: logits `[B, 1, V]` of the last position.
 
         Raises ValueError where the cache is full, or a row longer than a "dynamic" rope supports.
         """
-        hidden_BSD = self.model(input_ids_BS, positions_BS, document_ids_BS, cache)
+        hidden_BSD = self.model(input_ids_BS, positions_BS, document_ids_BS, boundaries, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
         if targets_BS is None:

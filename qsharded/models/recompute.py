@@ -22,7 +22,7 @@ def recomputed(forwards: list[Forward], mode: Mode) -> list[Forward]:
     if mode == "none":
         return forwards
     if mode == "offloaded":
-        waiting = _Waiting()
+        waiting = Waiting()
         return [functools.partial(_with_input_on_host, waiting, forward) for forward in forwards]
     again = functools.partial(checkpoint, use_reentrant=False)
     if mode == "selective":
@@ -45,7 +45,7 @@ def _keep_dearest() -> Any:
 
 
 @torch.compiler.disable  # weak references and streams, of which a compiler knows nothing
-def _with_input_on_host(waiting: "_Waiting", forward: Forward, x: Tensor, *others: Any) -> Tensor:
+def _with_input_on_host(waiting: "Waiting", forward: Forward, x: Tensor, *others: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x, *others)
     boundary = waiting.store(x)
@@ -54,7 +54,7 @@ def _with_input_on_host(waiting: "_Waiting", forward: Forward, x: Tensor, *other
     return y
 
 
-class _Waiting:
+class Waiting:
     """The inputs that wait in host memory, as a chain: while one block is recomputed, the one before it is fetched.
 
     All room on the GPU belongs to the compute stream, so that the allocator needs no events to hand it on: an input
@@ -109,12 +109,17 @@ class _Waiting:
 class _Boundary:
     """One block's input: given to the block's forward, copied to the host beside it, and fetched for its backward."""
 
-    def __init__(self, waiting: _Waiting, x: Tensor, previous: "weakref.ref[_Boundary] | None") -> None:
+    def __init__(self, waiting: Waiting, x: Tensor, previous: "weakref.ref[_Boundary] | None") -> None:
         self._waiting, self._previous = waiting, previous
         self._given: Tensor | None = x
         self._device, self._requires_grad = x.device, x.requires_grad
         self._on_host = waiting.copy_out(x.detach())
         self._fetched: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def leave(self) -> "_Boundary":
+        """Let go of the input itself: whoever has it used it already."""
+        self._given = None
+        return self
 
     def take(self) -> Tensor:
         """The input: in the forward the very tensor, in the recomputation its copy."""

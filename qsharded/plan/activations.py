@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.checkpoint.load import skeleton
+from qsharded.fused.forwards import layer_forwards
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.models.attention_inputs import attention_mask
-from qsharded.models.recompute import recomputed
-from qsharded.models.rope import rope_tables
+from qsharded.models.attention_inputs import attention_inputs
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 from qsharded.quant.formats import NF4_64, Kind
 from qsharded.utils.checkpointing_modes import Mode
@@ -34,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (masks, rotary tables, the
+    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (rotary tables, the
     embedding's output)."""
 
     block: Work
@@ -65,16 +64,16 @@ def step_work(
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)
-    (one.forward,) = recomputed([one.forward], checkpointing)
+    (one.forward,) = layer_forwards([one], [one.forward], checkpointing)
     if not is_sharded:
         _give_gradients(model)
     with torch.device("meta"):
         positions_BS = torch.zeros(rows, length, dtype=torch.int64)
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
-        tables = rope_tables(config.rope, config.head_dim, positions_BS, dtype)
-        masks = [attention_mask(length, length, positions_BS, w, x_BSD.device) for w in set(config.layer_windows)]
-    block = _simulate(model, lambda x: one(x, *tables, masks[0], None), x_BSD)
-    shared = [positions_BS, x_BSD, *tables, *(mask for mask in masks if mask is not None)]
+        inputs = attention_inputs(config, positions_BS, dtype, device=torch.device("cuda"))
+    block = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
+    tables = next(iter(inputs.values()))
+    shared = [positions_BS, x_BSD, tables.cos_BSE, tables.sin_BSE]
     return StepWork(block, _loss_work(model, positions_BS, x_BSD), sum(tensor.nbytes for tensor in shared))
 
 

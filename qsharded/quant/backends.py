@@ -5,6 +5,7 @@ other blocks, the reference serves everywhere.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -44,13 +45,34 @@ def dequantize(
     absmax_offset: Tensor | None,
     dtype: torch.dtype,
     kind: Kind = NF4_64,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``."""
+    """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``.
+
+    ``out``: [N, K] of ``dtype`` to write to, each row contiguous and 16-byte aligned.
+    """
     kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
-        return dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
+        weight = dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
+        return weight if out is None else out.copy_(weight)
+    if out is not None and kernels.nf4 is not cuda_nf4 and not out.is_contiguous():
+        return out.copy_(dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, kind))
     levels, absmax_map = nf4.levels(codes.device, kind.quant_type), blockwise8.dynamic_map(True, codes.device)
-    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype)
+    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype, out=out)
+
+
+def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, kind: Kind) -> bool:
+    """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them; else
+    nothing is done, and False returned."""
+    kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
+    if kernels is None or kernels.nf4 is not cuda_nf4 or out.dtype != torch.bfloat16:
+        return False
+    if len(parts) > cuda_nf4.MOST_PARTS or len({part[2] is None for part in parts}) > 1:
+        return False
+    levels, absmax_map = nf4.levels(out.device, kind.quant_type), blockwise8.dynamic_map(True, out.device)
+    cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
+    return True
 
 
 def linear(

@@ -33,6 +33,7 @@ def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
         batch.input_ids,
         positions_BS=batch.positions,
         document_ids_BS=batch.document_ids,
+        boundaries=batch.boundaries,
         targets_BS=batch.targets,
     )
 

@@ -1,0 +1,70 @@
+"""The forwards of a model's layers under a way of checkpointing: fused where a layer can be, else as it is written."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsharded.fused.layer import EVERYTHING, Policy, can_fuse, fused_forward
+from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.models.decoder import DecoderLayer
+from qsharded.models.kv_cache import KVCache
+from qsharded.models.recompute import Forward, Waiting, recomputed
+from qsharded.utils.checkpointing_modes import Mode
+
+KEPT: dict[Mode, frozenset[str]] = {
+    "none": EVERYTHING,
+    "selective": frozenset({"qkv", "attention", "h"}),
+    "full": frozenset(),
+    "offloaded": frozenset(),
+}
+"""What a fused layer keeps beside its input; with "offloaded" its input is in host memory meanwhile."""
+
+WeightsPresent = Callable[[int, torch.device], Any]
+
+
+def layer_forwards(
+    layers: list[Any], plain: list[Forward], mode: Mode, weights_present: WeightsPresent | None = None
+) -> list[Forward]:
+    """The layers' forwards, in their order, each ``(x, inputs, cache=None) -> y``.
+
+    Args:
+        layers: the modules.
+        plain: their forwards as they are written, for what cannot be fused: a cache, dropout, a layer of another kind.
+        mode: what waits for the backward.
+        weights_present: with a layer's index and a device: a context in which its modules hold their weights, where
+            these are elsewhere between calls. ``plain`` sees to that by itself.
+    """
+    waiting = Waiting() if mode == "offloaded" else None
+    forwards: list[Forward] = []
+    for index, (layer, composed) in enumerate(zip(layers, recomputed(plain, mode), strict=True)):
+        present = None if weights_present is None else partial(weights_present, index)
+        policy = Policy(KEPT[mode], weights_present=present)
+        if waiting is not None:
+            policy = Policy(KEPT[mode], partial(_away, waiting), present)
+        forwards.append(partial(_forward, layer, composed, policy))
+    return forwards
+
+
+def _away(waiting: Waiting, x_BSD: Tensor) -> Any:
+    return waiting.store(x_BSD).leave()
+
+
+def _forward(
+    layer: DecoderLayer,
+    composed: Forward,
+    policy: Policy,
+    x_BSD: Tensor,
+    inputs: AttentionInputs,
+    cache: KVCache | None = None,
+) -> Tensor:
+    if cache is None and not _is_watched(x_BSD) and can_fuse(layer):
+        return fused_forward(layer, x_BSD, inputs, policy)
+    return composed(x_BSD, inputs, cache)
+
+
+def _is_watched(x_BSD: Tensor) -> bool:
+    """By a compiler, which sees more in the composition, or by autocast, whose casts the fused layer does not make."""
+    return torch.compiler.is_compiling() or (not x_BSD.is_meta and torch.is_autocast_enabled(x_BSD.device.type))

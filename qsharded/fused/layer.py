@@ -1,0 +1,297 @@
+"""A decoder layer as one autograd node. Read :func:`_forward` and :func:`_backward` side by side.
+
+A node of its own knows what PyTorch's checkpointing cannot: which of a layer's results its backward reads. What is not
+kept is computed again there, each by the function that made it, and what nobody reads (the down-projection's output)
+is not. Gradients go to the layer's input and to its adapters; everything else is frozen.
+
+Axes: B rows, S tokens of a row, M = B S, D hidden size, I intermediate size, H query heads, G key-value heads, E head
+dim, R ranks of a group of adapters together.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsharded.fused import pieces
+from qsharded.fused.projections import Group, Projection, is_projection
+from qsharded.models.attention import Attention, Saved, choose_attention
+from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.models.decoder import DecoderLayer
+
+EVERYTHING = frozenset({"qkv", "attention", "h", "gate_up"})
+"""What a layer can keep for its backward beside its input, in the order in which it is computed."""
+
+
+class LayerInput:
+    """How a layer's input waits for the backward: here as it is."""
+
+    def __init__(self, x_BSD: Tensor) -> None:
+        self._x_BSD = x_BSD
+
+    def take(self) -> Tensor:
+        """The input again."""
+        return self._x_BSD
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What waits for a layer's backward.
+
+    Attributes:
+        kept: of ``EVERYTHING``; the rest is computed again.
+        keep_input: called with the layer's input; its result's ``take()`` gives the input back, once.
+        weights_present: for weights that are elsewhere between calls: a context on a device in which the layer's
+            modules hold them. They are then asked for again in the backward, and not kept.
+    """
+
+    kept: frozenset[str] = EVERYTHING
+    keep_input: Callable[[Tensor], Any] = LayerInput
+    weights_present: Callable[[torch.device], AbstractContextManager[None]] | None = None
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether :func:`fused_forward` computes what ``layer`` does."""
+    if type(layer) is not DecoderLayer:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
+    frozen = not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    return frozen and all(map(is_projection, (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+
+
+def fused_forward(layer: DecoderLayer, x_BSD: Tensor, inputs: AttentionInputs, policy: Policy = Policy()) -> Tensor:
+    """What ``layer`` computes, [B, S, D]."""
+    bound = _Bound(layer, inputs, x_BSD.shape, policy.weights_present)
+    at_work = bound.layer(x_BSD)
+    if not torch.is_grad_enabled():
+        return at_work.output(_Results(x_BSD.reshape(-1, x_BSD.shape[-1]))).view(x_BSD.shape)
+    out: Tensor = _FusedLayer.apply(x_BSD, bound, at_work, policy, *at_work.weights.trained())
+    return out
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A layer and what it is called with."""
+
+    module: DecoderLayer
+    inputs: AttentionInputs
+    shape: torch.Size
+    weights_present: Callable[[torch.device], AbstractContextManager[None]] | None
+
+    def layer(self, like: Tensor) -> "_Layer":
+        """At work with the weights that the module holds now, on the device and in the dtype of ``like``."""
+        with self.weights_present(like.device) if self.weights_present else nullcontext():
+            return _Layer(_Weights.of(self.module, like, self.shape, self.inputs), self.inputs, self.shape)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The layer's weights as it holds them in this forward, and how its attention runs."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    norm_1: Tensor
+    norm_2: Tensor
+    eps: float
+    rotary: pieces.Rotary
+    attention: Attention
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, like: Tensor, shape: torch.Size, inputs: AttentionInputs) -> "_Weights":
+        a, mlp = layer.self_attn, layer.mlp
+        return cls(
+            qkv=Group([Projection.of(p) for p in (a.q_proj, a.k_proj, a.v_proj)]),
+            o=Group([Projection.of(a.o_proj)]),
+            gate_up=Group([Projection.of(p) for p in (mlp.gate_proj, mlp.up_proj)]),
+            down=Group([Projection.of(mlp.down_proj)]),
+            norm_1=layer.input_layernorm.weight,
+            norm_2=layer.post_attention_layernorm.weight,
+            eps=layer.input_layernorm.eps or torch.finfo(like.dtype).eps,
+            rotary=_rotary(layer, shape, inputs),
+            attention=choose_attention(like, inputs),
+        )
+
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def trained(self) -> Iterator[Tensor | None]:
+        return (tensor for group in self.groups() for tensor in group.trained())
+
+
+def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> pieces.Rotary:
+    a = layer.self_attn
+    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSE, inputs.sin_BSE))
+    q_norm, k_norm = a.q_norm, a.k_norm
+    heads, kv_heads = (p.out_features // a.head_dim for p in (_base(a.q_proj), _base(a.k_proj)))
+    if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
+        norms = q_norm.weight, k_norm.weight
+        return pieces.Rotary(cos_ME, sin_ME, heads, kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
+    return pieces.Rotary(cos_ME, sin_ME, heads, kv_heads)
+
+
+def _base(projection: nn.Module) -> Any:
+    return getattr(projection, "base_layer", projection)
+
+
+@dataclass
+class _Results:
+    """What a forward makes; what is None is made when it is asked for, in the forward and again in the backward.
+
+    Attributes:
+        x_MD: the layer's input.
+        qkv: [M, (H + 2G) E]: turned, or as it was before the norms of q and k where a model has them.
+        attention: its output [M, H E], and what its backward needs.
+        h_MD: the residual stream after attention.
+        gate_up: [M, 2I].
+        narrow: each group's input times its adapters' A; it is small, and so always kept.
+    """
+
+    x_MD: Tensor | None = None
+    qkv: Tensor | None = None
+    attention: tuple[Tensor, Saved] | None = None
+    h_MD: Tensor | None = None
+    gate_up: Tensor | None = None
+    narrow: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def keep(self, names: frozenset[str]) -> "_Results":
+        """Those of ``EVERYTHING`` that are named."""
+        kept = {attribute: getattr(self, attribute) for name, attribute in _ATTRIBUTES.items() if name in names}
+        return _Results(**kept, narrow=self.narrow)
+
+
+_ATTRIBUTES = {"qkv": "qkv", "attention": "attention", "h": "h_MD", "gate_up": "gate_up"}
+
+
+class _FusedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSD: Tensor, bound: _Bound, layer: "_Layer", policy: Policy, *trained: Tensor | None
+    ) -> Tensor:
+        results = _Results(x_BSD.reshape(-1, x_BSD.shape[-1]))
+        out_MD = layer.output(results)
+        if any(ctx.needs_input_grad):
+            ctx.bound, ctx.layer = bound, None if policy.weights_present else layer
+            ctx.results, ctx.waiting = results.keep(policy.kept), policy.keep_input(x_BSD)
+        return out_MD.view(x_BSD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor | None, ...]:
+        results, waiting = ctx.results, ctx.waiting
+        layer = ctx.layer or ctx.bound.layer(grad_BSD)
+        ctx.layer = ctx.results = ctx.waiting = None  # the results are used up
+        results.x_MD = waiting.take().reshape(-1, grad_BSD.shape[-1])
+        grad_x_MD, trained = layer.gradients(results, grad_BSD.reshape(results.x_MD.shape), ctx.needs_input_grad[0])
+        return None if grad_x_MD is None else grad_x_MD.view(grad_BSD.shape), None, None, None, *trained
+
+
+class _Layer:
+    """A layer's weights at work on one input."""
+
+    def __init__(self, weights: _Weights, inputs: AttentionInputs, shape: torch.Size) -> None:
+        self.weights, self.inputs, self.rows = weights, inputs, shape[:2]
+
+    def output(self, results: _Results) -> Tensor:
+        """The layer's output [M, D]."""
+        x2_MD, _ = self._mlp_input(results)
+        gate_up = self._gate_up(results, x2_MD)
+        del x2_MD
+        act = pieces.swiglu(gate_up, self.weights.down.room(gate_up.shape[0], gate_up))
+        return self._product("down", act, results).add_(_there(results.h_MD))
+
+    def gradients(self, results: _Results, grad_MD: Tensor, wants_x: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Those by the input (None unless it is wanted), and by A and B of all projections."""
+        grad_h_MD, of_mlp = self._mlp_gradients(results, grad_MD)
+        grad_x_MD, of_attention = self._attention_gradients(results, grad_h_MD, wants_x)
+        return grad_x_MD, of_attention + of_mlp
+
+    def _product(self, group: str, x: Tensor, results: _Results) -> Tensor:
+        projections: Group = getattr(self.weights, group)
+        if group not in results.narrow:
+            results.narrow[group] = projections.narrow(x)
+        return projections.forward(x, results.narrow[group])
+
+    def _attention_input(self, results: _Results) -> tuple[Tensor, Tensor]:
+        """(the normalised input, rstd)."""
+        x_MD = _there(results.x_MD)
+        room = self.weights.qkv.room(x_MD.shape[0], x_MD)
+        return pieces.rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)[:2]
+
+    def _q_k_v(self, results: _Results) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, H, E], k and v [B, S, G, E], as attention takes them."""
+        if results.qkv is None:
+            x1_MD, _ = self._attention_input(results)
+            results.qkv = self._product("qkv", x1_MD, results)
+            self.weights.rotary.turn_(results.qkv)
+        q, k, v = self.weights.rotary.q_k_v(results.qkv)
+        return tuple(tensor.unflatten(0, self.rows) for tensor in (q, k, v))  # type: ignore[return-value]
+
+    def _attended(self, results: _Results) -> Tensor:
+        """Attention's output [M, H E]."""
+        if results.attention is None:
+            out, saved = self.weights.attention.forward(*self._q_k_v(results), self.inputs)
+            results.attention = out.flatten(2).flatten(0, 1), saved
+        return results.attention[0]
+
+    def _mlp_input(self, results: _Results) -> tuple[Tensor, Tensor]:
+        """(the normalised residual stream after attention, rstd)."""
+        norm, eps, x_MD = self.weights.norm_2, self.weights.eps, _there(results.x_MD)
+        if results.h_MD is not None:
+            room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
+            return pieces.rms_norm(results.h_MD, norm, eps, out=room)[:2]
+        added = self._product("o", self._attended(results), results)
+        room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
+        x2_MD, rstd_M, results.h_MD = pieces.rms_norm(x_MD, norm, eps, added, out=room)
+        return x2_MD, rstd_M
+
+    def _gate_up(self, results: _Results, x2_MD: Tensor) -> Tensor:
+        if results.gate_up is None:
+            results.gate_up = self._product("gate_up", x2_MD, results)
+        return results.gate_up
+
+    def _mlp_gradients(self, results: _Results, grad_MD: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """(by the residual stream after attention, by the adapters). The gate and up matrix is used up."""
+        down, gate_up = self.weights.down, self.weights.gate_up
+        x2_MD, rstd_M = self._mlp_input(results)
+        grad_gate_up = self._gate_up(results, x2_MD)
+        results.gate_up = None
+        act, grad_narrow = down.input_gradients(grad_MD)
+        pieces.swiglu_backward_(act, grad_gate_up)
+        of_down = down.adapter_gradients(grad_MD, act, results.narrow["down"], grad_narrow)
+        del act
+        of_gate_up = gate_up.backward(grad_gate_up, x2_MD, results.narrow["gate_up"])
+        del grad_gate_up
+        grad_h_MD = pieces.rms_norm_backward(
+            _there(of_gate_up.x), _there(results.h_MD), self.weights.norm_2, rstd_M, grad_MD
+        )
+        return grad_h_MD, of_gate_up.adapters + of_down
+
+    def _attention_gradients(
+        self, results: _Results, grad_h_MD: Tensor, wants_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(by the layer's input, by the adapters)."""
+        q_k_v = self._q_k_v(results)
+        out_MD = self._attended(results)
+        assert results.attention is not None
+        of_o = self.weights.o.backward(grad_h_MD, out_MD, results.narrow["o"])
+        by_head = (_there(of_o.x).view(q_k_v[0].shape), *q_k_v, out_MD.view(q_k_v[0].shape))
+        grads = self.weights.attention.backward(*by_head, results.attention[1], self.inputs)
+        grad_qkv = self.weights.rotary.backward(grads, _there(results.qkv))
+        x1_MD, rstd_M = self._attention_input(results)
+        of_qkv = self.weights.qkv.backward(grad_qkv, x1_MD, results.narrow["qkv"], wants_x=wants_x)
+        trained = of_qkv.adapters + of_o.adapters
+        if of_qkv.x is None:
+            return None, trained
+        norm = self.weights.norm_1
+        return pieces.rms_norm_backward(of_qkv.x, _there(results.x_MD), norm, rstd_M, grad_h_MD), trained
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

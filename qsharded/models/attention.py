@@ -1,0 +1,161 @@
+"""Attention by whichever kernel suits the device and the rows; each gives its output and, as a function, its gradients.
+
+Axes: B rows, S tokens of a row, T keys, H query heads, G key-value heads, E head dim.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsharded.models.attention_inputs import AttentionInputs
+
+Saved = tuple[Any, ...]
+"""What a backend keeps from its forward for its backward, beside q, k, v and the output."""
+
+
+class Attention(Protocol):
+    """softmax(q k^T / sqrt(E)) v for tokens that see what the inputs say."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        """q [B, S, H, E], k and v [B, T, G, E] -> the output [B, S, H, E], and what backward needs."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients by q, k and v."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+    """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
+    if inputs.boundaries is None:
+        return SdpaAttention().forward(q, k, v, inputs)[0]
+    out: Tensor = _FlashAttend.apply(q, k, v, inputs)
+    return out
+
+
+def choose_attention(q: Tensor, inputs: AttentionInputs) -> Attention:
+    """The fastest backend for such rows on their device."""
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    # the meta device stands for a GPU: plans run a layer there
+    if not ((q.is_cuda or q.is_meta) and is_half and inputs.mask_BST is None):
+        return SdpaAttention()
+    return CudnnAttention() if _suits_cudnn(q, inputs) else FlashAttention()
+
+
+def _suits_cudnn(x_BSD: Tensor, inputs: AttentionInputs) -> bool:
+    """cuDNN is faster on Hopper, but plans each shape anew, in some milliseconds: it gets long rows of few lengths."""
+    length = x_BSD.shape[1]
+    if inputs.boundaries is not None or inputs.window is not None or length < 1024 or length % 256:
+        return False
+    return x_BSD.is_cuda and torch.cuda.get_device_capability(x_BSD.device)[0] == 9
+
+
+class SdpaAttention:
+    """PyTorch's own choice, on any device, with a mask where documents or windows ask for one."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        q_BHSE, k_BGTE, v_BGTE = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return _sdpa(q_BHSE, k_BGTE, v_BGTE, inputs.mask_BST).transpose(1, 2), ()
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the forward again, for PyTorch keeps what it needs to itself."""
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        with torch.enable_grad():
+            again, _ = self.forward(*leaves, inputs)
+        grad_q, grad_k, grad_v = torch.autograd.grad(again, leaves, grad)
+        return grad_q, grad_k, grad_v
+
+
+def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None) -> Tensor:
+    groups = q_BHSE.shape[1] // k_BGTE.shape[1]
+    if mask_BST is None:
+        causal = q_BHSE.shape[2] > 1
+        return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, is_causal=causal, enable_gqa=groups > 1)
+    # Of the fused GPU kernels only cuDNN's takes a mask and grouped heads at once, and it is not everywhere; the
+    # fallback would hold all S x T scores. Repeating costs 5% where cuDNN would have served (H200, 4 x 2048 tokens).
+    if groups > 1:
+        k_BGTE, v_BGTE = (t.repeat_interleave(groups, dim=1) for t in (k_BGTE, v_BGTE))
+    return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST)
+
+
+class FlashAttention:
+    """FlashAttention 2 as PyTorch ships it, on GPUs: grouped heads, windows and documents without a mask.
+
+    Source: Dao, "FlashAttention-2", arXiv:2307.08691.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        rows = q.shape[:2]
+        q, k, v = (_end_to_end(tensor, inputs) for tensor in (q, k, v))
+        out, log_sum_exp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_lengths(q, inputs), 0.0, True, False, **_window(inputs)
+        )
+        return out.view(*rows, *out.shape[-2:]), (log_sum_exp, seed, offset)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log_sum_exp, seed, offset = saved
+        shapes = q.shape, k.shape, v.shape
+        grad, q, k, v, out = (_end_to_end(tensor, inputs) for tensor in (grad, q, k, v, out))
+        lengths = _lengths(q, inputs)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, log_sum_exp, *lengths, 0.0, True, seed, offset, **_window(inputs)
+        )
+        grad_q, grad_k, grad_v = (grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
+        return grad_q, grad_k, grad_v
+
+
+class CudnnAttention:
+    """cuDNN's kernel, for rows that are one document each and have no window."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+        return out.transpose(1, 2), tuple(saved)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log_sum_exp, starts_q, starts_k, most_q, most_k, seed, offset = saved
+        grad, q, k, v, out = (tensor.transpose(1, 2) for tensor in (grad, q, k, v, out))
+        lengths = starts_q, starts_k, most_q, most_k
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, log_sum_exp, seed, offset, None, *lengths, 0.0, True
+        )
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
+        return grad_q, grad_k, grad_v
+
+
+def _end_to_end(tensor: Tensor, inputs: AttentionInputs) -> Tensor:
+    """All rows in one, where documents have boundaries; else as it is."""
+    return tensor if inputs.boundaries is None else tensor.flatten(0, 1)
+
+
+def _lengths(q: Tensor, inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if inputs.boundaries is None:
+        return None, None, q.shape[1], q.shape[1]
+    starts, longest = inputs.boundaries.starts, inputs.boundaries.longest
+    return starts, starts, longest, longest
+
+
+def _window(inputs: AttentionInputs) -> dict[str, int]:
+    return {} if inputs.window is None else {"window_size_left": inputs.window - 1, "window_size_right": 0}
+
+
+class _FlashAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+        out, saved = FlashAttention().forward(q, k, v, inputs)
+        ctx.inputs = inputs
+        ctx.save_for_backward(q, k, v, out, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *saved = ctx.saved_tensors
+        return *FlashAttention().backward(grad, q, k, v, out, tuple(saved), ctx.inputs), None

@@ -50,9 +50,10 @@ def forward(
 def backward(
     grad_y_MD: Tensor, h_MD: Tensor, weight_D: Tensor, rstd_M: Tensor, grad_residual_MD: Tensor | None
 ) -> Tensor:
-    """The gradient by h [M, D]: through the norm, and ``grad_residual`` on the way around it."""
+    """The gradient by h [M, D]: through the norm, and ``grad_residual`` on the way around it. ``grad_y``'s rows are D
+    values in a run."""
     M, D = h_MD.shape
-    assert grad_y_MD.is_contiguous()
+    assert grad_y_MD.stride(1) == 1
     assert h_MD.is_contiguous()
     assert grad_residual_MD is None or grad_residual_MD.is_contiguous()
     grad_h_MD = torch.empty_like(h_MD)
@@ -65,6 +66,7 @@ def backward(
             grad_y_MD if grad_residual_MD is None else grad_residual_MD,
             grad_h_MD,
             D,
+            grad_y_MD.stride(0),
             ADD=grad_residual_MD is not None,
             BLOCK=triton.next_power_of_2(D),
             num_warps=_warps(D),
@@ -115,6 +117,7 @@ def _backward_kernel(
     grad_residual_ptr,
     grad_h_ptr,
     D,
+    grad_y_stride,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -123,7 +126,7 @@ def _backward_kernel(
     inside = column < D
     at = token * D + column
     h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_y_ptr + token * grad_y_stride + column, mask=inside, other=0.0).to(tl.float32)
     grad *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + token)
     grad_h = rstd * (grad - h * (rstd * rstd * tl.sum(grad * h, axis=0) / D))

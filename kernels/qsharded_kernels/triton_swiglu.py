@@ -29,14 +29,16 @@ def forward(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def backward_(grad_act: Tensor, gate_up: Tensor) -> None:
-    """In place: ``gate_up`` [M, 2J] becomes its gradient, and ``grad_act`` [M, J] becomes act, which backward of the
-    down-projection reads."""
+    """In place: ``gate_up`` [M, 2J] becomes its gradient, and ``grad_act`` [M, J], whose rows are J values in a run,
+    becomes act, which backward of the down-projection reads."""
     M, J = grad_act.shape
-    assert grad_act.is_contiguous()
+    assert grad_act.stride(1) == 1
     assert gate_up.is_contiguous()
     assert gate_up.shape == (M, 2 * J)
     with torch.cuda.device_of(gate_up):
-        _backward_kernel[(triton.cdiv(J, _BLOCK), M)](grad_act, gate_up, J, BLOCK=_BLOCK, num_warps=_WARPS)
+        _backward_kernel[(triton.cdiv(J, _BLOCK), M)](
+            grad_act, gate_up, J, grad_act.stride(0), BLOCK=_BLOCK, num_warps=_WARPS
+        )
 
 
 @triton.jit
@@ -51,17 +53,17 @@ def _forward_kernel(gate_up_ptr, act_ptr, J, act_stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(grad_act_ptr, gate_up_ptr, J, BLOCK: tl.constexpr):
+def _backward_kernel(grad_act_ptr, gate_up_ptr, J, act_stride, BLOCK: tl.constexpr):
     token = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < J
     at_gate = token * 2 * J + column
     gate = tl.load(gate_up_ptr + at_gate, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + at_gate + J, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_act_ptr + token * J + column, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_act_ptr + token * act_stride + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     kept = gate_up_ptr.dtype.element_ty
     tl.store(gate_up_ptr + at_gate, (grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(kept), mask=inside)
     tl.store(gate_up_ptr + at_gate + J, (grad * silu).to(kept), mask=inside)
-    tl.store(grad_act_ptr + token * J + column, (silu * up).to(kept), mask=inside)
+    tl.store(grad_act_ptr + token * act_stride + column, (silu * up).to(kept), mask=inside)

@@ -4,7 +4,7 @@ A node of its own knows what PyTorch's checkpointing cannot: which of a layer's 
 kept is computed again there, each by the function that made it, and what nobody reads (the down-projection's output)
 is not. Gradients go to the layer's input and to its adapters; everything else is frozen.
 
-Axes: B rows, S tokens of a row, M = B S, D hidden size, I intermediate size, H query heads, G key-value heads, E head
+Axes: B rows, S tokens of a row, M = B S, D hidden size, J intermediate size, H query heads, G key-value heads, E head
 dim, R ranks of a group of adapters together.
 """
 
@@ -149,7 +149,8 @@ class _Results:
         qkv: [M, (H + 2G) E]: turned, or as it was before the norms of q and k where a model has them.
         attention: its output [M, H E], and what its backward needs.
         h_MD: the residual stream after attention.
-        gate_up: [M, 2I].
+        gate_up: [M, 2J].
+        normed: the attention's normalised input and its rstd; not kept, as it takes as long to read as to make.
         narrow: each group's input times its adapters' A; it is small, and so always kept.
     """
 
@@ -158,6 +159,7 @@ class _Results:
     attention: tuple[Tensor, Saved] | None = None
     h_MD: Tensor | None = None
     gate_up: Tensor | None = None
+    normed: tuple[Tensor, Tensor] | None = None
     narrow: dict[str, Tensor | None] = field(default_factory=dict)
 
     def keep(self, names: frozenset[str]) -> "_Results":
@@ -219,9 +221,12 @@ class _Layer:
 
     def _attention_input(self, results: _Results) -> tuple[Tensor, Tensor]:
         """(the normalised input, rstd)."""
-        x_MD = _there(results.x_MD)
-        room = self.weights.qkv.room(x_MD.shape[0], x_MD)
-        return pieces.rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)[:2]
+        if results.normed is None:
+            x_MD = _there(results.x_MD)
+            room = self.weights.qkv.room(x_MD.shape[0], x_MD)
+            y_MD, rstd_M, _ = pieces.rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)
+            results.normed = y_MD, rstd_M
+        return results.normed
 
     def _q_k_v(self, results: _Results) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, H, E], k and v [B, S, G, E], as attention takes them."""

@@ -138,7 +138,7 @@ class Group:
         weight, bias = self._weight(x_MK.dtype), self._bias(x_MK.dtype)
         if narrow_MR is None:
             return F.linear(x_MK, weight, bias)
-        if x_MK.stride(0) == self._pitch:
+        if x_MK.stride(0) == self._pitch:  # it has room
             extended = x_MK.as_strided((x_MK.shape[0], self._K + self._R), x_MK.stride())
             extended[:, self._K :] = narrow_MR
             return F.linear(extended, weight, bias)
@@ -150,12 +150,11 @@ class Group:
         return Gradients(grad_x, self.adapter_gradients(grad_MN, x_MK, narrow_MR, grad_narrow_MR))
 
     def input_gradients(self, grad_MN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those by x [M, K] and, on the way, by x A^T [M, R]."""
-        weight = self._weight(grad_MN.dtype)
-        grad_x = grad_MN @ weight[:, : self._K]
+        """Those by x [M, K], whose rows may have room behind them, and by x A^T [M, R]: one product gives both."""
+        both = grad_MN @ self._weight(grad_MN.dtype)
         if not self._R:
-            return grad_x, None
-        grad_narrow_MR = grad_MN @ weight[:, self._K :]
+            return both, None
+        grad_x, grad_narrow_MR = both[:, : self._K], both[:, self._K :]
         return grad_x.addmm_(grad_narrow_MR, self._stacked_A(grad_MN.dtype)), grad_narrow_MR
 
     def _narrow_gradient(self, grad_MN: Tensor) -> Tensor | None:

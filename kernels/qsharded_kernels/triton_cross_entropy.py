@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a chunk of logits and its gradient, in one pass over bf16; interpreted where there is no GPU.
+"""Softmax cross-entropy of a chunk of logits and its gradient, in one pass over bf16; interpreted without a GPU.
 
     loss = log(sum_v exp(l_v)) - l_target,  d l_v = softmax(l)_v - [v = target]
 

@@ -42,8 +42,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``; from pinned memory without waiting."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(part if part is None else _moved(part, device) for part in parts))
+        parts: dict[str, Any] = {field.name: _moved(getattr(self, field.name), device) for field in fields(self)}
+        return Batch(**parts)
 
 
 def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: int) -> Batch:
@@ -61,14 +61,15 @@ def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: in
     arrays_BS = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
     for number, row in enumerate(rows):
         _fill_row({name: array_BS[number] for name, array_BS in arrays_BS.items()}, row)
-    tensors = {name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()}
-    documents_BS = tensors.pop("document_ids")
+    tensors: dict[str, Any] = {name: torch.from_numpy(array_BS) for name, array_BS in arrays_BS.items()}
     if all(len(row) <= 1 for row in rows):
-        return Batch(**tensors, document_ids=None)
-    return Batch(**tensors, document_ids=documents_BS, boundaries=Boundaries.of(documents_BS))
+        return Batch(**tensors | {"document_ids": None})
+    return Batch(**tensors, boundaries=Boundaries.of(tensors["document_ids"]))
 
 
 def _moved(part: Any, device: torch.device | str) -> Any:
+    if part is None:
+        return None
     return part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
 
 

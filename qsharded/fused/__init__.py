@@ -1,1 +1,1 @@
-"""A decoder layer as one autograd node: few kernels, few host calls, and in backward only what it reads is recomputed."""
+"""A decoder layer as one autograd node: few kernels, few host calls, and its backward recomputes only what it reads."""

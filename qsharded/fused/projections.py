@@ -60,9 +60,10 @@ class Projection:
             frozen: tuple[Any, ...] = base.in_features, base.out_features, base.packed(), base.kind, None, base.bias
         else:
             frozen = base.in_features, base.out_features, None, NF4_64, base.weight, base.bias
-        if not isinstance(layer, LoRALinear):
-            return cls(*frozen)
-        return cls(*frozen, layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+        adapter: tuple[Any, ...] = ()
+        if isinstance(layer, LoRALinear):
+            adapter = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
+        return cls(*frozen, *adapter)
 
     @property
     def rank(self) -> int:

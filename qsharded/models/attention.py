@@ -65,7 +65,7 @@ class SdpaAttention:
         """Runs the forward again, for PyTorch keeps what it needs to itself."""
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         with torch.enable_grad():
-            again, _ = self.forward(*leaves, inputs)
+            again, _ = self.forward(leaves[0], leaves[1], leaves[2], inputs)
         grad_q, grad_k, grad_v = torch.autograd.grad(again, leaves, grad)
         return grad_q, grad_k, grad_v
 

@@ -105,7 +105,7 @@ def attention_inputs(
             mask_BST = attention_mask(queries, keys, documents_BT, narrow, positions_BS.device)
             made[window] = AttentionInputs(*tables, narrow, None, mask_BST)
         elif narrow is not None and boundaries is None:
-            rows = Boundaries.of_rows(*positions_BS.shape, positions_BS.device)
+            rows = Boundaries.of_rows(positions_BS.shape[0], queries, positions_BS.device)
             made[window] = AttentionInputs(*tables, narrow, rows)
         else:
             made[window] = AttentionInputs(*tables, narrow, boundaries)

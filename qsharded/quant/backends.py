@@ -63,8 +63,8 @@ def dequantize(
 
 
 def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, kind: Kind) -> bool:
-    """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them; else
-    nothing is done, and False returned."""
+    """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them;
+    else nothing is done, and False returned."""
     kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
     if kernels is None or kernels.nf4 is not cuda_nf4 or out.dtype != torch.bfloat16:
         return False

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qsharded.data import Example, make_batch
+from qsharded.data import Batch, Example, make_batch
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.attention_inputs import attention_mask
 from qsharded.training.evaluation import batch_loss
@@ -21,7 +21,13 @@ def test_rows_by_hand():
     assert batch.targets.tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100], [7, -100, 9] + [-100] * 5]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 0, 0, 0, 0]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, -1, -1, -1], [0, 0, 0, 0, -1, -1, -1, -1]]
-    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    assert {tensor.dtype for tensor in tensors(batch)} == {torch.int64}
+    assert batch.boundaries.starts.tolist() == [0, 3, 5, 8, 12, 16]  # padding is one more document
+    assert batch.boundaries.longest == 4
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [batch.input_ids, batch.targets, batch.positions, batch.document_ids]
 
 
 @pytest.mark.parametrize(
@@ -54,5 +60,5 @@ def test_rows_of_one_document_need_no_mask_and_have_the_same_loss():
 
 def test_moving():
     moved = make_batch([[A, B]], pad_id=0, max_length=8).to("meta")
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {tensor.device.type for tensor in [*tensors(moved), moved.boundaries.starts]} == {"meta"}
     assert make_batch([[A]], pad_id=0, max_length=8).to("meta").document_ids is None

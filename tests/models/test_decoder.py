@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.rope import RopeConfig
 
 from .families import FAMILIES, VOCAB, gradients, our_model, pair, random_ids, transformers_model
@@ -127,12 +128,12 @@ def test_a_layer_compiles_to_one_graph(family: str, masked: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 10, model.config.hidden_size)
     tables = [torch.randn(2, 10, model.config.head_dim) for _ in range(2)]
-    mask = torch.ones(10, 10).tril().bool()[None, None] if masked else None
+    inputs = AttentionInputs(*tables, mask_BST=torch.ones(10, 10).tril().bool()[None, None] if masked else None)
     torch._dynamo.reset()
     results = []
     for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
         leaf = x.clone().requires_grad_()
-        y = run(leaf, *tables, mask)
+        y = run(leaf, inputs)
         y.square().sum().backward()
         results.append({"y": y, "x": leaf.grad, **gradients(layer)})
     torch.testing.assert_close(*results)

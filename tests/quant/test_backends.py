@@ -66,7 +66,7 @@ def test_kernels_serve_the_kinds_that_they_are_for(
     asked: list[str] = []
     for name in ("quantize", "dequantize"):
         kernel = getattr(cpu_nf4, name)
-        monkeypatch.setattr(cpu_nf4, name, lambda *a, n=name, k=kernel: asked.append(n) or k(*a))
+        monkeypatch.setattr(cpu_nf4, name, lambda *a, n=name, k=kernel, **o: asked.append(n) or k(*a, **o))
     weight = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     kind = {"quant_type": quant_type, "block_size": block_size}
     codes, absmax = ops.nf4_quantize(weight, **kind)

@@ -8,7 +8,7 @@ import torch
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.distributed.placement import Layout
-from qsharded.models.rope import rope_tables
+from qsharded.models.attention_inputs import attention_inputs
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint
 
@@ -22,14 +22,14 @@ def test_a_block_compiles_with_fullgraph(tmp_path: Path, masked: bool) -> None:
         for name, parameter in trainable(model):
             if "lora_B" in name:
                 parameter.fill_(0.01)
-    cos, sin = rope_tables(model.config.rope, model.config.head_dim, torch.arange(10)[None], torch.float32)
-    mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None] if masked else None
+    documents = torch.tensor([[0] * 4 + [1] * 6]) if masked else None
+    inputs = attention_inputs(model.config, torch.arange(10)[None], torch.float32, documents_BT=documents)[None]
     x = torch.randn(2, 10, 192)
     results = []
     for forward in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         block.zero_grad()
         leaf = x.clone().requires_grad_()
-        y = forward(leaf, cos, sin, mask)
+        y = forward(leaf, inputs)
         y.square().sum().backward()
         gradients = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
         results.append((y.detach(), leaf.grad, gradients))

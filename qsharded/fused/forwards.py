@@ -60,7 +60,7 @@ def _forward(
     inputs: AttentionInputs,
     cache: KVCache | None = None,
 ) -> Tensor:
-    if cache is None and not _is_watched(x_BSD) and can_fuse(layer):
+    if cache is None and torch.is_grad_enabled() and not _is_watched(x_BSD) and can_fuse(layer):
         return fused_forward(layer, x_BSD, inputs, policy)
     return composed(x_BSD, inputs, cache)
 

@@ -22,6 +22,7 @@ _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 _WAKE = signal.SIGURG
 _ONE_REQUEST_S = 0.2  # timeout(1) sends each signal twice in a row, to the process and to its group
 _LOOK_S = 2.0  # between two looks whether other ranks have left
+_STUCK_S = 20.0  # torchrun kills 30 s after its signal, and then nobody is left to say why
 
 
 class _Answer(Enum):
@@ -40,6 +41,7 @@ class _Listener:
         self.prog, self.meanwhile = "qsharded", ""
         self.answer = _Answer.END
         self.noted: signal.Signals | None = None
+        self.is_heard = False  # whether the main thread knows of it
         self.look: Callable[[], str] = lambda: ""
         self.tell: Callable[[str], object] = lambda _: None
         self._asked_at: dict[bool, float] = {}
@@ -53,6 +55,12 @@ class _Listener:
             elif how := self.look():
                 time.sleep(_LOOK_S)  # torchrun names the first to leave as the cause: that is not this rank
                 follow(how)
+            elif self.noted is not None and self._is_stuck():
+                self.leave(
+                    self.noted,
+                    f"stopped by {self.noted.name}: the micro-batch under way did not end within {_STUCK_S:g} s, as "
+                    "when another rank has died; leaving without saving",
+                )
 
     def _receive(self, number: signal.Signals, *, from_launcher: bool) -> None:
         if how := self.look():  # hence the signal: torchrun ends the ranks that are left
@@ -65,6 +73,11 @@ class _Listener:
         first, self.noted = self.noted is None, self.noted or number
         if first and self.answer is _Answer.UNWIND:
             signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+    def _is_stuck(self) -> bool:
+        """Whether the main thread, in a collective that another rank never joins, say, has not asked for long."""
+        asked_at = min(self._asked_at.values())
+        return self.answer is _Answer.NOTE and not self.is_heard and time.monotonic() - asked_at > _STUCK_S
 
     def _is_another(self, from_launcher: bool) -> bool:
         """Whether it asks once more. Slurm and systemd signal torchrun and its ranks, and torchrun passes its own on:
@@ -111,6 +124,7 @@ def note_from_now() -> None:
 
 def noted() -> signal.Signals | None:
     """The signal that has asked this process to stop, if one has."""
+    _listener.is_heard = _listener.noted is not None
     return _listener.noted
 
 

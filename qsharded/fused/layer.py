@@ -55,7 +55,7 @@ class Policy:
 
 def can_fuse(layer: nn.Module) -> bool:
     """Whether :func:`fused_forward` computes what ``layer`` does."""
-    if type(layer) is not DecoderLayer:
+    if not isinstance(layer, DecoderLayer):  # FSDP2 makes a subclass of it
         return False
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

@@ -1,0 +1,69 @@
+"""What is measured: a model's shape, a batch and a way to checkpoint; and the arithmetic that such a step needs.
+
+Axes: M tokens of a step, S tokens of a row, D hidden size, V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PEAK_BF16_FLOPS = 989e12  # of an H100 or H200, dense, by the data sheet
+CHECKPOINTING = ("none", "selective", "full", "offloaded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of random tokens.
+
+    Attributes:
+        shape: a model's config.json, without what does not matter.
+        rows, length: of the batch.
+        checkpointing: one of ``CHECKPOINTING``.
+        documents: in each row, of lengths drawn at random; 1 is a plain row.
+        rank: of the adapters, on all linear layers.
+        lora_dtype: of the adapters.
+        steps: that are timed, after three.
+    """
+
+    name: str
+    shape: dict[str, Any]
+    rows: int = 4
+    length: int = 2048
+    checkpointing: str = "full"
+    documents: int = 1
+    rank: int = 16
+    lora_dtype: str = "bfloat16"
+    steps: int = 8
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.length
+
+    def to_json(self) -> dict[str, Any]:
+        """For a process of its own."""
+        return asdict(self)
+
+    def flops(self) -> float:
+        """Of a step without recomputation: each frozen weight is multiplied with in forward and once in backward, for
+        the gradient of its input; causal attention takes two products in forward and five in backward, of half of all
+        pairs of tokens; adapters are left out."""
+        s, layers = self.shape, self.shape["num_hidden_layers"]
+        D, heads = s["hidden_size"], s["num_attention_heads"]
+        head_dim = s.get("head_dim") or D // heads
+        attention_weights = D * head_dim * (2 * heads + 2 * s["num_key_value_heads"])
+        weights = layers * (attention_weights + 3 * D * s["intermediate_size"]) + D * s["vocab_size"]
+        pairs = self.tokens * self.length / self.documents / 2
+        return 4 * weights * self.tokens + 2 * (2 + 5) * layers * heads * head_dim * pairs
+
+
+def suite(shape: dict[str, Any]) -> list[Case]:
+    """The runs that the README's table cites."""
+    return [
+        Case("4x2048 offloaded", shape, checkpointing="offloaded"),
+        Case("4x2048 full", shape),
+        Case("4x2048 none", shape, checkpointing="none"),
+        Case("4x512 full", shape, length=512),
+        Case("4x512 none", shape, length=512, checkpointing="none"),
+        Case("1x8192 full", shape, rows=1, length=8192),
+        Case("1x8192 of 27 documents, full", shape, rows=1, length=8192, documents=27),
+    ]

@@ -1,4 +1,4 @@
-"""A decoder layer as one autograd node. Read :func:`_forward` and :func:`_backward` side by side.
+"""A decoder layer as one autograd node. Read :meth:`_Layer.output` and :meth:`_Layer.gradients` side by side.
 
 A node of its own knows what PyTorch's checkpointing cannot: which of a layer's results its backward reads. What is not
 kept is computed again there, each by the function that made it, and what nobody reads (the down-projection's output)
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qsharded.fused import pieces
 from qsharded.fused.projections import Group, Projection, is_projection
@@ -115,7 +116,7 @@ class _Weights:
             norm_2=layer.post_attention_layernorm.weight,
             eps=layer.input_layernorm.eps or torch.finfo(like.dtype).eps,
             rotary=_rotary(layer, shape, inputs),
-            attention=choose_attention(like, inputs),
+            attention=choose_attention(like, inputs, a.head_dim),
         )
 
     def groups(self) -> tuple[Group, ...]:
@@ -184,6 +185,7 @@ class _FusedLayer(torch.autograd.Function):
         return out_MD.view(x_BSD.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor | None, ...]:
         results, waiting = ctx.results, ctx.waiting
         layer = ctx.layer or ctx.bound.layer(grad_BSD)

@@ -85,6 +85,8 @@ class Projection:
 
 def is_projection(layer: nn.Module) -> bool:
     """Whether a group can hold ``layer``: frozen, with an adapter of ours or none, and no dropout at work."""
+    if layer._forward_hooks or layer._forward_pre_hooks:  # somebody wants to see it called
+        return False
     if isinstance(layer, LoRALinear):
         return (layer.dropout == 0 or not layer.training) and _is_frozen_base(layer.base_layer)
     return _is_frozen_base(layer)

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.models.attention_inputs import AttentionInputs, has_flash_kernel
 
 Saved = tuple[Any, ...]
 """What a backend keeps from its forward for its backward, beside q, k, v and the output."""
@@ -35,13 +36,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     return out
 
 
-def choose_attention(q: Tensor, inputs: AttentionInputs) -> Attention:
+def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> Attention:
     """The fastest backend for such rows on their device."""
-    is_half = q.dtype in (torch.bfloat16, torch.float16)
     # the meta device stands for a GPU: plans run a layer there
-    if not ((q.is_cuda or q.is_meta) and is_half and inputs.mask_BST is None):
+    device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
+    if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
         return SdpaAttention()
-    return CudnnAttention() if _suits_cudnn(q, inputs) else FlashAttention()
+    return CudnnAttention() if _suits_cudnn(x_BSD, inputs) else FlashAttention()
 
 
 def _suits_cudnn(x_BSD: Tensor, inputs: AttentionInputs) -> bool:
@@ -156,6 +157,7 @@ class _FlashAttend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *saved = ctx.saved_tensors
         return *FlashAttention().backward(grad, q, k, v, out, tuple(saved), ctx.inputs), None

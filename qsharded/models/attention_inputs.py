@@ -12,8 +12,13 @@ from torch import Tensor
 from qsharded.models.config import ModelConfig
 from qsharded.models.rope import rope_tables
 
-_HAS_VARLEN_KERNEL = (torch.bfloat16, torch.float16)
-"""Dtypes for which PyTorch's kernel on a GPU takes documents and windows without a mask."""
+_LARGEST_HEAD_DIM = 256
+
+
+def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's FlashAttention serves, which takes documents and windows without a mask."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= _LARGEST_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def attention_inputs(
     device = device or positions_BS.device
     queries = positions_BS.shape[1]
     keys = queries if keys is None else keys
-    uses_kernel = device.type == "cuda" and dtype in _HAS_VARLEN_KERNEL and keys == queries
+    uses_kernel = keys == queries and has_flash_kernel(device, dtype, config.head_dim)
     if not uses_kernel:
         boundaries = None
     elif boundaries is None and documents_BT is not None:

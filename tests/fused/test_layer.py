@@ -146,9 +146,19 @@ def test_what_cannot_be_fused() -> None:
     dropout = layer_of(CONFIG, LoRAConfig(r=4, lora_dropout=0.1))
     assert not can_fuse(dropout)
     assert can_fuse(dropout.eval())
+    watched = layer_of(CONFIG, LoRAConfig(r=4))
+    watched.mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert not can_fuse(watched), "the hook would not be called"
     full = layer_of(CONFIG)
     full.mlp.down_proj.bias = nn.Parameter(torch.zeros(WIDTH))
     assert not can_fuse(full), "a bias that trains gets no gradient"
     norm = layer_of(CONFIG, LoRAConfig(r=4))
     norm.input_layernorm.weight.requires_grad_(True)
     assert not can_fuse(norm), "a norm that trains gets no gradient"
+
+
+def test_a_second_derivative_is_refused() -> None:
+    layer, inputs, x = layer_of(CONFIG, LoRAConfig(r=4)), inputs_of(CONFIG), activations().requires_grad_()
+    (grad,) = torch.autograd.grad(fused_forward(layer, x, inputs).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

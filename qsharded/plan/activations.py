@@ -78,7 +78,8 @@ def step_work(
 
 def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> dict[int | None, AttentionInputs]:
     """Of rows that may hold several documents, which takes a mask where no kernel knows of documents."""
-    boundaries = Boundaries.of_rows(*positions_BS.shape, positions_BS.device)
+    rows, length = positions_BS.shape
+    boundaries = Boundaries.of_rows(rows, length, positions_BS.device)
     documents_BS, on_gpu = positions_BS, torch.device("cuda")
     return attention_inputs(
         config, positions_BS, dtype, documents_BT=documents_BS, boundaries=boundaries, device=on_gpu

@@ -85,8 +85,8 @@ class TrainConfig:
     )
     activation_checkpointing: Mode = _memory(
         "What the backward pass computes again. full keeps each block's input alone: a third more work for a fraction "
-        "of the memory; selective keeps what attention and the large matmuls put out as well; offloaded is full with "
-        "the inputs in host memory.",
+        "of the memory; selective keeps what attention takes and puts out as well, and computes the MLP again; "
+        "offloaded is full with the inputs in host memory.",
         "full",
     )
     sharding: Literal["full", "replicate", "auto"] = _memory(

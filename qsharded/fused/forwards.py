@@ -60,9 +60,16 @@ def _forward(
     inputs: AttentionInputs,
     cache: KVCache | None = None,
 ) -> Tensor:
-    if cache is None and torch.is_grad_enabled() and not _is_watched(x_BSD) and can_fuse(layer):
+    if cache is None and _is_recorded(layer, x_BSD) and not _is_watched(x_BSD) and can_fuse(layer):
         return fused_forward(layer, x_BSD, inputs, policy)
     return composed(x_BSD, inputs, cache)
+
+
+def _is_recorded(layer: DecoderLayer, x_BSD: Tensor) -> bool:
+    """Whether a backward will follow: by the input's gradient, or in a model's first layer by what it trains."""
+    if not torch.is_grad_enabled():
+        return False
+    return x_BSD.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _is_watched(x_BSD: Tensor) -> bool:

@@ -191,7 +191,7 @@ class Group:
         if not self._R and len(self.projections) == 1 and first.plain is not None:
             return first.plain.to(dtype)
         room = torch.empty(sum(self._widths), self._pitch, dtype=dtype, device=first.device)
-        if not room.is_meta and not self._dequantized_at_once(room):
+        if not self._dequantized_at_once(room):
             for projection, rows, _ in self._places():
                 projection.put_weight(room[rows, : self._K])
             if self._R:

@@ -72,7 +72,10 @@ class SdpaAttention:
 
 
 def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None) -> Tensor:
+    """On the meta device, where plans run a layer, by the kernels that PyTorch takes on a GPU, which hold no scores."""
     groups = q_BHSE.shape[1] // k_BGTE.shape[1]
+    if q_BHSE.is_meta and mask_BST is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
     if mask_BST is None:
         causal = q_BHSE.shape[2] > 1
         return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, is_causal=causal, enable_gqa=groups > 1)
@@ -80,6 +83,9 @@ def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | Non
     # fallback would hold all S x T scores. Repeating costs 5% where cuDNN would have served (H200, 4 x 2048 tokens).
     if groups > 1:
         k_BGTE, v_BGTE = (t.repeat_interleave(groups, dim=1) for t in (k_BGTE, v_BGTE))
+    if q_BHSE.is_meta:
+        additive = mask_BST.to(q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]
     return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST)
 
 

@@ -36,6 +36,7 @@ def _keep_dearest() -> Any:
         [
             torch.ops.qsharded.nf4_linear.default,
             torch.ops.qsharded.nf4_linear.kind,
+            aten._flash_attention_forward.default,
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._scaled_dot_product_efficient_attention.default,

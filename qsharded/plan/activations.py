@@ -4,7 +4,7 @@ Axes: B rows of a micro-batch, S tokens of a row, D hidden size, E head dim.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from qsharded.checkpoint.load import skeleton
 from qsharded.fused.forwards import layer_forwards
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
-from qsharded.models.attention_inputs import attention_inputs
+from qsharded.models.attention_inputs import AttentionInputs, Boundaries, attention_inputs
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 from qsharded.quant.formats import NF4_64, Kind
 from qsharded.utils.checkpointing_modes import Mode
@@ -24,21 +24,21 @@ from qsharded.utils.checkpointing_modes import Mode
 @dataclass(frozen=True)
 class Work:
     """Bytes of a piece of the model: ``kept`` from its forward to its backward, ``passing`` beside them at the worst
-    moment, and of these ``decoded`` for a packed weight."""
+    moment."""
 
     kept: int
     passing: int
-    decoded: int
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (rotary tables, the
-    embedding's output)."""
+    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (rotary tables, the embedding's
+    output, and masks where attention needs them). ``boundary``: what lies between two blocks, among what each keeps."""
 
     block: Work
     loss: Work
     shared: int
+    boundary: int
 
 
 def step_work(
@@ -60,7 +60,7 @@ def step_work(
     one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
     # a block may lack what the configuration names in others
     of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
-    model = skeleton(one_block, of_one, dtype, kind=kind)
+    model = skeleton(one_block, of_one, dtype, kind=kind).train()
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)
@@ -70,11 +70,27 @@ def step_work(
     with torch.device("meta"):
         positions_BS = torch.zeros(rows, length, dtype=torch.int64)
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
-        inputs = attention_inputs(config, positions_BS, dtype, device=torch.device("cuda"))
+        inputs = _packed_rows(config, positions_BS, dtype)
     block = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
-    tables = next(iter(inputs.values()))
-    shared = [positions_BS, x_BSD, tables.cos_BSE, tables.sin_BSE]
-    return StepWork(block, _loss_work(model, positions_BS, x_BSD), sum(tensor.nbytes for tensor in shared))
+    shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs.values())
+    return StepWork(block, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)
+
+
+def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> dict[int | None, AttentionInputs]:
+    """Of rows that may hold several documents, which takes a mask where no kernel knows of documents."""
+    rows, length = positions_BS.shape
+    boundaries = Boundaries.of_rows(rows, length, positions_BS.device)
+    documents_BS, on_gpu = positions_BS, torch.device("cuda")
+    return attention_inputs(
+        config, positions_BS, dtype, documents_BT=documents_BS, boundaries=boundaries, device=on_gpu
+    )
+
+
+def _bytes(inputs: Iterable[AttentionInputs]) -> int:
+    """Rotary tables, which all layers share, and a mask for each window that needs one."""
+    made = list(inputs)
+    masks = [of_window.mask_BST for of_window in made if of_window.mask_BST is not None]
+    return sum(tensor.nbytes for tensor in (made[0].cos_BSE, made[0].sin_BSE, *masks))
 
 
 def _give_gradients(model: nn.Module) -> None:
@@ -130,4 +146,4 @@ def _simulate(model: nn.Module, forward: Callable[[Tensor], Tensor], x_BSD: Tens
         rest = _Rest.apply(y)
         del y
         rest.backward()
-    return Work(kept, live.peak - kept, live.decoded)
+    return Work(kept, live.peak - kept)

@@ -140,7 +140,7 @@ class Planner:
             *_activations(work, blocks, config),
             *_optimizer_step(held, config, ranks),
         ]
-        boundaries = blocks * pinned_bytes(work.block.kept) if config.activation_checkpointing == "offloaded" else 0
+        boundaries = blocks * pinned_bytes(work.boundary) if config.activation_checkpointing == "offloaded" else 0
         on_gpu = tuple(row for row in rows if row.bytes)
         resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.pinned, boundaries))
         return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))
@@ -216,24 +216,20 @@ def _gathers(held: Held) -> list[Row]:
     ]
 
 
-_MODES = {"none": "all of a block's", "selective": "the dearest of a block's", "full": "a block's input"}
+_MODES = {"none": "all that a block's backward reads", "selective": "all but the MLP's", "full": "a block's input"}
 
 
 def _activations(work: StepWork, blocks: int, config: TrainConfig) -> list[Row]:
-    block, mode = work.block, config.activation_checkpointing
+    mode, kept = config.activation_checkpointing, blocks * work.block.kept
     if mode == "offloaded":
         # one that runs, one on its way to the host or back, one that was allocated while the copy before had not ended
-        kept = Row(
-            "activations", 3 * block.kept + work.shared, _KEPT, "three blocks' inputs; the others in host memory"
-        )
+        kept = 3 * work.boundary + blocks * (work.block.kept - work.boundary)
+        note = "three blocks' inputs; the others in host memory"
     else:
-        kept = Row(
-            "activations", blocks * block.kept + work.shared, _KEPT, f"{_MODES[mode]}, {blocks} times, and masks"
-        )
+        note = f"{_MODES[mode]}, {blocks} times, and what they share"
     return [
-        kept,
-        Row("decode workspace", block.decoded, ("backward of a block",), "the largest weight in 16 bits"),
-        Row("block's work", block.passing - block.decoded, ("backward of a block",), "what backward takes of one"),
+        Row("activations", kept + work.shared, _KEPT, note),
+        Row("block's work", work.block.passing, ("backward of a block",), "what backward takes of one"),
         Row("logits and loss", work.loss.passing + work.loss.kept, ("loss",), "a chunk of logits, hidden states"),
     ]
 

@@ -4,7 +4,7 @@ Nothing is computed and nothing allocated, but every operation says which storag
 are let go. What a GPU's kernels do otherwise than the meta device's is put in their place: they keep less for the
 backward than PyTorch's composite operations, and some allocate a workspace that no tensor shows.
 
-Axes: B batch, S sequence, D hidden size, H query heads, G key-value heads, E head dim.
+Axes: N out_features, K in_features.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,7 +30,6 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: the most bytes alive at once, workspaces included.
-        decoded: of these the most that one operation decodes a packed weight into.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -38,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         # references, not addresses alone: while one is held, no other storage gets that address
         self._known = {ref.cdata: ref for ref in map(_storage_of, known)}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.decoded = 0
+        self.peak = 0
 
     def now(self) -> int:
         """Bytes alive."""
@@ -56,7 +55,6 @@ class LiveBytes(TorchDispatchMode):
                 self._alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
         rule = _WORKSPACES.get(getattr(func, "overloadpacket", None))
         workspace = rule(*args) if rule else 0
-        self.decoded = max(self.decoded, workspace if rule is _decoded else 0)
         self.peak = max(self.peak, self.now() + workspace)
         return result
 
@@ -77,10 +75,11 @@ def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
     return N * K * x.itemsize + (0 if block_size == formats.BLOCK else formats.decode_workspace(N, K))
 
 
-def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: Any) -> int:
-    """q's gradient is summed in fp32, beside a figure a row; with grouped heads k and v have theirs a query head."""
-    fp32 = q_BHSE.numel() + q_BHSE.shape[:3].numel()
-    per_head = 2 * grad_BHSE.nbytes if k_BGTE.shape[1] != q_BHSE.shape[1] else 0
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> int:
+    """q's gradient is summed in fp32, beside a figure a row; with grouped heads k and v have theirs a query head.
+    Heads and tokens come in either order."""
+    fp32 = q.numel() + q.shape[:-1].numel()
+    per_head = 2 * grad.nbytes if k.numel() != q.numel() else 0
     return fp32 * 4 + per_head
 
 
@@ -88,6 +87,7 @@ def _attention_backward(grad_BHSE: Tensor, q_BHSE: Tensor, k_BGTE: Tensor, *_: A
 _WORKSPACES: dict[Any, Callable[..., int]] = {
     torch.ops.qsharded.nf4_linear: _decoded,
     torch.ops.qsharded.nf4_linear_input_grad: _decoded,
+    torch.ops.aten._flash_attention_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
 }
@@ -112,9 +112,8 @@ class _AsOnGPU(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.rms_norm:
             return _RMSNorm.apply(args[0], kwargs["weight"])
-        if func is F.scaled_dot_product_attention:
-            q, k, v = args
-            return _attention(q, k, v, kwargs.get("attn_mask"))
+        if func is F.dropout and kwargs["training"] and kwargs["p"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]  # its mask takes a byte a value
         return func(*args, **kwargs)
 
 
@@ -130,11 +129,3 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-
-
-def _attention(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask: Tensor | None) -> Tensor:
-    """The fused kernels, which hold no scores. Flash attention takes no mask; the other one has it made additive."""
-    if mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
-    additive = torch.empty_like(mask, dtype=q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]

@@ -52,6 +52,8 @@ def dequantize(
 
     ``out``: [N, K] of ``dtype`` to write to, each row contiguous and 16-byte aligned.
     """
+    if _is_simulated(codes, kind):
+        return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype) if out is None else out
     kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
         weight = dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
@@ -65,14 +67,22 @@ def dequantize(
 def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, kind: Kind) -> bool:
     """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them;
     else nothing is done, and False returned."""
-    kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
-    if kernels is None or kernels.nf4 is not cuda_nf4 or out.dtype != torch.bfloat16:
+    if out.dtype != torch.bfloat16 or len(parts) > cuda_nf4.MOST_PARTS or len({part[2] is None for part in parts}) > 1:
         return False
-    if len(parts) > cuda_nf4.MOST_PARTS or len({part[2] is None for part in parts}) > 1:
+    if _is_simulated(out, kind):
+        return True
+    kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
+    if kernels is None or kernels.nf4 is not cuda_nf4:
         return False
     levels, absmax_map = nf4.levels(out.device, kind.quant_type), blockwise8.dynamic_map(True, out.device)
     cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
     return True
+
+
+def _is_simulated(tensor: Tensor, kind: Kind) -> bool:
+    """Whether a plan runs a layer on the meta device, which stands for a GPU there: its kernels take no memory but
+    their output's. What has none runs as it is written, and shows what it takes."""
+    return tensor.is_meta and kind.block_size == nf4.BLOCK
 
 
 def linear(

@@ -3,5 +3,5 @@
 from typing import Literal
 
 Mode = Literal["none", "selective", "full", "offloaded"]
-"""none keeps every activation; selective keeps what attention and the packed matmuls put out, the dearest to compute;
+"""none keeps all that a backward reads; selective keeps what attention takes and puts out, the dearest for its size;
 full keeps a block's input alone; offloaded keeps that in host memory. Each takes less memory than the one before."""

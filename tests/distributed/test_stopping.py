@@ -34,10 +34,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A signal in the fourth step, in the first of its two micro-batches; the third has one.
 STOP_MID_STEP = """
 import os, signal, sys, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train", " before its first step")
-from qsharded import evaluation, train
+from qsharded import train
 from qsharded.cli.command import run_as_process
+from qsharded.training import evaluation
 
 loss, calls = evaluation.batch_loss, 0
 
@@ -91,10 +92,11 @@ def test_torchrun_hands_its_signal_on_and_the_line_has_its_command(model: Path, 
 # Rank 1 is signalled while it loads; rank 0 waits for it.
 SIGNAL_WHILE_LOADING = """
 import os, signal, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train", " before its first step")
-from qsharded import assembly, train
+from qsharded import train
 from qsharded.cli.command import run_as_process
+from qsharded.training import setup
 
 def load(config, world):
     if world.rank == 1:
@@ -102,7 +104,7 @@ def load(config, world):
         time.sleep(1000)
     world.barrier()
 
-assembly.prepare = load
+setup.prepare = load
 run_as_process(train.main)
 """
 
@@ -116,7 +118,7 @@ def test_a_signal_to_one_rank_while_loading_ends_all_with_one_line(model: Path, 
 # The main rank sits in what no error ends, as NCCL's collectives are, while another fails.
 FAIL_ALONE = """
 import os, sys, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train")
 from qsharded import train
 from qsharded.cli.command import run_as_process

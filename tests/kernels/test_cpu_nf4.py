@@ -126,13 +126,13 @@ def test_library_is_the_fresh_one(fresh_library: Path) -> None:
 
 _THREADS_AFTER_EACH_STEP = """
 import os, pathlib, sys, torch
-from qsharded import nf4
+from qsharded.quant import formats
 from qsharded_kernels import cpu_nf4, library
 library.PATH = pathlib.Path(sys.argv[1])
 def threads(): print(len(os.listdir("/proc/self/task")))
 weight = torch.ones(4096, 256)
 threads()
-cpu_nf4.quantize(weight, nf4.thresholds(), threads=3)
+cpu_nf4.quantize(weight, formats.thresholds(), threads=3)
 threads()
 weight.sum()
 threads()

@@ -117,6 +117,35 @@ def test_dequantize_into_given_memory() -> None:
     assert workspace[7].isnan().all()
 
 
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("r", [3, 16, 512])
+def test_parts_are_what_each_is_alone(r: int, dtype: torch.dtype, double_quant: bool) -> None:
+    """Weights one below the other, and behind each its adapter's scaled B: there are 7 rows, a part without an adapter,
+    one row, and room behind the rows that is not written."""
+    rows, ranks, scale = (7, 300, 1, 33), (r, 0, r, 1), 0.7
+    K, tail = 576, -(-sum(ranks) // 8) * 8
+    generator = torch.Generator().manual_seed(r)
+    expected = torch.full((sum(rows), K + tail + 16), torch.nan, dtype=torch.bfloat16, device="cuda")
+    expected[:, K : K + tail] = 0
+    out, parts, row, column = torch.full_like(expected, torch.nan), [], 0, 0
+    for count, rank in zip(rows, ranks, strict=True):
+        encoded = cases.double_quantized(count, K // 64)
+        if not double_quant:
+            encoded = cases.Encoded(encoded.codes, encoded.decoded_absmax, None, None, encoded.decoded_absmax)
+        arguments = on_gpu(encoded)
+        B = torch.randn(count, rank, generator=generator).to(dtype).cuda() if rank else None
+        parts.append((*arguments[:4], B, scale, column))
+        own = expected[row : row + count]
+        own[:, :K] = cuda_nf4.dequantize(*arguments, torch.bfloat16)
+        if B is not None:
+            torch.mul(B, scale, out=own[:, K + column : K + column + rank])
+        row, column = row + count, column + rank
+    levels, absmax_map = arguments[4:]
+    cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
+    cases.assert_same_bits(out.cpu(), expected.cpu())
+
+
 def test_runs_on_the_current_stream_and_in_a_graph() -> None:
     encoded = cases.double_quantized(31, 9)
     arguments = on_gpu(encoded)

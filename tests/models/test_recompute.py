@@ -1,5 +1,7 @@
 """What each mode computes again in backward, and that it changes no result."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,51 @@ from torch import Tensor, nn
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
+from qsharded.fused.projections import Projection
+from qsharded.models import CausalLM
 from qsharded.models.recompute import Mode, recomputed
-from qsharded.nn import LoRAConfig
+from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.quant import backends
 from qsharded.quant.formats import NF4_64, Kind
 from tests.checkpoints import write_checkpoint
+
+
+def packed_model(tmp_path: Path, kind: Kind, mode: Mode, dropout: float) -> CausalLM:
+    """Two blocks of 7 packed layers, of which three are adapted; a block's last layer is not."""
+    original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
+    folder.mkdir()
+    quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
+    lora = LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=dropout)
+    return load_model(folder, lora=lora, dtype=torch.float32, device="cpu", activation_checkpointing=mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "again"),
+    [("none", ""), ("selective", "gate up"), ("full", "q k v o gate up"), ("offloaded", "q k v o gate up")],
+)
+@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+def test_what_a_fused_block_computes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: str
+) -> None:
+    """Each product decodes its weight, so that is counted. Nothing reads what down_proj puts out."""
+    model = packed_model(tmp_path, kind, mode, dropout=0.0)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    names = {layer.packed()[0].data_ptr(): name for name, layer in layers.items()}
+    put_weight, decoded = Projection.put_weight, Counter()
+
+    def counted(self: Projection, out: Tensor) -> None:
+        decoded[names[self.packed[0].data_ptr()]] += 1
+        put_weight(self, out)
+
+    monkeypatch.setattr(Projection, "put_weight", counted)
+    loss = model(torch.arange(24).view(2, 12), targets_BS=torch.arange(24).view(2, 12))
+    assert decoded == dict.fromkeys(layers, 1)
+    decoded.clear()
+    loss.backward()
+    for name in layers:
+        block, _, projection = re.match(r"model\.layers\.(\d)\.(self_attn|mlp)\.(\w+)_proj", name).groups()
+        gives_input_gradient = not (block == "0" and projection in ("q", "k", "v"))  # the embedding does not train
+        assert decoded[name] == gives_input_gradient + (projection in again.split()), name
 
 
 @pytest.mark.parametrize(
@@ -22,14 +64,10 @@ from tests.checkpoints import write_checkpoint
     [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
 )
 @pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
-def test_what_is_computed_again(
+def test_what_a_block_that_cannot_be_fused_computes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: int
 ) -> None:
-    original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
-    folder.mkdir()
-    quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
-    lora = LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])  # the last layer is packed, not adapted
-    model = load_model(folder, lora=lora, dtype=torch.float32, device="cpu", activation_checkpointing=mode)
+    model = packed_model(tmp_path, kind, mode, dropout=0.1)
     linear, calls = backends.linear, []
 
     def counted(*args: Any) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 
 from qsharded.checkpoint.load import skeleton
 from qsharded.config import TrainConfig
+from qsharded.fused.forwards import layer_forwards
 from qsharded.models import ModelConfig
-from qsharded.models.recompute import Mode, recomputed
 from qsharded.nn import LoRAConfig
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.gpu_memory import plan
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
+from qsharded.utils.checkpointing_modes import Mode
 from tests.checkpoints import LLAMA
 
 B, S, D, I, H, E, r = 3, 40, 128, 192, 4, 32, 5  # noqa: E741
@@ -24,12 +25,28 @@ MASK, TABLE = B * S * S, B * S * E * 2
 LORA = LoRAConfig(r=r, target_modules=["q_proj"])
 
 
-def work(*, checkpointing: Mode = "none", is_sharded: bool = True, **config: Any) -> StepWork:
+OUTPUT = B * S * D * 2  # which is the next block's input
+# What a fused block keeps of its adapters, whose ranks are rounded up to 8: x A^T, and A in 16 bits, padded.
+ADAPTER = B * S * 8 * 2 + 8 * D * 2
+ATTENTION = B * S * H * E * 2 + B * H * S * 4 + 2 * 8 + 8  # its output, log-sum-exp, seed and offset
+QKV = B * S * (H + 2 * H // 2) * E * 2
+H_AFTER_ATTENTION, GATE_UP = B * S * D * 2, B * S * 2 * I * 2
+
+
+def work(
+    *,
+    checkpointing: Mode = "none",
+    is_sharded: bool = True,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    **config: Any,
+) -> StepWork:
+    """With dropout a block cannot be fused."""
     described = ModelConfig.from_hf(LLAMA | {"rope_theta": 1e4} | config)
     return step_work(
         described,
-        LORA,
-        torch.bfloat16,
+        dataclasses.replace(LORA, lora_dropout=dropout),
+        dtype,
         rows=B,
         length=S,
         checkpointing=checkpointing,
@@ -37,38 +54,75 @@ def work(*, checkpointing: Mode = "none", is_sharded: bool = True, **config: Any
     )
 
 
-def test_a_recomputed_block_keeps_its_output_alone() -> None:
-    assert work(checkpointing="full").block.kept == B * S * D * 2
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"),
+    [
+        ("none", QKV + ATTENTION + H_AFTER_ATTENTION + GATE_UP),
+        ("selective", QKV + ATTENTION + H_AFTER_ATTENTION),
+        ("full", 0),
+        ("offloaded", 0),
+    ],
+)
+def test_a_fused_block_keeps_what_its_backward_reads(checkpointing: Mode, kept: int) -> None:
+    """Beside its output, and what is small of its adapters."""
+    assert work(checkpointing=checkpointing).block.kept == OUTPUT + ADAPTER + kept
 
 
-def test_a_block_keeps_what_its_operations_save() -> None:
+def test_a_composed_block_keeps_what_its_operations_save() -> None:
     norms = 2 * B * S * 4  # one fp32 figure a row each
-    adapter = B * S * D * 2 + B * S * r * 2  # q_proj's: the normalised input and the narrow product
-    # q, k and v once for every query head, the output, the log-sum-exp, and the mask that was made additive
-    # (the kernel keeps the log-sum-exp of 32 rows at a time, and a seed and an offset for its dropout)
-    attention = 4 * B * H * S * E * 2 + B * H * 64 * 4 + 2 * 8 + MASK * 2
+    # q_proj's: the normalised input as dropout leaves it, the mask of dropout, and the narrow product
+    adapter = B * S * D * 2 + B * S * D + B * S * r * 2
     residual = B * S * D * 2  # the second norm's input
     mlp = 3 * B * S * I * 2  # gate, silu(gate), up
-    output = B * S * D * 2
-    assert work().block.kept == norms + adapter + attention + residual + mlp + output
+    assert work(dropout=0.1).block.kept == norms + adapter + QKV + ATTENTION + residual + mlp + OUTPUT
 
 
-def test_what_is_dear_is_kept_by_selective_recomputation() -> None:
+def test_a_recomputed_composed_block_keeps_its_output_alone() -> None:
+    assert work(checkpointing="full", dropout=0.1).block.kept == OUTPUT
+
+
+def test_what_is_dear_is_kept_by_selective_recomputation_of_a_composed_block() -> None:
     """What the packed products put out, and attention with its log-sum-exp, seed and offset; beside the output."""
     packed = B * S * 2 * (2 * H * E + 2 * 2 * E + 2 * I + D)
-    attention = B * S * H * E * 2 + B * H * 64 * 4 + 2 * 8
-    assert work(checkpointing="selective").block.kept == packed + attention + B * S * D * 2
+    assert work(checkpointing="selective", dropout=0.1).block.kept == packed + ATTENTION + OUTPUT
 
 
-def test_masks_and_tables_are_shared_by_all_blocks() -> None:
+def test_what_lies_between_blocks_is_one_blocks_output() -> None:
+    assert work().boundary == work(dropout=0.1).boundary == OUTPUT
+
+
+def test_tables_are_shared_by_all_blocks_and_no_mask_is_made() -> None:
     positions, embedded = B * S * 8, B * S * D * 2
-    assert work().shared == positions + embedded + 2 * TABLE + MASK
-
-
-def test_each_window_has_a_mask_of_its_own() -> None:
+    assert work().shared == positions + embedded + 2 * TABLE
     windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "torch_dtype": None, **windows}
-    assert work(**qwen).shared - work().shared == MASK
+    assert work(**qwen).shared == work().shared
+
+
+def test_in_fp32_each_window_has_a_mask_of_its_own() -> None:
+    """No kernel takes documents in fp32, and masked attention holds no scores either."""
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    qwen = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "torch_dtype": None, **windows}
+    assert work(dtype=torch.float32).shared == B * S * 8 + 2 * (B * S * D * 2 + 2 * TABLE) + MASK
+    assert work(dtype=torch.float32, **qwen).shared - work(dtype=torch.float32).shared == MASK
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_scores_are_held(dropout: float, dtype: torch.dtype) -> None:
+    """With a head of 2 dimensions they would be most of what a block takes."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
+    described = ModelConfig.from_hf(LLAMA | shape)
+    of_row = step_work(
+        described,
+        dataclasses.replace(LORA, lora_dropout=dropout),
+        dtype,
+        rows=1,
+        length=2048,
+        checkpointing="full",
+        is_sharded=True,
+    )
+    assert of_row.block.passing < 8 * 2048 * 2048 * dtype.itemsize
 
 
 def test_recomputing_one_block_costs_what_it_does_not_keep() -> None:
@@ -77,14 +131,19 @@ def test_recomputing_one_block_costs_what_it_does_not_keep() -> None:
     assert abs((recomputed.kept + recomputed.passing) - (kept.kept + kept.passing)) <= B * S * D * 2
 
 
-def test_the_largest_weight_is_decoded() -> None:
-    assert work().block.decoded == I * D * 2
+def test_gate_and_up_are_decoded_together() -> None:
+    """A fused block multiplies by both at once: with few tokens and a wide MLP that is most of its work."""
+    wide = 2**14
+    weight = 2 * wide * D * 2
+    passing = work(intermediate_size=wide).block.passing
+    activations = B * S * (2 * 2 * wide + wide) * 2  # gate and up and their product, and what a product puts out
+    assert weight <= passing <= weight + activations
 
 
-def test_the_loss_holds_a_chunk_of_logits_and_their_log_softmax() -> None:
+def test_the_loss_holds_a_chunk_of_logits_which_become_their_gradient() -> None:
     V, T = 50_000, B * S
     loss = work(vocab_size=V).loss
-    logits = 2 * T * V * 4
+    logits = T * V * 2
     hidden = 3 * T * D * 2  # normalised, its gradient, and the input's
     assert logits < loss.kept + loss.passing < logits + hidden + 64 * T
 
@@ -109,10 +168,12 @@ def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
     assert found == 2 * (codes + scales + norms + adapters)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode) -> None:
+def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode, dropout: float) -> None:
     """Four blocks, embedding and loss in one run, beside four times one block."""
     described = ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 4})
+    lora = dataclasses.replace(LORA, lora_dropout=dropout)
     config = TrainConfig(
         model="m",
         dataset="d",
@@ -120,19 +181,20 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode) -> Non
         per_device_train_batch_size=B,
         activation_checkpointing=checkpointing,
     )
-    planned = plan(described, config, 1, lora=LORA)
+    planned = plan(described, config, 1, lora=lora)
     phase = planned.peak_phase
     passing = sum(row.bytes for row in planned.rows if phase in row.phases and "optimizer step" not in row.phases)
     hidden = B * S * D * 2
-    assert 0 <= passing - peak_of_a_step(described, checkpointing) < 2 * hidden
+    assert 0 <= passing - peak_of_a_step(described, lora, checkpointing) < 2 * hidden
 
 
-def peak_of_a_step(described: ModelConfig, checkpointing: Mode) -> int:
-    model = skeleton(described, dataclasses.replace(LORA), torch.bfloat16)
+def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Mode) -> int:
+    model = skeleton(described, lora, torch.bfloat16)
     for module in (*model.model.layers, model.model.norm):
         as_on_gpu(module)
     blocks = list(model.model.layers)
-    for block, forward in zip(blocks, recomputed([block.forward for block in blocks], checkpointing), strict=True):
+    forwards = layer_forwards(blocks, [block.forward for block in blocks], checkpointing)
+    for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward
     gradients = []
     for parameter in model.parameters():
@@ -141,5 +203,5 @@ def peak_of_a_step(described: ModelConfig, checkpointing: Mode) -> int:
             gradients.append(parameter.grad)
     ids = torch.zeros(B, S, dtype=torch.int64, device="meta")
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients, ids]) as live:
-        model(ids, positions_BS=ids, document_ids_BS=ids, targets_BS=ids).backward()
+        model(ids, positions_BS=ids, targets_BS=ids).backward()
     return live.peak

@@ -1,14 +1,18 @@
 """A whole QLoRA block compiles without a graph break, forward and backward, to the same results."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.distributed.placement import Layout
-from qsharded.models.attention_inputs import attention_inputs
+from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
+from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint
 
@@ -25,16 +29,37 @@ def test_a_block_compiles_with_fullgraph(tmp_path: Path, masked: bool) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 6]) if masked else None
     inputs = attention_inputs(model.config, torch.arange(10)[None], torch.float32, documents_BT=documents)[None]
     x = torch.randn(2, 10, 192)
-    results = []
-    for forward in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        block.zero_grad()
-        leaf = x.clone().requires_grad_()
-        y = forward(leaf, inputs)
-        y.square().sum().backward()
-        gradients = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
-        results.append((y.detach(), leaf.grad, gradients))
-    assert len(results[0][2]) == 14
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    composition = partial(DecoderLayer.forward, block)
+    compiled = torch.compile(composition, fullgraph=True, backend="aot_eager")
+    written, fused, by_compiler = (results(block, forward, x, inputs) for forward in (composition, block, compiled))
+    assert len(written[2]) == 14
+    torch.testing.assert_close(by_compiler, written, rtol=1e-5, atol=1e-5)
+    # sums in another order; without an adapter, a norm or a rotation the difference is thousands of times that
+    assert_close_by_norm(fused, written, 1e-5)
+    block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(block, block, x, inputs), written, rtol=1e-5, atol=1e-5)
+
+
+Results = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+def results(block: DecoderLayer, forward: Callable[..., Tensor], x: Tensor, inputs: AttentionInputs) -> Results:
+    """The output, and the gradients by the input and by what trains."""
+    block.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = forward(leaf, inputs)
+    y.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
+    return y.detach(), leaf.grad, gradients
+
+
+def assert_close_by_norm(found: Results, expected: Results, tolerance: float) -> None:
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def tensors(values: Results) -> list[Tensor]:
+    return [*values[:2], *values[2].values()]
 
 
 def test_a_model_that_streams_its_weights_can_be_compiled(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ if "nohup" in sys.argv:
 signals.take_over("qsharded.train", " before its first step")
 if "noting" in sys.argv:
     signals.note_from_now()
+if "stuck" in sys.argv:
+    signals._STUCK_S = 0.5
 print("busy", flush=True)
 ctypes.CDLL(None).sleep(1000)
 """
@@ -70,6 +72,27 @@ def test_a_second_signal_ends_what_the_first_one_let_finish(tmp_path: Path) -> N
         time.sleep(0.05)
     assert run.end() == 143
     assert run.lines[1:] == ["qsharded.train: a second signal, SIGTERM: leaving at once, what was being saved is lost"]
+
+
+def test_a_rank_whose_collective_never_ends_leaves_before_torchrun_kills_it(tmp_path: Path) -> None:
+    """NCCL waits for minutes for a rank that was killed, and torchrun kills the others without a word after 30 s."""
+    assert signals._STUCK_S < 25
+    run = Command([script(tmp_path, BUSY), "noting", "stuck"])
+    run.wait_for("busy")
+    run.signal(signal.SIGTERM)
+    assert run.end() == 143
+    (line,) = run.lines[1:]
+    assert "did not end within 0.5 s, as when another rank has died; leaving without saving" in line
+
+
+def test_a_rank_that_knows_of_the_signal_has_all_the_time_that_saving_takes() -> None:
+    listener = _Listener()
+    listener.answer = listener.answer.NOTE
+    listener._receive(signal.SIGTERM, from_launcher=True)
+    listener._asked_at = {True: time.monotonic() - 1000}
+    assert listener._is_stuck()
+    listener.is_heard = True
+    assert not listener._is_stuck()
 
 
 class Gone(Exception):

@@ -41,7 +41,7 @@ class Packed:
     def with_tables(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""
         device = self.codes.device
-        return *self.arguments(), formats.levels(device), blockwise8.dynamic_map(True, device)
+        return *self.arguments(), formats.codebook(device), blockwise8.dynamic_map(True, device)
 
     def decoded(self) -> Tensor:
         """The fp64 weight."""

@@ -16,7 +16,7 @@ from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.distributed.sharding import RowRange, local, own_rows
 from qsharded.quant import backends, formats, ops
-from qsharded.quant.formats import Kind
+from qsharded.quant.formats import QuantFormat
 from qsharded.quant.linear import NF4Linear, pad_absmax
 
 
@@ -110,19 +110,23 @@ class QuantizingFill:
     Args:
         K: in_features.
         rows: this rank's.
-        kind: to quantize to.
+        quant_format: to quantize to.
     """
 
-    def __init__(self, source: WeightSource, name: str, K: int, rows: RowRange, kind: Kind, sink: PackedSink) -> None:
-        self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
+    def __init__(
+        self, source: WeightSource, name: str, K: int, rows: RowRange, quant_format: QuantFormat, sink: PackedSink
+    ) -> None:
+        self._K, self._rows, self._quant_format, self._sink = K, rows, quant_format, sink
         self._finite = FiniteCheck(name)
         self._absmax: list[Tensor] = []
         self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
     def take(self, piece: Piece, values: Tensor) -> None:
         self._finite.add(values)
-        kind = self._kind
-        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), kind.quant_type, kind.block_size)
+        quant_format = self._quant_format
+        codes_NP, absmax_NG = ops.nf4_quantize(
+            values.view(-1, self._K), quant_format.quant_type, quant_format.block_size
+        )
         self._sink.put_codes(piece.start, codes_NP)
         self._absmax.append(absmax_NG)
 
@@ -131,7 +135,7 @@ class QuantizingFill:
 
     def finish(self, device: torch.device) -> None:
         absmax, self._absmax = self._absmax, []
-        empty = torch.empty(0, self._K // self._kind.block_size, dtype=torch.float32, device=device)
+        empty = torch.empty(0, self._K // self._quant_format.block_size, dtype=torch.float32, device=device)
         self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsharded.lora.layer import LoRALinear
 from qsharded.quant import backends
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
 
 _T = TypeVar("_T")
@@ -35,7 +35,7 @@ class Projection:
     Attributes:
         in_features, out_features: K and n.
         packed: the frozen weight in 4 bits, as ``NF4Linear.packed`` gives it, or None.
-        kind: its quantization.
+        quant_format: its quantization.
         plain: the frozen weight [n, K] that is not packed, or None.
         bias: [n] or None.
         A, B: the adapter's weights [r, K] and [n, r], or None.
@@ -45,7 +45,7 @@ class Projection:
     in_features: int
     out_features: int
     packed: Packed | None
-    kind: Kind
+    quant_format: QuantFormat
     plain: Tensor | None
     bias: Tensor | None
     A: Tensor | None = None
@@ -57,7 +57,14 @@ class Projection:
         """Of a layer that :func:`is_projection` accepts."""
         base: Any = layer.base_layer if isinstance(layer, LoRALinear) else layer
         if isinstance(base, NF4Linear):
-            frozen: tuple[Any, ...] = base.in_features, base.out_features, base.packed(), base.kind, None, base.bias
+            frozen: tuple[Any, ...] = (
+                base.in_features,
+                base.out_features,
+                base.packed(),
+                base.quant_format,
+                None,
+                base.bias,
+            )
         else:
             frozen = base.in_features, base.out_features, None, NF4_64, base.weight, base.bias
         adapter: tuple[Any, ...] = ()
@@ -75,7 +82,7 @@ class Projection:
         if self.packed is None:
             out.copy_(_there(self.plain))
         else:
-            backends.dequantize(*self.packed, out.dtype, self.kind, out=out)
+            backends.dequantize(*self.packed, out.dtype, self.quant_format, out=out)
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +99,8 @@ def is_projection(layer: nn.Module) -> bool:
 
 def _is_frozen_base(base: nn.Module) -> bool:
     # a subclass may compute something else
-    kind = type(base) in (NF4Linear, nn.Linear)
-    return kind and not any(parameter.requires_grad for parameter in base.parameters())
+    known = type(base) in (NF4Linear, nn.Linear)
+    return known and not any(parameter.requires_grad for parameter in base.parameters())
 
 
 @dataclass(frozen=True)
@@ -198,14 +205,14 @@ class Group:
 
     def _dequantized_at_once(self, room: Tensor) -> bool:
         """Whether one kernel has written (W | s B) to ``room``."""
-        kind = self.projections[0].kind
-        if any(projection.packed is None or projection.kind != kind for projection in self.projections):
+        quant_format = self.projections[0].quant_format
+        if any(projection.packed is None or projection.quant_format != quant_format for projection in self.projections):
             return False
         parts = [
             (*_there(projection.packed), projection.B, projection.scaling, columns.start)
             for projection, _, columns in self._places()
         ]
-        return backends.dequantize_parts(parts, room, self._R, kind)
+        return backends.dequantize_parts(parts, room, self._R, quant_format)
 
     def _put_B(self, block_NR: Tensor) -> None:
         """Each s_i B_i at its rows and columns, and zeros elsewhere."""

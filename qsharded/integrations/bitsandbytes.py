@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse
 from torch import Tensor, nn
 
-from qsharded.integrations.bitsandbytes_format import check_map, kind_of, rows_as_parameters
+from qsharded.integrations.bitsandbytes_format import check_map, quant_format_of, rows_as_parameters
 from qsharded.integrations.bitsandbytes_kernels import install as install
 from qsharded.integrations.bitsandbytes_kernels import uninstall as uninstall
 from qsharded.quant import blockwise8, formats
@@ -43,17 +43,17 @@ def convert_bitsandbytes(model: nn.Module) -> nn.Module:
 def _ours(layer: Any, name: str) -> NF4Linear:
     codes, state = _plain_order(layer, name)
     nested = state.state2 if state.nested else None
-    kind = kind_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
-    check_map(state.code, formats.levels("cpu", kind.quant_type), name)
+    quant_format = quant_format_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
+    check_map(state.code, formats.codebook("cpu", quant_format.quant_type), name)
     if nested is not None:
         check_map(nested.code, blockwise8.dynamic_map(True, "cpu"), name)
-    rows = rows_as_parameters(codes, state.absmax, state.shape, kind, name)
+    rows = rows_as_parameters(codes, state.absmax, state.shape, quant_format, name)
     new = NF4Linear(
         layer.in_features,
         layer.out_features,
         False,
-        quant_type=kind.quant_type,
-        block_size=kind.block_size,
+        quant_type=quant_format.quant_type,
+        block_size=quant_format.block_size,
         double_quant=state.nested,
         device="meta",
     )
@@ -104,7 +104,7 @@ def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
     new.quant_state = QuantState(
         absmax=absmax.flatten(),
         shape=torch.Size([layer.out_features, layer.in_features]),
-        code=formats.levels(codes.device, quant_type).clone(),
+        code=formats.codebook(codes.device, quant_type).clone(),
         blocksize=layer.block_size,
         quant_type=quant_type,
         dtype=dtype,

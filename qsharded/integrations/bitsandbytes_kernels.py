@@ -107,7 +107,7 @@ def _gemm(before: _Kernel) -> _Kernel:
 
 def _gemv(before: _Kernel) -> _Kernel:
     def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-        if blocksize != formats.BLOCK or not _fits(A, shapeB) or not is_table(code, formats.levels(code.device)):
+        if blocksize != formats.BLOCK or not _fits(A, shapeB) or not is_table(code, formats.codebook(code.device)):
             return before(A, B, shapeB, absmax, code, blocksize)
         return _product(A, B, shapeB, absmax)
 

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qsharded.checkpoint.fill import FiniteCheck, double_quantize
 from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
-from qsharded.checkpoint.packed_format import own_kind, torn_rows
+from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
 from qsharded.distributed.sharding import RowRange, own_rows
@@ -48,7 +48,7 @@ class QShardedConfig(QuantizationConfigMixin):
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
         stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
             :func:`from_bitsandbytes`; a saved model is always "qsharded".
-        format: the levels: "nf4", or bitsandbytes' "fp4".
+        format: the codebook: "nf4", or bitsandbytes' "fp4".
         block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         version, absmax_block_size: what a saved model says besides; there is no other yet.
 
@@ -67,7 +67,7 @@ class QShardedConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         try:
-            own_kind(vars(self))
+            own_quant_format(vars(self))
         except ValueError as error:
             raise ValueError(f"QShardedConfig: {error}") from None
 
@@ -120,7 +120,7 @@ class QShardedQuantizer(HfQuantizer):
             files = checkpoint_files or []
             config.block_size = bitsandbytes_format.stored_block_size(files, config.format) or config.block_size
             _refuse_torn_rows(
-                [named for named in model.named_modules() if is_quantized(*named)], own_kind(vars(config))
+                [named for named in model.named_modules() if is_quantized(*named)], own_quant_format(vars(config))
             )
         quantize_(
             model,
@@ -184,10 +184,10 @@ def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
         )
 
 
-def _refuse_torn_rows(linears: list[tuple[str, Any]], kind: formats.Kind) -> None:
+def _refuse_torn_rows(linears: list[tuple[str, Any]], quant_format: formats.QuantFormat) -> None:
     for name, linear in linears:
-        if linear.in_features % kind.block_size:
-            raise ValueError(torn_rows(name, linear.in_features, kind))
+        if linear.in_features % quant_format.block_size:
+            raise ValueError(torn_rows(name, linear.in_features, quant_format))
 
 
 def _own_conversions() -> list[WeightConverter]:
@@ -292,8 +292,8 @@ class _TakeOver(ConversionOps):
         if not self.hf_quantizer.param_needs_quantization(model, full_name):
             return {"weight": stored["weight"].to(model.get_parameter(full_name).dtype)}
         by_name = {name.removeprefix("weight."): value for name, value in stored.items()}
-        kind = own_kind(vars(self.hf_quantizer.quantization_config))
-        return _named(bitsandbytes_format.packed_tensors(by_name, kind, full_name), "weight")
+        quant_format = own_quant_format(vars(self.hf_quantizer.quantization_config))
+        return _named(bitsandbytes_format.packed_tensors(by_name, quant_format, full_name), "weight")
 
 
 def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:

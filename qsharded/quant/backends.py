@@ -1,7 +1,7 @@
 """Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``.
 
-The kernels are for blocks of 64. They decode whatever levels they are given, and quantize to NF4 alone: to FP4, and in
-other blocks, the reference serves everywhere.
+The kernels are for blocks of 64. They decode with whatever codebook they are given, and quantize to NF4 alone: to FP4,
+and in other blocks, the reference serves everywhere.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qsharded.quant import blockwise8
 from qsharded.quant import formats as nf4
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 BACKENDS = ("compiled", "triton", "reference")
@@ -30,11 +30,11 @@ class Kernels:
     absmax: ModuleType
 
 
-def quantize(weight: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a checked weight, by the fastest implementation for its device."""
-    kernels = _kernels(weight.device) if kind == NF4_64 else None
+    kernels = _kernels(weight.device) if quant_format == NF4_64 else None
     if kernels is None:
-        return nf4.encode(weight, kind)
+        return nf4.encode(weight, quant_format)
     return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
 
 
@@ -44,7 +44,7 @@ def dequantize(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     dtype: torch.dtype,
-    kind: Kind = NF4_64,
+    quant_format: QuantFormat = NF4_64,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -52,26 +52,29 @@ def dequantize(
 
     ``out``: [N, K] of ``dtype`` to write to, each row contiguous and 16-byte aligned.
     """
-    kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
+    kernels = _kernels(codes.device) if quant_format.block_size == nf4.BLOCK else None
     if kernels is None or dtype not in nf4.FLOAT_DTYPES:
-        weight = dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
+        weight = dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, quant_format)
         return weight if out is None else out.copy_(weight)
     if out is not None and kernels.nf4 is not cuda_nf4 and not out.is_contiguous():
-        return out.copy_(dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, kind))
-    levels, absmax_map = nf4.levels(codes.device, kind.quant_type), blockwise8.dynamic_map(True, codes.device)
-    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype, out=out)
+        return out.copy_(dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, quant_format))
+    codebook, absmax_map = (
+        nf4.codebook(codes.device, quant_format.quant_type),
+        blockwise8.dynamic_map(True, codes.device),
+    )
+    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, codebook, absmax_map, dtype, out=out)
 
 
-def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, kind: Kind) -> bool:
+def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, quant_format: QuantFormat) -> bool:
     """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them;
     else nothing is done, and False returned."""
-    kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
+    kernels = _kernels(out.device) if quant_format.block_size == nf4.BLOCK else None
     if kernels is None or kernels.nf4 is not cuda_nf4 or out.dtype != torch.bfloat16:
         return False
     if len(parts) > cuda_nf4.MOST_PARTS or len({part[2] is None for part in parts}) > 1:
         return False
-    levels, absmax_map = nf4.levels(out.device, kind.quant_type), blockwise8.dynamic_map(True, out.device)
-    cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
+    codebook, absmax_map = nf4.codebook(out.device, quant_format.quant_type), blockwise8.dynamic_map(True, out.device)
+    cuda_nf4.dequantize_parts(parts, codebook, absmax_map, out, tail)
     return True
 
 
@@ -82,18 +85,18 @@ def linear(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
-    kind: Kind = NF4_64,
+    quant_format: QuantFormat = NF4_64,
 ) -> Tensor:
     """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
     N, K = codes.shape[0], codes.shape[1] * 2
     M, device = x.shape[:-1].numel(), codes.device
-    can_fuse = K > 0 and kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
+    can_fuse = K > 0 and quant_format.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
     if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
         # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
         # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
         # nothing is decoded, and could not grow once a captured graph points at it.
-        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, kind), bias)
-    tables = nf4.levels(device, kind.quant_type), blockwise8.dynamic_map(True, device)
+        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, quant_format), bias)
+    tables = nf4.codebook(device, quant_format.quant_type), blockwise8.dynamic_map(True, device)
     y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
     return y.view(*x.shape[:-1], N)
 
@@ -104,12 +107,12 @@ def dequantize_by_reference(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     dtype: torch.dtype,
-    kind: Kind = NF4_64,
+    quant_format: QuantFormat = NF4_64,
 ) -> Tensor:
     """The same in plain PyTorch, on any device."""
     if absmax_scales is not None and absmax_offset is not None:
         absmax = nf4.decode_absmax(absmax, absmax_scales, absmax_offset)
-    return nf4.decode(codes, absmax, dtype, kind)
+    return nf4.decode(codes, absmax, dtype, quant_format)
 
 
 # Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays in 4 bits, NF4 or a kind like it, laid out so that FSDP2 can shard it."""
+"""A linear layer whose weight stays in 4 bits, NF4 or a format like it, laid out so that FSDP2 can shard it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ class NF4Linear(nn.Module):
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
-    It holds the other kinds of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
+    It holds the other formats of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
 
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
@@ -24,10 +24,10 @@ class NF4Linear(nn.Module):
         weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
-        quant_type, block_size: those of :class:`qsharded.quant.formats.Kind`.
+        quant_type, block_size: those of :class:`qsharded.quant.formats.QuantFormat`.
 
     Raises:
-        ValueError: ``in_features`` is no multiple of the block size, or there is no such kind.
+        ValueError: ``in_features`` is no multiple of the block size, or there is no such format.
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
 
@@ -47,7 +47,7 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        formats.Kind(quant_type, block_size)  # there is one
+        formats.QuantFormat(quant_type, block_size)  # raises where there is none
         if in_features % block_size:
             raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
@@ -83,7 +83,7 @@ class NF4Linear(nn.Module):
         new.train(linear.training)
         if weight.is_meta:
             return new
-        formats.check_weight(weight, new.kind, name)
+        formats.check_weight(weight, new.quant_format, name)
         codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
         new.weight.data.view(torch.uint8).copy_(codes)
         if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
@@ -96,9 +96,9 @@ class NF4Linear(nn.Module):
         return new
 
     @property
-    def kind(self) -> formats.Kind:
-        """Its levels and blocks."""
-        return formats.Kind(self.quant_type, self.block_size)
+    def quant_format(self) -> formats.QuantFormat:
+        """Its codebook and block size."""
+        return formats.QuantFormat(self.quant_type, self.block_size)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double

@@ -2,7 +2,7 @@
 
 Packed weights arrive as uint8. ``absmax`` is either fp32 [N, G], with ``absmax_scales`` and ``absmax_offset`` None, or
 the double-quantized uint8 codes [N, G] with fp32 scales [ceil(N*G/256)] and offset []. ``quant_type`` and
-``block_size`` are those of ``nf4.Kind``.
+``block_size`` are those of ``formats.QuantFormat``.
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, B = block_size, G = K/B blocks in a row, M = rows of x over
 all its leading dimensions.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qsharded.quant import backends, formats
-from qsharded.quant.formats import Kind
+from qsharded.quant.formats import QuantFormat
 
 _library = torch.library.Library("qsharded", "DEF")
 _PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scales, Tensor? absmax_offset"
@@ -34,7 +34,7 @@ _DTYPES = (*formats.FLOAT_DTYPES, torch.float64)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-_kind = cache(Kind)
+_quant_format = cache(QuantFormat)
 
 
 def nf4_quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = formats.BLOCK) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def nf4_quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = form
 
     Raises:
         ValueError: as ``nf4.check_weight``, but for NaN and infinity, which only the caller can look for cheaply; or
-            no such kind.
+            no such format.
     """
     return torch.ops.qsharded.nf4_quantize(weight.detach(), quant_type, block_size)
 
@@ -60,7 +60,7 @@ def nf4_dequantize(
 
     Raises:
         ValueError: another dtype, codes that are not uint8 [N, K/2], absmax, scales and offset that do not fit them, or
-            no such kind.
+            no such format.
     """
     return torch.ops.qsharded.nf4_dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, quant_type, block_size)
 
@@ -105,10 +105,10 @@ def _is_watched() -> bool:
 
 
 def _check_packed(
-    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, kind: Kind
+    codes: Tensor, absmax: Tensor, absmax_scales: Tensor | None, absmax_offset: Tensor | None, quant_format: QuantFormat
 ) -> None:
     """What every operation on a packed weight asks of it; reads shapes and dtypes only."""
-    B = kind.block_size
+    B = quant_format.block_size
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % (B // 2):
         raise ValueError(f"codes must be uint8 [N, K/2] with K a multiple of {B}, got {_describe(codes)}")
     N, G = codes.shape[0], codes.shape[1] * 2 // B
@@ -151,9 +151,9 @@ def _check_linear(
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
     bias: Tensor | None,
-    kind: Kind,
+    quant_format: QuantFormat,
 ) -> None:
-    _check_packed(codes, absmax, absmax_scales, absmax_offset, kind)
+    _check_packed(codes, absmax, absmax_scales, absmax_offset, quant_format)
     _check_activations(x, codes.shape[1] * 2, "x")
     if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (codes.shape[0],)):
         raise ValueError(f"bias must be {x.dtype} {[codes.shape[0]]}, got {_describe(bias)}")
@@ -161,27 +161,27 @@ def _check_linear(
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """The caller's autocast must not reach the products inside: an operation's result has x's dtype."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    quant_format = x.device.type
+    return torch.autocast(quant_format, enabled=False) if torch.is_autocast_enabled(quant_format) else nullcontext()
 
 
 @torch.library.impl(_library, "nf4_quantize", "CompositeExplicitAutograd")
 def _quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = formats.BLOCK) -> tuple[Tensor, Tensor]:
-    kind = _kind(quant_type, block_size)
-    _check_float_matrix(weight, kind)
-    return backends.quantize(weight, kind)
+    quant_format = _quant_format(quant_type, block_size)
+    _check_float_matrix(weight, quant_format)
+    return backends.quantize(weight, quant_format)
 
 
 @torch.library.register_fake("qsharded::nf4_quantize", lib=_library)
 def _quantize_fake(weight: Tensor, quant_type: str = "nf4", block_size: int = formats.BLOCK) -> tuple[Tensor, Tensor]:
-    _check_float_matrix(weight, _kind(quant_type, block_size))
+    _check_float_matrix(weight, _quant_format(quant_type, block_size))
     N, K = weight.shape
     codes = weight.new_empty((N, K // 2), dtype=torch.uint8)
     return codes, weight.new_empty((N, K // block_size), dtype=torch.float32)
 
 
-def _check_float_matrix(weight: Tensor, kind: Kind) -> None:
-    B = kind.block_size
+def _check_float_matrix(weight: Tensor, quant_format: QuantFormat) -> None:
+    B = quant_format.block_size
     if weight.dtype not in formats.FLOAT_DTYPES or weight.dim() != 2 or weight.shape[1] % B:
         raise ValueError(f"weight must be a float matrix [N, K] with K a multiple of {B}, got {_describe(weight)}")
 
@@ -196,10 +196,10 @@ def _dequantize(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    kind = _kind(quant_type, block_size)
-    _check_packed(codes, absmax, absmax_scales, absmax_offset, kind)
+    quant_format = _quant_format(quant_type, block_size)
+    _check_packed(codes, absmax, absmax_scales, absmax_offset, quant_format)
     _check_dtype(dtype, "dtype")
-    return backends.dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
+    return backends.dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, quant_format)
 
 
 @torch.library.register_fake("qsharded::nf4_dequantize", lib=_library)
@@ -212,7 +212,7 @@ def _dequantize_fake(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    _check_packed(codes, absmax, absmax_scales, absmax_offset, _kind(quant_type, block_size))
+    _check_packed(codes, absmax, absmax_scales, absmax_offset, _quant_format(quant_type, block_size))
     _check_dtype(dtype, "dtype")
     return codes.new_empty((codes.shape[0], codes.shape[1] * 2), dtype=dtype)
 
@@ -229,10 +229,10 @@ def _linear(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    kind = _kind(quant_type, block_size)
-    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, kind)
+    quant_format = _quant_format(quant_type, block_size)
+    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, quant_format)
     with _autocast_off(x):
-        return backends.linear(x, codes, absmax, absmax_scales, absmax_offset, bias, kind)
+        return backends.linear(x, codes, absmax, absmax_scales, absmax_offset, bias, quant_format)
 
 
 @torch.library.register_fake("qsharded::nf4_linear", lib=_library)
@@ -247,7 +247,7 @@ def _linear_fake(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, _kind(quant_type, block_size))
+    _check_linear(x, codes, absmax, absmax_scales, absmax_offset, bias, _quant_format(quant_type, block_size))
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -261,10 +261,10 @@ def _linear_input_grad(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    kind = _kind(quant_type, block_size)
-    _check_packed(codes, absmax, absmax_scales, absmax_offset, kind)
+    quant_format = _quant_format(quant_type, block_size)
+    _check_packed(codes, absmax, absmax_scales, absmax_offset, quant_format)
     _check_activations(grad, codes.shape[0], "grad")
-    weight = backends.dequantize(codes, absmax, absmax_scales, absmax_offset, grad.dtype, kind)
+    weight = backends.dequantize(codes, absmax, absmax_scales, absmax_offset, grad.dtype, quant_format)
     with _autocast_off(grad):
         return grad.contiguous() @ weight
 
@@ -279,13 +279,13 @@ def _linear_input_grad_fake(
     quant_type: str = "nf4",
     block_size: int = formats.BLOCK,
 ) -> Tensor:
-    _check_packed(codes, absmax, absmax_scales, absmax_offset, _kind(quant_type, block_size))
+    _check_packed(codes, absmax, absmax_scales, absmax_offset, _quant_format(quant_type, block_size))
     _check_activations(grad, codes.shape[0], "grad")
     return grad.new_empty((*grad.shape[:-1], codes.shape[1] * 2))
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, absmax, absmax_scales, absmax_offset, _, *ctx.kind = inputs
+    _, codes, absmax, absmax_scales, absmax_offset, _, *ctx.quant_format = inputs
     ctx.save_for_backward(codes, absmax, absmax_scales, absmax_offset)
 
 
@@ -293,10 +293,10 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Decodes the weight again: nothing decoded outlives the forward."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors, *ctx.kind)
+        grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors, *ctx.quant_format)
     if ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.kind)
+    return grad_x, None, None, None, None, grad_bias, *(None for _ in ctx.quant_format)
 
 
 for _name in ("qsharded::nf4_linear", "qsharded::nf4_linear.kind"):
@@ -304,13 +304,13 @@ for _name in ("qsharded::nf4_linear", "qsharded::nf4_linear.kind"):
 
 
 def _save_packed_of_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, absmax, absmax_scales, absmax_offset, *ctx.kind = inputs
+    _, codes, absmax, absmax_scales, absmax_offset, *ctx.quant_format = inputs
     ctx.save_for_backward(codes, absmax, absmax_scales, absmax_offset)
 
 
 def _input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, absmax, absmax_scales, absmax_offset = ctx.saved_tensors
-    grad_grad = nf4_linear(grad, codes, absmax, absmax_scales, absmax_offset, None, *ctx.kind)
+    grad_grad = nf4_linear(grad, codes, absmax, absmax_scales, absmax_offset, None, *ctx.quant_format)
     return grad_grad, None, None, None, None, None, None
 
 

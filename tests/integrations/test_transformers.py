@@ -178,7 +178,9 @@ def test_every_kind_is_quantized_as_the_quantize_command_does(
     checkpoint: Path, tmp_path: Path, quant_type: str, block_size: int
 ) -> None:
     model = quantized(checkpoint, format=quant_type, block_size=block_size)
-    quantize_checkpoint(checkpoint, tmp_path, "qsharded", torch.device("cpu"), formats.Kind(quant_type, block_size))
+    quantize_checkpoint(
+        checkpoint, tmp_path, "qsharded", torch.device("cpu"), formats.QuantFormat(quant_type, block_size)
+    )
     assert as_bytes(model.state_dict()) == as_bytes(load_model(tmp_path, device="cpu").state_dict())
     assert torch.isfinite(model(IDS).logits).all()
 

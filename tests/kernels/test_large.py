@@ -38,7 +38,7 @@ def test_dequantize(kernels: backends.Kernels) -> None:
     codes = torch.randint(256, (N, K // 2), dtype=torch.uint8, device="cuda")
     absmax = torch.randint(256, (N, G), dtype=torch.uint8, device="cuda")
     scales, offset = torch.rand(N * G // 256, device="cuda"), torch.tensor(0.7, device="cuda")
-    tables = formats.levels("cuda"), blockwise8.dynamic_map(True, "cuda")
+    tables = formats.codebook("cuda"), blockwise8.dynamic_map(True, "cuda")
     weight = kernels.nf4.dequantize(codes, absmax, scales, offset, *tables, torch.bfloat16)
     for rows in ENDS:
         own_scales = scales[rows.start * G // 256 : rows.stop * G // 256]

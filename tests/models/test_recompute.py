@@ -12,7 +12,7 @@ from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.models.recompute import Mode, recomputed
 from qsharded.nn import LoRAConfig
 from qsharded.quant import backends
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from tests.checkpoints import write_checkpoint
 
 
@@ -21,9 +21,9 @@ from tests.checkpoints import write_checkpoint
     # 2 blocks of 7 packed layers
     [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
 )
-@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+@pytest.mark.parametrize("kind", [NF4_64, QuantFormat("fp4", 32)], ids=str)
 def test_what_is_computed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantFormat, mode: Mode, again: int
 ) -> None:
     original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
     folder.mkdir()

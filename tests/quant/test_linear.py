@@ -132,8 +132,8 @@ def test_other_kinds_are_stored_in_whole_rows_too(
     assert f"quant_type={quant_type}, block_size={block_size}" in repr(layer)
     plain = NF4Linear.from_linear(dense, double_quant=False, **kind)
     assert plain.weight_absmax.shape == (7, fp32_words)
-    assert_same_bits(plain.packed()[1], formats.encode(dense.weight, layer.kind)[1])
-    assert copy.deepcopy(layer).kind == layer.kind == formats.Kind(**kind)
+    assert_same_bits(plain.packed()[1], formats.encode(dense.weight, layer.quant_format)[1])
+    assert copy.deepcopy(layer).quant_format == layer.quant_format == formats.QuantFormat(**kind)
 
 
 def test_rows_of_no_whole_blocks_and_unknown_kinds_are_refused() -> None:

@@ -215,7 +215,7 @@ def test_other_kinds_are_computed_with_their_decoded_weight(
     weight = random_weight((N, size), torch.float32)
     codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
     assert_same_bits(codes, expected.codes)
-    assert_same_bits(absmax, formats.encode(weight, expected.kind)[1])
+    assert_same_bits(absmax, formats.encode(weight, expected.quant_format)[1])
     dense = expected.dequantize(torch.bfloat16)
     assert_same_bits(ops.nf4_dequantize(*packed, torch.bfloat16, quant_type, block_size), dense)
     bias = random(N, dtype=torch.bfloat16, requires_grad=True)

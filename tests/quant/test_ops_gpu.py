@@ -119,7 +119,7 @@ def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: boo
     expected = formats.quantize(dense, **kind, double_quant=double_quant)
     codes, absmax = ops.nf4_quantize(dense.cuda(), **kind)
     assert_same_bits(codes.cpu(), expected.codes)
-    assert_same_bits(absmax.cpu(), formats.encode(dense, expected.kind)[1])
+    assert_same_bits(absmax.cpu(), formats.encode(dense, expected.quant_format)[1])
     second_level = expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
     packed = (codes, *(t.cuda() for t in second_level)) if double_quant else (codes, absmax, None, None)
     weight = expected.dequantize(torch.bfloat16).cuda()

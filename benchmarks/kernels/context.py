@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
 from qsharded.quant import blockwise8, formats
+from qsharded.quant.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Packed:
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As ``torch.ops.qsharded`` takes them."""
         return self.codes, self.absmax, self.scales, self.offset
+
+    def packed(self) -> PackedWeight:
+        """As ``qsharded.quant`` takes it."""
+        return PackedWeight(*self.arguments())
 
     def with_tables(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""

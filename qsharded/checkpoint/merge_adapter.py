@@ -32,6 +32,7 @@ from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant import formats, ops
 from qsharded.quant.linear import NF4Linear
+from qsharded.quant.pack_weight import pack_weight
 from qsharded.utils.durable_files import Replacement
 
 logger = logging.getLogger(__name__)
@@ -188,9 +189,7 @@ def quantized_and_decoded(weight: Tensor, name: str, quant_format: formats.Quant
         ValueError: NaN or infinity in the tensor ``name``.
     """
     formats.check_weight(weight, quant_format, name)
-    codes, absmax = ops.nf4_quantize(weight, quant_format.quant_type, quant_format.block_size)
-    scales = formats.double_quantize(absmax)
-    return ops.nf4_dequantize(codes, *scales, torch.float32, quant_format.quant_type, quant_format.block_size)
+    return ops.nf4_dequantize(pack_weight(weight, quant_format), torch.float32)
 
 
 def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor], copies: Mapping[str, str]) -> None:

@@ -98,21 +98,22 @@ def to_bitsandbytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn
 
 
 def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
-    codes, absmax, scales, offset = layer.packed()
-    nested, quant_type = scales is not None, layer.quant_type
+    packed = layer.packed()
+    scales, quant_type = packed.absmax_scales, layer.quant_type
+    nested = scales is not None
     new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, dtype, nested, quant_type, device="meta")
     new.quant_state = QuantState(
-        absmax=absmax.flatten(),
+        absmax=packed.absmax.flatten(),
         shape=torch.Size([layer.out_features, layer.in_features]),
-        code=formats.codebook(codes.device, quant_type).clone(),
+        code=formats.codebook(packed.device, quant_type).clone(),
         blocksize=layer.block_size,
         quant_type=quant_type,
         dtype=dtype,
-        offset=offset,
+        offset=packed.absmax_offset,
         state2=_second_level(scales) if scales is not None else None,
     )
     new.weight = bnb.nn.Params4bit(
-        codes.detach().view(-1, 1),
+        packed.codes.detach().view(-1, 1),
         quant_state=new.quant_state,
         blocksize=layer.block_size,
         compress_statistics=nested,

@@ -17,7 +17,7 @@ from torch import Tensor
 from qsharded.checkpoint import packed_format
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import QuantFormat
-from qsharded.quant.linear import pad_absmax
+from qsharded.quant.packed_weight import pad_absmax
 
 _ABSMAX, _NESTED_ABSMAX, _MAP, _NESTED_MAP = _TENSORS = tuple(
     ending.removeprefix(".")

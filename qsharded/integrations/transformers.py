@@ -21,20 +21,22 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsharded.checkpoint.fill import FiniteCheck, double_quantize
+from qsharded.checkpoint.fill import FiniteCheck, shared
 from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
 from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
-from qsharded.distributed.sharding import RowRange, own_rows
+from qsharded.distributed.sharding import own_rows
 from qsharded.integrations import bitsandbytes_format
-from qsharded.quant import blockwise8, formats, ops
+from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
-from qsharded.quant.linear import NF4Linear, pad_absmax
+from qsharded.quant.linear import NF4Linear
+from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_weight import pad_absmax
 
 _ABSMAX = "weight_absmax"
 
-_Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @register_quantization_config(METHOD)
@@ -219,22 +221,13 @@ class _Quantize(ConversionOps):
         value = value[0] if isinstance(value, list) else value
         rows = own_rows(kwargs["model"].get_parameter(name))
         config = self.hf_quantizer.quantization_config
-        pack = _pack_doubly if config.double_quant else _pack
         with refused_by_all([rows.group] if rows.group else [], value.device):
             finite = FiniteCheck(name)
             finite.add(value)
             finite.demand()
-        return _named(pack(*ops.nf4_quantize(value, config.format, config.block_size), rows), name)
-
-
-def _pack(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
-    return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
-
-
-def _pack_doubly(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
-    """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
-    absmax_codes, scales, offset = double_quantize(absmax, rows)
-    return codes.view(torch.bfloat16), pad_absmax(absmax_codes).view(torch.bfloat16), scales, offset
+        quant_format = own_quant_format(vars(config))
+        packed = pack_weight(value, quant_format, double_quant=config.double_quant, rows=shared(rows))
+        return _named((*packed.stored_rows(), packed.absmax_scales, packed.absmax_offset), name)
 
 
 class _AsParameter(ConversionOps):
@@ -296,6 +289,6 @@ class _TakeOver(ConversionOps):
         return _named(bitsandbytes_format.packed_tensors(by_name, quant_format, full_name), "weight")
 
 
-def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:
+def _named(stored: _Stored, weight: str) -> dict[str, Tensor]:
     names = weight, f"{weight}_absmax", f"{weight}_absmax_scales", f"{weight}_absmax_offset"
-    return {name: tensor for name, tensor in zip(names, packed, strict=True) if tensor is not None}
+    return {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded.quant import backends, formats, ops
+from qsharded.quant import formats, ops
+from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_weight import PackedWeight
 
 
 class NF4Linear(nn.Module):
@@ -24,7 +26,7 @@ class NF4Linear(nn.Module):
         weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
-        quant_type, block_size: those of :class:`qsharded.quant.formats.QuantFormat`.
+        quant_format: of the weight.
 
     Raises:
         ValueError: ``in_features`` is no multiple of the block size, or there is no such format.
@@ -47,11 +49,10 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        formats.QuantFormat(quant_type, block_size)  # raises where there is none
+        self.quant_format = formats.QuantFormat(quant_type, block_size)
         if in_features % block_size:
             raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.block_size = quant_type, block_size
         G = in_features // block_size
         self.weight = _packed_parameter(out_features, in_features // 4, device)
         self.weight_absmax = _packed_parameter(out_features, -(-G // 2) if double_quant else 2 * G, device)
@@ -84,49 +85,49 @@ class NF4Linear(nn.Module):
         if weight.is_meta:
             return new
         formats.check_weight(weight, new.quant_format, name)
-        codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
-        new.weight.data.view(torch.uint8).copy_(codes)
-        if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
-            new.weight_absmax.data.view(torch.float32).copy_(absmax)
-            return new
-        absmax_codes, scales, offset = backends.double_quantize(absmax)
-        new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
-        new.weight_absmax_scales.copy_(scales)
-        new.weight_absmax_offset.copy_(offset)
+        new._hold(pack_weight(weight, new.quant_format, double_quant=double_quant))
         return new
 
-    @property
-    def quant_format(self) -> formats.QuantFormat:
-        """Its codebook and block size."""
-        return formats.QuantFormat(self.quant_type, self.block_size)
+    def _hold(self, packed: PackedWeight) -> None:
+        for parameter, rows in zip((self.weight, self.weight_absmax), packed.stored_rows(), strict=True):
+            parameter.data.view(torch.uint8).copy_(rows.view(torch.uint8))
+        second_level = ("weight_absmax_scales", packed.absmax_scales), ("weight_absmax_offset", packed.absmax_offset)
+        for name, value in second_level:
+            if value is not None:
+                self.get_buffer(name).copy_(value)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double
-        quantization, as ``ops`` takes them: views, nothing is copied."""
-        codes, absmax, G = self.weight, self.weight_absmax, self.in_features // self.block_size
+    @property
+    def quant_type(self) -> str:
+        """Its format's."""
+        return self.quant_format.quant_type
+
+    @property
+    def block_size(self) -> int:
+        """Its format's."""
+        return self.quant_format.block_size
+
+    def packed(self) -> PackedWeight:
+        """The weight as ``ops`` takes it: views, nothing is copied."""
+        codes, absmax = self.weight, self.weight_absmax
         if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
             name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
             raise TypeError(
                 f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
                 "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
             )
-        if self.weight_absmax_scales is None:
-            return codes.view(torch.uint8), absmax.view(torch.float32), None, None
-        absmax_codes = absmax.view(torch.uint8)
-        if G % 2:
-            absmax_codes = absmax_codes[:, :G]
-        return codes.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
+        second_level = self.weight_absmax_scales, self.weight_absmax_offset
+        return PackedWeight.from_stored_rows(codes, absmax, *second_level, self.quant_format)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype``."""
-        return ops.nf4_dequantize(*self.packed(), dtype, self.quant_type, self.block_size)
+        return ops.nf4_dequantize(self.packed(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it raises on the meta device
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.nf4_linear(x, *self.packed(), bias, self.quant_type, self.block_size)
+        return ops.nf4_linear(x, self.packed(), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
@@ -158,8 +159,3 @@ class NF4Linear(nn.Module):
 
 def _packed_parameter(rows: int, columns: int, device: torch.device | str | None) -> nn.Parameter:
     return nn.Parameter(torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False)
-
-
-def pad_absmax(absmax_codes_NG: Tensor) -> Tensor:
-    """uint8 [N, G rounded up to even]: a row must fill whole bf16 words. Integer padding, so no pattern changes."""
-    return nn.functional.pad(absmax_codes_NG, (0, absmax_codes_NG.shape[1] % 2))

@@ -49,7 +49,7 @@ def test_what_bitsandbytes_packed_keeps_its_bytes_and_computes_with_them(
     assert len(layers(model)) == PACKED[block_size]
     for name, layer in layers(model).items():
         assert (layer.quant_type, layer.block_size) == (quant_type, block_size)
-        codes, absmax, scales, _ = layer.packed()
+        codes, absmax, scales, _ = layer.packed().tensors
         assert torch.equal(codes.reshape(-1), stored[f"{name}.weight"].reshape(-1))
         assert torch.equal(absmax.reshape(-1), stored[f"{name}.weight.absmax"])
         assert (scales is not None) == nested
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_to_the_formats_bytes(
     for name, layer in layers(model).items():
         expected = formats.quantize(weights[f"{name}.weight"], quant_type=quant_type, block_size=block_size)
         parts = expected.codes, expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
-        for found, wanted in zip(layer.packed(), parts, strict=True):
+        for found, wanted in zip(layer.packed().tensors, parts, strict=True):
             assert torch.equal(found, wanted), name
     report = inspect_path(tmp_path)
     assert not report.problems

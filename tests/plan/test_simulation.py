@@ -56,7 +56,7 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
 def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
     layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed()
+    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed().tensors
     formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
         formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)

@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ CONFIG_KEY = "quantization_config"
 ABSMAX, SCALES, OFFSET = "_absmax", "_absmax_scales", "_absmax_offset"
 BNB_ABSMAX, BNB_NESTED, BNB_MAP, BNB_NESTED_MAP = ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map"
 BNB_STATE = ".quant_state.bitsandbytes__"  # "nf4" or "fp4" follows
+_BNB_TYPES = get_args(formats.QuantType)
 
 _ORIGINAL = "give the 16-bit checkpoint it was made from"
 
@@ -204,9 +205,9 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
             f"{CONFIG_KEY}: this is an LLM.int8 checkpoint; of bitsandbytes' only 4 bits are read; {_ORIGINAL}"
         )
     quant_type = said.get("bnb_4bit_quant_type", "fp4")  # its default
-    if quant_type not in formats.CODEBOOKS:
+    if quant_type not in _BNB_TYPES:
         raise ValueError(
-            f"{CONFIG_KEY}: bnb_4bit_quant_type is {quant_type!r}; only {' and '.join(formats.CODEBOOKS)} are read; "
+            f"{CONFIG_KEY}: bnb_4bit_quant_type is {quant_type!r}; only {' and '.join(_BNB_TYPES)} are read; "
             f"{_ORIGINAL}"
         )
     return Packing("bitsandbytes", bool(said.get("bnb_4bit_use_double_quant")), QuantFormat(quant_type))
@@ -237,19 +238,14 @@ def own_quant_format(said: Mapping[str, Any]) -> QuantFormat:
 
 def packed_specs(form: Form, quant_format: QuantFormat, name: str, N: int, K: int) -> dict[str, Spec | None]:
     """Dtype and shape of each tensor of a weight [N, K], double-quantized; None where the values decide the size."""
-    G = K // quant_format.block_size
-    scales: Spec = torch.float32, (formats.second_level_blocks(N, G),)
+    stored = quant_format.stored_tensors(N, K)
     if form == QUANT_METHOD:
-        return {
-            name: (torch.uint8, (N, K // 2)),
-            name + ABSMAX: (torch.uint8, (N, G)),
-            name + SCALES: scales,
-            name + OFFSET: (torch.float32, ()),
-        }
+        endings = {"codes": "", "absmax": ABSMAX, "absmax_scales": SCALES, "absmax_offset": OFFSET}
+        return {name + endings[part]: spec for part, spec in stored.items()}
     return {
         name: (torch.uint8, (N * K // 2, 1)),
-        name + BNB_ABSMAX: (torch.uint8, (N * G,)),
-        name + BNB_NESTED: scales,
+        name + BNB_ABSMAX: (torch.uint8, (N * K // quant_format.block_size,)),
+        name + BNB_NESTED: stored["absmax_scales"],
         name + BNB_MAP: (torch.float32, (formats.codebook().numel(),)),
         name + BNB_NESTED_MAP: (torch.float32, (blockwise8.dynamic_map().numel(),)),
         name + BNB_STATE + quant_format.quant_type: None,

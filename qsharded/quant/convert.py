@@ -36,7 +36,7 @@ def quantize_(
     Raises:
         ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such format.
     """
-    formats.QuantFormat(quant_type, block_size)  # raises
+    block_size = formats.QuantFormat(quant_type, block_size).block_size
     pack = partial(NF4Linear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head
     adapters = {part for module in model.modules() if isinstance(module, LoRALinear) for part in module.adapters()}

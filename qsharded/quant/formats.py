@@ -1,8 +1,8 @@
-"""The NF4 format: its levels, packing and double quantization, in plain PyTorch. Every kernel is held to these bytes.
+"""The NF4 format: its codebook, codes and double quantization, in plain PyTorch. Every kernel is held to these bytes.
 
 A weight ``[N, K]`` is cut into blocks of 64 along K. Each block keeps its largest magnitude (absmax, fp32) and, for
-every weight, the index of the nearest of 16 levels to ``weight / absmax``. Two indices share a byte, the first in the
-high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
+every weight, the index of the codebook's nearest value to ``weight / absmax``. Two indices share a byte, the first in
+the high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
 absmax. Codes and fp32 absmax are byte for byte those of bitsandbytes 0.50 on CPU.
 Source: Dettmers et al., "QLoRA", arXiv:2305.14314.
 
@@ -11,7 +11,7 @@ bitsandbytes has other formats like it, with another codebook (FP4) and other si
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -43,10 +43,12 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# A sign bit, then three bits of a float. The levels do not ascend, and 0 stands there twice.
+# A sign bit, then three bits of a float. The values do not ascend, and 0 stands there twice.
 _FP4 = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 QuantType = Literal["nf4", "fp4"]
-CODEBOOKS = {"nf4": _NF4, "fp4": _FP4}
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
+_CODES = 16
+Size = tuple[int, ...]
 
 _SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
 _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB each, whatever the weight's size
@@ -54,10 +56,10 @@ _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """Which levels, and how many weights share an absmax. The kernels are written for blocks of 64.
+    """How a weight is quantized: to which codebook, in blocks of which size, and so what is stored of it.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
+        quant_type: its name: "nf4", "fp4" or one of :func:`register_format`.
         block_size: weights in a block, one of ``BLOCK_SIZES``.
 
     Raises:
@@ -77,6 +79,37 @@ class QuantFormat:
     def __str__(self) -> str:
         return f"{self.quant_type} in blocks of {self.block_size}"
 
+    @property
+    def codebook(self) -> tuple[float, ...]:
+        """The 16 values of the codes, in units of a block's absmax."""
+        return CODEBOOKS[self.quant_type]
+
+    def stored_tensors(self, N: int, K: int, *, double_quant: bool = True) -> dict[str, tuple[torch.dtype, Size]]:
+        """Dtype and shape of each tensor of a weight [N, K], by the attributes of :class:`PackedWeight`."""
+        G = K // self.block_size
+        codes: dict[str, tuple[torch.dtype, Size]] = {"codes": (torch.uint8, (N, K // 2))}
+        if not double_quant:
+            return codes | {"absmax": (torch.float32, (N, G))}
+        scales = torch.float32, (second_level_blocks(N, G),)
+        return codes | {"absmax": (torch.uint8, (N, G)), "absmax_scales": scales, "absmax_offset": (torch.float32, ())}
+
+
+def register_format(quant_type: str, codebook: Sequence[float]) -> None:
+    """Add a format to those that :class:`QuantFormat` names. The reference serves it, and kernels that are registered
+    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, decode its blocks of 64.
+
+    Args:
+        codebook: 16 values from -1 to 1, in the order of their codes; a tie goes to the smaller value.
+
+    Raises:
+        ValueError: the name is taken, or the codebook is another.
+    """
+    if quant_type in CODEBOOKS:
+        raise ValueError(f"quant_type {quant_type!r} is registered already: choose another name")
+    if len(codebook) != _CODES or not all(-1 <= value <= 1 for value in codebook):
+        raise ValueError(f"the codebook of {quant_type!r} must be {_CODES} values from -1 to 1, got {list(codebook)}")
+    CODEBOOKS[quant_type] = tuple(codebook)
+
 
 NF4_64 = QuantFormat()
 
@@ -91,7 +124,7 @@ class NF4Weight:
         absmax_codes: uint8 [N, G].
         absmax_scales: fp32 [ceil(N*G/256)].
         absmax_offset: fp32 [].
-        quant_format: what to quantize to.
+        quant_format: what it was quantized to.
     """
 
     codes: Tensor
@@ -109,10 +142,10 @@ class NF4Weight:
 def quantize(
     weight: Tensor, *, quant_type: str = "nf4", block_size: int = BLOCK, double_quant: bool = True
 ) -> NF4Weight:
-    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the kind of those two names.
+    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the format of those two names.
 
     Raises:
-        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a kind or dtype that the format lacks,
+        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a format or dtype that there is not,
             or NaN or infinity among the weights.
     """
     quant_format = QuantFormat(quant_type, block_size)
@@ -153,26 +186,26 @@ def refuse_not_finite(finite: Tensor, name: str) -> None:
 
 @cache
 def codebook(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
-    """The 16 levels by their codes, fp32. The tensor is shared: do not write to it."""
+    """The 16 values by their codes, fp32. The tensor is shared: do not write to it."""
     return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
 
 
 @cache
 def thresholds(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
-    """The 15 fp32 midpoints of the ascending levels. The tensor is shared: do not write to it."""
+    """The 15 fp32 midpoints of the ascending values. The tensor is shared: do not write to it."""
     ascending = codebook(quant_type=quant_type).sort().values
     return ((ascending[:-1] + ascending[1:]) / 2).to(device)
 
 
 @cache
 def _ascending_codes(device: torch.device, quant_type: str) -> Tensor:
-    """uint8 [16]: the codes in the order of their levels; of two zeros the lower code first."""
+    """uint8 [16]: the codes in the order of their values; of two zeros the lower code first."""
     return codebook(quant_type=quant_type).argsort(stable=True).to(torch.uint8).to(device)
 
 
 @cache
 def _codebook_pairs(device: torch.device, quant_type: str) -> Tensor:
-    """Both levels of each byte, fp32 [256, 2]: one look-up decodes two codes."""
+    """Both values of each byte, fp32 [256, 2]: one look-up decodes two codes."""
     byte = torch.arange(256, device="cpu")
     return codebook(quant_type=quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
 
@@ -201,12 +234,12 @@ def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
     # bucketize puts a value that equals a threshold below it: a tie goes down
     index = torch.bucketize(scaled, thresholds(scaled.device, quant_type), out_int32=True)
     if quant_type == "nf4":
-        return index.to(torch.uint8)  # its levels ascend: no second look-up
+        return index.to(torch.uint8)  # its values ascend: no second look-up
     return _ascending_codes(scaled.device, quant_type)[index]
 
 
 def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, quant_format: QuantFormat = NF4_64) -> Tensor:
-    """The weight [N, K]: level times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
+    """The weight [N, K]: value times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
     N, P = codes_NP.shape
     out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
     for rows in _row_chunks(N, P * 2):
@@ -220,7 +253,7 @@ def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, quant_format: QuantFormat)
 
 
 def decode_workspace(N: int, K: int) -> int:
-    """Bytes that :func:`decode` takes beside its result: the levels of some rows in fp32, and their products."""
+    """Bytes that :func:`decode` takes beside its result: some rows' values in fp32, and their products."""
     return min(N, _rows_at_a_time(K)) * K * (4 + 4)
 
 

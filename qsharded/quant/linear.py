@@ -53,12 +53,12 @@ class NF4Linear(nn.Module):
         if in_features % block_size:
             raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
-        G = in_features // block_size
-        self.weight = _packed_parameter(out_features, in_features // 4, device)
-        self.weight_absmax = _packed_parameter(out_features, -(-G // 2) if double_quant else 2 * G, device)
-        scales = torch.zeros(formats.second_level_blocks(out_features, G), dtype=torch.float32, device=device)
-        self.register_buffer("weight_absmax_scales", scales if double_quant else None)
-        self.register_buffer("weight_absmax_offset", scales.new_zeros(()) if double_quant else None)
+        stored = self.quant_format.stored_tensors(out_features, in_features, double_quant=double_quant)
+        self.weight = _packed_parameter(*stored["codes"], device)
+        self.weight_absmax = _packed_parameter(*stored["absmax"], device)
+        for name in ("absmax_scales", "absmax_offset"):
+            zeros = _zeros(*stored[name], device) if name in stored else None
+            self.register_buffer(f"weight_{name}", zeros)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
     @classmethod
@@ -157,5 +157,12 @@ class NF4Linear(nn.Module):
         return f"{sizes}, quant_type={self.quant_type}, block_size={self.block_size}"
 
 
-def _packed_parameter(rows: int, columns: int, device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False)
+def _packed_parameter(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> nn.Parameter:
+    """For the rows of a stored tensor as whole bf16 words."""
+    rows, columns = shape
+    words = -(-columns * dtype.itemsize // torch.bfloat16.itemsize)
+    return nn.Parameter(_zeros(torch.bfloat16, (rows, words), device), requires_grad=False)
+
+
+def _zeros(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qsharded.quant import formats
-from qsharded_kernels import cpu_nf4, library
+from qsharded_kernels import cpu, cpu_nf4, library
 from tests.kernels import cases
 
 pytestmark = pytest.mark.usefixtures("fresh_library")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_library")
 
 @pytest.fixture(params=cpu_nf4.ISA_NAMES)
 def isa(request: pytest.FixtureRequest) -> str:
-    if cpu_nf4.ISA_NAMES.index(request.param) > cpu_nf4.ISA_NAMES.index(cpu_nf4.best_isa()):
+    if cpu_nf4.ISA_NAMES.index(request.param) > cpu.compiled().qsharded_cpu_isa():
         pytest.skip(f"this machine does not run {request.param}")
     return request.param
 
@@ -127,7 +127,7 @@ def test_library_is_the_fresh_one(fresh_library: Path) -> None:
 _THREADS_AFTER_EACH_STEP = """
 import os, pathlib, sys, torch
 from qsharded import nf4
-from qsharded_kernels import cpu_nf4, library
+from qsharded_kernels import cpu, cpu_nf4, library
 library.PATH = pathlib.Path(sys.argv[1])
 def threads(): print(len(os.listdir("/proc/self/task")))
 weight = torch.ones(4096, 256)

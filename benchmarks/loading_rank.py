@@ -23,6 +23,7 @@ from qsharded.distributed.agreement import groups_of
 from qsharded.distributed.placement import lay_out
 from qsharded.distributed.sharding import RowRange, local
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.quant.pack_weight import double_quantize
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def warm_up(world: fsdp.World) -> None:
     """Contexts, compiled kernels and communicators, which a run needs once whatever it loads."""
     absmax_NG = torch.rand(8, 4, device=world.device)
     group = world.mesh.get_group() if world.mesh else None
-    fill.double_quantize(absmax_NG, RowRange(0, 8, 8, group))
+    double_quantize(absmax_NG, fill.shared(RowRange(0, 8, 8, group)))
     torch.ops.qsharded.nf4_quantize(torch.randn(8, 256, device=world.device).bfloat16())
 
 

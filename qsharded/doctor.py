@@ -17,6 +17,7 @@ import torch
 import qsharded
 from qsharded.config import parse
 from qsharded.quant import backends, formats, ops
+from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils import hardware
 from qsharded.utils.hardware import GIB
 
@@ -182,7 +183,7 @@ def _wrong_bytes(device: torch.device) -> str:
     weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(0))
     codes, absmax = formats.encode(weight)
     found_codes, found_absmax = ops.nf4_quantize(weight.to(device))
-    decoded = ops.nf4_dequantize(codes.to(device), absmax.to(device), dtype=torch.float32)
+    decoded = ops.nf4_dequantize(PackedWeight(codes.to(device), absmax.to(device)), torch.float32)
     pairs = {
         "codes": (found_codes, codes),
         "absmax": (found_absmax, absmax),

@@ -24,7 +24,7 @@ from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_oc
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.fsdp import World
-from qsharded.quant.formats import Kind, QuantType
+from qsharded.quant.formats import QuantFormat, QuantType
 
 _in = partial(option, group="What is quantized")
 _out = partial(option, group="What is written")
@@ -80,8 +80,8 @@ def run(config: QuantizeConfig, device: torch.device) -> None:
     refuse_occupied(output)
     checkpoint = find_checkpoint(config.model, config.revision)
     with complete_or_absent(output) as unfinished:
-        kind = Kind(config.quant_type, config.block_size)
-        quantize_checkpoint(checkpoint, unfinished, config.format, device, kind)
+        quant_format = QuantFormat(config.quant_type, config.block_size)
+        quantize_checkpoint(checkpoint, unfinished, config.format, device, quant_format)
         write_origin(checkpoint, unfinished)
         others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
         copy_files(others, checkpoint, unfinished)

@@ -28,7 +28,7 @@ def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: tor
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     linear.weight.data = weight(*shape, dtype)
     on_cpu, on_gpu = NF4Linear.from_linear(linear), NF4Linear.from_linear(linear.cuda())
-    for found, expected in zip(on_gpu.packed(), on_cpu.packed(), strict=True):
+    for found, expected in zip(on_gpu.packed().tensors, on_cpu.packed().tensors, strict=True):
         assert torch.equal(found.cpu(), expected)
     for out in formats.FLOAT_DTYPES:
         decoded = formats.quantize(weight(*shape, dtype)).dequantize(out)

@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
 from qsharded.quant import blockwise8, formats
+from qsharded.quant.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class Packed:
         """As ``torch.ops.qsharded`` takes them."""
         return self.codes, self.absmax, self.scales, self.offset
 
+    def packed(self) -> PackedWeight:
+        """As ``qsharded.quant`` takes it."""
+        return PackedWeight(*self.arguments())
+
     def with_tables(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""
         device = self.codes.device
-        return *self.arguments(), formats.levels(device), blockwise8.dynamic_map(True, device)
+        return *self.arguments(), formats.codebook(device), blockwise8.dynamic_map(True, device)
 
     def decoded(self) -> Tensor:
         """The fp64 weight."""

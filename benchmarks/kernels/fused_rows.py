@@ -62,7 +62,7 @@ def all_cases(models: list[str], device: torch.device) -> Iterator[Case]:
 
 def contenders(packed: Packed, x: Tensor) -> list[Contender]:
     def decode_first() -> Tensor:
-        return F.linear(x, backends.dequantize(*packed.arguments(), x.dtype))
+        return F.linear(x, backends.dequantize(packed.packed(), x.dtype))
 
     fused = partial(cuda_linear.linear, x, *packed.with_tables())
     return [Contender(FUSED, fused, TOLERANCE), Contender(DECODED, decode_first, TOLERANCE)]

@@ -12,11 +12,6 @@ from . import checks, cpu, library
 ISA_NAMES = ("portable", "avx2", "avx512")
 
 
-def best_isa() -> str:
-    """The best of ``ISA_NAMES`` that this machine runs."""
-    return ISA_NAMES[cpu.compiled().qsharded_cpu_isa()]
-
-
 def quantize(
     weight_NK: Tensor, midpoints: Tensor, *, threads: int | None = None, isa: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,15 @@ from . import library
 
 _log = logging.getLogger(__name__)
 
+# what the library checks, by the function
+_MOST_WEIGHTS = "a weight has at most 2^37 elements: shard it"
+_ALIGNED = "and the rows of the output begin a multiple of 16 bytes apart"
+_LIMITS = {
+    "nf4_linear": f"{_MOST_WEIGHTS}; in_features is at most 2^20, and there are at most 2^31 - 1 tokens",
+    "nf4_dequantize": f"{_MOST_WEIGHTS}; {_ALIGNED}",
+    "nf4_dequantize_parts": f"1 to 4 weights; {_MOST_WEIGHTS}; a tail of whole 16 bytes; {_ALIGNED}, with room for it",
+}
+
 
 def is_available(device: torch.device | str = "cuda") -> bool:
     """Whether the CUDA kernels were built and run on ``device``. Where they were built and do not, a warning says why,
@@ -41,7 +50,7 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
 
     Raises:
         RuntimeError: CUDA refused the launch; its own words.
-        ValueError: more weights than the kernels count.
+        ValueError: sizes that the kernel does not take.
     """
     index = next(argument.get_device() for argument in arguments if isinstance(argument, Tensor))
     call_on(index, function, *[_pointer(argument, index) for argument in arguments])
@@ -55,7 +64,7 @@ def call_on(index: int, function: str, *arguments: Any) -> None:
         stream = torch._C._cuda_getCurrentRawStream(index)  # as Triton asks for it: several times faster than a Stream
         result = getattr(compiled, f"qsharded_cuda_{function}")(*arguments, stream)
     if result != 0:
-        _raise_for(result, compiled)
+        _raise_for(result, function, compiled)
 
 
 def _current(index: int) -> AbstractContextManager[object]:
@@ -70,9 +79,9 @@ def _pointer(argument: Tensor | int | None, device_index: int) -> int | None:
     return argument.data_ptr()
 
 
-def _raise_for(result: int, compiled: CDLL) -> None:
+def _raise_for(result: int, function: str, compiled: CDLL) -> None:
     if result >= library.CUDA_ERROR:
         raise RuntimeError(f"CUDA: {compiled.qsharded_cuda_error_string(result).decode()}")
     if result == library.BAD_SIZE:
-        raise ValueError("a weight of more than 2^37 elements; shard it")
+        raise ValueError(f"{function}: sizes that its kernel does not take; {_LIMITS.get(function, _MOST_WEIGHTS)}")
     assert result == 0, result

@@ -98,7 +98,7 @@ def _by_bitsandbytes(name: str, B: int, N: int, K: int, *, is_nested: bool) -> d
     common = {
         name: Expected(nbytes=prod((N, K)) // 2),  # in any storage type
         name + BNB_ABSMAX: Expected(("U8",) if is_nested else ("F32",), (N * G,)),
-        name + BNB_MAP: Expected(("F32",), (formats.levels().numel(),)),
+        name + BNB_MAP: Expected(("F32",), (formats.codebook().numel(),)),
     }
     if not is_nested:
         return common

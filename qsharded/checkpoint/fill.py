@@ -6,6 +6,7 @@ Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.distributed.sharding import RowRange, local, own_rows
-from qsharded.quant import backends, formats, ops
-from qsharded.quant.formats import Kind
-from qsharded.quant.linear import NF4Linear, pad_absmax
+from qsharded.quant import formats, ops
+from qsharded.quant.formats import QuantFormat
+from qsharded.quant.linear import NF4Linear
+from qsharded.quant.pack_weight import SharedRows, double_quantize
+from qsharded.quant.packed_weight import pad_absmax
 
 
 class Fill(Protocol):
@@ -110,19 +113,20 @@ class QuantizingFill:
     Args:
         K: in_features.
         rows: this rank's.
-        kind: to quantize to.
+        quant_format: to quantize to.
     """
 
-    def __init__(self, source: WeightSource, name: str, K: int, rows: RowRange, kind: Kind, sink: PackedSink) -> None:
-        self._K, self._rows, self._kind, self._sink = K, rows, kind, sink
+    def __init__(
+        self, source: WeightSource, name: str, K: int, rows: RowRange, quant_format: QuantFormat, sink: PackedSink
+    ) -> None:
+        self._K, self._rows, self._quant_format, self._sink = K, rows, quant_format, sink
         self._finite = FiniteCheck(name)
         self._absmax: list[Tensor] = []
         self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
     def take(self, piece: Piece, values: Tensor) -> None:
         self._finite.add(values)
-        kind = self._kind
-        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), kind.quant_type, kind.block_size)
+        codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), self._quant_format)
         self._sink.put_codes(piece.start, codes_NP)
         self._absmax.append(absmax_NG)
 
@@ -131,8 +135,8 @@ class QuantizingFill:
 
     def finish(self, device: torch.device) -> None:
         absmax, self._absmax = self._absmax, []
-        empty = torch.empty(0, self._K // self._kind.block_size, dtype=torch.float32, device=device)
-        self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), self._rows))
+        empty = torch.empty(0, self._K // self._quant_format.block_size, dtype=torch.float32, device=device)
+        self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), shared(self._rows)))
 
 
 class LayerSink:
@@ -156,20 +160,9 @@ class LayerSink:
         layer.weight_absmax_offset.copy_(offset)
 
 
-def double_quantize(absmax_NG: Tensor, rows: RowRange) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
-    offset = _agreed_offset(absmax_NG, rows)
-    scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
-    _all_reduce(scales, dist.ReduceOp.MAX, rows.group)
-    return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
-
-
-def _agreed_offset(absmax_NG: Tensor, rows: RowRange) -> Tensor:
-    """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
-    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
-    sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
-    _all_reduce(sums_N, dist.ReduceOp.SUM, rows.group)
-    return backends.absmax_offset(sums_N, absmax_NG.shape[1])
+def shared(rows: RowRange) -> SharedRows:
+    """This rank's rows, with the way in which its ranks agree on scales."""
+    return SharedRows(rows.start, rows.total, partial(_all_reduce, group=rows.group))
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:

@@ -22,7 +22,7 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.lora.layer import add_lora, reset_adapters
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.convert import Filter, quantize_
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
 from qsharded.utils.checkpointing_modes import Mode
 
@@ -127,30 +127,30 @@ def skeleton(
     lora: LoRAConfig | None,
     dtype: torch.dtype,
     packed: PackedCheckpoint | Packing | None = None,
-    kind: Kind | None = NF4_64,
+    quant_format: QuantFormat | None = NF4_64,
 ) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory.
 
     Args:
         packed: the checkpoint that decides which layers are packed; or how it packs them, where its files are not there
             to say which: all linear ones that can be, but the head. By default these less those that are trained in
-            full, in ``kind``.
-        kind: of the layers where ``packed`` does not say it. None packs none: then any in_features will do.
+            full, in ``quant_format``.
+        quant_format: of the layers where ``packed`` does not say it. None packs none: then any in_features will do.
 
     Raises:
         ValueError: the checkpoint has packed what this decoder keeps whole, or what ``lora`` trains in full.
     """
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype)
-        if packed is None and kind is not None:
+        if packed is None and quant_format is not None:
             kept = lora.is_saved if lora else lambda name: False
-            _quantize(model, kind, True, lambda name, _: name != "lm_head" and not kept(name))
+            _quantize(model, quant_format, True, lambda name, _: name != "lm_head" and not kept(name))
         elif isinstance(packed, Packing):
-            _quantize(model, packed.kind, packed.double_quant, lambda name, _: name != "lm_head")
+            _quantize(model, packed.quant_format, packed.double_quant, lambda name, _: name != "lm_head")
         elif packed is not None:
             _refuse_torn_rows(model, packed)
-            kind, double_quant = packed.packing.kind, packed.packing.double_quant
-            _quantize(model, kind, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))
+            quant_format, double_quant = packed.packing.quant_format, packed.packing.double_quant
+            _quantize(model, quant_format, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))
             _refuse_other_packed(model, packed)
         if packed is not None and lora is not None:
             _refuse_trained(model, lora)
@@ -160,8 +160,10 @@ def skeleton(
     return model
 
 
-def _quantize(model: nn.Module, kind: Kind, double_quant: bool, filter: Filter) -> None:
-    quantize_(model, filter, quant_type=kind.quant_type, block_size=kind.block_size, double_quant=double_quant)
+def _quantize(model: nn.Module, quant_format: QuantFormat, double_quant: bool, filter: Filter) -> None:
+    quantize_(
+        model, filter, quant_type=quant_format.quant_type, block_size=quant_format.block_size, double_quant=double_quant
+    )
 
 
 def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
@@ -174,10 +176,10 @@ def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
 
 
 def _refuse_torn_rows(model: nn.Module, packed: PackedCheckpoint) -> None:
-    kind = packed.packing.kind
+    quant_format = packed.packing.quant_format
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and packed.is_packed(name) and module.in_features % kind.block_size:
-            raise ValueError(torn_rows(f"{packed.source.folder}: {name}", module.in_features, kind))
+        if isinstance(module, nn.Linear) and packed.is_packed(name) and module.in_features % quant_format.block_size:
+            raise ValueError(torn_rows(f"{packed.source.folder}: {name}", module.in_features, quant_format))
 
 
 def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
@@ -202,7 +204,7 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill.Fill]:
 
 def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> fill.Fill:
     rows = own_rows(layer.weight)
-    return fill.QuantizingFill(source, name, layer.in_features, rows, layer.kind, fill.LayerSink(layer))
+    return fill.QuantizingFill(source, name, layer.in_features, rows, layer.quant_format, fill.LayerSink(layer))
 
 
 def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:

@@ -32,6 +32,7 @@ from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant import formats, ops
 from qsharded.quant.linear import NF4Linear
+from qsharded.quant.pack_weight import pack_weight
 from qsharded.utils.durable_files import Replacement
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,13 @@ def merge_weights(
             f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
             "--model the 16-bit checkpoint it was made from"
         )
-    kind = None if base == "16bit" else formats.Kind(base, block_size)
+    quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
     config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
-    model = skeleton(config, read_lora_config(adapter), torch.float32, kind=kind)
+    model = skeleton(config, read_lora_config(adapter), torch.float32, quant_format=quant_format)
     source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
-        merge = _Merge.of(model, kind, file, adapter / WEIGHTS_FILE)
+        merge = _Merge.of(model, quant_format, file, adapter / WEIGHTS_FILE)
         added = _untied(config, source, merge)
         for path in sorted({source.file_of(name) for name in source.names()}):
             logger.info("merging %s", path.name)
@@ -117,7 +118,7 @@ class _Merge:
         replaced: tensors that the adapter holds whole (modules_to_save).
         brought: tensors of which the adapter holds the frozen weight too, which counts -> that one's name in its file.
         rounded: tensors to quantize and decode first.
-        kind: to which, or None.
+        quant_format: to which, or None.
         file, path: the adapter's, open.
     """
 
@@ -125,12 +126,12 @@ class _Merge:
     replaced: set[str]
     brought: dict[str, str]
     rounded: set[str]
-    kind: formats.Kind | None
+    quant_format: formats.QuantFormat | None
     file: Any
     path: Path
 
     @classmethod
-    def of(cls, model: CausalLM, kind: formats.Kind | None, file: Any, path: Path) -> "_Merge":
+    def of(cls, model: CausalLM, quant_format: formats.QuantFormat | None, file: Any, path: Path) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
@@ -143,8 +144,8 @@ class _Merge:
             adapted=adapted,
             replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
             brought={tensor: name for tensor, name in bases.items() if name in held},
-            rounded=packed if kind else set(),
-            kind=kind,
+            rounded=packed if quant_format else set(),
+            quant_format=quant_format,
             file=file,
             path=path,
         )
@@ -168,8 +169,8 @@ class _Merge:
         base = stored
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
-        elif self.kind is not None and name in self.rounded:
-            base = quantized_and_decoded(stored, name, self.kind)
+        elif self.quant_format is not None and name in self.rounded:
+            base = quantized_and_decoded(stored, name, self.quant_format)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
 
     def _delta(self, name: str, layer: LoRALayer) -> Tensor:
@@ -181,16 +182,14 @@ class _Merge:
             return layer.product(*values.values())
 
 
-def quantized_and_decoded(weight: Tensor, name: str, kind: formats.Kind) -> Tensor:
+def quantized_and_decoded(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:
     """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and decoded.
 
     Raises:
         ValueError: NaN or infinity in the tensor ``name``.
     """
-    formats.check_weight(weight, kind, name)
-    codes, absmax = ops.nf4_quantize(weight, kind.quant_type, kind.block_size)
-    scales = formats.double_quantize(absmax)
-    return ops.nf4_dequantize(codes, *scales, torch.float32, kind.quant_type, kind.block_size)
+    formats.check_weight(weight, quant_format, name)
+    return ops.nf4_dequantize(pack_weight(weight, quant_format), torch.float32)
 
 
 def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor], copies: Mapping[str, str]) -> None:

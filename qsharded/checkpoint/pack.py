@@ -24,16 +24,18 @@ from qsharded.checkpoint.tied_embeddings import described_as, open_tied
 from qsharded.distributed.sharding import RowRange
 from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
 
 logger = logging.getLogger(__name__)
 
 
-def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torch.device, kind: Kind = NF4_64) -> None:
+def quantize_checkpoint(
+    checkpoint: Path, target: Path, form: Form, device: torch.device, quant_format: QuantFormat = NF4_64
+) -> None:
     """Write ``checkpoint`` with its linear layers packed: safetensors under the same names, their index, config.json.
 
-    The bytes are those that ``load_model`` makes of it, for the default kind. What is not packed keeps its dtype, and
+    The bytes are those that ``load_model`` makes of it, for the default format. What is not packed keeps its dtype, and
     so do linear layers whose in_features is no multiple of the block size.
 
     Args:
@@ -41,7 +43,7 @@ def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torc
         target: an existing folder.
         form: "qsharded", or "bitsandbytes" for transformers and bitsandbytes.
         device: to quantize on.
-        kind: of levels and blocks.
+        quant_format: what to quantize to.
 
     Raises:
         ValueError: the checkpoint is damaged, not supported, packed already, or not finite; or no layer fits.
@@ -50,15 +52,15 @@ def quantize_checkpoint(checkpoint: Path, target: Path, form: Form, device: torc
     if packed_format.read_packing(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
     config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
-    model = skeleton(config, None, torch.bfloat16, Packing(form, kind=kind))
-    writer = _Writer(source, packed_layers(model), form, kind, device)
+    model = skeleton(config, None, torch.bfloat16, Packing(form, quant_format=quant_format))
+    writer = _Writer(source, packed_layers(model), form, quant_format, device)
     names_of = writer.names_by_file(expected_shapes(model))
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if (checkpoint / INDEX).exists():
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
-    said = packed_format.own_config(kind) if form == "qsharded" else _bitsandbytes_config(model, writer)
+    said = packed_format.own_config(quant_format) if form == "qsharded" else _bitsandbytes_config(model, writer)
     write_json(target / "config.json", described_as(described, config) | {packed_format.CONFIG_KEY: said})
 
 
@@ -69,7 +71,7 @@ class _Writer:
     source: SafetensorsFolder
     layers: Mapping[str, NF4Linear]
     form: Form
-    kind: Kind
+    quant_format: QuantFormat
     device: torch.device
 
     def names_by_file(self, shapes: dict[str, tuple[int, ...]]) -> dict[Path, list[str]]:
@@ -94,14 +96,14 @@ class _Writer:
     def _specs(self, name: str) -> Mapping[str, Spec | None]:
         if name not in self.layers:
             return {name: (self.source.dtype(name), self.source.shape(name))}
-        return packed_format.packed_specs(self.form, self.kind, name, *self.source.shape(name))
+        return packed_format.packed_specs(self.form, self.quant_format, name, *self.source.shape(name))
 
     def _fill(self, name: str, file: SafetensorsFile) -> fill.Fill:
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
-        sink = _FileSink(file, self.form, self.kind, name, N, K, dtype)
-        return fill.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.kind, sink)
+        sink = _FileSink(file, self.form, self.quant_format, name, N, K, dtype)
+        return fill.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
 
 
 class _CopyFill:
@@ -130,7 +132,7 @@ class _FileSink:
 
     file: SafetensorsFile
     form: Form
-    kind: Kind
+    quant_format: QuantFormat
     name: str
     N: int
     K: int
@@ -148,16 +150,16 @@ class _FileSink:
         parts = {
             packed_format.BNB_ABSMAX: codes_NG,
             packed_format.BNB_NESTED: scales,
-            packed_format.BNB_MAP: formats.levels(quant_type=self.kind.quant_type),
+            packed_format.BNB_MAP: formats.codebook(quant_type=self.quant_format.quant_type),
             packed_format.BNB_NESTED_MAP: blockwise8.dynamic_map(),
         }
         for ending, part in parts.items():
             self.file.write(self.name + ending, part)
-        state = packed_format.bitsandbytes_state(self.kind, self.N, self.K, self.dtype, offset.item())
-        self.file.append(self.name + packed_format.BNB_STATE + self.kind.quant_type, state)
+        state = packed_format.bitsandbytes_state(self.quant_format, self.N, self.K, self.dtype, offset.item())
+        self.file.append(self.name + packed_format.BNB_STATE + self.quant_format.quant_type, state)
 
 
 def _bitsandbytes_config(model: nn.Module, writer: _Writer) -> dict[str, Any]:
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     dtype = writer.source.dtype(next(iter(writer.layers)))
-    return packed_format.bitsandbytes_config(writer.kind.quant_type, dtype, plain)
+    return packed_format.bitsandbytes_config(writer.quant_format.quant_type, dtype, plain)

@@ -11,17 +11,17 @@ S = ceil(N*G/256):
                                                 blocksize and nested_offset
                                                 W.quant_map fp32 [16], W.nested_quant_map fp32 [256]
 
-Bytes and their order are the same in both. config.json's quantization_config names the form and the levels; the size
+Bytes and their order are the same in both. config.json's quantization_config names the form and the codebook; the size
 of the blocks stands there in our form, and beside each weight in bitsandbytes'. All weights of a checkpoint are of one
-kind. Ours too can do without double quantization ("double_quant": false): W_absmax is then uint8 [N, 4G], the bytes of
-the fp32 values, and has no scales and offset. The quantize command does not write that; the integrations may.
+format. Ours too can do without double quantization ("double_quant": false): W_absmax is then uint8 [N, 4G], the bytes
+of the fp32 values, and has no scales and offset. The quantize command does not write that; the integrations may.
 """
 
 import json
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from qsharded.checkpoint.safetensors_writer import Spec
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.quant import blockwise8, formats
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 
 QUANT_METHOD, VERSION = "qsharded", 1
 BITSANDBYTES = "bitsandbytes"
@@ -39,6 +39,7 @@ CONFIG_KEY = "quantization_config"
 ABSMAX, SCALES, OFFSET = "_absmax", "_absmax_scales", "_absmax_offset"
 BNB_ABSMAX, BNB_NESTED, BNB_MAP, BNB_NESTED_MAP = ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map"
 BNB_STATE = ".quant_state.bitsandbytes__"  # "nf4" or "fp4" follows
+_BNB_TYPES = get_args(formats.QuantType)
 
 _ORIGINAL = "give the 16-bit checkpoint it was made from"
 
@@ -50,12 +51,12 @@ class Packing:
     Attributes:
         form: whose it is.
         double_quant: whether the blocks' maxima are in 8 bits rather than in fp32.
-        kind: levels and blocks. Where bitsandbytes packed them, blocks of 64 until :meth:`as_stored` has looked.
+        quant_format: where bitsandbytes packed them, blocks of 64 until :meth:`as_stored` has looked.
     """
 
     form: Form
     double_quant: bool = True
-    kind: Kind = NF4_64
+    quant_format: QuantFormat = NF4_64
 
     def weights(self, source: SafetensorsFolder) -> set[str]:
         """The names of the packed weights.
@@ -63,10 +64,10 @@ class Packing:
         Raises:
             ValueError: there is none.
         """
-        mark = ABSMAX if self.form == QUANT_METHOD else BNB_STATE + self.kind.quant_type
+        mark = ABSMAX if self.form == QUANT_METHOD else BNB_STATE + self.quant_format.quant_type
         names = {name.removesuffix(mark) for name in source.names() if name.endswith(mark)}
         if not names:
-            said = f"{self.form}, {self.kind.quant_type}"
+            said = f"{self.form}, {self.quant_format.quant_type}"
             raise ValueError(f"{source.folder}: config.json speaks of packed weights ({said}), but there is none")
         return names
 
@@ -78,9 +79,9 @@ class Packing:
         """
         if self.form == QUANT_METHOD:
             return self
-        state = _bitsandbytes_state(source, name, self.kind.quant_type)
+        state = _bitsandbytes_state(source, name, self.quant_format.quant_type)
         try:
-            return replace(self, kind=Kind(self.kind.quant_type, state.get("blocksize", 0)))
+            return replace(self, quant_format=QuantFormat(self.quant_format.quant_type, state.get("blocksize", 0)))
         except ValueError as error:
             raise ValueError(f"{source.file_of(name)}: {name}: {error}; {_ORIGINAL}") from None
 
@@ -90,24 +91,28 @@ class Packing:
             second_level = (SCALES, OFFSET) if self.double_quant else ()
             return {name + ending for ending in ("", ABSMAX, *second_level)}
         nested = (BNB_NESTED, BNB_NESTED_MAP) if self.double_quant else ()
-        return {name + ending for ending in ("", BNB_ABSMAX, BNB_STATE + self.kind.quant_type, BNB_MAP, *nested)}
+        return {
+            name + ending for ending in ("", BNB_ABSMAX, BNB_STATE + self.quant_format.quant_type, BNB_MAP, *nested)
+        }
 
     def parts(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "Parts":
         """Where the parts of the packed weight ``name`` [N, K] are found.
 
         Raises:
-            ValueError: they are of another size or kind; the tensor is named.
+            ValueError: they are of another size or format; the tensor is named.
         """
         parts = self._own(source, name) if self.form == QUANT_METHOD else self._of_bitsandbytes(source, name, N, K)
         _check_bytes(source, parts.codes, N * K // 2)
-        values = N * K // self.kind.block_size
+        values = N * K // self.quant_format.block_size
         if not self.double_quant:
             dtype = torch.uint8 if self.form == QUANT_METHOD else torch.float32
             _check_kind(source, parts.absmax, dtype, values * torch.float32.itemsize // dtype.itemsize)
             return parts
         _check_kind(source, parts.absmax, torch.uint8, values)
         assert parts.scales is not None
-        _check_kind(source, parts.scales, torch.float32, formats.second_level_blocks(N, K // self.kind.block_size))
+        _check_kind(
+            source, parts.scales, torch.float32, formats.second_level_blocks(N, K // self.quant_format.block_size)
+        )
         return parts
 
     def _own(self, source: SafetensorsFolder, name: str) -> "Parts":
@@ -118,12 +123,12 @@ class Packing:
         return Parts(name, name + ABSMAX, name + SCALES, offset)
 
     def _of_bitsandbytes(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "Parts":
-        quant_type = self.kind.quant_type
+        quant_type = self.quant_format.quant_type
         state = _bitsandbytes_state(source, name, quant_type)
         _require(source, name, "quant_type", state, quant_type)
-        _require(source, name, "blocksize", state, self.kind.block_size)  # that of the first weight
+        _require(source, name, "blocksize", state, self.quant_format.block_size)  # that of the first weight
         _require(source, name, "shape", state, [N, K])
-        _check_map(source, name + BNB_MAP, formats.levels(quant_type=quant_type))
+        _check_map(source, name + BNB_MAP, formats.codebook(quant_type=quant_type))
         if not self.double_quant:
             return Parts(name, name + BNB_ABSMAX, None, None)
         _require(source, name, "nested_blocksize", state, blockwise8.BLOCK)
@@ -200,24 +205,24 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
             f"{CONFIG_KEY}: this is an LLM.int8 checkpoint; of bitsandbytes' only 4 bits are read; {_ORIGINAL}"
         )
     quant_type = said.get("bnb_4bit_quant_type", "fp4")  # its default
-    if quant_type not in formats.LEVELS:
+    if quant_type not in _BNB_TYPES:
         raise ValueError(
-            f"{CONFIG_KEY}: bnb_4bit_quant_type is {quant_type!r}; only {' and '.join(formats.LEVELS)} are read; "
+            f"{CONFIG_KEY}: bnb_4bit_quant_type is {quant_type!r}; only {' and '.join(_BNB_TYPES)} are read; "
             f"{_ORIGINAL}"
         )
-    return Packing("bitsandbytes", bool(said.get("bnb_4bit_use_double_quant")), Kind(quant_type))
+    return Packing("bitsandbytes", bool(said.get("bnb_4bit_use_double_quant")), QuantFormat(quant_type))
 
 
 def _own_packing(said: Mapping[str, Any]) -> Packing:
     try:
-        kind = own_kind(said)
+        quant_format = own_quant_format(said)
     except ValueError as error:
         raise ValueError(f"{CONFIG_KEY}: {error}; quantize the 16-bit checkpoint again") from None
-    return Packing("qsharded", bool(said.get("double_quant", True)), kind)
+    return Packing("qsharded", bool(said.get("double_quant", True)), quant_format)
 
 
-def own_kind(said: Mapping[str, Any]) -> Kind:
-    """The kind that a quantization_config of ours names.
+def own_quant_format(said: Mapping[str, Any]) -> QuantFormat:
+    """The format that a quantization_config of ours names.
 
     Raises:
         ValueError: it is of another version, or names none.
@@ -226,48 +231,43 @@ def own_kind(said: Mapping[str, Any]) -> Kind:
         if key not in ("format", "block_size") and said.get(key) != value:
             raise ValueError(f"{key} must be {value!r} for this version of qsharded, got {said.get(key)!r}")
     try:
-        return Kind(said.get("format", ""), said.get("block_size", 0))
+        return QuantFormat(said.get("format", ""), said.get("block_size", 0))
     except ValueError as error:
         raise ValueError(f"format and block_size: {error}") from None
 
 
-def packed_specs(form: Form, kind: Kind, name: str, N: int, K: int) -> dict[str, Spec | None]:
+def packed_specs(form: Form, quant_format: QuantFormat, name: str, N: int, K: int) -> dict[str, Spec | None]:
     """Dtype and shape of each tensor of a weight [N, K], double-quantized; None where the values decide the size."""
-    G = K // kind.block_size
-    scales: Spec = torch.float32, (formats.second_level_blocks(N, G),)
+    stored = quant_format.stored_tensors(N, K)
     if form == QUANT_METHOD:
-        return {
-            name: (torch.uint8, (N, K // 2)),
-            name + ABSMAX: (torch.uint8, (N, G)),
-            name + SCALES: scales,
-            name + OFFSET: (torch.float32, ()),
-        }
+        endings = {"codes": "", "absmax": ABSMAX, "absmax_scales": SCALES, "absmax_offset": OFFSET}
+        return {name + endings[part]: spec for part, spec in stored.items()}
     return {
         name: (torch.uint8, (N * K // 2, 1)),
-        name + BNB_ABSMAX: (torch.uint8, (N * G,)),
-        name + BNB_NESTED: scales,
-        name + BNB_MAP: (torch.float32, (formats.levels().numel(),)),
+        name + BNB_ABSMAX: (torch.uint8, (N * K // quant_format.block_size,)),
+        name + BNB_NESTED: stored["absmax_scales"],
+        name + BNB_MAP: (torch.float32, (formats.codebook().numel(),)),
         name + BNB_NESTED_MAP: (torch.float32, (blockwise8.dynamic_map().numel(),)),
-        name + BNB_STATE + kind.quant_type: None,
+        name + BNB_STATE + quant_format.quant_type: None,
     }
 
 
-def torn_rows(name: str, K: int, kind: Kind) -> str:
+def torn_rows(name: str, K: int, quant_format: QuantFormat) -> str:
     """Why a weight of bitsandbytes with ``K`` columns cannot be held, and what to do."""
     return (
-        f"{name}: in_features = {K} is no multiple of its blocks of {kind.block_size}; bitsandbytes lets blocks run on "
-        "into the next row there, and rows are what is sharded. Give the 16-bit checkpoint, or leave this layer out of "
-        "what is quantized"
+        f"{name}: in_features = {K} is no multiple of its blocks of {quant_format.block_size}; bitsandbytes lets "
+        "blocks run on into the next row there, and rows are what is sharded. Give the 16-bit checkpoint, or leave "
+        "this layer out of what is quantized"
     )
 
 
-def own_config(kind: Kind = NF4_64) -> dict[str, Any]:
+def own_config(quant_format: QuantFormat = NF4_64) -> dict[str, Any]:
     """The quantization_config of our own form."""
     return {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "format": kind.quant_type,
-        "block_size": kind.block_size,
+        "format": quant_format.quant_type,
+        "block_size": quant_format.block_size,
         "absmax_block_size": blockwise8.BLOCK,
     }
 
@@ -297,7 +297,7 @@ def bitsandbytes_config(quant_type: str, dtype: torch.dtype, skipped: Set[str]) 
     }
 
 
-def bitsandbytes_state(kind: Kind, N: int, K: int, dtype: torch.dtype, offset: float) -> Tensor:
+def bitsandbytes_state(quant_format: QuantFormat, N: int, K: int, dtype: torch.dtype, offset: float) -> Tensor:
     """What bitsandbytes keeps beside a packed weight, as the JSON bytes that it writes, uint8.
 
     Args:
@@ -305,8 +305,8 @@ def bitsandbytes_state(kind: Kind, N: int, K: int, dtype: torch.dtype, offset: f
         offset: of the second level.
     """
     state = {
-        "quant_type": kind.quant_type,
-        "blocksize": kind.block_size,
+        "quant_type": quant_format.quant_type,
+        "blocksize": quant_format.block_size,
         "dtype": _word(dtype),
         "shape": [N, K],
         "nested_blocksize": blockwise8.BLOCK,

@@ -15,14 +15,14 @@ from qsharded.checkpoint.expected_tensors import bitsandbytes_states, expected_t
 from qsharded.checkpoint.files import FileRecord, read_record
 from qsharded.checkpoint.load import expected_shapes, skeleton
 from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from qsharded.checkpoint.packed_format import CONFIG_KEY, Packing, own_config, own_kind
+from qsharded.checkpoint.packed_format import CONFIG_KEY, Packing, own_config, own_quant_format
 from qsharded.checkpoint.resume import STATE_FILE
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder, read_json
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, open_tied
 from qsharded.models import ModelConfig
 from qsharded.models.config import declared_dtype
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 
 INDEX = "model.safetensors.index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -206,12 +206,12 @@ def _check_against_config(
         report.notes.append(f"names and shapes were not checked, as qsharded does not read this model: {error}")
         return
     try:
-        kind = _kind(folder, described, tensors)
+        quant_format = _quant_format(folder, described, tensors)
     except ValueError as error:
         report.problems.append(str(error))
         return
     shapes = _shapes(report, folder, config)
-    expected = expected_tensors(shapes, tensors, kind.block_size)
+    expected = expected_tensors(shapes, tensors, quant_format.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))
     report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
@@ -227,18 +227,18 @@ def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tupl
             report.notes.append(
                 f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: it is used as stored"
             )
-        shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, kind=None))
+        shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, quant_format=None))
         return {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}
-    return expected_shapes(skeleton(config, None, torch.bfloat16, kind=None))
+    return expected_shapes(skeleton(config, None, torch.bfloat16, quant_format=None))
 
 
-def _kind(folder: Path, described: Mapping[str, Any], names: Iterable[str]) -> Kind:
+def _quant_format(folder: Path, described: Mapping[str, Any], names: Iterable[str]) -> QuantFormat:
     """Of the packed weights, if there are any. Ours say it in config.json, bitsandbytes' beside each."""
     if states := bitsandbytes_states(names):
         name = min(states)
-        packing = Packing("bitsandbytes", kind=Kind(states[name].rpartition("__")[2]))
-        return packing.as_stored(SafetensorsFolder(folder), name).kind
-    return own_kind({**own_config(), **(described.get(CONFIG_KEY) or {})}) if packed_bytes(names) else NF4_64
+        packing = Packing("bitsandbytes", quant_format=QuantFormat(states[name].rpartition("__")[2]))
+        return packing.as_stored(SafetensorsFolder(folder), name).quant_format
+    return own_quant_format({**own_config(), **(described.get(CONFIG_KEY) or {})}) if packed_bytes(names) else NF4_64
 
 
 # An adapter

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from qsharded.lora.layer import LoRALinear
 from qsharded.quant import backends
-from qsharded.quant.formats import NF4_64, Kind
 from qsharded.quant.linear import NF4Linear
+from qsharded.quant.packed_weight import PackedWeight
 
 _T = TypeVar("_T")
 _ALIGNMENT = 8  # ranks: products read 16 bytes at a time
 _PITCH = 64  # of rows with room behind them: each begins a cache line of 128 bytes in 16 bits
-
-Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,7 @@ class Projection:
 
     Attributes:
         in_features, out_features: K and n.
-        packed: the frozen weight in 4 bits, as ``NF4Linear.packed`` gives it, or None.
-        kind: its quantization.
+        packed: the frozen weight in 4 bits, or None.
         plain: the frozen weight [n, K] that is not packed, or None.
         bias: [n] or None.
         A, B: the adapter's weights [r, K] and [n, r], or None.
@@ -44,8 +41,7 @@ class Projection:
 
     in_features: int
     out_features: int
-    packed: Packed | None
-    kind: Kind
+    packed: PackedWeight | None
     plain: Tensor | None
     bias: Tensor | None
     A: Tensor | None = None
@@ -56,10 +52,8 @@ class Projection:
     def of(cls, layer: nn.Module) -> "Projection":
         """Of a layer that :func:`is_projection` accepts."""
         base: Any = layer.base_layer if isinstance(layer, LoRALinear) else layer
-        if isinstance(base, NF4Linear):
-            frozen: tuple[Any, ...] = base.in_features, base.out_features, base.packed(), base.kind, None, base.bias
-        else:
-            frozen = base.in_features, base.out_features, None, NF4_64, base.weight, base.bias
+        packed, plain = (base.packed(), None) if isinstance(base, NF4Linear) else (None, base.weight)
+        frozen = base.in_features, base.out_features, packed, plain, base.bias
         adapter: tuple[Any, ...] = ()
         if isinstance(layer, LoRALinear):
             adapter = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
@@ -75,12 +69,12 @@ class Projection:
         if self.packed is None:
             out.copy_(_there(self.plain))
         else:
-            backends.dequantize(*self.packed, out.dtype, self.kind, out=out)
+            backends.dequantize(self.packed, out.dtype, out=out)
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return _there(self.plain).device if self.packed is None else self.packed[0].device
+        return _there(self.plain).device if self.packed is None else self.packed.device
 
 
 def is_projection(layer: nn.Module) -> bool:
@@ -94,8 +88,8 @@ def is_projection(layer: nn.Module) -> bool:
 
 def _is_frozen_base(base: nn.Module) -> bool:
     # a subclass may compute something else
-    kind = type(base) in (NF4Linear, nn.Linear)
-    return kind and not any(parameter.requires_grad for parameter in base.parameters())
+    known = type(base) in (NF4Linear, nn.Linear)
+    return known and not any(parameter.requires_grad for parameter in base.parameters())
 
 
 @dataclass(frozen=True)
@@ -200,14 +194,15 @@ class Group:
 
     def _dequantized_at_once(self, room: Tensor) -> bool:
         """Whether one kernel has written (W | s B) to ``room``."""
-        kind = self.projections[0].kind
-        if any(projection.packed is None or projection.kind != kind for projection in self.projections):
+        packed = [projection.packed for projection in self.projections]
+        weights = [weight for weight in packed if weight is not None]
+        if len(weights) < len(packed) or len({weight.quant_format for weight in weights}) > 1:
             return False
-        parts = [
-            (*_there(projection.packed), projection.B, projection.scaling, columns.start)
-            for projection, _, columns in self._places()
+        adapted = [
+            (weight, projection.B, projection.scaling, columns.start)
+            for weight, (projection, _, columns) in zip(weights, self._places(), strict=True)
         ]
-        return backends.dequantize_parts(parts, room, self._R, kind)
+        return backends.dequantize_adapted(adapted, room, self._R)
 
     def _put_B(self, block_NR: Tensor) -> None:
         """Each s_i B_i at its rows and columns, and zeros elsewhere."""

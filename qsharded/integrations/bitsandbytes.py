@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState, _convert_weight_packed_for_cpu_inverse
 from torch import Tensor, nn
 
-from qsharded.integrations.bitsandbytes_format import check_map, kind_of, rows_as_parameters
+from qsharded.integrations.bitsandbytes_format import check_map, quant_format_of, rows_as_parameters
 from qsharded.integrations.bitsandbytes_kernels import install as install
 from qsharded.integrations.bitsandbytes_kernels import uninstall as uninstall
 from qsharded.quant import blockwise8, formats
@@ -43,17 +43,17 @@ def convert_bitsandbytes(model: nn.Module) -> nn.Module:
 def _ours(layer: Any, name: str) -> NF4Linear:
     codes, state = _plain_order(layer, name)
     nested = state.state2 if state.nested else None
-    kind = kind_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
-    check_map(state.code, formats.levels("cpu", kind.quant_type), name)
+    quant_format = quant_format_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
+    check_map(state.code, formats.codebook("cpu", quant_format.quant_type), name)
     if nested is not None:
         check_map(nested.code, blockwise8.dynamic_map(True, "cpu"), name)
-    rows = rows_as_parameters(codes, state.absmax, state.shape, kind, name)
+    rows = rows_as_parameters(codes, state.absmax, state.shape, quant_format, name)
     new = NF4Linear(
         layer.in_features,
         layer.out_features,
         False,
-        quant_type=kind.quant_type,
-        block_size=kind.block_size,
+        quant_type=quant_format.quant_type,
+        block_size=quant_format.block_size,
         double_quant=state.nested,
         device="meta",
     )
@@ -98,21 +98,22 @@ def to_bitsandbytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn
 
 
 def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
-    codes, absmax, scales, offset = layer.packed()
-    nested, quant_type = scales is not None, layer.quant_type
+    packed = layer.packed()
+    scales, quant_type = packed.absmax_scales, layer.quant_type
+    nested = scales is not None
     new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, dtype, nested, quant_type, device="meta")
     new.quant_state = QuantState(
-        absmax=absmax.flatten(),
+        absmax=packed.absmax.flatten(),
         shape=torch.Size([layer.out_features, layer.in_features]),
-        code=formats.levels(codes.device, quant_type).clone(),
+        code=formats.codebook(packed.device, quant_type).clone(),
         blocksize=layer.block_size,
         quant_type=quant_type,
         dtype=dtype,
-        offset=offset,
+        offset=packed.absmax_offset,
         state2=_second_level(scales) if scales is not None else None,
     )
     new.weight = bnb.nn.Params4bit(
-        codes.detach().view(-1, 1),
+        packed.codes.detach().view(-1, 1),
         quant_state=new.quant_state,
         blocksize=layer.block_size,
         compress_statistics=nested,

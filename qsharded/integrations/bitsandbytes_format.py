@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qsharded.checkpoint import packed_format
 from qsharded.quant import blockwise8, formats
-from qsharded.quant.formats import Kind
-from qsharded.quant.linear import pad_absmax
+from qsharded.quant.formats import QuantFormat
+from qsharded.quant.packed_weight import pad_absmax
 
 _ABSMAX, _NESTED_ABSMAX, _MAP, _NESTED_MAP = _TENSORS = tuple(
     ending.removeprefix(".")
@@ -41,7 +41,7 @@ def _state_name(quant_type: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a bitsandbytes quantization_config says of the weights: to which levels they are quantized, doubly or not,
+    """What a bitsandbytes quantization_config says of the weights: to which codebook they are quantized, doubly or not,
     and which are left out."""
 
     quant_type: str
@@ -59,7 +59,7 @@ def read_settings(config: Any) -> Settings:
     packing = packed_format.read_packing({packed_format.CONFIG_KEY: described})
     if described is None or packing is None or packing.form != packed_format.BITSANDBYTES:
         raise ValueError("the checkpoint is not quantized to 4 bits by bitsandbytes: its config.json does not say so")
-    return Settings(packing.kind.quant_type, packing.double_quant, described.get("llm_int8_skip_modules"))
+    return Settings(packing.quant_format.quant_type, packing.double_quant, described.get("llm_int8_skip_modules"))
 
 
 def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:
@@ -79,29 +79,29 @@ def _described(state: Tensor) -> dict[str, Any]:
 
 
 def packed_tensors(
-    stored: Mapping[str, Tensor], kind: Kind, name: str
+    stored: Mapping[str, Tensor], quant_format: QuantFormat, name: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(weight, absmax, scales, offset) as an NF4Linear holds them: the first two bytes seen as bf16.
 
     Args:
         stored: "weight" and its companions, by their names without "weight.".
-        kind: of the layer.
+        quant_format: of the layer.
         name: what messages call the weight.
 
     The bytes are shared where they can be: an odd number of blocks a row is padded, so copied.
 
     Raises:
-        ValueError: a weight of another kind than the layer's, or tensors that do not fit each other.
+        ValueError: a weight of another format than the layer's, or tensors that do not fit each other.
     """
-    name_of_state = _state_name(kind.quant_type)
+    name_of_state = _state_name(quant_format.quant_type)
     if name_of_state not in stored:
-        raise ValueError(f"{name} comes without {name}.{name_of_state}: it is no {kind} of bitsandbytes")
+        raise ValueError(f"{name} comes without {name}.{name_of_state}: it is no {quant_format} of bitsandbytes")
     state = _described(stored[name_of_state])
-    found = kind_of(state["quant_type"], state["blocksize"], state.get("nested_blocksize"), name)
-    if found != kind:
-        raise ValueError(f"{name} is {found}, the checkpoint's first weight {kind}; all must be of one kind")
-    check_map(stored[_MAP], formats.levels("cpu", kind.quant_type), name)
-    rows = rows_as_parameters(stored["weight"], stored[_ABSMAX], state["shape"], kind, name)
+    found = quant_format_of(state["quant_type"], state["blocksize"], state.get("nested_blocksize"), name)
+    if found != quant_format:
+        raise ValueError(f"{name} is {found}, the checkpoint's first weight {quant_format}; all must be of one kind")
+    check_map(stored[_MAP], formats.codebook("cpu", quant_format.quant_type), name)
+    rows = rows_as_parameters(stored["weight"], stored[_ABSMAX], state["shape"], quant_format, name)
     offset = state.get("nested_offset")
     if offset is None:
         return (*rows, None, None)
@@ -110,7 +110,7 @@ def packed_tensors(
 
 
 def rows_as_parameters(
-    codes: Tensor, absmax: Tensor, shape: Sequence[int], kind: Kind, name: str
+    codes: Tensor, absmax: Tensor, shape: Sequence[int], quant_format: QuantFormat, name: str
 ) -> tuple[Tensor, Tensor]:
     """The flat codes (of any dtype) and absmax (uint8 or fp32) of a weight [N, K] as the bf16 rows of an NF4Linear.
 
@@ -119,13 +119,13 @@ def rows_as_parameters(
             is of another type.
     """
     N, K = shape
-    B = kind.block_size
+    B = quant_format.block_size
     if K % B:
-        raise ValueError(packed_format.torn_rows(name, K, kind))
+        raise ValueError(packed_format.torn_rows(name, K, quant_format))
     rows = codes.reshape(-1).view(torch.uint8)
     if rows.numel() * 2 != N * K or absmax.numel() * B != N * K:
         raise ValueError(
-            f"{name} is {[N, K]} with {rows.numel()} bytes of codes and {absmax.numel()} absmax: not {kind}"
+            f"{name} is {[N, K]} with {rows.numel()} bytes of codes and {absmax.numel()} absmax: not {quant_format}"
         )
     if absmax.dtype not in (torch.uint8, torch.float32):
         # bitsandbytes saves that where it had reordered the layer for its kernel on CPUs, whose order nothing tells
@@ -144,8 +144,8 @@ def _as_bf16(rows: Tensor) -> Tensor:
     return (rows if rows.storage_offset() % 2 == 0 else rows.clone()).view(torch.bfloat16)
 
 
-def kind_of(quant_type: str, block_size: int, nested_block_size: int | None, name: str) -> Kind:
-    """The kind of the weight ``name``.
+def quant_format_of(quant_type: str, block_size: int, nested_block_size: int | None, name: str) -> QuantFormat:
+    """The format of the weight ``name``.
 
     Raises:
         ValueError: NF4Linear cannot hold it.
@@ -153,7 +153,7 @@ def kind_of(quant_type: str, block_size: int, nested_block_size: int | None, nam
     if nested_block_size not in (None, blockwise8.BLOCK):
         raise ValueError(f"{name} has its absmax in blocks of {nested_block_size}; only {blockwise8.BLOCK} is read")
     try:
-        return Kind(quant_type, block_size)
+        return QuantFormat(quant_type, block_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

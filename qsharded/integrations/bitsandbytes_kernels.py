@@ -19,6 +19,7 @@ from torch import Tensor
 from qsharded.integrations import bitsandbytes_optimizer
 from qsharded.integrations.bitsandbytes_tables import is_table
 from qsharded.quant import blockwise8, formats, ops
+from qsharded.quant.packed_weight import PackedWeight
 
 _Kernel = Callable[..., Any]
 _NAMESPACE = "bitsandbytes"
@@ -77,7 +78,8 @@ def _dequantize(before: _Kernel) -> _Kernel:
         if not _is_ours(quant_type, blocksize) or numel % formats.BLOCK or numel == 0:
             return before(A, absmax, blocksize, quant_type, shape, dtype)
         K = _row_length(shape, numel)
-        decoded = ops.nf4_dequantize(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK), dtype=dtype)
+        packed = PackedWeight(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK))
+        decoded = ops.nf4_dequantize(packed, dtype)
         return decoded.view(tuple(shape))
 
     return dequantize_4bit
@@ -107,7 +109,7 @@ def _gemm(before: _Kernel) -> _Kernel:
 
 def _gemv(before: _Kernel) -> _Kernel:
     def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-        if blocksize != formats.BLOCK or not _fits(A, shapeB) or not is_table(code, formats.levels(code.device)):
+        if blocksize != formats.BLOCK or not _fits(A, shapeB) or not is_table(code, formats.codebook(code.device)):
             return before(A, B, shapeB, absmax, code, blocksize)
         return _product(A, B, shapeB, absmax)
 
@@ -138,8 +140,8 @@ def _product(
     N, K = shape
     codes_NP = _bytes(codes).view(N, K // 2)
     if absmax_8bit is None:
-        return ops.nf4_linear(x, codes_NP, absmax.view(N, -1), bias=bias)
-    return ops.nf4_linear(x, codes_NP, absmax_8bit.view(N, -1), absmax, offset, bias)
+        return ops.nf4_linear(x, PackedWeight(codes_NP, absmax.view(N, -1)), bias)
+    return ops.nf4_linear(x, PackedWeight(codes_NP, absmax_8bit.view(N, -1), absmax, offset), bias)
 
 
 def _is_ours(quant_type: str, blocksize: int) -> bool:

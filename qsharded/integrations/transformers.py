@@ -21,20 +21,22 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsharded.checkpoint.fill import FiniteCheck, double_quantize
+from qsharded.checkpoint.fill import FiniteCheck, shared
 from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
-from qsharded.checkpoint.packed_format import own_kind, torn_rows
+from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
-from qsharded.distributed.sharding import RowRange, own_rows
+from qsharded.distributed.sharding import own_rows
 from qsharded.integrations import bitsandbytes_format
-from qsharded.quant import blockwise8, formats, ops
+from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
-from qsharded.quant.linear import NF4Linear, pad_absmax
+from qsharded.quant.linear import NF4Linear
+from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_weight import pad_absmax
 
 _ABSMAX = "weight_absmax"
 
-_Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @register_quantization_config(METHOD)
@@ -48,7 +50,7 @@ class QShardedConfig(QuantizationConfigMixin):
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
         stored_as: whose packed tensors the checkpoint holds: "qsharded" or "bitsandbytes". Set by
             :func:`from_bitsandbytes`; a saved model is always "qsharded".
-        format: the levels: "nf4", or bitsandbytes' "fp4".
+        format: the codebook: "nf4", or bitsandbytes' "fp4".
         block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         version, absmax_block_size: what a saved model says besides; there is no other yet.
 
@@ -67,7 +69,7 @@ class QShardedConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         try:
-            own_kind(vars(self))
+            own_quant_format(vars(self))
         except ValueError as error:
             raise ValueError(f"QShardedConfig: {error}") from None
 
@@ -120,7 +122,7 @@ class QShardedQuantizer(HfQuantizer):
             files = checkpoint_files or []
             config.block_size = bitsandbytes_format.stored_block_size(files, config.format) or config.block_size
             _refuse_torn_rows(
-                [named for named in model.named_modules() if is_quantized(*named)], own_kind(vars(config))
+                [named for named in model.named_modules() if is_quantized(*named)], own_quant_format(vars(config))
             )
         quantize_(
             model,
@@ -184,10 +186,10 @@ def _refuse_other_parallelism(model: PreTrainedModel, stored_as: str) -> None:
         )
 
 
-def _refuse_torn_rows(linears: list[tuple[str, Any]], kind: formats.Kind) -> None:
+def _refuse_torn_rows(linears: list[tuple[str, Any]], quant_format: formats.QuantFormat) -> None:
     for name, linear in linears:
-        if linear.in_features % kind.block_size:
-            raise ValueError(torn_rows(name, linear.in_features, kind))
+        if linear.in_features % quant_format.block_size:
+            raise ValueError(torn_rows(name, linear.in_features, quant_format))
 
 
 def _own_conversions() -> list[WeightConverter]:
@@ -219,22 +221,13 @@ class _Quantize(ConversionOps):
         value = value[0] if isinstance(value, list) else value
         rows = own_rows(kwargs["model"].get_parameter(name))
         config = self.hf_quantizer.quantization_config
-        pack = _pack_doubly if config.double_quant else _pack
         with refused_by_all([rows.group] if rows.group else [], value.device):
             finite = FiniteCheck(name)
             finite.add(value)
             finite.demand()
-        return _named(pack(*ops.nf4_quantize(value, config.format, config.block_size), rows), name)
-
-
-def _pack(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
-    return codes.view(torch.bfloat16), absmax.view(torch.bfloat16), None, None
-
-
-def _pack_doubly(codes: Tensor, absmax: Tensor, rows: RowRange) -> _Packed:
-    """Every rank packs its rows; the offset and the scales are the whole weight's, the same for any number of ranks."""
-    absmax_codes, scales, offset = double_quantize(absmax, rows)
-    return codes.view(torch.bfloat16), pad_absmax(absmax_codes).view(torch.bfloat16), scales, offset
+        quant_format = own_quant_format(vars(config))
+        packed = pack_weight(value, quant_format, double_quant=config.double_quant, rows=shared(rows))
+        return _named((*packed.stored_rows(), packed.absmax_scales, packed.absmax_offset), name)
 
 
 class _AsParameter(ConversionOps):
@@ -292,10 +285,10 @@ class _TakeOver(ConversionOps):
         if not self.hf_quantizer.param_needs_quantization(model, full_name):
             return {"weight": stored["weight"].to(model.get_parameter(full_name).dtype)}
         by_name = {name.removeprefix("weight."): value for name, value in stored.items()}
-        kind = own_kind(vars(self.hf_quantizer.quantization_config))
-        return _named(bitsandbytes_format.packed_tensors(by_name, kind, full_name), "weight")
+        quant_format = own_quant_format(vars(self.hf_quantizer.quantization_config))
+        return _named(bitsandbytes_format.packed_tensors(by_name, quant_format, full_name), "weight")
 
 
-def _named(packed: _Packed, weight: str) -> dict[str, Tensor]:
+def _named(stored: _Stored, weight: str) -> dict[str, Tensor]:
     names = weight, f"{weight}_absmax", f"{weight}_absmax_scales", f"{weight}_absmax_offset"
-    return {name: tensor for name, tensor in zip(names, packed, strict=True) if tensor is not None}
+    return {name: tensor for name, tensor in zip(names, stored, strict=True) if tensor is not None}

@@ -17,7 +17,7 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.attention_inputs import AttentionInputs, Boundaries, attention_inputs
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.checkpointing_modes import Mode
 
 
@@ -50,17 +50,17 @@ def step_work(
     length: int,
     checkpointing: Mode,
     is_sharded: bool,
-    kind: Kind = NF4_64,
+    quant_format: QuantFormat = NF4_64,
 ) -> StepWork:
     """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first block stands for all.
 
     A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
-    and add to gradients that are there (counted as the gradients' own class). ``kind``: of its packed weights.
+    and add to gradients that are there (counted as the gradients' own class). ``quant_format``: of its packed weights.
     """
     one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
     # a block may lack what the configuration names in others
     of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
-    model = skeleton(one_block, of_one, dtype, kind=kind).train()
+    model = skeleton(one_block, of_one, dtype, quant_format=quant_format).train()
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)

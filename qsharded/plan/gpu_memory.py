@@ -16,7 +16,7 @@ from qsharded.models import CausalLM, ModelConfig
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
 from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.training.setup import fits_whole, layout_of, leaves_sharding_open
 from qsharded.utils.checkpointing_modes import Mode
 
@@ -157,14 +157,14 @@ class Planner:
                 length=length,
                 checkpointing=mode,
                 is_sharded=is_sharded,
-                kind=self._kind,
+                quant_format=self._quant_format,
             )
         return self._simulated[shape]
 
     @property
-    def _kind(self) -> Kind:
+    def _quant_format(self) -> QuantFormat:
         packing = self.packed.packing if isinstance(self.packed, PackedCheckpoint) else self.packed
-        return packing.kind if packing else NF4_64
+        return packing.quant_format if packing else NF4_64
 
     def _layout(self, config: TrainConfig, ranks: int) -> Layout:
         replicated = config.sharding == "replicate"

@@ -1,12 +1,12 @@
-"""Which implementation serves a device: the compiled library, Triton, or the reference in ``nf4``.
+"""Which implementation serves a device and a format: registered kernels, or the reference in ``formats``.
 
-The kernels are for blocks of 64. They decode whatever levels they are given, and quantize to NF4 alone: to FP4, and in
-other blocks, the reference serves everywhere.
+    register_kernels("cuda", "mine", lambda device: MyKernels())  # a subclass of qsharded.quant.kernels.Kernels
+
+The last registered are asked first. Ours (the compiled library, Triton) are registered in the same way, below.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -14,123 +14,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.quant import blockwise8
-from qsharded.quant import formats as nf4
-from qsharded.quant.formats import NF4_64, Kind
-from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
+from qsharded.quant import blockwise8, formats, own_kernels
+from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.quant.kernels import AdaptedWeight, Kernels
+from qsharded.quant.packed_weight import PackedWeight
 
-BACKENDS = ("compiled", "triton", "reference")
+REFERENCE = "reference"
+Find = Callable[[torch.device], Kernels | None]
 
-
-@dataclass(frozen=True)
-class Kernels:
-    """``nf4``: quantize and dequantize. ``absmax``: double quantization, whole or in steps."""
-
-    nf4: ModuleType
-    absmax: ModuleType
+_registered: dict[str, dict[str, Find]] = {}
 
 
-def quantize(weight: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
+def register_kernels(device_type: str, name: str, find: Find) -> None:
+    """Let kernels serve the devices of a type, before those that are registered for it already.
+
+    Args:
+        device_type: "cpu", "cuda" or another of PyTorch's.
+        name: by which QSHARDED_BACKEND asks for them. Kernels of that name are replaced.
+        find: the kernels that run on a device of the type, or None where they do not run.
+
+    Raises:
+        ValueError: the name of the reference.
+    """
+    if name == REFERENCE:
+        raise ValueError(f"{REFERENCE!r} is plain PyTorch, which no kernels replace: give them another name")
+    others = _registered.setdefault(device_type, {})
+    others.pop(name, None)
+    _registered[device_type] = {name: find, **others}
+    _kernels.cache_clear()
+
+
+def unregister_kernels(device_type: str, name: str) -> None:
+    """Take back what :func:`register_kernels` did."""
+    del _registered[device_type][name]
+    _kernels.cache_clear()
+
+
+def quantize(weight: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a checked weight, by the fastest implementation for its device."""
-    kernels = _kernels(weight.device) if kind == NF4_64 else None
-    if kernels is None:
-        return nf4.encode(weight, kind)
-    return kernels.nf4.quantize(weight, nf4.thresholds(weight.device))
+    for kernels in _kernels(weight.device):
+        if kernels.quantizes(quant_format):
+            return kernels.quantize(weight, quant_format)
+    return formats.encode(weight, quant_format)
 
 
-def dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scales: Tensor | None,
-    absmax_offset: Tensor | None,
-    dtype: torch.dtype,
-    kind: Kind = NF4_64,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+def dequantize(packed: PackedWeight, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """The weight [N, K] behind checked codes, by the fastest implementation for their device that has ``dtype``.
 
     ``out``: [N, K] of ``dtype`` to write to, each row contiguous and 16-byte aligned.
     """
-    if _is_simulated(codes, kind):
-        return codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype) if out is None else out
-    kernels = _kernels(codes.device) if kind.block_size == nf4.BLOCK else None
-    if kernels is None or dtype not in nf4.FLOAT_DTYPES:
-        weight = dequantize_by_reference(codes, absmax, absmax_scales, absmax_offset, dtype, kind)
-        return weight if out is None else out.copy_(weight)
-    if out is not None and kernels.nf4 is not cuda_nf4 and not out.is_contiguous():
-        return out.copy_(dequantize(codes, absmax, absmax_scales, absmax_offset, dtype, kind))
-    levels, absmax_map = nf4.levels(codes.device, kind.quant_type), blockwise8.dynamic_map(True, codes.device)
-    return kernels.nf4.dequantize(codes, absmax, absmax_scales, absmax_offset, levels, absmax_map, dtype, out=out)
+    if _is_simulated(packed):
+        return packed.codes.new_empty(packed.shape, dtype=dtype) if out is None else out
+    for kernels in _kernels(packed.device):
+        if kernels.dequantizes(packed.quant_format, dtype):
+            return kernels.dequantize(packed, dtype, out)
+    weight = dequantize_by_reference(packed, dtype)
+    return weight if out is None else out.copy_(weight)
 
 
-def dequantize_parts(parts: Sequence[cuda_nf4.Part], out: Tensor, tail: int, kind: Kind) -> bool:
-    """Several weights and their adapters' B into ``out``, as ``cuda_nf4.dequantize_parts``, where that serves them;
-    else nothing is done, and False returned."""
-    if out.dtype != torch.bfloat16 or len(parts) > cuda_nf4.MOST_PARTS or len({part[2] is None for part in parts}) > 1:
-        return False
-    if _is_simulated(out, kind):
+def dequantize_adapted(weights: list[AdaptedWeight], out: Tensor, tail: int) -> bool:
+    """Weights of one format one below the other into ``out`` [N, K + tail], and their adapters' B, scaled, behind them,
+    by one kernel where there is one; else nothing is done, and False returned."""
+    if _is_simulated(weights[0][0]):
         return True
-    kernels = _kernels(out.device) if kind.block_size == nf4.BLOCK else None
-    if kernels is None or kernels.nf4 is not cuda_nf4:
-        return False
-    levels, absmax_map = nf4.levels(out.device, kind.quant_type), blockwise8.dynamic_map(True, out.device)
-    cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
-    return True
+    for kernels in _kernels(out.device):
+        if kernels.dequantizes(weights[0][0].quant_format, out.dtype):
+            return kernels.dequantize_adapted(weights, out, tail)
+    return False
 
 
-def _is_simulated(tensor: Tensor, kind: Kind) -> bool:
+def _is_simulated(packed: PackedWeight) -> bool:
     """Whether a plan runs a layer on the meta device, which stands for a GPU there: its kernels take no memory but
     their output's. What has none runs as it is written, and shows what it takes."""
-    return tensor.is_meta and kind.block_size == nf4.BLOCK
+    return packed.codes.is_meta and packed.quant_format.block_size == formats.BLOCK
 
 
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scales: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    kind: Kind = NF4_64,
-) -> Tensor:
-    """``x @ W.T + bias`` of checked arguments: fused for few rows of x, else W is decoded first."""
-    N, K = codes.shape[0], codes.shape[1] * 2
-    M, device = x.shape[:-1].numel(), codes.device
-    can_fuse = K > 0 and kind.block_size == nf4.BLOCK and _has_fused_linear(device, x.dtype)
-    if not can_fuse or not 0 < M <= fused_rows.most_rows(N, K, device):
-        # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
-        # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
-        # nothing is decoded, and could not grow once a captured graph points at it.
-        return F.linear(x, dequantize(codes, absmax, absmax_scales, absmax_offset, x.dtype, kind), bias)
-    tables = nf4.levels(device, kind.quant_type), blockwise8.dynamic_map(True, device)
-    y = cuda_linear.linear(x.reshape(-1, K), codes, absmax, absmax_scales, absmax_offset, *tables, bias)
-    return y.view(*x.shape[:-1], N)
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` of checked arguments: fused where kernels say that it pays, else W is decoded first."""
+    N, K = packed.shape
+    M = x.shape[:-1].numel()
+    for kernels in _kernels(packed.device):
+        if kernels.multiplies(packed, M, x.dtype):
+            return kernels.linear(x.reshape(-1, K), packed, bias).view(*x.shape[:-1], N)
+    # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
+    # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
+    # nothing is decoded, and could not grow once a captured graph points at it.
+    return F.linear(x, dequantize(packed, x.dtype), bias)
 
 
-def dequantize_by_reference(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scales: Tensor | None,
-    absmax_offset: Tensor | None,
-    dtype: torch.dtype,
-    kind: Kind = NF4_64,
-) -> Tensor:
+def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch, on any device."""
-    if absmax_scales is not None and absmax_offset is not None:
-        absmax = nf4.decode_absmax(absmax, absmax_scales, absmax_offset)
-    return nf4.decode(codes, absmax, dtype, kind)
+    absmax = packed.absmax
+    if packed.absmax_scales is not None and packed.absmax_offset is not None:
+        absmax = formats.decode_absmax(absmax, packed.absmax_scales, packed.absmax_offset)
+    return formats.decode(packed.codes, absmax, dtype, packed.quant_format)
 
 
-# Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``nf4``.
+# Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``formats``.
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [N, G], scales fp32 [ceil(N*G/256)] and offset fp32 [] of a whole weight's absmax, fp32 [N, G]."""
-    kernels = _kernels(absmax.device)
-    if kernels is None:
-        return nf4.double_quantize(absmax)
-    return kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, absmax.device))
+    steps = _absmax_steps(absmax.device)
+    if steps is formats:
+        return formats.double_quantize(absmax)
+    return steps.double_quantize(absmax, blockwise8.thresholds(True, absmax.device))
 
 
 def absmax_row_sums(absmax: Tensor) -> Tensor:
@@ -150,79 +138,71 @@ def absmax_scales(absmax: Tensor, offset: Tensor, *, first_row: int, rows: int) 
 
 def encode_absmax(absmax: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
     """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
-    kernels = _kernels(absmax.device)
-    if kernels is None:
-        return nf4.encode_absmax(absmax, scales, offset, first_row=first_row)
+    steps = _absmax_steps(absmax.device)
+    if steps is formats:
+        return formats.encode_absmax(absmax, scales, offset, first_row=first_row)
     thresholds = blockwise8.thresholds(True, absmax.device)
-    return kernels.absmax.encode_absmax(absmax, scales, offset, thresholds, first_row=first_row)
+    return steps.encode_absmax(absmax, scales, offset, thresholds, first_row=first_row)
 
 
 def _absmax_steps(device: torch.device) -> ModuleType:
-    """Who has those steps that take no table."""
-    kernels = _kernels(device)
-    return nf4 if kernels is None else kernels.absmax
+    """Who double-quantizes there."""
+    return next((kernels.absmax for kernels in _kernels(device) if kernels.absmax is not None), formats)
 
 
 @cache
 def wanted_backend() -> str | None:
-    """What QSHARDED_BACKEND asks for, read once: one of ``BACKENDS``, or None for the fastest that is there.
+    """What QSHARDED_BACKEND asks for, read once: one of the registered names, or None for the fastest that is there.
 
     Raises:
         ValueError: it names none of them.
     """
     name = os.environ.get("QSHARDED_BACKEND") or None
-    if name not in (None, *BACKENDS):
-        raise ValueError(f"QSHARDED_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    names = [*dict.fromkeys(name for found in _registered.values() for name in found), REFERENCE]
+    if name not in (None, *names):
+        raise ValueError(f"QSHARDED_BACKEND must be one of {', '.join(names)}, got {name!r}")
     return name
 
 
 @cache
-def _kernels(device: torch.device) -> Kernels | None:
-    """The kernels that serve a device; None where plain PyTorch has to do.
+def _kernels(device: torch.device) -> tuple[Kernels, ...]:
+    """The kernels to ask for a device, in turn; none where plain PyTorch has to do.
 
     Raises:
-        ValueError: QSHARDED_BACKEND asks for some that do not.
+        ValueError: QSHARDED_BACKEND asks for some that do not serve it.
     """
     wanted = wanted_backend()
-    if wanted == "reference":
-        return None
+    if wanted == REFERENCE:
+        return ()
     served = implementations(device)
-    if wanted is not None and wanted not in served:
-        there = ", ".join([*served, "reference"])
+    if wanted is None:
+        return tuple(served.values())
+    if wanted not in served:
+        there = ", ".join([*served, REFERENCE])
         raise ValueError(f"QSHARDED_BACKEND={wanted} does not serve {device} here; what does: {there}")
-    return served[wanted] if wanted else next(iter(served.values()), None)
+    return (served[wanted],)
 
 
 def implementations(device: torch.device) -> dict[str, Kernels]:
-    """The kernels that run on a device by their name in ``BACKENDS``, the fastest first."""
-    served = {}
-    if device.type == "cpu" and cpu.is_available():
-        served["compiled"] = Kernels(cpu_nf4, compiled_absmax)
-    if device.type == "cuda" and cuda.is_available(device):
-        served["compiled"] = Kernels(cuda_nf4, compiled_absmax)
-    if device.type == "cuda":
-        from qsharded_kernels import triton_absmax, triton_nf4  # here: Triton loads slowly
-
-        served["triton"] = Kernels(triton_nf4, triton_absmax)
-    return served
-
-
-@cache
-def _has_fused_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel multiplies there without decoding first."""
-    if device.type != "cuda" or dtype not in cuda_linear.DTYPES or wanted_backend() not in (None, "compiled"):
-        return False
-    return cuda.is_available(device)
+    """The kernels that run on a device by their names, the first to be asked first."""
+    found = {name: find(device) for name, find in _registered.get(device.type, {}).items()}
+    return {name: kernels for name, kernels in found.items() if kernels is not None}
 
 
 def serving(device: torch.device) -> str:
-    """Which of ``BACKENDS`` serves a device, for people to read; others that could follow in brackets.
+    """Which kernels serve a device, for people to read; others that could follow in brackets.
 
     Raises:
         ValueError: as any operation there would: QSHARDED_BACKEND asks for one that does not serve it.
     """
-    chosen, served = _kernels(device), implementations(device)
-    name = next((name for name, kernels in served.items() if kernels == chosen), "reference")
-    others = [other for other in (*served, "reference") if other != name]
-    asked = ", as QSHARDED_BACKEND asks" if wanted_backend() else ""
+    served, wanted = implementations(device), wanted_backend()
+    _kernels(device)  # raises where what is asked for does not serve
+    name = wanted or next(iter(served), REFERENCE)
+    others = [other for other in (*served, REFERENCE) if other != name]
+    asked = ", as QSHARDED_BACKEND asks" if wanted else ""
     return f"{name}{asked} (also there: {', '.join(others)})" if others else name + asked
+
+
+register_kernels("cpu", "compiled", own_kernels.compiled_for_cpu)
+register_kernels("cuda", "triton", own_kernels.triton_for_cuda)
+register_kernels("cuda", "compiled", own_kernels.compiled_for_cuda)

@@ -34,9 +34,9 @@ def quantize_(
     layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
 
     Raises:
-        ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such kind.
+        ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such format.
     """
-    formats.Kind(quant_type, block_size)  # there is one
+    block_size = formats.QuantFormat(quant_type, block_size).block_size
     pack = partial(NF4Linear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head
     adapters = {part for module in model.modules() if isinstance(module, LoRALinear) for part in module.adapters()}

@@ -1,17 +1,17 @@
-"""The NF4 format: its levels, packing and double quantization, in plain PyTorch. Every kernel is held to these bytes.
+"""The NF4 format: its codebook, codes and double quantization, in plain PyTorch. Every kernel is held to these bytes.
 
 A weight ``[N, K]`` is cut into blocks of 64 along K. Each block keeps its largest magnitude (absmax, fp32) and, for
-every weight, the index of the nearest of 16 levels to ``weight / absmax``. Two indices share a byte, the first in the
-high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
+every weight, the index of the codebook's nearest value to ``weight / absmax``. Two indices share a byte, the first in
+the high nibble. Double quantization stores ``absmax - mean(absmax)`` in 8 bits, in blocks of 256 over the flattened
 absmax. Codes and fp32 absmax are byte for byte those of bitsandbytes 0.50 on CPU.
 Source: Dettmers et al., "QLoRA", arXiv:2305.14314.
 
-bitsandbytes has other kinds of this format, which differ in the levels (FP4) and in the size of a block: :class:`Kind`.
+bitsandbytes has other formats like it, with another codebook (FP4) and other sizes of a block: :class:`QuantFormat`.
 
 Axes: N = out_features, K = in_features, P = K/2 code bytes, G = blocks in a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -43,25 +43,27 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-# A sign bit, then three bits of a float. The levels do not ascend, and 0 stands there twice.
+# A sign bit, then three bits of a float. The values do not ascend, and 0 stands there twice.
 _FP4 = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 QuantType = Literal["nf4", "fp4"]
-LEVELS = {"nf4": _NF4, "fp4": _FP4}
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
+_CODES = 16
+Size = tuple[int, ...]
 
 _SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
 _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB each, whatever the weight's size
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Which levels, and how many weights share an absmax. The kernels are written for blocks of 64.
+class QuantFormat:
+    """How a weight is quantized: to which codebook, in blocks of which size, and so what is stored of it.
 
     Attributes:
-        quant_type: "nf4" or "fp4".
+        quant_type: its name: "nf4", "fp4" or one of :func:`register_format`.
         block_size: weights in a block, one of ``BLOCK_SIZES``.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: there is no such format.
     """
 
     quant_type: str = "nf4"
@@ -69,16 +71,47 @@ class Kind:
 
     def __post_init__(self) -> None:
         # types too: these come from JSON, where a list cannot be looked up, and 64.0 equals 64 until it is a size
-        if not isinstance(self.quant_type, str) or self.quant_type not in LEVELS:
-            raise ValueError(f"quant_type must be one of {tuple(LEVELS)}, got {self.quant_type!r}")
+        if not isinstance(self.quant_type, str) or self.quant_type not in CODEBOOKS:
+            raise ValueError(f"quant_type must be one of {tuple(CODEBOOKS)}, got {self.quant_type!r}")
         if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
 
     def __str__(self) -> str:
         return f"{self.quant_type} in blocks of {self.block_size}"
 
+    @property
+    def codebook(self) -> tuple[float, ...]:
+        """The 16 values of the codes, in units of a block's absmax."""
+        return CODEBOOKS[self.quant_type]
 
-NF4_64 = Kind()
+    def stored_tensors(self, N: int, K: int, *, double_quant: bool = True) -> dict[str, tuple[torch.dtype, Size]]:
+        """Dtype and shape of each tensor of a weight [N, K], by the attributes of :class:`PackedWeight`."""
+        G = K // self.block_size
+        codes: dict[str, tuple[torch.dtype, Size]] = {"codes": (torch.uint8, (N, K // 2))}
+        if not double_quant:
+            return codes | {"absmax": (torch.float32, (N, G))}
+        scales = torch.float32, (second_level_blocks(N, G),)
+        return codes | {"absmax": (torch.uint8, (N, G)), "absmax_scales": scales, "absmax_offset": (torch.float32, ())}
+
+
+def register_format(quant_type: str, codebook: Sequence[float]) -> None:
+    """Add a format to those that :class:`QuantFormat` names. The reference serves it, and kernels that are registered
+    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, decode its blocks of 64.
+
+    Args:
+        codebook: 16 values from -1 to 1, in the order of their codes; a tie goes to the smaller value.
+
+    Raises:
+        ValueError: the name is taken, or the codebook is another.
+    """
+    if quant_type in CODEBOOKS:
+        raise ValueError(f"quant_type {quant_type!r} is registered already: choose another name")
+    if len(codebook) != _CODES or not all(-1 <= value <= 1 for value in codebook):
+        raise ValueError(f"the codebook of {quant_type!r} must be {_CODES} values from -1 to 1, got {list(codebook)}")
+    CODEBOOKS[quant_type] = tuple(codebook)
+
+
+NF4_64 = QuantFormat()
 
 
 @dataclass(frozen=True)
@@ -91,7 +124,7 @@ class NF4Weight:
         absmax_codes: uint8 [N, G].
         absmax_scales: fp32 [ceil(N*G/256)].
         absmax_offset: fp32 [].
-        kind: of levels and blocks.
+        quant_format: what it was quantized to.
     """
 
     codes: Tensor
@@ -99,40 +132,40 @@ class NF4Weight:
     absmax_codes: Tensor | None
     absmax_scales: Tensor | None
     absmax_offset: Tensor | None
-    kind: Kind = NF4_64
+    quant_format: QuantFormat = NF4_64
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype`` (bfloat16, float16 or float32)."""
-        return decode(self.codes, self.absmax, dtype, self.kind)
+        return decode(self.codes, self.absmax, dtype, self.quant_format)
 
 
 def quantize(
     weight: Tensor, *, quant_type: str = "nf4", block_size: int = BLOCK, double_quant: bool = True
 ) -> NF4Weight:
-    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the kind of those two names.
+    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the format of those two names.
 
     Raises:
-        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a kind or dtype that the format lacks,
+        ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a format or dtype that there is not,
             or NaN or infinity among the weights.
     """
-    kind = Kind(quant_type, block_size)
-    check_weight(weight, kind)
-    codes, absmax = encode(weight, kind)
+    quant_format = QuantFormat(quant_type, block_size)
+    check_weight(weight, quant_format)
+    codes, absmax = encode(weight, quant_format)
     if not double_quant:
-        return NF4Weight(codes, absmax, None, None, None, kind)
+        return NF4Weight(codes, absmax, None, None, None, quant_format)
     absmax_codes, scales, offset = double_quantize(absmax)
     decoded = decode_absmax(absmax_codes, scales, offset)
-    return NF4Weight(codes, decoded, absmax_codes, scales, offset, kind)
+    return NF4Weight(codes, decoded, absmax_codes, scales, offset, quant_format)
 
 
-def check_weight(weight: Tensor, kind: Kind = NF4_64, name: str = "weight") -> None:
+def check_weight(weight: Tensor, quant_format: QuantFormat = NF4_64, name: str = "weight") -> None:
     """Raise ValueError where ``weight`` cannot be quantized, naming it ``name``."""
     if weight.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16 or float32 to be quantized, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"{name} must be a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
-    if weight.shape[1] % kind.block_size:
-        raise ValueError(f"{name}: in_features must be a multiple of {kind.block_size}, got {weight.shape[1]}")
+    if weight.shape[1] % quant_format.block_size:
+        raise ValueError(f"{name}: in_features must be a multiple of {quant_format.block_size}, got {weight.shape[1]}")
     refuse_not_finite(all_finite(weight), name)
 
 
@@ -152,48 +185,48 @@ def refuse_not_finite(finite: Tensor, name: str) -> None:
 
 
 @cache
-def levels(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
-    """The 16 levels by their codes, fp32. The tensor is shared: do not write to it."""
-    return torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
+def codebook(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
+    """The 16 values by their codes, fp32. The tensor is shared: do not write to it."""
+    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
 
 
 @cache
 def thresholds(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
-    """The 15 fp32 midpoints of the ascending levels. The tensor is shared: do not write to it."""
-    ascending = levels(quant_type=quant_type).sort().values
+    """The 15 fp32 midpoints of the ascending values. The tensor is shared: do not write to it."""
+    ascending = codebook(quant_type=quant_type).sort().values
     return ((ascending[:-1] + ascending[1:]) / 2).to(device)
 
 
 @cache
 def _ascending_codes(device: torch.device, quant_type: str) -> Tensor:
-    """uint8 [16]: the codes in the order of their levels; of two zeros the lower code first."""
-    return levels(quant_type=quant_type).argsort(stable=True).to(torch.uint8).to(device)
+    """uint8 [16]: the codes in the order of their values; of two zeros the lower code first."""
+    return codebook(quant_type=quant_type).argsort(stable=True).to(torch.uint8).to(device)
 
 
 @cache
-def _level_pairs(device: torch.device, quant_type: str) -> Tensor:
-    """Both levels of each byte, fp32 [256, 2]: one look-up decodes two codes."""
+def _codebook_pairs(device: torch.device, quant_type: str) -> Tensor:
+    """Both values of each byte, fp32 [256, 2]: one look-up decodes two codes."""
     byte = torch.arange(256, device="cpu")
-    return levels(quant_type=quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
+    return codebook(quant_type=quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
 
 
 @torch.no_grad()
-def encode(weight_NK: Tensor, kind: Kind = NF4_64) -> tuple[Tensor, Tensor]:
+def encode(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
     N, K = weight_NK.shape
     codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
-    absmax_NG = torch.empty(N, K // kind.block_size, dtype=torch.float32, device=weight_NK.device)
+    absmax_NG = torch.empty(N, K // quant_format.block_size, dtype=torch.float32, device=weight_NK.device)
     for rows in _row_chunks(N, K):
-        codes_NP[rows], absmax_NG[rows] = _encode_rows(weight_NK[rows], kind)
+        codes_NP[rows], absmax_NG[rows] = _encode_rows(weight_NK[rows], quant_format)
     return codes_NP, absmax_NG
 
 
-def _encode_rows(weight_NK: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, kind.block_size))
+def _encode_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
+    blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, quant_format.block_size))
     absmax_NG = blocks_NGB.abs().amax(-1)
     reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
     scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
-    codes = _nearest_codes(scaled, kind.quant_type).flatten(1)
+    codes = _nearest_codes(scaled, quant_format.quant_type).flatten(1)
     return codes[:, ::2] << 4 | codes[:, 1::2], absmax_NG
 
 
@@ -201,26 +234,26 @@ def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
     # bucketize puts a value that equals a threshold below it: a tie goes down
     index = torch.bucketize(scaled, thresholds(scaled.device, quant_type), out_int32=True)
     if quant_type == "nf4":
-        return index.to(torch.uint8)  # its levels ascend: no second look-up
+        return index.to(torch.uint8)  # its values ascend: no second look-up
     return _ascending_codes(scaled.device, quant_type)[index]
 
 
-def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, kind: Kind = NF4_64) -> Tensor:
-    """The weight [N, K]: level times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
+def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, quant_format: QuantFormat = NF4_64) -> Tensor:
+    """The weight [N, K]: value times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
     N, P = codes_NP.shape
     out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
     for rows in _row_chunks(N, P * 2):
-        out_NK[rows] = _decode_rows(codes_NP[rows], absmax_NG[rows], kind)
+        out_NK[rows] = _decode_rows(codes_NP[rows], absmax_NG[rows], quant_format)
     return out_NK
 
 
-def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, kind: Kind) -> Tensor:
-    pairs = _level_pairs(codes_NP.device, kind.quant_type).index_select(0, codes_NP.flatten().int())
-    return (pairs.view(*absmax_NG.shape, kind.block_size) * absmax_NG.unsqueeze(-1)).flatten(1)
+def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, quant_format: QuantFormat) -> Tensor:
+    pairs = _codebook_pairs(codes_NP.device, quant_format.quant_type).index_select(0, codes_NP.flatten().int())
+    return (pairs.view(*absmax_NG.shape, quant_format.block_size) * absmax_NG.unsqueeze(-1)).flatten(1)
 
 
 def decode_workspace(N: int, K: int) -> int:
-    """Bytes that :func:`decode` takes beside its result: the levels of some rows in fp32, and their products."""
+    """Bytes that :func:`decode` takes beside its result: some rows' values in fp32, and their products."""
     return min(N, _rows_at_a_time(K)) * K * (4 + 4)
 
 

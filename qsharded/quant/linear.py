@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays in 4 bits, NF4 or a kind like it, laid out so that FSDP2 can shard it."""
+"""A linear layer whose weight stays in 4 bits, NF4 or a format like it, laid out so that FSDP2 can shard it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded.quant import backends, formats, ops
+from qsharded.quant import formats, ops
+from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_weight import PackedWeight
 
 
 class NF4Linear(nn.Module):
@@ -15,7 +17,7 @@ class NF4Linear(nn.Module):
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
-    It holds the other kinds of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
+    It holds the other formats of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
 
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
@@ -24,10 +26,10 @@ class NF4Linear(nn.Module):
         weight_absmax_scales: fp32 [ceil(N*G/256)], a buffer, whole on every rank; None without double quantization.
         weight_absmax_offset: fp32 [], likewise.
         bias: [N] or None.
-        quant_type, block_size: those of :class:`qsharded.quant.formats.Kind`.
+        quant_format: of the weight.
 
     Raises:
-        ValueError: ``in_features`` is no multiple of the block size, or there is no such kind.
+        ValueError: ``in_features`` is no multiple of the block size, or there is no such format.
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
 
@@ -47,17 +49,16 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        formats.Kind(quant_type, block_size)  # there is one
+        self.quant_format = formats.QuantFormat(quant_type, block_size)
         if in_features % block_size:
             raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.block_size = quant_type, block_size
-        G = in_features // block_size
-        self.weight = _packed_parameter(out_features, in_features // 4, device)
-        self.weight_absmax = _packed_parameter(out_features, -(-G // 2) if double_quant else 2 * G, device)
-        scales = torch.zeros(formats.second_level_blocks(out_features, G), dtype=torch.float32, device=device)
-        self.register_buffer("weight_absmax_scales", scales if double_quant else None)
-        self.register_buffer("weight_absmax_offset", scales.new_zeros(()) if double_quant else None)
+        stored = self.quant_format.stored_tensors(out_features, in_features, double_quant=double_quant)
+        self.weight = _packed_parameter(*stored["codes"], device)
+        self.weight_absmax = _packed_parameter(*stored["absmax"], device)
+        for name in ("absmax_scales", "absmax_offset"):
+            zeros = _zeros(*stored[name], device) if name in stored else None
+            self.register_buffer(f"weight_{name}", zeros)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
     @classmethod
@@ -83,50 +84,50 @@ class NF4Linear(nn.Module):
         new.train(linear.training)
         if weight.is_meta:
             return new
-        formats.check_weight(weight, new.kind, name)
-        codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
-        new.weight.data.view(torch.uint8).copy_(codes)
-        if new.weight_absmax_scales is None or new.weight_absmax_offset is None:
-            new.weight_absmax.data.view(torch.float32).copy_(absmax)
-            return new
-        absmax_codes, scales, offset = backends.double_quantize(absmax)
-        new.weight_absmax.data.view(torch.uint8).copy_(pad_absmax(absmax_codes))
-        new.weight_absmax_scales.copy_(scales)
-        new.weight_absmax_offset.copy_(offset)
+        formats.check_weight(weight, new.quant_format, name)
+        new._hold(pack_weight(weight, new.quant_format, double_quant=double_quant))
         return new
 
-    @property
-    def kind(self) -> formats.Kind:
-        """Its levels and blocks."""
-        return formats.Kind(self.quant_type, self.block_size)
+    def _hold(self, packed: PackedWeight) -> None:
+        for parameter, rows in zip((self.weight, self.weight_absmax), packed.stored_rows(), strict=True):
+            parameter.data.view(torch.uint8).copy_(rows.view(torch.uint8))
+        second_level = ("weight_absmax_scales", packed.absmax_scales), ("weight_absmax_offset", packed.absmax_offset)
+        for name, value in second_level:
+            if value is not None:
+                self.get_buffer(name).copy_(value)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(codes, absmax codes, absmax scales, absmax offset), or (codes, absmax fp32, None, None) without double
-        quantization, as ``ops`` takes them: views, nothing is copied."""
-        codes, absmax, G = self.weight, self.weight_absmax, self.in_features // self.block_size
+    @property
+    def quant_type(self) -> str:
+        """Its format's."""
+        return self.quant_format.quant_type
+
+    @property
+    def block_size(self) -> int:
+        """Its format's."""
+        return self.quant_format.block_size
+
+    def packed(self) -> PackedWeight:
+        """The weight as ``ops`` takes it: views, nothing is copied."""
+        codes, absmax = self.weight, self.weight_absmax
         if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
             name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
             raise TypeError(
                 f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
                 "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
             )
-        if self.weight_absmax_scales is None:
-            return codes.view(torch.uint8), absmax.view(torch.float32), None, None
-        absmax_codes = absmax.view(torch.uint8)
-        if G % 2:
-            absmax_codes = absmax_codes[:, :G]
-        return codes.view(torch.uint8), absmax_codes, self.weight_absmax_scales, self.weight_absmax_offset
+        second_level = self.weight_absmax_scales, self.weight_absmax_offset
+        return PackedWeight.from_stored_rows(codes, absmax, *second_level, self.quant_format)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype``."""
-        return ops.nf4_dequantize(*self.packed(), dtype, self.quant_type, self.block_size)
+        return ops.nf4_dequantize(self.packed(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it raises on the meta device
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.nf4_linear(x, *self.packed(), bias, self.quant_type, self.block_size)
+        return ops.nf4_linear(x, self.packed(), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
@@ -156,10 +157,12 @@ class NF4Linear(nn.Module):
         return f"{sizes}, quant_type={self.quant_type}, block_size={self.block_size}"
 
 
-def _packed_parameter(rows: int, columns: int, device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(rows, columns, dtype=torch.bfloat16, device=device), requires_grad=False)
+def _packed_parameter(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> nn.Parameter:
+    """For the rows of a stored tensor as whole bf16 words."""
+    rows, columns = shape
+    words = -(-columns * dtype.itemsize // torch.bfloat16.itemsize)
+    return nn.Parameter(_zeros(torch.bfloat16, (rows, words), device), requires_grad=False)
 
 
-def pad_absmax(absmax_codes_NG: Tensor) -> Tensor:
-    """uint8 [N, G rounded up to even]: a row must fill whole bf16 words. Integer padding, so no pattern changes."""
-    return nn.functional.pad(absmax_codes_NG, (0, absmax_codes_NG.shape[1] % 2))
+def _zeros(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -220,7 +220,7 @@ def test_their_checkpoints_keep_their_bytes(
     for name, weight in dequantized_by_bitsandbytes(folder).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, NF4Linear)
-        codes, absmax, scales, _ = layer.packed()
+        codes, absmax, scales, _ = layer.packed().tensors
         assert torch.equal(codes.reshape(-1), stored[f"{name}.weight"].reshape(-1).view(torch.uint8))
         assert torch.equal(absmax.reshape(-1), stored[f"{name}.weight.absmax"])
         assert (scales is not None) == double_quant

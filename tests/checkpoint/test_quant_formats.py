@@ -49,7 +49,7 @@ def test_what_bitsandbytes_packed_keeps_its_bytes_and_computes_with_them(
     assert len(layers(model)) == PACKED[block_size]
     for name, layer in layers(model).items():
         assert (layer.quant_type, layer.block_size) == (quant_type, block_size)
-        codes, absmax, scales, _ = layer.packed()
+        codes, absmax, scales, _ = layer.packed().tensors
         assert torch.equal(codes.reshape(-1), stored[f"{name}.weight"].reshape(-1))
         assert torch.equal(absmax.reshape(-1), stored[f"{name}.weight.absmax"])
         assert (scales is not None) == nested
@@ -72,13 +72,13 @@ def test_what_is_written_is_read_to_the_formats_bytes(
     originals: dict[bool, Path], tmp_path: Path, quant_type: str, block_size: int, form: str
 ) -> None:
     original = originals[block_size == 4096]
-    quantize_checkpoint(original, tmp_path, form, torch.device("cpu"), formats.Kind(quant_type, block_size))
+    quantize_checkpoint(original, tmp_path, form, torch.device("cpu"), formats.QuantFormat(quant_type, block_size))
     model, weights = load_model(tmp_path), load_file(original / "model.safetensors")
     assert len(layers(model)) == PACKED[block_size]
     for name, layer in layers(model).items():
         expected = formats.quantize(weights[f"{name}.weight"], quant_type=quant_type, block_size=block_size)
         parts = expected.codes, expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
-        for found, wanted in zip(layer.packed(), parts, strict=True):
+        for found, wanted in zip(layer.packed().tensors, parts, strict=True):
             assert torch.equal(found, wanted), name
     report = inspect_path(tmp_path)
     assert not report.problems
@@ -93,7 +93,9 @@ def test_what_is_written_for_bitsandbytes_is_its_own(
     """By names, types, sizes, codes, maps and JSON, and by what transformers loads. The second level may differ: its
     mean is summed in another order."""
     original = originals[block_size == 4096]
-    quantize_checkpoint(original, tmp_path, "bitsandbytes", torch.device("cpu"), formats.Kind(quant_type, block_size))
+    quantize_checkpoint(
+        original, tmp_path, "bitsandbytes", torch.device("cpu"), formats.QuantFormat(quant_type, block_size)
+    )
     theirs = load_file(
         pack_by_bitsandbytes(original, tmp_path / "theirs", quant_type, block_size, True) / "model.safetensors"
     )
@@ -135,7 +137,7 @@ def test_a_second_kind_in_a_checkpoint_is_refused_by_name(originals: dict[bool, 
 
 @pytest.mark.parametrize("form", ["qsharded", "bitsandbytes"])
 def test_inspecting_counts_the_scales_of_the_kind(originals: dict[bool, Path], tmp_path: Path, form: str) -> None:
-    quantize_checkpoint(originals[False], tmp_path, form, torch.device("cpu"), formats.Kind("fp4", 128))
+    quantize_checkpoint(originals[False], tmp_path, form, torch.device("cpu"), formats.QuantFormat("fp4", 128))
     weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight" + ("_absmax" if form == "qsharded" else ".absmax")
     assert weights[name].numel() == 128 * 3
@@ -152,6 +154,6 @@ def test_a_model_that_only_blocks_of_32_fit_is_inspected(tmp_path: Path, is_pack
     write_checkpoint(original, hidden_size=96, num_attention_heads=3, num_key_value_heads=3, intermediate_size=160)
     if is_packed:
         (tmp_path / "packed").mkdir()
-        kind = formats.Kind("fp4", 32)
+        kind = formats.QuantFormat("fp4", 32)
         quantize_checkpoint(original, tmp_path / "packed", "qsharded", torch.device("cpu"), kind)
     assert not inspect_path(tmp_path / ("packed" if is_packed else "original")).problems

@@ -141,7 +141,7 @@ def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
     for name, layer in packed.items():
         weight = source.rows(f"{name}.weight", 0, layer.out_features)
         expected = formats.quantize(weight)
-        codes, absmax_codes, scales, offset = layer.packed()
+        codes, absmax_codes, scales, offset = layer.packed().tensors
         assert torch.equal(codes, expected.codes)
         assert torch.equal(absmax_codes, expected.absmax_codes)
         assert torch.equal(scales, expected.absmax_scales)

@@ -126,7 +126,7 @@ def test_a_reordered_layer_whose_absmax_is_in_fp32_keeps_them_but_for_their_roun
     )
     convert_bitsandbytes(model)
     rounded = before.bfloat16().float().view(64, -1)
-    expected = formats.decode(codes.view(64, 64), rounded, torch.float32, formats.Kind(kind, block_size))
+    expected = formats.decode(codes.view(64, 64), rounded, torch.float32, formats.QuantFormat(kind, block_size))
     assert torch.equal(model[0].dequantize(torch.float32), expected.view(shape))
 
 

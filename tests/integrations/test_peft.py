@@ -63,7 +63,7 @@ def layers(model: nn.Module) -> list[NF4LoraLinear]:
 
 
 def packed_bytes(model: nn.Module) -> list[list[Tensor]]:
-    return [[t.clone() for t in m.packed()] for m in model.modules() if isinstance(m, NF4Linear)]
+    return [[t.clone() for t in m.packed().tensors] for m in model.modules() if isinstance(m, NF4Linear)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -104,7 +104,9 @@ def test_merging_quantizes_the_sum_and_unmerging_gives_back_the_bytes(
     sums = {name: module.base_layer for name, module in plain.named_modules() if hasattr(module, "merged")}
     for name, merged in sums.items():
         for found, expected in zip(
-            model.get_submodule(name).base_layer.packed(), NF4Linear.from_linear(merged).packed(), strict=True
+            model.get_submodule(name).base_layer.packed().tensors,
+            NF4Linear.from_linear(merged).packed().tensors,
+            strict=True,
         ):
             assert torch.equal(found, expected)
     model.merge_adapter()  # nothing is left to merge
@@ -123,7 +125,7 @@ def test_merging_keeps_the_kind(checkpoint: Path, tmp_path: Path) -> None:
     expected = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
     merged = model.merge_and_unload().get_submodule(name.removeprefix("base_model.model."))
     again = formats.quantize(expected.detach(), quant_type="fp4", block_size=32, double_quant=False)
-    assert torch.equal(merged.packed()[0], again.codes)
+    assert torch.equal(merged.packed().tensors[0], again.codes)
     assert (merged.quant_type, merged.block_size, merged.weight_absmax_scales) == ("fp4", 32, None)
 
 

@@ -66,7 +66,7 @@ def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: P
     for name, layer in model.named_modules():
         if isinstance(layer, NF4Linear):
             endings = ("", "_absmax", "_absmax_scales", "_absmax_offset")
-            for ending, tensor in zip(endings, layer.packed(), strict=True):
+            for ending, tensor in zip(endings, layer.packed().tensors, strict=True):
                 found = stored.pop(f"{name}.weight{ending}")
                 assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
                 assert torch.equal(found, tensor)
@@ -134,7 +134,7 @@ def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
     assert len(layers) == 14
     for their, our in layers:
         state = their.weight.quant_state
-        codes, absmax, scales, offset = our.packed()
+        codes, absmax, scales, offset = our.packed().tensors
         assert torch.equal(codes.flatten(), their.weight.detach().view(torch.uint8).flatten())
         assert torch.equal(absmax.flatten(), state.absmax)
         assert (scales is not None) == nested
@@ -178,7 +178,9 @@ def test_every_kind_is_quantized_as_the_quantize_command_does(
     checkpoint: Path, tmp_path: Path, quant_type: str, block_size: int
 ) -> None:
     model = quantized(checkpoint, format=quant_type, block_size=block_size)
-    quantize_checkpoint(checkpoint, tmp_path, "qsharded", torch.device("cpu"), formats.Kind(quant_type, block_size))
+    quantize_checkpoint(
+        checkpoint, tmp_path, "qsharded", torch.device("cpu"), formats.QuantFormat(quant_type, block_size)
+    )
     assert as_bytes(model.state_dict()) == as_bytes(load_model(tmp_path, device="cpu").state_dict())
     assert torch.isfinite(model(IDS).logits).all()
 

@@ -29,7 +29,7 @@ def installed() -> Iterator[None]:
 
 def test_two_steps_of_sft_train_the_adapters_alone(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, quantization_config=QShardedConfig())
-    packed = {name: m.packed()[0].clone() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    packed = {name: m.packed().tensors[0].clone() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     rows = [{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "T-A-C"}]}] * 4
     trainer = trl.SFTTrainer(
         model=model,
@@ -50,5 +50,5 @@ def test_two_steps_of_sft_train_the_adapters_alone(tmp_path: Path) -> None:
     }
     assert adapted.keys() == packed.keys()
     for name, layer in adapted.items():
-        assert torch.equal(layer.base_layer.packed()[0], packed[name])
+        assert torch.equal(layer.base_layer.packed().tensors[0], packed[name])
         assert layer.lora_B["default"].weight.abs().sum() > 0

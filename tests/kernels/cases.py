@@ -63,11 +63,11 @@ class Encoded:
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         absmax_map = None if self.scales is None else blockwise8.dynamic_map()
-        levels = formats.levels(quant_type=self.quant_type)
+        levels = formats.codebook(quant_type=self.quant_type)
         return self.codes, self.absmax, self.scales, self.offset, levels, absmax_map
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        return formats.decode(self.codes, self.decoded_absmax, dtype, formats.Kind(self.quant_type))
+        return formats.decode(self.codes, self.decoded_absmax, dtype, formats.QuantFormat(self.quant_type))
 
 
 def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:

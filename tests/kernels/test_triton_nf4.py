@@ -73,7 +73,7 @@ def test_dequantize_equals_reference(dtype: torch.dtype, shape: tuple[int, int])
     assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
 
 
-@pytest.mark.parametrize("quant_type", formats.LEVELS)
+@pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
 @pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_every_pair_of_bytes(dtype: torch.dtype, quant_type: str) -> None:
     assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)

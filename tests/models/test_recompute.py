@@ -16,11 +16,11 @@ from qsharded.models import CausalLM
 from qsharded.models.recompute import Mode, recomputed
 from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.quant import backends
-from qsharded.quant.formats import NF4_64, Kind
+from qsharded.quant.formats import NF4_64, QuantFormat
 from tests.checkpoints import write_checkpoint
 
 
-def packed_model(tmp_path: Path, kind: Kind, mode: Mode, dropout: float) -> CausalLM:
+def packed_model(tmp_path: Path, kind: QuantFormat, mode: Mode, dropout: float) -> CausalLM:
     """Two blocks of 7 packed layers, of which three are adapted; a block's last layer is not."""
     original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
     folder.mkdir()
@@ -33,18 +33,18 @@ def packed_model(tmp_path: Path, kind: Kind, mode: Mode, dropout: float) -> Caus
     ("mode", "again"),
     [("none", ""), ("selective", "gate up"), ("full", "q k v o gate up"), ("offloaded", "q k v o gate up")],
 )
-@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+@pytest.mark.parametrize("kind", [NF4_64, QuantFormat("fp4", 32)], ids=str)
 def test_what_a_fused_block_computes_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantFormat, mode: Mode, again: str
 ) -> None:
     """Each product decodes its weight, so that is counted. Nothing reads what down_proj puts out."""
     model = packed_model(tmp_path, kind, mode, dropout=0.0)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
-    names = {layer.packed()[0].data_ptr(): name for name, layer in layers.items()}
+    names = {layer.packed().codes.data_ptr(): name for name, layer in layers.items()}
     put_weight, decoded = Projection.put_weight, Counter()
 
     def counted(self: Projection, out: Tensor) -> None:
-        decoded[names[self.packed[0].data_ptr()]] += 1
+        decoded[names[self.packed.codes.data_ptr()]] += 1
         put_weight(self, out)
 
     monkeypatch.setattr(Projection, "put_weight", counted)
@@ -63,9 +63,9 @@ def test_what_a_fused_block_computes_again(
     # 2 blocks of 7 packed layers
     [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
 )
-@pytest.mark.parametrize("kind", [NF4_64, Kind("fp4", 32)], ids=str)
+@pytest.mark.parametrize("kind", [NF4_64, QuantFormat("fp4", 32)], ids=str)
 def test_what_a_block_that_cannot_be_fused_computes_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, mode: Mode, again: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantFormat, mode: Mode, again: int
 ) -> None:
     model = packed_model(tmp_path, kind, mode, dropout=0.1)
     linear, calls = backends.linear, []

@@ -10,7 +10,7 @@ import torch
 
 from qsharded import train
 from qsharded.checkpoint.packed_format import own_config
-from qsharded.quant.formats import Kind, decode_workspace
+from qsharded.quant.formats import QuantFormat, decode_workspace
 from tests.checkpoints import LLAMA, pack_by_bitsandbytes, write_checkpoint
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}
@@ -114,12 +114,12 @@ def test_a_model_that_only_blocks_of_32_fit_is_planned(capsys: pytest.CaptureFix
 
 
 def test_the_work_of_decoding_other_blocks_is_planned(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    def work(kind: Kind) -> float:
+    def work(kind: QuantFormat) -> float:
         (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": own_config(kind)}))
         flags = ["--gpus", "1", "--gpu-memory-gib", "80", "--per-device-train-batch-size", "1", "--max-length", "16"]
         return figure(printed(capsys, model, *flags)[1], "block's work") * 2**30
 
-    weight, of_kernels, of_pytorch = 4096 * 14336, work(Kind("fp4", 64)), work(Kind("fp4", 128))
+    weight, of_kernels, of_pytorch = 4096 * 14336, work(QuantFormat("fp4", 64)), work(QuantFormat("fp4", 128))
     # gate and up in 16 bits, with their adapters' columns; so few tokens are little beside them
     assert of_kernels == pytest.approx(2 * weight * 2, rel=0.05)
     # one of them is decoded apart: in 16 bits, and in fp32 the levels of some rows with their products
@@ -138,7 +138,7 @@ def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.Captur
     assert status == 0
     assert figure(text, "scales") == pytest.approx(weights / 64 * 4 / 2**30, abs=6e-4)
     assert figure(packed_by(**nf4, bnb_4bit_use_double_quant=True)[1], "scales") < figure(text, "scales") / 3.8
-    ours = own_config(Kind("fp4", 256)) | {"double_quant": False}
+    ours = own_config(QuantFormat("fp4", 256)) | {"double_quant": False}
     assert figure(packed_by(**ours)[1], "scales") == pytest.approx(weights / 256 * 4 / 2**30, abs=6e-4)
     packed_by(**nf4)
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ from qsharded.nn import LoRAConfig
 from qsharded.plan.gpu_memory import Planner
 from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.parameters import parameters
-from qsharded.quant.formats import Kind
+from qsharded.quant.formats import QuantFormat
 from tests.checkpoints import LLAMA
 
 R = 4
@@ -66,7 +66,7 @@ def test_a_packed_model_of_another_kind_is_counted_with_its_scales(block_size: i
     """down_proj, of 192 columns, stays in 16 bits where blocks are of 128."""
     plain = 2 * 128 * 192 if block_size == 128 else 0
     packed = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) - plain
-    packing = Packing("qsharded", kind=Kind("fp4", block_size))
+    packing = Packing("qsharded", quant_format=QuantFormat("fp4", block_size))
     built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, packing)
     found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
     # 128x128, 64x128 and 192x128 in blocks of 32 have 512, 256, 768 scales, and down_proj 768; of 128: a quarter

@@ -56,10 +56,10 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
 def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
     layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed()
-    formats.decode(codes, absmax, torch.bfloat16, layer.kind)  # its table is made once, and stays
+    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed().tensors
+    formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
-        formats.decode(codes, absmax, torch.bfloat16, layer.kind)
+        formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         layer(x)
     output = 7 * 320 * 2

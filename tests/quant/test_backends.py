@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded.quant import backends, formats, ops
+from qsharded.quant import backends, formats, own_kernels
 from qsharded_kernels import cpu, cpu_nf4, cuda_linear, fused_rows
 from tests.kernels.cases import assert_same_bits
+from tests.quant import flat
 
 Choose = Callable[[str], None]
 
@@ -25,7 +26,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choose]:
 
 
 def forget() -> None:
-    for cached in (backends.wanted_backend, backends._kernels, backends._has_fused_linear):
+    for cached in (backends.wanted_backend, backends._kernels):
         cached.cache_clear()
 
 
@@ -43,7 +44,7 @@ def test_the_one_asked_for_serves(name: str, serves: str, choose: Choose, monkey
     monkeypatch.setattr(cpu, "is_available", lambda: True)
     asked = calls_of(monkeypatch)
     choose(name)
-    ops.nf4_quantize(torch.randn(2, 64))
+    flat.nf4_quantize(torch.randn(2, 64))
     assert asked == [serves]
 
 
@@ -69,10 +70,10 @@ def test_kernels_serve_the_kinds_that_they_are_for(
         monkeypatch.setattr(cpu_nf4, name, lambda *a, n=name, k=kernel, **o: asked.append(n) or k(*a, **o))
     weight = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     kind = {"quant_type": quant_type, "block_size": block_size}
-    codes, absmax = ops.nf4_quantize(weight, **kind)
+    codes, absmax = flat.nf4_quantize(weight, **kind)
     dense = formats.quantize(weight, **kind, double_quant=False).dequantize(torch.float32)
-    assert_same_bits(ops.nf4_dequantize(codes, absmax, dtype=torch.float32, **kind), dense)
-    assert torch.equal(ops.nf4_linear(weight, codes, absmax, **kind), weight @ dense.T)
+    assert_same_bits(flat.nf4_dequantize(codes, absmax, dtype=torch.float32, **kind), dense)
+    assert torch.equal(flat.nf4_linear(weight, codes, absmax, **kind), weight @ dense.T)
     assert asked == expected
 
 
@@ -81,20 +82,20 @@ def test_one_that_does_not_serve_the_device_is_named(choose: Choose, monkeypatch
     for name in ("triton", "compiled"):
         choose(name)
         with pytest.raises(ValueError, match=f"QSHARDED_BACKEND={name} does not serve cpu here; what does: reference"):
-            ops.nf4_quantize(torch.randn(2, 64))
+            flat.nf4_quantize(torch.randn(2, 64))
 
 
 def test_an_unknown_one_is_named(choose: Choose) -> None:
     choose("cuda")
     with pytest.raises(ValueError, match="must be one of compiled, triton, reference, got 'cuda'"):
-        ops.nf4_quantize(torch.randn(2, 64))
+        flat.nf4_quantize(torch.randn(2, 64))
 
 
 def test_without_a_library_the_reference_serves(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "is_available", lambda: False)
     asked = calls_of(monkeypatch)
     choose("")
-    ops.nf4_quantize(torch.randn(2, 64))
+    flat.nf4_quantize(torch.randn(2, 64))
     assert asked == ["reference"]
 
 
@@ -124,9 +125,11 @@ def test_as_many_rows_as_the_table_says_are_fused(M: int, is_fused: bool, monkey
         asked.append(tuple(x.shape))
         return x.new_zeros(x.shape[0], 7)
 
-    monkeypatch.setattr(backends, "_has_fused_linear", lambda device, dtype: True)
+    monkeypatch.setattr(backends, "_kernels", lambda device: (own_kernels.CompiledCuda(),))
+    monkeypatch.setattr(own_kernels.CompiledCuda, "dequantizes", lambda *_: False)
+    monkeypatch.setattr(cuda_linear, "DTYPES", (torch.float32,))
     monkeypatch.setattr(fused_rows, "most_rows", lambda N, K, device: {(7, 128): 4}[N, K])
     monkeypatch.setattr(cuda_linear, "linear", fused)
     codes, absmax = formats.encode(torch.randn(7, 128))
-    assert ops.nf4_linear(torch.randn(M, 1, 128), codes, absmax).shape == (M, 1, 7)
+    assert flat.nf4_linear(torch.randn(M, 1, 128), codes, absmax).shape == (M, 1, 7)
     assert asked == [(M, 128)] * is_fused

@@ -37,12 +37,14 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def theirs(functional: ModuleType, weight: Tensor, kind: formats.Kind = formats.NF4_64) -> tuple[Tensor, Tensor]:
+def theirs(functional: ModuleType, weight: Tensor, kind: formats.QuantFormat = formats.NF4_64) -> tuple[Tensor, Tensor]:
     codes, state = functional.quantize_4bit(weight, blocksize=kind.block_size, quant_type=kind.quant_type)
     return codes.view(weight.shape[0], -1), state.absmax.view(weight.shape[0], -1)
 
 
-def assert_encodes_like(expected: tuple[Tensor, Tensor], weight: Tensor, kind: formats.Kind = formats.NF4_64) -> None:
+def assert_encodes_like(
+    expected: tuple[Tensor, Tensor], weight: Tensor, kind: formats.QuantFormat = formats.NF4_64
+) -> None:
     codes, absmax = formats.encode(weight, kind)
     assert_same_bits(codes, expected[0])
     assert_same_bits(absmax, expected[1])
@@ -58,12 +60,12 @@ def codes_of(weight: Tensor) -> Tensor:
 
 
 def test_levels_are_bitsandbytes_own() -> None:
-    assert_same_bits(formats.levels(), GOLDEN["levels"])
-    assert_same_bits(formats.levels(quant_type="fp4"), GOLDEN["levels.fp4"])
+    assert_same_bits(formats.codebook(), GOLDEN["levels"])
+    assert_same_bits(formats.codebook(quant_type="fp4"), GOLDEN["levels.fp4"])
 
 
 def test_thresholds_are_the_levels_fp32_midpoints() -> None:
-    exact = (formats.levels()[:-1].double() + formats.levels()[1:].double()) / 2
+    exact = (formats.codebook()[:-1].double() + formats.codebook()[1:].double()) / 2
     assert_same_bits(formats.thresholds(), exact.float())
 
 
@@ -107,28 +109,28 @@ def test_every_16_bit_number_equals_bitsandbytes_live(bitsandbytes: ModuleType) 
             assert_encodes_like(theirs(bitsandbytes, weight), weight)
 
 
-@pytest.mark.parametrize("quant_type", formats.LEVELS)
+@pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
 @pytest.mark.parametrize("block_size", formats.BLOCK_SIZES)
 def test_other_kinds_equal_bitsandbytes_live(bitsandbytes: ModuleType, quant_type: str, block_size: int) -> None:
-    kind = formats.Kind(quant_type, block_size)
+    kind = formats.QuantFormat(quant_type, block_size)
     weight = random_weight((3, 2 * block_size), torch.float32)  # bf16 ones would meet FP4's thresholds
     weight[0, :block_size] = 0
     assert_encodes_like(theirs(bitsandbytes, weight, kind), weight, kind)
     packed = formats.quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
-    assert (packed.absmax.shape, packed.kind) == ((3, 2), kind)
+    assert (packed.absmax.shape, packed.quant_format) == ((3, 2), kind)
     decoded = bitsandbytes.dequantize_4bit(
         *bitsandbytes.quantize_4bit(weight, None, None, block_size, False, quant_type)
     )
     assert_same_bits(packed.dequantize(torch.float32), decoded)
-    nearest = formats.levels(quant_type=quant_type)[codes_by_definition(weight, kind)]
+    nearest = formats.codebook(quant_type=quant_type)[codes_by_definition(weight, kind)]
     assert torch.equal(decoded, nearest * packed.absmax.repeat_interleave(block_size, 1))
 
 
-def codes_by_definition(weight: Tensor, kind: formats.Kind = formats.NF4_64) -> Tensor:
+def codes_by_definition(weight: Tensor, kind: formats.QuantFormat = formats.NF4_64) -> Tensor:
     """int64 [N, K]: the nearest level in fp64 of the fp32 quotient. Exact but on ties, which random weights lack."""
     blocks = weight.float().unflatten(1, (-1, kind.block_size))
     scaled = blocks * (1 / blocks.abs().amax(-1, keepdim=True).clamp(min=1e-38))
-    distance = (scaled.double().unsqueeze(-1) - formats.levels(quant_type=kind.quant_type).double()).abs()
+    distance = (scaled.double().unsqueeze(-1) - formats.codebook(quant_type=kind.quant_type).double()).abs()
     return distance.argmin(-1).flatten(1)
 
 
@@ -143,7 +145,7 @@ def fp4_rows(dtype: torch.dtype) -> Tensor:
 
 @all_dtypes
 def test_hard_weights_in_fp4_equal_bitsandbytes_live(bitsandbytes: ModuleType, name: str) -> None:
-    kind = formats.Kind("fp4")
+    kind = formats.QuantFormat("fp4")
     for weight in (fp4_rows(DTYPES[name]), hard_weight(DTYPES[name])):
         assert_encodes_like(theirs(bitsandbytes, weight, kind), weight, kind)
 
@@ -153,13 +155,13 @@ def test_every_byte_in_fp4_decodes_as_bitsandbytes_decodes_it(bitsandbytes: Modu
     codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
     absmax = torch.tensor([0.1, 3.3, -0.02]).unsqueeze(1).expand(-1, 4).contiguous()
     expected = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax.flatten(), 128, "fp4", [3, 512], DTYPES[name])
-    assert_same_bits(formats.decode(codes, absmax, DTYPES[name], formats.Kind("fp4", 128)), expected)
+    assert_same_bits(formats.decode(codes, absmax, DTYPES[name], formats.QuantFormat("fp4", 128)), expected)
 
 
 def test_golden_bytes_of_other_kinds() -> None:
     for quant_type, block_size in (("fp4", 64), ("fp4", 32), ("nf4", 128)):
         stored = {part: GOLDEN[f"{quant_type}.{block_size}.{part}"] for part in ("weight", "codes", "absmax")}
-        kind = formats.Kind(quant_type, block_size)
+        kind = formats.QuantFormat(quant_type, block_size)
         assert_encodes_like((stored["codes"], stored["absmax"]), stored["weight"], kind)
 
 
@@ -279,7 +281,7 @@ def test_every_byte_decodes_to_its_two_levels_at_every_scale(name: str) -> None:
     decoded = formats.decode(codes, scales.unsqueeze(1).expand(-1, 8), DTYPES[name])
     assert decoded.shape == (len(scales), 512)
     for row, scale in zip(decoded, scales, strict=True):
-        levels = [formats.LEVELS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
+        levels = [formats.CODEBOOKS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
         assert_same_bits(row, (torch.tensor(levels) * scale).to(DTYPES[name]))
 
 
@@ -323,7 +325,7 @@ def test_without_double_quantization_absmax_is_exact_and_has_no_codes() -> None:
 
 def test_the_default_device_does_not_reach_the_tables() -> None:
     """They are made at first use, which may be while a model is built on the meta device or a GPU, and stay."""
-    tables = (formats.levels, formats.thresholds, formats._level_pairs, formats._ascending_codes)
+    tables = (formats.codebook, formats.thresholds, formats._codebook_pairs, formats._ascending_codes)
     for table in tables:
         table.cache_clear()
     with torch.device("meta"):
@@ -529,7 +531,7 @@ def test_block_sizes_that_the_format_lacks_are_refused(block_size: int) -> None:
 @pytest.mark.parametrize("said", [("nf4", 64.0), ("nf4", [64]), ("nf4", "64"), (["fp4"], 64), (None, 64)])
 def test_kinds_that_json_spells_otherwise_are_refused(said: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be one of .*, got"):
-        formats.Kind(*said)
+        formats.QuantFormat(*said)
 
 
 def test_levels_that_the_format_lacks_are_refused() -> None:

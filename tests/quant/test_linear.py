@@ -69,7 +69,7 @@ def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
 def test_it_holds_what_nf4_quantize_gives(K: int, dtype: torch.dtype) -> None:
     dense = linear(K, dtype=dtype)
     layer, packed = NF4Linear.from_linear(dense), formats.quantize(dense.weight)
-    for actual, expected in zip(layer.packed(), (packed.codes, packed.absmax_codes), strict=False):
+    for actual, expected in zip(layer.packed().tensors, (packed.codes, packed.absmax_codes), strict=False):
         assert_same_bits(actual.contiguous(), expected)
     assert_same_bits(layer.weight_absmax_scales, packed.absmax_scales)
     assert_same_bits(layer.weight_absmax_offset, packed.absmax_offset)
@@ -82,7 +82,7 @@ def test_it_holds_what_nf4_quantize_gives(K: int, dtype: torch.dtype) -> None:
 def test_without_double_quantization_it_holds_fp32_absmax(K: int) -> None:
     dense = linear(K)
     layer, packed = NF4Linear.from_linear(dense, double_quant=False), formats.quantize(dense.weight, double_quant=False)
-    codes, absmax, scales, offset = layer.packed()
+    codes, absmax, scales, offset = layer.packed().tensors
     assert_same_bits(codes, packed.codes)
     assert_same_bits(absmax, packed.absmax)
     assert absmax.data_ptr() == layer.weight_absmax.data_ptr()
@@ -111,7 +111,7 @@ def test_storage_is_bf16_words_in_whole_rows_and_an_odd_row_of_absmax_ends_in_ze
     assert (layer.weight.shape, layer.weight_absmax.shape) == ((7, K // 4), (7, words))
     if K // 64 % 2:
         assert (layer.weight_absmax.view(torch.uint8)[:, -1] == 0).all()
-    assert layer.packed()[1].shape == (7, K // 64)
+    assert layer.packed().tensors[1].shape == (7, K // 64)
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_other_kinds_are_stored_in_whole_rows_too(
     layer, expected = NF4Linear.from_linear(dense, **kind), formats.quantize(dense.weight, **kind)
     assert (layer.weight.shape, layer.weight_absmax.shape) == ((7, K // 4), (7, words))
     parts = expected.codes, expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
-    for actual, wanted in zip(layer.packed(), parts, strict=True):
+    for actual, wanted in zip(layer.packed().tensors, parts, strict=True):
         assert_same_bits(actual.contiguous(), wanted)
     if K // block_size % 2:
         assert (layer.weight_absmax.view(torch.uint8)[:, -1] == 0).all()
     assert f"quant_type={quant_type}, block_size={block_size}" in repr(layer)
     plain = NF4Linear.from_linear(dense, double_quant=False, **kind)
     assert plain.weight_absmax.shape == (7, fp32_words)
-    assert_same_bits(plain.packed()[1], formats.encode(dense.weight, layer.kind)[1])
-    assert copy.deepcopy(layer).kind == layer.kind == formats.Kind(**kind)
+    assert_same_bits(plain.packed().tensors[1], formats.encode(dense.weight, layer.quant_format)[1])
+    assert copy.deepcopy(layer).quant_format == layer.quant_format == formats.QuantFormat(**kind)
 
 
 def test_rows_of_no_whole_blocks_and_unknown_kinds_are_refused() -> None:
@@ -145,7 +145,7 @@ def test_rows_of_no_whole_blocks_and_unknown_kinds_are_refused() -> None:
 
 def test_packed_are_views() -> None:
     layer = NF4Linear.from_linear(linear())
-    codes, absmax, scales, offset = layer.packed()
+    codes, absmax, scales, offset = layer.packed().tensors
     assert codes.data_ptr() == layer.weight.data_ptr()
     assert absmax.data_ptr() == layer.weight_absmax.data_ptr()
     assert scales is layer.weight_absmax_scales

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsharded.quant import backends, formats, ops
+from qsharded.quant import backends, formats
 from tests.kernels.cases import assert_same_bits, hard_weight, random_weight
+from tests.quant import flat
 
 N, K = 40, 576  # 9 blocks a row, 360 in all: the second second-level block is a part of one
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +56,7 @@ fp32_and_bf16 = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the implementation that this machine takes and plain PyTorch."""
     if request.param == "reference":
-        monkeypatch.setattr(backends, "_kernels", lambda device_type: None)
+        monkeypatch.setattr(backends, "_kernels", lambda device: ())
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
@@ -78,7 +79,7 @@ def decoded(packed: Packed, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("make", [hard_weight, lambda dtype: random_weight((N, K), dtype)], ids=["hard", "random"])
 def test_quantize_is_the_reference_to_the_byte(make: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
     weight = make(dtype)
-    for actual, expected in zip(ops.nf4_quantize(weight), formats.encode(weight), strict=True):
+    for actual, expected in zip(flat.nf4_quantize(weight), formats.encode(weight), strict=True):
         assert_same_bits(actual, expected)
 
 
@@ -87,12 +88,12 @@ def test_quantize_is_the_reference_to_the_byte(make: Callable[[torch.dtype], Ten
 @every_packing
 def test_dequantize_is_the_reference_to_the_bit(packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     packed = packing()
-    assert_same_bits(ops.nf4_dequantize(*packed, dtype=dtype), decoded(packed, dtype))
+    assert_same_bits(flat.nf4_dequantize(*packed, dtype=dtype), decoded(packed, dtype))
 
 
 def test_dequantize_is_bf16_unless_told() -> None:
     codes, absmax, _, _ = single()
-    assert ops.nf4_dequantize(codes, absmax).dtype == torch.bfloat16
+    assert flat.nf4_dequantize(codes, absmax).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("_backend")
@@ -101,7 +102,7 @@ def test_dequantize_is_bf16_unless_told() -> None:
 def test_identity_activations_give_the_weight_bit_for_bit(packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     packed = packing()
     weight = decoded(packed, dtype)
-    assert torch.equal(ops.nf4_linear(torch.eye(K, dtype=dtype), *packed), weight.t())
+    assert torch.equal(flat.nf4_linear(torch.eye(K, dtype=dtype), *packed), weight.t())
     assert torch.equal(Q.nf4_linear_input_grad(torch.eye(N, dtype=dtype), *packed), weight)
 
 
@@ -119,13 +120,13 @@ def test_output_and_gradients_are_those_of_a_dense_layer(
     packed = packing()
     x, bias = random(*shape, dtype=dtype, requires_grad=True), random(N, dtype=dtype, requires_grad=True)
     weights = random(*shape[:-1], N, dtype=dtype) / 20
-    (ops.nf4_linear(x, *packed, bias) * weights).sum().backward()
+    (flat.nf4_linear(x, *packed, bias) * weights).sum().backward()
 
     dense_x, dense_bias = (t.detach().double().requires_grad_() for t in (x, bias))
     dense = F.linear(dense_x, decoded(packed, dtype).double(), dense_bias)
     (dense * weights.double()).sum().backward()
     scale = K**0.5  # the output's size: sqrt(K) products of size 1
-    actual = ops.nf4_linear(x, *packed, bias).detach()
+    actual = flat.nf4_linear(x, *packed, bias).detach()
     torch.testing.assert_close(actual.double() / scale, dense.detach() / scale, **TOLERANCES[dtype])
     for ours, theirs in ((x.grad, dense_x.grad), (bias.grad, dense_bias.grad)):
         assert ours.dtype == dtype
@@ -141,14 +142,14 @@ def test_output_of_other_sizes(rows: int, columns: int, M: int) -> None:
     x = random(M, columns)
     expected = x.double() @ decoded(packed, torch.float32).double().T
     scale = columns**0.5
-    actual = ops.nf4_linear(x, *packed).double()
+    actual = flat.nf4_linear(x, *packed).double()
     torch.testing.assert_close(actual / scale, expected / scale, **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias"])
 def test_only_the_gradient_asked_for_is_made(wanted: str) -> None:
     x, bias = random(3, K, requires_grad=wanted == "x"), random(N, requires_grad=wanted == "bias")
-    ops.nf4_linear(x, *double(), bias).sum().backward()
+    flat.nf4_linear(x, *double(), bias).sum().backward()
     assert (x.grad is not None) == (wanted == "x")
     assert (bias.grad is not None) == (wanted == "bias")
 
@@ -157,7 +158,7 @@ def test_backward_keeps_the_packed_weight_and_nothing_decoded() -> None:
     packed = double()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.nf4_linear(random(3, K, requires_grad=True), *packed, random(N))
+        flat.nf4_linear(random(3, K, requires_grad=True), *packed, random(N))
     packed_storage = {t.data_ptr() for t in packed if t is not None}
     assert {t.data_ptr() for t in saved} == packed_storage
 
@@ -166,7 +167,7 @@ def test_backward_keeps_the_packed_weight_and_nothing_decoded() -> None:
 def test_the_gradient_has_a_gradient() -> None:
     packed = double()
     x, upstream = random(3, K, requires_grad=True), random(3, N, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ops.nf4_linear(x, *packed), x, upstream, create_graph=True)
+    (gradient,) = torch.autograd.grad(flat.nf4_linear(x, *packed), x, upstream, create_graph=True)
     probe = random(3, K) + 1
     (gradient * probe).sum().backward()
     torch.testing.assert_close(upstream.grad, probe @ decoded(packed, torch.float32).t(), rtol=1e-5, atol=1e-4)
@@ -177,14 +178,14 @@ def test_gradients_and_their_gradients_by_finite_differences() -> None:
     packed = formats.quantize(random_weight((7, 128), torch.float32))
     arguments = packed.codes, packed.absmax_codes, packed.absmax_scales, packed.absmax_offset
     x, bias = (random(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 128), (7,)))
-    assert torch.autograd.gradcheck(lambda x, bias: ops.nf4_linear(x, *arguments, bias), (x, bias))
-    assert torch.autograd.gradgradcheck(lambda x, bias: ops.nf4_linear(x, *arguments, bias), (x, bias))
+    assert torch.autograd.gradcheck(lambda x, bias: flat.nf4_linear(x, *arguments, bias), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda x, bias: flat.nf4_linear(x, *arguments, bias), (x, bias))
 
 
 @every_packing
 def test_fp64_holds_the_fp32_weight(packing: Callable[[], Packed]) -> None:
     packed = packing()
-    assert_same_bits(ops.nf4_dequantize(*packed, dtype=torch.float64), decoded(packed, torch.float32).double())
+    assert_same_bits(flat.nf4_dequantize(*packed, dtype=torch.float64), decoded(packed, torch.float32).double())
 
 
 # --- FP4, and other blocks ---
@@ -213,14 +214,14 @@ def test_other_kinds_are_computed_with_their_decoded_weight(
     expected, packed = packed_weight(quant_type, block_size, blocks, double_quant)
     size = blocks * block_size
     weight = random_weight((N, size), torch.float32)
-    codes, absmax = ops.nf4_quantize(weight, quant_type, block_size)
+    codes, absmax = flat.nf4_quantize(weight, quant_type, block_size)
     assert_same_bits(codes, expected.codes)
-    assert_same_bits(absmax, formats.encode(weight, expected.kind)[1])
+    assert_same_bits(absmax, formats.encode(weight, expected.quant_format)[1])
     dense = expected.dequantize(torch.bfloat16)
-    assert_same_bits(ops.nf4_dequantize(*packed, torch.bfloat16, quant_type, block_size), dense)
+    assert_same_bits(flat.nf4_dequantize(*packed, torch.bfloat16, quant_type, block_size), dense)
     bias = random(N, dtype=torch.bfloat16, requires_grad=True)
     x, plain_x = (random(2, 3, size, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    y = ops.nf4_linear(x, *packed, bias, quant_type, block_size)
+    y = flat.nf4_linear(x, *packed, bias, quant_type, block_size)
     plain_y = F.linear(plain_x, dense, bias)
     assert torch.equal(y, plain_y)
     assert torch.equal(Q.nf4_linear(x, *packed, bias, quant_type, block_size), plain_y)  # the overload is found
@@ -245,8 +246,8 @@ def test_the_gradient_of_another_kind_has_a_gradient() -> None:
     packed = formats.quantize(weight, quant_type="fp4", block_size=32, double_quant=False)
     x = random(2, 64, dtype=torch.float64, requires_grad=True)
     arguments = packed.codes, packed.absmax, None, None, None, "fp4", 32
-    assert torch.autograd.gradcheck(lambda x: ops.nf4_linear(x, *arguments), x)
-    assert torch.autograd.gradgradcheck(lambda x: ops.nf4_linear(x, *arguments), x)
+    assert torch.autograd.gradcheck(lambda x: flat.nf4_linear(x, *arguments), x)
+    assert torch.autograd.gradgradcheck(lambda x: flat.nf4_linear(x, *arguments), x)
 
 
 # --- layouts of x ---
@@ -272,7 +273,7 @@ def expanded() -> Tensor:
 def test_strides_of_x_and_of_its_gradient_do_not_matter(make: Callable[[], Tensor]) -> None:
     packed = strided()
     x, straight = make().requires_grad_(), make().contiguous().requires_grad_()
-    y, expected = ops.nf4_linear(x, *packed), ops.nf4_linear(straight, *packed)
+    y, expected = flat.nf4_linear(x, *packed), flat.nf4_linear(straight, *packed)
     torch.testing.assert_close(y, expected, **TOLERANCES[torch.float32])
     assert y.shape == expected.shape
     y.sum().backward()  # an expanded gradient
@@ -283,7 +284,7 @@ def test_strides_of_x_and_of_its_gradient_do_not_matter(make: Callable[[], Tenso
 @pytest.mark.parametrize("shape", [(0, K), (2, 0, K), (0, 3, K)])
 def test_an_empty_batch_works_both_ways(shape: tuple[int, ...]) -> None:
     x, bias = random(*shape, requires_grad=True), random(N, requires_grad=True)
-    y = ops.nf4_linear(x, *double(), bias)
+    y = flat.nf4_linear(x, *double(), bias)
     assert y.shape == (*shape[:-1], N)
     y.sum().backward()
     assert x.grad.shape == shape
@@ -293,13 +294,13 @@ def test_an_empty_batch_works_both_ways(shape: tuple[int, ...]) -> None:
 def test_a_weight_without_columns_leaves_the_bias() -> None:
     nothing = torch.zeros(N, 0, dtype=torch.uint8), torch.zeros(N, 0)
     bias = random(N)
-    assert torch.equal(ops.nf4_linear(random(2, 0), *nothing, bias=bias), bias.expand(2, N))
+    assert torch.equal(flat.nf4_linear(random(2, 0), *nothing, bias=bias), bias.expand(2, N))
 
 
 def test_a_rank_without_rows_has_a_weight_without_rows() -> None:
-    codes, absmax = ops.nf4_quantize(torch.empty(0, K))
+    codes, absmax = flat.nf4_quantize(torch.empty(0, K))
     assert (codes.shape, absmax.shape) == ((0, K // 2), (0, K // 64))
-    assert ops.nf4_dequantize(codes, absmax).shape == (0, K)
+    assert flat.nf4_dequantize(codes, absmax).shape == (0, K)
 
 
 # --- registration ---
@@ -316,7 +317,7 @@ def test_opcheck_quantize(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("_backend")
 def test_quantizing_a_parameter_keeps_no_graph() -> None:
-    codes, absmax = ops.nf4_quantize(random_weight((3, 192), torch.float32).requires_grad_())
+    codes, absmax = flat.nf4_quantize(random_weight((3, 192), torch.float32).requires_grad_())
     assert not codes.requires_grad
     assert not absmax.requires_grad
 
@@ -358,7 +359,7 @@ def test_linear_compiles_whole_and_gives_the_same(dynamic: bool, dtype: torch.dt
     packed = strided()
 
     def forward(x: Tensor, bias: Tensor) -> Tensor:
-        return ops.nf4_linear(x, *packed, bias).square()
+        return flat.nf4_linear(x, *packed, bias).square()
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (3, 5):
@@ -388,15 +389,15 @@ class Seen(TorchDispatchMode):
 def test_without_gradients_the_dispatcher_is_left_out_only_where_nobody_misses_it() -> None:
     packed, x = double(), random(3, K)
     expected = torch.ops.qsharded.nf4_linear(x, *packed, None)
-    assert torch.equal(ops.nf4_linear(x, *packed), expected)
+    assert torch.equal(flat.nf4_linear(x, *packed), expected)
     with Seen() as seen:
-        ops.nf4_linear(x, *packed)
+        flat.nf4_linear(x, *packed)
     assert "qsharded.nf4_linear.default" in seen.names
     with FakeTensorMode() as fake:
-        faked = ops.nf4_linear(fake.from_tensor(x), *(None if t is None else fake.from_tensor(t) for t in packed))
+        faked = flat.nf4_linear(fake.from_tensor(x), *(None if t is None else fake.from_tensor(t) for t in packed))
     assert isinstance(faked, FakeTensor)
     assert faked.shape == expected.shape
-    on_meta = ops.nf4_linear(x.to("meta"), *(None if t is None else t.to("meta") for t in packed))
+    on_meta = flat.nf4_linear(x.to("meta"), *(None if t is None else t.to("meta") for t in packed))
     assert (on_meta.is_meta, on_meta.shape) == (True, expected.shape)
 
 
@@ -404,17 +405,17 @@ def test_without_gradients_the_dispatcher_is_left_out_only_where_nobody_misses_i
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
 def test_a_trace_without_gradients_has_the_operation() -> None:
     packed, x = double(), random(3, K)
-    traced = torch.jit.trace(lambda x: ops.nf4_linear(x, *packed), random(3, K))
+    traced = torch.jit.trace(lambda x: flat.nf4_linear(x, *packed), random(3, K))
     assert "qsharded::nf4_linear" in [node.kind() for node in traced.graph.nodes()]
-    assert torch.equal(traced(x), ops.nf4_linear(x, *packed))
+    assert torch.equal(traced(x), flat.nf4_linear(x, *packed))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_a_graph_without_gradients_has_the_operation(pre_dispatch: bool) -> None:
     packed, x = double(), random(3, K)
-    graph = make_fx(lambda x: ops.nf4_linear(x, *packed), pre_dispatch=pre_dispatch)(random(3, K))
-    assert torch.equal(graph(x), ops.nf4_linear(x, *packed))
+    graph = make_fx(lambda x: flat.nf4_linear(x, *packed), pre_dispatch=pre_dispatch)(random(3, K))
+    assert torch.equal(graph(x), flat.nf4_linear(x, *packed))
 
 
 @torch.no_grad()
@@ -422,8 +423,8 @@ def test_a_graph_without_gradients_has_the_operation(pre_dispatch: bool) -> None
 def test_vmap_without_gradients_goes_over_weights_too() -> None:
     codes, absmax, scales, offset = double()
     x, both = random(3, K), torch.stack([codes, codes.flip(0)])
-    y = torch.vmap(lambda codes: ops.nf4_linear(x, codes, absmax, scales, offset))(both)
-    assert torch.equal(y, torch.stack([ops.nf4_linear(x, codes, absmax, scales, offset) for codes in both]))
+    y = torch.vmap(lambda codes: flat.nf4_linear(x, codes, absmax, scales, offset))(both)
+    assert torch.equal(y, torch.stack([flat.nf4_linear(x, codes, absmax, scales, offset) for codes in both]))
 
 
 class WithoutMemory(Tensor):
@@ -444,12 +445,12 @@ def test_a_wrapped_part_of_the_weight_meets_its_own_dispatch_and_no_kernel(wrapp
     packed = list(double())
     packed[wrapped] = WithoutMemory(packed[wrapped])
     with pytest.raises(NotImplementedError, match=r"qsharded\.nf4_linear"):
-        ops.nf4_linear(random(3, K), *packed)
+        flat.nf4_linear(random(3, K), *packed)
 
 
 def test_autocast_leaves_the_output_in_the_dtype_of_x() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.nf4_linear(random(3, K), *double()).dtype == torch.float32
+        assert flat.nf4_linear(random(3, K), *double()).dtype == torch.float32
 
 
 def test_backward_inside_autocast_is_that_outside_to_the_last_bit() -> None:
@@ -459,7 +460,7 @@ def test_backward_inside_autocast_is_that_outside_to_the_last_bit() -> None:
     x = random(3, K, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert Q.nf4_linear_input_grad(grad, *packed).dtype == torch.float32
-        ops.nf4_linear(x, *packed).backward(grad)
+        flat.nf4_linear(x, *packed).backward(grad)
     assert x.grad is not None
     assert_same_bits(x.grad, expected)
 
@@ -529,7 +530,7 @@ cpu_and_fake = pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_packed_weights_that_do_not_fit_are_refused(case: str, device: str) -> None:
     changed, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        ops.nf4_dequantize(**packed_part(on(device, arguments(**changed))))
+        flat.nf4_dequantize(**packed_part(on(device, arguments(**changed))))
 
 
 @cpu_and_fake
@@ -538,7 +539,7 @@ def test_products_refuse_them_too(case: str, device: str) -> None:
     changed, message = WRONG[case]
     given = on(device, arguments(**changed))
     with pytest.raises(ValueError, match=message):
-        ops.nf4_linear(**given)
+        flat.nf4_linear(**given)
     with pytest.raises(ValueError, match=message):
         Q.nf4_linear_input_grad(random(3, N).to(device), **packed_part(given))
 
@@ -555,11 +556,11 @@ def test_products_refuse_them_too(case: str, device: str) -> None:
 )
 def test_kinds_that_do_not_fit_are_refused(kind: tuple[str, int], message: str, device: str) -> None:
     given = list(on(device, arguments()).values())
-    for call in (lambda: ops.nf4_linear(*given, *kind), lambda: Q.nf4_linear_input_grad(given[0], *given[1:5], *kind)):
+    for call in (lambda: flat.nf4_linear(*given, *kind), lambda: Q.nf4_linear_input_grad(given[0], *given[1:5], *kind)):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ValueError, match=message):
-        ops.nf4_dequantize(*given[1:5], torch.float32, *kind)
+        flat.nf4_dequantize(*given[1:5], torch.float32, *kind)
 
 
 @cpu_and_fake
@@ -567,7 +568,7 @@ def test_kinds_that_do_not_fit_are_refused(kind: tuple[str, int], message: str, 
 def test_an_x_whose_last_axis_is_not_K_is_refused(shape: tuple[int, ...], device: str) -> None:
     given = on(device, arguments(x=random(*shape)))
     with pytest.raises(ValueError, match=rf"x's last axis must be {K}, got torch.float32") as raised:
-        ops.nf4_linear(**given)
+        flat.nf4_linear(**given)
     assert str(list(shape)) in str(raised.value)
 
 
@@ -585,7 +586,7 @@ def test_a_gradient_whose_last_axis_is_not_N_is_refused(device: str) -> None:
 )
 def test_weights_that_cannot_be_quantized_are_refused(weight: Tensor, device: str) -> None:
     with pytest.raises(ValueError, match=r"weight must be a float matrix \[N, K\] with K a multiple of 64, got"):
-        ops.nf4_quantize(weight.to(device))
+        flat.nf4_quantize(weight.to(device))
 
 
 @cpu_and_fake
@@ -593,9 +594,9 @@ def test_weights_that_cannot_be_quantized_are_refused(weight: Tensor, device: st
 def test_other_dtypes_are_refused(dtype: torch.dtype, device: str) -> None:
     given = on(device, arguments(x=random(3, K).to(dtype)))
     with pytest.raises(ValueError, match=f"must be bfloat16, float16, float32 or float64, got {dtype}"):
-        ops.nf4_dequantize(**packed_part(given), dtype=dtype)
+        flat.nf4_dequantize(**packed_part(given), dtype=dtype)
     with pytest.raises(ValueError, match=f"must be bfloat16, float16, float32 or float64, got {dtype}"):
-        ops.nf4_linear(**given)
+        flat.nf4_linear(**given)
 
 
 @cpu_and_fake
@@ -606,4 +607,4 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, device: str) -> None:
 )
 def test_a_bias_that_does_not_fit_is_refused(bias: Tensor, device: str) -> None:
     with pytest.raises(ValueError, match=rf"bias must be torch.float32 \[{N}\], got"):
-        ops.nf4_linear(**on(device, arguments(bias=bias)))
+        flat.nf4_linear(**on(device, arguments(bias=bias)))

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.quant import backends, formats, ops
+from qsharded.quant import backends, formats
 from qsharded_kernels import fused_rows
 from tests.kernels.cases import assert_same_bits, random_weight
+from tests.quant import flat
 
 pytestmark = pytest.mark.gpu
 
@@ -76,9 +77,8 @@ def fp32_sums() -> Iterator[None]:
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "fastest":
         return
-    served = backends.implementations(torch.device("cuda", 0)) | {"reference": None}
-    monkeypatch.setattr(backends, "_kernels", lambda device: served[request.param])
-    monkeypatch.setattr(backends, "_has_fused_linear", lambda device, dtype: False)
+    served = {name: (kernels,) for name, kernels in backends.implementations(torch.device("cuda", 0)).items()}
+    monkeypatch.setattr(backends, "_kernels", lambda device: (served | {"reference": ()})[request.param])
 
 
 @pytest.mark.usefixtures("_backend")
@@ -88,7 +88,7 @@ def test_identity_activations_give_the_weight_bit_for_bit(M: int, dtype: torch.d
     packed = packed_weight()
     weight = decoded(packed, dtype)
     identity = torch.eye(K, dtype=dtype, device="cuda")
-    columns = [ops.nf4_linear(rows, *packed).T for rows in identity.split(M)]
+    columns = [flat.nf4_linear(rows, *packed).T for rows in identity.split(M)]
     assert torch.equal(torch.cat(columns, dim=1), weight)  # by value: a sum that starts at 0 has no -0
     assert torch.equal(Q.nf4_linear_input_grad(torch.eye(N, dtype=dtype, device="cuda"), *packed), weight)
 
@@ -101,7 +101,7 @@ def test_output_and_gradient(rows: int, columns: int, M: int, dtype: torch.dtype
     packed = packed_weight(rows, columns)
     weight = decoded(packed, dtype)
     x, grad = random(M, columns, dtype=dtype, requires_grad=True), random(M, rows, dtype=dtype)
-    y = ops.nf4_linear(x, *packed)
+    y = flat.nf4_linear(x, *packed)
     y.backward(grad)
     assert_close(y.detach(), x.detach(), weight.T)
     assert_close(x.grad, grad, weight)
@@ -117,18 +117,18 @@ def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: boo
     dense = random_weight((70, columns), torch.float32)
     kind = {"quant_type": quant_type, "block_size": block_size}
     expected = formats.quantize(dense, **kind, double_quant=double_quant)
-    codes, absmax = ops.nf4_quantize(dense.cuda(), **kind)
+    codes, absmax = flat.nf4_quantize(dense.cuda(), **kind)
     assert_same_bits(codes.cpu(), expected.codes)
-    assert_same_bits(absmax.cpu(), formats.encode(dense, expected.kind)[1])
+    assert_same_bits(absmax.cpu(), formats.encode(dense, expected.quant_format)[1])
     second_level = expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
     packed = (codes, *(t.cuda() for t in second_level)) if double_quant else (codes, absmax, None, None)
     weight = expected.dequantize(torch.bfloat16).cuda()
-    assert_same_bits(ops.nf4_dequantize(*packed, torch.bfloat16, **kind), weight)
+    assert_same_bits(flat.nf4_dequantize(*packed, torch.bfloat16, **kind), weight)
     x, grad = random(M, columns, requires_grad=True), random(M, 70)
-    y = ops.nf4_linear(x, *packed, **kind)
+    y = flat.nf4_linear(x, *packed, **kind)
     y.backward(grad)
     # the fused product of a single row does not round its weights
-    fused_row = M == 1 and block_size == formats.BLOCK and backends._has_fused_linear(x.device, x.dtype)
+    fused_row = M == 1 and block_size == formats.BLOCK and "compiled" in backends.implementations(x.device)
     multiplied = expected.dequantize(torch.float32).cuda() if fused_row else weight
     assert_close(y.detach(), x.detach(), multiplied.T)
     assert_close(x.grad, grad, weight)
@@ -146,15 +146,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
 def test_gradients_by_finite_differences() -> None:
     packed = packed_weight(7, 128)
     x, bias = random(2, 128, dtype=torch.float64, requires_grad=True), random(7, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: ops.nf4_linear(x, *packed, bias), x)
+    assert torch.autograd.gradcheck(lambda x: flat.nf4_linear(x, *packed, bias), x)
 
 
 @pytest.mark.parametrize("M", [FEW, MANY])
 def test_compiles_whole_to_the_same(M: int) -> None:
     packed = packed_weight()
-    compiled = torch.compile(ops.nf4_linear, fullgraph=True)
+    compiled = torch.compile(flat.nf4_linear, fullgraph=True)
     results = []
-    for function in (ops.nf4_linear, compiled):
+    for function in (flat.nf4_linear, compiled):
         x = random(M, K, requires_grad=True)
         y = function(x, *packed)
         y.backward(torch.ones_like(y))
@@ -186,20 +186,20 @@ def test_side_streams_share_no_decoded_weight() -> None:
     """Two streams that decode side by side: each result is its own weight's."""
     weights = [packed_weight(N, K), packed_weight(N + 8, K)]
     x = random(MANY, K)
-    expected = [ops.nf4_linear(x, *packed) for packed in weights]
+    expected = [flat.nf4_linear(x, *packed) for packed in weights]
     streams = [torch.cuda.Stream() for _ in weights]
     torch.cuda.synchronize()
     for _ in range(20):
         results = []
         for stream, packed in zip(streams, weights, strict=True):
             with torch.cuda.stream(stream):
-                results.append(ops.nf4_linear(x, *packed))
+                results.append(flat.nf4_linear(x, *packed))
         torch.cuda.synchronize()
         for actual, wanted in zip(results, expected, strict=True):
             assert_same_bits(actual, wanted)
 
 
-@pytest.mark.parametrize("run", [lambda x, p: ops.nf4_linear(x, *p), lambda x, p: Q.nf4_linear_input_grad(x, *p)])
+@pytest.mark.parametrize("run", [lambda x, p: flat.nf4_linear(x, *p), lambda x, p: Q.nf4_linear_input_grad(x, *p)])
 def test_one_decoded_weight_at_a_time(run: Callable[[Tensor, Packed], Tensor]) -> None:
     """A chain of layers takes the memory of one decoded weight, and the allocator takes no more from the device."""
     size = 2 * MANY  # so that a second decoded weight outweighs what the bound leaves for outputs

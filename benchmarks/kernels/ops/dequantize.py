@@ -17,10 +17,10 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     """One case. The reference in plain PyTorch is among the contenders."""
     packed = context.pack(shape, run.device)
     own = {
-        name: partial(kernels.nf4.dequantize, *packed.with_tables(), torch.bfloat16)
+        name: partial(kernels.dequantize, packed.packed(), torch.bfloat16, None)
         for name, kernels in backends.implementations(run.device).items()
     }
-    own["reference"] = partial(backends.dequantize_by_reference, *packed.arguments(), torch.bfloat16)
+    own["reference"] = partial(backends.dequantize_by_reference, packed.packed(), torch.bfloat16)
     contenders = [Contender(name, function, TOLERANCE) for name, function in own.items()]
     for peer in run.peers:
         decode = partial(peer.dequantize, peer.quantize(packed.weight))

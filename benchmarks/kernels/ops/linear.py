@@ -26,7 +26,7 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     for M in run.rows_of(ROWS, SHORT_ROWS):
         x = torch.randn(M, shape[1], device=run.device).bfloat16()
         contenders = [
-            Contender("qsharded", partial(ops.nf4_linear, x, *packed.arguments()), TOLERANCE),
+            Contender("qsharded", partial(ops.nf4_linear, x, packed.packed()), TOLERANCE),
             Contender(BASELINE, partial(F.linear, x, bf16_weight), TOLERANCE),
             *(Contender(peer.name, partial(peer.linear, x, weight), peers.TOLERANCE) for peer, weight in theirs),
         ]

@@ -10,6 +10,7 @@ from benchmarks.kernels import context, peers
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
 from qsharded.quant import backends, blockwise8, formats
+from qsharded.quant.kernels import Kernels
 
 Encoding = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -30,8 +31,9 @@ def encoders(device: torch.device) -> dict[str, Callable[[Tensor], Encoding]]:
     return found | {"reference": by_reference}
 
 
-def by_kernels(kernels: backends.Kernels, weight: Tensor) -> Encoding:
-    codes, absmax = kernels.nf4.quantize(weight, formats.thresholds(weight.device))
+def by_kernels(kernels: Kernels, weight: Tensor) -> Encoding:
+    assert kernels.absmax is not None
+    codes, absmax = kernels.quantize(weight, formats.NF4_64)
     return codes, *kernels.absmax.double_quantize(absmax, blockwise8.thresholds(True, weight.device))
 
 

@@ -1,0 +1,68 @@
+"""From a weight in 16 or 32 bits to a packed one: quantized, then double-quantized, whole or by the rows of ranks.
+
+Axes: N = this rank's rows, K = in_features, G = blocks in a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsharded.quant import backends, ops
+from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.quant.packed_weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """The rows of one rank, of a weight whose scales ranks agree on.
+
+    Attributes:
+        start, total: the first of them, and how many the whole weight has.
+        all_reduce: a tensor in place, over the ranks that share the weight.
+    """
+
+    start: int
+    total: int
+    all_reduce: Callable[[Tensor, dist.ReduceOp.RedOpType], None]
+
+
+def pack_weight(
+    weight_NK: Tensor,
+    quant_format: QuantFormat = NF4_64,
+    *,
+    double_quant: bool = True,
+    rows: SharedRows | None = None,
+) -> PackedWeight:
+    """The weight, or ``rows`` of it, packed on its device. All of its ranks come here, those without rows too.
+
+    Raises:
+        ValueError: as ``ops.nf4_quantize``. NaN and infinity are the caller's to look for.
+    """
+    codes, absmax = ops.nf4_quantize(weight_NK, quant_format)
+    if not double_quant:
+        return PackedWeight(codes, absmax, quant_format=quant_format)
+    return PackedWeight(codes, *double_quantize(absmax, rows), quant_format)
+
+
+def double_quantize(absmax_NG: Tensor, rows: SharedRows | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, G] of a whole weight's absmax or of ``rows`` of it, and the whole weight's scales and offset.
+
+    The bytes are those of ``formats.double_quantize`` for any number of ranks.
+    """
+    if rows is None:
+        return backends.double_quantize(absmax_NG)
+    offset = _agreed_offset(absmax_NG, rows)
+    scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
+    rows.all_reduce(scales, dist.ReduceOp.MAX)
+    return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
+
+
+def _agreed_offset(absmax_NG: Tensor, rows: SharedRows) -> Tensor:
+    """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
+    sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
+    sums_N[rows.start : rows.start + absmax_NG.shape[0]] = backends.absmax_row_sums(absmax_NG)
+    rows.all_reduce(sums_N, dist.ReduceOp.SUM)
+    return backends.absmax_offset(sums_N, absmax_NG.shape[1])

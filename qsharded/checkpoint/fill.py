@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
+from qsharded.distributed import collectives
 from qsharded.distributed.agreement import Groups, refused_by_all
-from qsharded.distributed.sharding import RowRange, local, own_rows
 from qsharded.quant import backends, formats, ops
 from qsharded.quant.formats import Kind
 from qsharded.quant.linear import NF4Linear, pad_absmax
+from qsharded.utils.sharding import RowRange, local, own_rows
 
 
 class Fill(Protocol):
@@ -160,7 +161,7 @@ def double_quantize(absmax_NG: Tensor, rows: RowRange) -> tuple[Tensor, Tensor, 
     """This rank's codes uint8 [N, G], and the whole weight's scales and offset, as ``nf4.double_quantize`` has them."""
     offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
-    _all_reduce(scales, dist.ReduceOp.MAX, rows.group)
+    collectives.all_reduce(scales, dist.ReduceOp.MAX, rows.group)
     return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
 
 
@@ -168,13 +169,8 @@ def _agreed_offset(absmax_NG: Tensor, rows: RowRange) -> Tensor:
     """The offset of the whole weight. Each row sum comes from one rank alone, the others add 0: exact."""
     sums_N = torch.zeros(rows.total, dtype=torch.float64, device=absmax_NG.device)
     sums_N[rows.start : rows.stop] = backends.absmax_row_sums(absmax_NG)
-    _all_reduce(sums_N, dist.ReduceOp.SUM, rows.group)
+    collectives.all_reduce(sums_N, dist.ReduceOp.SUM, rows.group)
     return backends.absmax_offset(sums_N, absmax_NG.shape[1])
-
-
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(tensor, op, group=group)
 
 
 class FiniteCheck:

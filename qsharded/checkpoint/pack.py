@@ -21,11 +21,11 @@ from qsharded.checkpoint.row_chunks import Piece, pieces_of
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile, Spec
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
-from qsharded.distributed.sharding import RowRange
 from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, Kind
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils.sharding import RowRange
 
 logger = logging.getLogger(__name__)
 

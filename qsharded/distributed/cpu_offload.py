@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import collectives
-from qsharded.distributed.sharding import local, own_rows, rows_each
 from qsharded.distributed.vocab_parallel import shard_rows
+from qsharded.utils.sharding import local, own_rows, rows_each
 
 Place = tuple[nn.Module, str]
 """A module and the name of a parameter in it."""

@@ -26,11 +26,11 @@ from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
 from qsharded.checkpoint.packed_format import own_kind, torn_rows
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
-from qsharded.distributed.sharding import RowRange, own_rows
 from qsharded.integrations import bitsandbytes_format
 from qsharded.quant import blockwise8, formats, ops
 from qsharded.quant.convert import quantize_
 from qsharded.quant.linear import NF4Linear, pad_absmax
+from qsharded.utils.sharding import RowRange, own_rows
 
 _ABSMAX = "weight_absmax"
 

@@ -7,7 +7,7 @@ import torch
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
-from qsharded.distributed.placement import Layout
+from qsharded.distributed.layout import Layout
 from qsharded.models.attention_inputs import attention_inputs
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint

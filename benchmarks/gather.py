@@ -28,8 +28,8 @@ from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.cpu_offload import HostWeights
 from qsharded.distributed.placement import materialize
-from qsharded.distributed.sharding import local, own_rows
 from qsharded.models.recompute import recomputed
+from qsharded.utils.sharding import local, own_rows
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
 MODES: dict[str, tuple[Any, ...]] = {

@@ -21,9 +21,9 @@ from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import groups_of
 from qsharded.distributed.placement import lay_out
-from qsharded.distributed.sharding import RowRange, local
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.pack_weight import double_quantize
+from qsharded.utils.sharding import RowRange, local
 
 GIB = 2**30
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from benchmarks.gpu_training import SHAPES, write_model
 from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment
 from benchmarks.trainer_rank import memory
+from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
 from qsharded.plan.gpu_memory import plan
-from qsharded.training.setup import lora_config
 
 LARGEST_GAP = 0.10
 LLAMA3_8B, LLAMA3_70B = SHAPES["llama3-8b"], SHAPES["llama3-70b"]

@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded.cli import signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")

@@ -1,6 +1,6 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
-from qsharded.cli import signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.merge", "; --output was not written")

@@ -1,6 +1,6 @@
 """``python -m qsharded.quantize``: a checkpoint in 16 or 32 bits in, one that is packed in 4 bits out."""
 
-from qsharded.cli import signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.quantize", "; --output was not written")

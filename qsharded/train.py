@@ -1,6 +1,6 @@
 """``python -m qsharded.train``: a checkpoint and a dataset in, a LoRA adapter out. Read :func:`run` from the top."""
 
-from qsharded.cli import signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.train", " before its first step: nothing was trained, so nothing is lost")
@@ -26,7 +26,6 @@ from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.data import Cursor, Step
 from qsharded.distributed.fsdp import DamagedGather, World, stop_world
 from qsharded.distributed.self_test import check_gather
-from qsharded.distributed.sharding import whole
 from qsharded.models import CausalLM
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.optim import PagedAdamW8bit, clipping_scale
@@ -41,6 +40,7 @@ from qsharded.training.rank_failures import one_cause
 from qsharded.training.stopping import StopRequested
 from qsharded.utils.durable_files import NotWritten
 from qsharded.utils.seeds import derived_seed
+from qsharded.utils.sharding import whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,11 +15,11 @@ from benchmarks.launch import flags_of, torchrun
 from benchmarks.plan import LARGEST_GAP
 from benchmarks.trainer_rank import memory
 from benchmarks.two_gpus.runner import Found
+from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
 from qsharded.plan.gpu_memory import plan
 from qsharded.training.metrics import read_metrics
-from qsharded.training.setup import lora_config
 from qsharded.utils.hardware import GIB
 
 OFFLOADED = {"activation_checkpointing": "offloaded", "lora_dtype": "bfloat16"}

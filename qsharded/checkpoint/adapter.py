@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from qsharded.checkpoint.files import Parts, write_json, write_tensors
 from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
-from qsharded.distributed.sharding import local, own_rows, whole
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
 from qsharded.lora.layer import lora_layers
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils.sharding import local, own_rows, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsharded.checkpoint.safetensors_header import Spec, adjoining, encode, file_order, head, nbytes
 from qsharded.utils.durable_files import Replacement
 
 _CHUNK = 1 << 22  # bytes read at once: enough to keep a disk busy, small beside what a rank holds
-# The format's names. In this order within a file, as safetensors writes it: wide ones first, so that all are aligned.
-SAFETENSORS_NAME = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,9 @@ class Parts:
     tensors: Iterable[Tensor]
 
     @property
-    def size(self) -> int:
-        """In bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def spec(self) -> Spec:
+        """What the header says of it."""
+        return self.dtype, self.shape
 
 
 def write_bytes(path: Path, parts: Iterable[Any], nbytes: int | None = None) -> FileRecord:
@@ -65,27 +61,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> FileRecord:
 
 def write_tensors(path: Path, tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> FileRecord:
     """Write a safetensors file to ``path``; no more than one part needs to be in memory."""
-    # The widest types first: readers map the file into memory, where each tensor must be aligned.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    head = _safetensors_head(ordered, metadata)
-    nbytes = len(head) + sum(parts.size for parts in ordered.values())
-    values = (_bytes_of(tensor) for parts in ordered.values() for tensor in parts.tensors)
-    record = write_bytes(path, chain([head], values), nbytes)
-    assert record.size == nbytes, f"{path}: parts of other shapes"
+    specs = {name: parts.spec for name, parts in tensors.items()}
+    order = file_order(specs)
+    start = head(encode(adjoining((name, specs[name]) for name in order), metadata))
+    size = len(start) + sum(map(nbytes, specs.values()))
+    values = (_bytes_of(tensor) for name in order for tensor in tensors[name].tensors)
+    record = write_bytes(path, chain([start], values), size)
+    assert record.size == size, f"{path}: parts of other shapes"
     return record
-
-
-def _safetensors_head(tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> bytes:
-    """The header's length in 8 bytes and the header, filled with spaces up to a multiple of 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, parts in tensors.items():
-        offsets = [end, end + parts.size]
-        header[name] = {"dtype": SAFETENSORS_NAME[parts.dtype], "shape": parts.shape, "data_offsets": offsets}
-        end = offsets[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -10,17 +10,17 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
+from qsharded.distributed import collectives
 from qsharded.distributed.agreement import Groups, refused_by_all
-from qsharded.distributed.sharding import RowRange, local, own_rows
 from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.linear import NF4Linear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
 from qsharded.quant.packed_weight import pad_absmax
+from qsharded.utils.sharding import RowRange, local, own_rows
 
 
 class Fill(Protocol):
@@ -162,12 +162,7 @@ class LayerSink:
 
 def shared(rows: RowRange) -> SharedRows:
     """This rank's rows, with the way in which its ranks agree on scales."""
-    return SharedRows(rows.start, rows.total, partial(_all_reduce, group=rows.group))
-
-
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(tensor, op, group=group)
+    return SharedRows(rows.start, rows.total, partial(collectives.all_reduce, group=rows.group))
 
 
 class FiniteCheck:

@@ -16,8 +16,8 @@ from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
 from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
 from qsharded.distributed.agreement import groups_of, refused_by_all
-from qsharded.distributed.placement import SHARDED, Layout, lay_out
-from qsharded.distributed.sharding import local, own_rows
+from qsharded.distributed.layout import SHARDED, Layout
+from qsharded.distributed.placement import lay_out
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.layer import add_lora, reset_adapters
 from qsharded.models import CausalLM, ModelConfig
@@ -25,6 +25,7 @@ from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
 from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.sharding import local, own_rows
 
 
 def load_model(

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.adapter import (
     PREFIX,
     WEIGHTS_FILE,
@@ -25,7 +26,6 @@ from qsharded.checkpoint.adapter import (
 )
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_packing
-from qsharded.checkpoint.safetensors_writer import data_bytes, extended_header
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
 from qsharded.lora.layer import LoRALayer, lora_layers
@@ -196,11 +196,11 @@ def _rewrite(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]
     """Copy a safetensors file with its tensors changed. Names, shapes and dtypes stay, and so the header does, but for
     ``copies``, tensors to add: a new name each, and the stored tensor of which it gets what ``change`` makes of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as plain:
-        header = extended_header(plain.read(int.from_bytes(plain.read(8), "little")), copies)
-    nbytes = 8 + len(header) + data_bytes(header)
+    header = safetensors_header.extended(safetensors_header.read(source), copies)
+    head = safetensors_header.head(header)
+    nbytes = len(head) + safetensors_header.data_bytes(header)
     with safe_open(source, framework="pt") as file, Replacement(target, nbytes) as out:
-        out.write(len(header).to_bytes(8, "little") + header)
+        out.write(head)
         for name, origin in [*((name, name) for name in file.offset_keys()), *copies.items()]:
             stored = file.get_tensor(origin)
             changed = change(name, stored)

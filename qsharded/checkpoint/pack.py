@@ -18,14 +18,15 @@ from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.packed_format import Form, Packing
 from qsharded.checkpoint.row_chunks import Piece, pieces_of
-from qsharded.checkpoint.safetensors_writer import SafetensorsFile, Spec
+from qsharded.checkpoint.safetensors_header import Spec
+from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
-from qsharded.distributed.sharding import RowRange
 from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils.sharding import RowRange
 
 logger = logging.getLogger(__name__)
 

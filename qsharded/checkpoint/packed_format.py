@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.safetensors_writer import Spec
+from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat

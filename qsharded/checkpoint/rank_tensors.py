@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import open_weights, trainable
 from qsharded.checkpoint.files import FileRecord, Parts, write_tensors
-from qsharded.distributed.sharding import local, own_rows
+from qsharded.utils.sharding import local, own_rows
 
 _ROWS = "rows"
 

@@ -1,12 +1,10 @@
 """One safetensors file from its first byte to its last: header, SHA-256, and values that are not finite.
 
 It is read once, a few megabytes at a time. The header is parsed here and not by the safetensors package, so that a file
-of which the end is missing still tells what it should hold. Source: the format's description,
-https://github.com/huggingface/safetensors#format.
+of which the end is missing still tells what it should hold.
 """
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Container
@@ -16,10 +14,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.files import read_record
 
 _CHUNK = 1 << 24  # bytes, a multiple of every element's size
-_LONGEST_HEADER = 100_000_000  # the format's own limit
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -131,20 +129,14 @@ def read_header(path: Path) -> Header:
     Raises:
         ValueError: no such header; the file is named, and the tensor where one is at fault.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{path.name} is no safetensors file or cut off: {length} bytes of header in {size}")
-        text = file.read(length)
+    header = safetensors_header.read(path)
     try:
-        entries = dict(json.loads(text))
+        entries = safetensors_header.decode(header)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path.name} is damaged: its header is no JSON object: {error}") from None
-    entries.pop("__metadata__", None)
     tensors = sorted((_stored(path, *entry) for entry in entries.items()), key=lambda tensor: tensor.start)
     _check_adjoining(path, tensors)
-    return Header(tensors, 8 + length)
+    return Header(tensors, safetensors_header.data_start(len(header)))
 
 
 def _stored(path: Path, name: str, entry: Any) -> Stored:

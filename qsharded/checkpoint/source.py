@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qsharded.checkpoint import read_ahead
+from qsharded.checkpoint import read_ahead, safetensors_header
 from qsharded.checkpoint.row_chunks import Piece
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -94,13 +94,11 @@ def read_header(path: Path) -> dict[str, Stored]:
             pass  # header and length are now known to be sound
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
+    header = safetensors_header.read(path)
+    start = safetensors_header.data_start(len(header))
     return {
-        name: Stored(path, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-        for name, entry in header.items()
+        name: Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in safetensors_header.decode(header).items()
     }
 
 

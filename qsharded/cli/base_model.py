@@ -1,4 +1,4 @@
-"""What belongs to an adapter folder that a command is given: its base model, and the tokenizer to use with it."""
+"""What belongs to an adapter folder that a command is given: its base model, its LoRAConfig, and its tokenizer."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qsharded.checkpoint.adapter import CONFIG_FILE
+from qsharded.checkpoint.adapter import CONFIG_FILE, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
 from qsharded.checkpoint.source import read_json
-from qsharded.config import builtin_overrides
+from qsharded.cli.command import DTYPES
+from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
+from qsharded.lora.config import LoRAConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,24 @@ def find_adapter(path: str) -> Path:
     inside = folder / "adapter"
     hint = f"; did you mean {inside}?" if (inside / CONFIG_FILE).is_file() else ""
     raise ValueError(f"--adapter {path} is no adapter folder, it has no {CONFIG_FILE}{hint}")
+
+
+def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
+    """What the options, or an adapter to go on with, say of the adapters."""
+    dtype = DTYPES[config.lora_dtype]
+    if adapter:
+        return read_lora_config(adapter, dtype)
+    return LoRAConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        rank_pattern=config.lora_rank_pattern,
+        alpha_pattern=config.lora_alpha_pattern,
+        modules_to_save=config.lora_modules_to_save,
+        dtype=dtype,
+    )
 
 
 def base_model(given: Mapping[str, Any]) -> dict[str, Any]:

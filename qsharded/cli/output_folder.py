@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qsharded.cli.signals import unwinding
 from qsharded.utils.durable_files import copy_whole, sync_folder
+from qsharded.utils.signals import unwinding
 
 
 def refuse_occupied(output: Path) -> None:

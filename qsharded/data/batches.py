@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from qsharded.data.examples import Example
-from qsharded.models.attention_inputs import Boundaries
-
-NOT_SUPERVISED = -100  # what torch's cross entropy ignores by default
-PADDING_DOCUMENT = -1
+from qsharded.utils.documents import IGNORE, PADDING, Boundaries
 
 # Rows are padded to a multiple of this: matmul kernels are fastest on such sizes.
 _MULTIPLE = 8
@@ -57,7 +54,7 @@ def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: in
     longest = max(1, *(sum(map(len, row)) for row in rows), 1)
     shape = (len(rows), min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length))
     assert longest <= max_length, "checked by the caller"
-    fills = {"input_ids": pad_id, "targets": NOT_SUPERVISED, "positions": 0, "document_ids": PADDING_DOCUMENT}
+    fills = {"input_ids": pad_id, "targets": IGNORE, "positions": 0, "document_ids": PADDING}
     arrays_BS = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
     for number, row in enumerate(rows):
         _fill_row({name: array_BS[number] for name, array_BS in arrays_BS.items()}, row)
@@ -79,7 +76,7 @@ def _fill_row(arrays_S: dict[str, np.ndarray], row: Sequence[Example]) -> None:
         end = start + len(document)
         arrays_S["input_ids"][start:end] = document.ids
         # The last token predicts nothing: what follows is another document.
-        arrays_S["targets"][start : end - 1] = np.where(document.supervised[1:], document.ids[1:], NOT_SUPERVISED)
+        arrays_S["targets"][start : end - 1] = np.where(document.supervised[1:], document.ids[1:], IGNORE)
         arrays_S["positions"][start:end] = np.arange(len(document))
         arrays_S["document_ids"][start:end] = number
         start = end

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import collectives
-from qsharded.distributed.sharding import local, own_rows, rows_each
 from qsharded.distributed.vocab_parallel import shard_rows
+from qsharded.utils.sharding import local, own_rows, rows_each
 
 Place = tuple[nn.Module, str]
 """A module and the name of a parameter in it."""
@@ -41,7 +41,6 @@ class HostWeights:
         self._places: list[list[Place]] = []
         self.forwards: list[Callable[..., Tensor]] = []
         self._arrived: dict[int, _Arrival] = {}
-        self._last = 0
         self._stream: torch.cuda.Stream | None = None
         for index, block in enumerate(blocks):
             self._places.append(_frozen(block))
@@ -62,19 +61,13 @@ class HostWeights:
     def present(self, index: int, device: torch.device) -> Iterator[None]:
         """A block's weights are in their modules on ``device``, and the next block's are on their way."""
         arrival = self._arrived.pop(index, None) or self._fetch(index, device)
-        following = index + self._direction(index)
+        following = index + (-1 if _in_backward() else 1)
         if 0 <= following < len(self._places) and following not in self._arrived:
             self._arrived[following] = self._fetch(following, device)
         if arrival.event is not None:
             torch.cuda.current_stream(device).wait_event(arrival.event)
         with _in_place(self._places[index], arrival.weights):
             yield
-
-    def _direction(self, index: int) -> int:
-        """Blocks run upwards, and in backward downwards from the last; block 0 begins anew."""
-        downwards = self._last > 0 and self._last - index in (0, 1)
-        self._last = index
-        return -1 if downwards else 1
 
     def _fetch(self, index: int, device: torch.device) -> _Arrival:
         shards = [module.get_parameter(name) for module, name in self._places[index]]
@@ -89,6 +82,11 @@ class HostWeights:
         with torch.cuda.stream(self._stream):
             weights = [_fill(*pair) for pair in zip(rooms, shards, strict=True)]
             return _Arrival(weights, self._stream.record_event())
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs on this thread: blocks are then wanted from the last to the first."""
+    return torch._C._current_graph_task_id() != -1  # which torch.utils.checkpoint asks too; nothing public says it
 
 
 def _frozen(block: nn.Module) -> list[Place]:

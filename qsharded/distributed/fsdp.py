@@ -97,6 +97,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, for collectives of tensors; None for a single process."""
+        return None if self.mesh is None else dist.group.WORLD
+
     def barrier(self) -> None:
         """Wait for all ranks, however long one prepares what it does next."""
         if self.mesh is not None:

@@ -1,67 +1,20 @@
-"""Where a model's parameters are: cut over the ranks, whole on each, or in host memory; and the check that they are."""
+"""Bring a model's parameters to where its layout wants them, and check that they are there."""
 
 import functools
-import os
 from collections.abc import Set
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import vocab_parallel
 from qsharded.distributed.cpu_offload import HostWeights
-from qsharded.distributed.fsdp import World, blocks_of, shard
-from qsharded.distributed.sharding import local, place_in, rows_each, rows_of_rank
+from qsharded.distributed.fsdp import blocks_of, shard
+from qsharded.distributed.layout import SHARDED, Layout, is_split
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
-from qsharded.utils import hardware
 from qsharded.utils.checkpointing_modes import Mode
-
-
-def least_memory(world: World) -> int:
-    """Bytes of the smallest GPU among the ranks' own, or of a rank's part of a machine's memory where there is none."""
-    if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        total = hardware.memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    least = torch.tensor(total, device=world.device)
-    if world.mesh is not None:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """What the frozen parameters of ``model`` take where they are whole; a tied one counts once."""
-    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the frozen weights are. What trains is cut over the ranks, and stays on the GPU, in any of them.
-
-    Attributes:
-        replicated: whole on every rank; else cut over the ranks.
-        on_host: in host memory, from where a block's come while the one before it runs.
-        split_vocabulary: embedding and head are never gathered whole; None decides by their size. It takes both to be
-            frozen, and nothing is split where all is replicated.
-
-    Raises:
-        ValueError: replicated and on the host.
-    """
-
-    replicated: bool = False
-    on_host: bool = False
-    split_vocabulary: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.replicated and self.on_host:
-            raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
-
-
-SHARDED = Layout()
-"""Cut over the ranks, on the GPUs."""
+from qsharded.utils.sharding import local, place_in, rows_each, rows_of_rank
 
 
 def lay_out(
@@ -103,15 +56,6 @@ def _refuse_saved_weights(layout: Layout, checkpointing: Mode) -> None:
             f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "
             "would keep its weights on the device"
         )
-
-
-def is_split(model: CausalLM, layout: Layout, is_shared: bool) -> bool:
-    """Whether embedding and head are cut by rows and never gathered; ``is_shared``: by several ranks."""
-    if layout.replicated or not vocab_parallel.can_split(model):
-        return False
-    if layout.split_vocabulary is not None:
-        return layout.split_vocabulary
-    return layout.on_host or (is_shared and vocab_parallel.is_large(model))
 
 
 def materialize(model: nn.Module, device: torch.device, on_host: Set[nn.Parameter] = frozenset()) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsharded.distributed import fsdp
+from qsharded.distributed import collectives, fsdp
 
 # Every bf16 pattern once: what any two bytes of packed weights can look like.
 _WORDS_RC = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(1024, 128)
@@ -21,8 +21,7 @@ def check_gather(world: fsdp.World) -> None:
     # As models of the two dtypes are sharded; fp32 beside bytes without a policy would be gathered as uint8, unharmed.
     modes = ((None, torch.bfloat16), (torch.bfloat16, torch.float32))
     changed = sum(changed_bytes(world, param_dtype, adapter_dtype) for param_dtype, adapter_dtype in modes)
-    total = torch.tensor(changed, device=world.device)
-    dist.all_reduce(total)
+    total = collectives.all_reduce(torch.tensor(changed, device=world.device), dist.ReduceOp.SUM, world.group)
     if total.item():
         raise fsdp.DamagedGather(
             f"PyTorch {torch.__version__} changed {total.item()} bytes of the probe that was gathered over "

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qsharded.distributed import vocab_parallel_autograd
-from qsharded.distributed.sharding import local, own_rows, place_in, rows_of_rank
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.models.decoder import Head
+from qsharded.utils.sharding import local, own_rows, place_in, rows_of_rank
 
 LARGE_BYTES = 4 * LOGITS_PER_CHUNK
 """Above this a vocabulary is split: gathered whole it would outweigh the one chunk of logits that the loss holds."""

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.distributed import collectives
-from qsharded.distributed.sharding import RowRange, rows_each
-from qsharded.models.chunked_loss import IGNORE, LOGITS_PER_CHUNK
+from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
+from qsharded.utils.documents import IGNORE
+from qsharded.utils.sharding import RowRange, rows_each
 
 # 2^25 bf16 values are 64 MiB: the rows looked up for all ranks at a time.
 _LOOKED_UP_AT_A_TIME = 1 << 25

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qsharded.checkpoint.adapter import STARTS_ON_BASE
-from qsharded.distributed.sharding import whole
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils.sharding import whole
 
 _HOOK = "_maybe_include_all_linear_layers"
 _ALL_LINEAR = "all-linear"

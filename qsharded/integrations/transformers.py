@@ -26,13 +26,13 @@ from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
 from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
-from qsharded.distributed.sharding import own_rows
 from qsharded.integrations import bitsandbytes_format
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
 from qsharded.quant.linear import NF4Linear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import pad_absmax
+from qsharded.utils.sharding import own_rows
 
 _ABSMAX = "weight_absmax"
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsharded.quant.unquantized import AdaptedLayer
 from qsharded.utils.seeds import derived_seed
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(AdaptedLayer):
     """``y = base(ids) + scaling * (B A)[:, ids]``: a frozen embedding and its trainable low-rank update.
 
     The rows looked up in A are cast to y's dtype for the product with B, as :class:`LoRALinear` does. There is no
@@ -35,6 +36,10 @@ class LoRAEmbedding(nn.Module):
         y: Tensor = self.base_layer(ids)
         narrow = F.embedding(ids, self.lora_embedding_A.T, self.padding_idx).to(y.dtype)
         return y + F.linear(narrow, self.lora_embedding_B.to(y.dtype)) * self.scaling
+
+    def adapters(self) -> tuple[nn.Module]:
+        """This module: the update's matrices are its own parameters."""
+        return (self,)
 
     def updates(self) -> dict[str, Tensor]:
         """What trains, by its name in this layer."""

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.distributed.sharding import local, own_rows
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.embedding import LoRAEmbedding
 from qsharded.lora.targets import modules_to_save, targets
 from qsharded.quant.linear import NF4Linear
+from qsharded.quant.unquantized import AdaptedLayer
 from qsharded.utils.seeds import derived_seed
+from qsharded.utils.sharding import local, own_rows
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """``y = base(x) + scaling * B A dropout(x)``: a frozen linear layer and its trainable low-rank update.
 
     Attributes:

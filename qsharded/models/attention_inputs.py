@@ -1,16 +1,16 @@
 """What attention needs besides q, k and v, made once a step for all layers: rotary tables, and who may look at whom.
 
-Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim, N documents.
+Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qsharded.models.config import ModelConfig
 from qsharded.models.rope import rope_tables
+from qsharded.utils.documents import Boundaries
 
 _LARGEST_HEAD_DIM = 256
 
@@ -19,38 +19,6 @@ def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     """Whether PyTorch's FlashAttention serves, which takes documents and windows without a mask."""
     is_half = dtype in (torch.bfloat16, torch.float16)
     return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= _LARGEST_HEAD_DIM
-
-
-@dataclass(frozen=True)
-class Boundaries:
-    """Where each document begins in the batch's rows laid end to end, padding being one more document.
-
-    Attributes:
-        starts: int32 [N + 1], ascending from 0 to B * S, where attention runs.
-        longest: tokens of the longest document, or more.
-    """
-
-    starts: Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, documents_BS: Tensor) -> "Boundaries":
-        """Of document ids: neighbours of equal id in a row are one document. From a GPU's tensor it waits for it."""
-        ids = documents_BS.cpu().numpy()
-        starts = np.ones(ids.shape, dtype=bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        edges = np.append(np.flatnonzero(starts), ids.size)
-        on_cpu = torch.from_numpy(edges.astype(np.int32))
-        return cls(on_cpu.to(documents_BS.device), int(np.diff(edges).max(initial=1)))
-
-    @classmethod
-    def of_rows(cls, rows: int, length: int, device: torch.device) -> "Boundaries":
-        """Of rows that are one document each."""
-        return cls(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device), length)
-
-    def to(self, device: torch.device | str) -> "Boundaries":
-        """The same on ``device``."""
-        return Boundaries(self.starts.to(device, non_blocking=True), self.longest)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from qsharded.quant.backends import wanted_backend
-
-IGNORE = -100
-"""The target of a token that is not supervised, as in torch's cross_entropy."""
+from qsharded.utils.documents import IGNORE
 
 LOGITS_PER_CHUNK = 1 << 26
 """In fp32 256 MiB: 523 tokens of a 128k vocabulary, enough rows for the matmuls to run at full speed."""

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.models.attention import attend
-from qsharded.models.attention_inputs import AttentionInputs, Boundaries, attention_inputs
-from qsharded.models.chunked_loss import IGNORE, chunked_cross_entropy
+from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
+from qsharded.models.chunked_loss import chunked_cross_entropy
 from qsharded.models.config import ModelConfig
 from qsharded.models.kv_cache import KVCache
 from qsharded.models.rope import rotate
+from qsharded.utils.documents import IGNORE, Boundaries
 
 
 class Attention(nn.Module):

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from qsharded.models.decoder import CausalLM
 from qsharded.models.kv_cache import KVCache
+from qsharded.utils.documents import PADDING
 
 
 class LogitsNotFinite(ValueError):
     """The model's logits hold NaN or infinity, of which no token can be chosen."""
-
-
-PADDING = -1
-"""Document id of the positions that stand left of a short prompt."""
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from qsharded.distributed.sharding import rows_of_rank
+from qsharded.utils.sharding import rows_of_rank
 
 
 def first_value(parameter: Tensor) -> int:

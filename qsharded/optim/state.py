@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsharded.distributed.sharding import local
 from qsharded.optim import reference
 from qsharded.optim.local_values import first_value
 from qsharded.quant.blockwise8 import BLOCK, dynamic_map
+from qsharded.utils.sharding import local
 
 State = Mapping[str, Any]
 _MOMENTS = (("state1", "absmax1", True), ("state2", "absmax2", False))

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qsharded.distributed.sharding import local
 from qsharded.optim import reference
 from qsharded.optim.arena import Arena, Blocks, Bucket, place
 from qsharded.optim.kernels import optimizer_kernels, step_tables
 from qsharded.optim.local_values import first_value, holds_rows
 from qsharded.optim.paging import PageBudget, Pager, resident_bytes
+from qsharded.utils.sharding import local
 
 MIN_8BIT_SIZE = 4096  # smaller parameters keep fp32 moments, as bitsandbytes' do
 DTYPES = (torch.float32, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing, read_packing
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.tied_embeddings import open_tied
-from qsharded.cli.base_model import find_adapter
+from qsharded.cli.base_model import find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.models import ModelConfig
@@ -17,7 +17,6 @@ from qsharded.plan.alternatives import nearest
 from qsharded.plan.gpu_memory import Plan, Planner
 from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs
-from qsharded.training.setup import lora_config
 from qsharded.utils import hardware
 from qsharded.utils.hardware import GIB
 

@@ -10,14 +10,13 @@ import torch
 from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing
 from qsharded.config import TrainConfig
-from qsharded.distributed.placement import Layout, frozen_bytes
+from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
 from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.training.setup import fits_whole, layout_of, leaves_sharding_open
 from qsharded.utils.checkpointing_modes import Mode
 
 Phase = Literal["loss", "backward of a block", "optimizer step"]
@@ -167,11 +166,8 @@ class Planner:
         return packing.quant_format if packing else NF4_64
 
     def _layout(self, config: TrainConfig, ranks: int) -> Layout:
-        replicated = config.sharding == "replicate"
-        if leaves_sharding_open(config, ranks):
-            # a GPU of unknown size is taken to be too small, which is the layout that needs less of it
-            replicated = fits_whole(frozen_bytes(self.model), self.gpu_bytes or 0)
-        return layout_of(config, replicated and ranks > 1)
+        # a GPU of unknown size is taken to be too small, which is the layout that needs less of it
+        return choose_layout(config, ranks, frozen_bytes(self.model), lambda: self.gpu_bytes or 0)[0]
 
     @property
     def _param_dtype(self) -> torch.dtype | None:

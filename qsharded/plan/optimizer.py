@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from qsharded.distributed.sharding import rows_of_rank
 from qsharded.optim.arena import BLOCK_BYTES
 from qsharded.optim.paging import BUCKET_BYTES
 from qsharded.optim.store import MIN_8BIT_SIZE
 from qsharded.quant.blockwise8 import BLOCK
+from qsharded.utils.sharding import rows_of_rank
 
 _FP32_BLOCK_BYTES = 2 * BLOCK * 4  # both moments
 _COUNTER_BYTES = 4  # the steps of a parameter

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.distributed import fsdp
-from qsharded.distributed.placement import SHARDED, Layout, is_split
-from qsharded.distributed.sharding import rows_of_rank
+from qsharded.distributed.layout import SHARDED, Layout, is_split
 from qsharded.models import CausalLM
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils.sharding import rows_of_rank
 
 CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS = "codes", "scales", "embedding and head", "norms and others", "adapters"
 """Classes of parameters. Adapters are everything that trains; others are frozen and in 16 or 32 bits."""

@@ -5,7 +5,6 @@ from functools import partial
 
 from torch import nn
 
-from qsharded.lora.layer import LoRALinear
 from qsharded.quant import formats, unquantized
 from qsharded.quant.linear import NF4Linear
 
@@ -39,7 +38,7 @@ def quantize_(
     block_size = formats.QuantFormat(quant_type, block_size).block_size
     pack = partial(NF4Linear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head
-    adapters = {part for module in model.modules() if isinstance(module, LoRALinear) for part in module.adapters()}
+    adapters = unquantized.adapters_in(model)
     candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)
     linears = [(name, m) for name, m in candidates if chosen(name, m)]
     fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]

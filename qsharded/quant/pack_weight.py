@@ -26,7 +26,7 @@ class SharedRows:
 
     start: int
     total: int
-    all_reduce: Callable[[Tensor, dist.ReduceOp.RedOpType], None]
+    all_reduce: Callable[[Tensor, dist.ReduceOp.RedOpType], object]
 
 
 def pack_weight(

@@ -3,16 +3,28 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from qsharded.lora.embedding import LoRAEmbedding
 from qsharded.quant.linear import NF4Linear
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 8
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with a trained update beside its frozen weight; :mod:`qsharded.lora` has them."""
+
+    def adapters(self) -> Iterable[nn.Module]:
+        """The modules whose own parameters are the update; quantizing leaves them alone."""
+        raise NotImplementedError
+
+
+def adapters_in(model: nn.Module) -> set[nn.Module]:
+    """All adapters' modules in ``model``."""
+    return {part for module in model.modules() if isinstance(module, AdaptedLayer) for part in module.adapters()}
 
 
 def tell(model: nn.Module, torn: Mapping[str, nn.Linear], block_size: int, total: int) -> None:
@@ -40,8 +52,9 @@ def _of_other_modules(model: nn.Module) -> Counter[str]:
     transformers holds the experts of a mixture as one tensor of three dimensions. Blocks' numbers become "*".
     """
     found: Counter[str] = Counter()
+    adapters = adapters_in(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear | LoRAEmbedding):
+        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear) or module in adapters:
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() >= 2 and parameter.is_floating_point():

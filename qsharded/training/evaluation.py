@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsharded.data import Batch, Prompt, Step, Tokenizer
+from qsharded.distributed import collectives
 from qsharded.distributed.fsdp import World
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
@@ -40,9 +41,7 @@ def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
 
 def global_sum(value: torch.Tensor, world: World) -> float:
     """The sum over ranks of one number."""
-    if world.mesh is not None:
-        dist.all_reduce(value)
-    return value.item()
+    return collectives.all_reduce(value, dist.ReduceOp.SUM, world.group).item()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from qsharded.cli import signals
 from qsharded.distributed.fsdp import World
+from qsharded.utils import signals
 
 _ANSWER_S = 10  # from a store that answers in milliseconds
 _AFTER_THE_FIRST_S = 2.0  # torchrun reports the first rank that left as the cause, and by then ends the others

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch.optim import AdamW, Optimizer
 
-from qsharded.checkpoint.adapter import load_adapter, read_lora_config, trainable
+from qsharded.checkpoint.adapter import load_adapter, trainable
 from qsharded.checkpoint.base_identity import BaseIdentity
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.resume import Progress, load_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.base_model import base_note, find_adapter
-from qsharded.cli.command import DTYPES, compute_dtype
+from qsharded.cli.base_model import base_note, find_adapter, lora_config
+from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
 from qsharded.data.mixture import refuse_overlaps
@@ -22,7 +22,7 @@ from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.fsdp import World, mesh_of
-from qsharded.distributed.placement import Layout, frozen_bytes, least_memory
+from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes, least_memory
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import PagedAdamW8bit
@@ -139,36 +139,7 @@ def _eval_dataset_split(config: TrainConfig) -> str:
 
 def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str]:
     """Where the frozen weights, so many bytes of them, go, and, if that was left open, why."""
-    if not leaves_sharding_open(config, world.size):
-        return layout_of(config, replicated=config.sharding == "replicate"), _why_closed(config, world.size)
-    room = least_memory(world)
-    fits = fits_whole(frozen, room)
-    verdict = "replicated" if fits else f"cut over {world.size} ranks"
-    share = f"the frozen weights take {frozen / 2**30:.1f} of a rank's {room / 2**30:.1f} GiB"
-    return layout_of(config, fits), f"sharding: {verdict}, as {share}, {'less' if fits else 'more'} than half"
-
-
-def _why_closed(config: TrainConfig, ranks: int) -> str:
-    """Why ``--sharding auto`` has nothing to decide; "" where it was not given, or one rank holds all anyway."""
-    if config.sharding != "auto" or ranks == 1:
-        return ""
-    other = "--cpu-offload" if config.cpu_offload else f"--dp-replicate {config.dp_replicate}"
-    return f"sharding: full, as {other} leaves --sharding auto no choice"
-
-
-def leaves_sharding_open(config: TrainConfig, ranks: int) -> bool:
-    """Whether it is for the model's size to say if every rank holds the frozen weights whole."""
-    return config.sharding == "auto" and ranks > 1 and not config.cpu_offload and config.dp_replicate == 1
-
-
-def fits_whole(frozen: int, room: int) -> bool:
-    """Whether frozen weights of so many bytes leave enough of a rank's memory to train beside them."""
-    return frozen <= room // 2
-
-
-def layout_of(config: TrainConfig, replicated: bool) -> Layout:
-    """Where the frozen weights go, once that is decided."""
-    return Layout(replicated=replicated, on_host=config.cpu_offload)
+    return choose_layout(config, world.size, frozen, lambda: least_memory(world))
 
 
 def _base_notes(config: TrainConfig, adapter: Path, folder: Path, progress: Progress) -> list[str]:
@@ -240,24 +211,6 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
     if data is None:
         return None
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
-
-
-def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
-    """What the options, or an adapter to go on with, say of the adapters."""
-    dtype = DTYPES[config.lora_dtype]
-    if adapter:
-        return read_lora_config(adapter, dtype)
-    return LoRAConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        rank_pattern=config.lora_rank_pattern,
-        alpha_pattern=config.lora_alpha_pattern,
-        modules_to_save=config.lora_modules_to_save,
-        dtype=dtype,
-    )
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:

@@ -17,9 +17,9 @@ from qsharded.checkpoint.manifest import verify
 from qsharded.checkpoint.rank_tensors import Rows
 from qsharded.checkpoint.resume import Progress, load_checkpoint, read_progress
 from qsharded.distributed import fsdp
-from qsharded.distributed.sharding import local, own_rows
 from qsharded.nn import LoRAConfig
 from qsharded.utils.seeds import derived_seed
+from qsharded.utils.sharding import local, own_rows
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 

@@ -70,6 +70,13 @@ def test_a_block_is_fetched_once_a_pass_while_the_one_before_it_runs(weights: Ho
     assert events == 2 * (FORWARD + BACKWARD)
 
 
+def test_what_is_fetched_early_does_not_hang_on_what_ran_before(weights: HostWeights, events: list[str]) -> None:
+    run(weights.forwards[:3])  # left in the middle, as by an error
+    events.clear()
+    run(weights.forwards[2:])
+    assert events == ["fetch 2", "run 2", "run 3"]  # block 3 had come already
+
+
 def test_micro_batches_may_all_go_forward_first(weights: HostWeights, events: list[str]) -> None:
     forwards = recomputed(weights.forwards, "full")
     (run(forwards) + run(forwards)).backward()

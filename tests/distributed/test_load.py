@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qsharded.checkpoint import load_model, read_ahead
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.distributed.placement import SHARDED, Layout
-from qsharded.distributed.sharding import local, own_rows, whole
+from qsharded.distributed.layout import SHARDED, Layout
 from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.quant import formats
+from qsharded.utils.sharding import local, own_rows, whole
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from qsharded.distributed.sharding import local, own_rows
 from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.state import merged
+from qsharded.utils.sharding import local, own_rows
 from tests.distributed.harness import run_ranks
 from tests.kernels.cases import assert_same_bits
 

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from qsharded.checkpoint import load_model
 from qsharded.distributed import fsdp, vocab_parallel
 from qsharded.distributed.fsdp import World
-from qsharded.distributed.placement import Layout, check_shares
-from qsharded.distributed.sharding import local
+from qsharded.distributed.layout import Layout
+from qsharded.distributed.placement import check_shares
 from qsharded.nn import LoRAConfig
+from qsharded.utils.sharding import local
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 

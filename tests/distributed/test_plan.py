@@ -13,13 +13,13 @@ from torch.optim import AdamW
 
 from qsharded.checkpoint.load import load_model, skeleton
 from qsharded.distributed import fsdp
-from qsharded.distributed.placement import SHARDED, Layout
-from qsharded.distributed.sharding import local
+from qsharded.distributed.layout import SHARDED, Layout
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit
 from qsharded.plan.optimizer import state_bytes
 from qsharded.plan.parameters import ADAPTERS, CODES, EMBEDDING, OTHERS, SCALES, parameters
+from qsharded.utils.sharding import local
 from tests.checkpoints import LLAMA
 from tests.distributed.harness import run_ranks
 

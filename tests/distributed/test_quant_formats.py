@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.checkpoint import load_model
-from qsharded.distributed.sharding import local
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.utils.sharding import local
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_load import whole_bytes

@@ -15,12 +15,12 @@ from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, StepLoader
 from qsharded.distributed import fsdp
 from qsharded.distributed.fsdp import World
-from qsharded.distributed.placement import Layout
-from qsharded.distributed.sharding import whole
+from qsharded.distributed.layout import Layout
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
 from qsharded.train import accumulate_gradient
 from qsharded.training import evaluation
+from qsharded.utils.sharding import whole
 from tests.checkpoints import write_checkpoint
 from tests.distributed.collective_dtypes import record_dtypes
 from tests.distributed.harness import run_ranks

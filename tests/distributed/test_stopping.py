@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qsharded import train
-from qsharded.cli import signals
 from qsharded.training import results
+from qsharded.utils import signals
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, assert_same_file, losses
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A signal in the fourth step, in the first of its two micro-batches; the third has one.
 STOP_MID_STEP = """
 import os, signal, sys, time
-from qsharded.cli import signals
+from qsharded.utils import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import train
 from qsharded.cli.command import run_as_process
@@ -92,7 +92,7 @@ def test_torchrun_hands_its_signal_on_and_the_line_has_its_command(model: Path, 
 # Rank 1 is signalled while it loads; rank 0 waits for it.
 SIGNAL_WHILE_LOADING = """
 import os, signal, time
-from qsharded.cli import signals
+from qsharded.utils import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import train
 from qsharded.cli.command import run_as_process
@@ -118,7 +118,7 @@ def test_a_signal_to_one_rank_while_loading_ends_all_with_one_line(model: Path, 
 # The main rank sits in what no error ends, as NCCL's collectives are, while another fails.
 FAIL_ALONE = """
 import os, sys, time
-from qsharded.cli import signals
+from qsharded.utils import signals
 signals.take_over("qsharded.train")
 from qsharded import train
 from qsharded.cli.command import run_as_process

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.distributed import collectives, vocab_parallel_autograd
-from qsharded.distributed.sharding import RowRange, rows_of_rank
+from qsharded.utils.sharding import RowRange, rows_of_rank
 from tests.distributed.harness import run_ranks
 
 DIM = 12

@@ -11,7 +11,7 @@ from qsharded.checkpoint.load import skeleton
 from qsharded.config import TrainConfig
 from qsharded.data import Tokenizer
 from qsharded.distributed.fsdp import World
-from qsharded.distributed.placement import Layout, frozen_bytes
+from qsharded.distributed.layout import Layout, frozen_bytes
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.training import setup

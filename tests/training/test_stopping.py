@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from qsharded import train
-from qsharded.cli import command_line, signals
+from qsharded.cli import command_line
 from qsharded.training import evaluation, results
 from qsharded.training.metrics import MetricsLog, read_metrics
+from qsharded.utils import signals
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.test_train import arguments, assert_same_file, losses
 from tests.training.test_disk_room import disk_with, fill_disk

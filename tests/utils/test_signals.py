@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qsharded.cli import signals
-from qsharded.cli.signals import _Listener
+from qsharded.utils import signals
+from qsharded.utils.signals import _Listener
 from tests.processes import Command, script
 
 
@@ -35,7 +35,7 @@ def test_a_signal_in_the_midst_of_the_imports_ends_with_one_line(command: str, n
 # The main thread stays in a call into C, as in a collective or a download, where Python runs no handlers.
 BUSY = """
 import ctypes, signal, sys
-from qsharded.cli import signals
+from qsharded.utils import signals
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 signals.take_over("qsharded.train", " before its first step")
@@ -138,7 +138,7 @@ def test_torchruns_signal_after_another_ranks_end_is_not_told_as_one_of_the_user
 HALF_WRITTEN = """
 import sys, time
 from pathlib import Path
-from qsharded.cli import signals
+from qsharded.utils import signals
 signals.take_over("qsharded.{command}", "; --output was not written")
 from qsharded import {command}
 

@@ -14,9 +14,9 @@ from qsharded.data import Cursor, Example, Step, StepLoader, make_batch
 from qsharded.distributed import fsdp
 from qsharded.distributed.sharding import local, whole
 from qsharded.nn import LoRAConfig
-from qsharded.train import accumulate_gradient
 from qsharded.training import evaluation
 from qsharded.training.evaluation import batch_loss
+from qsharded.training.gradient import accumulate_gradient
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
 

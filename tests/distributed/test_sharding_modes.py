@@ -19,8 +19,8 @@ from qsharded.distributed.placement import Layout
 from qsharded.distributed.sharding import whole
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
-from qsharded.train import accumulate_gradient
 from qsharded.training import evaluation
+from qsharded.training.gradient import accumulate_gradient
 from tests.checkpoints import write_checkpoint
 from tests.distributed.collective_dtypes import record_dtypes
 from tests.distributed.harness import run_ranks

@@ -13,6 +13,7 @@ import torch
 from qsharded import train
 from qsharded.cli import signals
 from qsharded.training import results
+from qsharded.training.metrics import MetricsLog
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, assert_same_file, losses
@@ -34,10 +35,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A signal in the fourth step, in the first of its two micro-batches; the third has one.
 STOP_MID_STEP = """
 import os, signal, sys, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train", " before its first step")
-from qsharded import evaluation, train
+from qsharded import train
 from qsharded.cli.command import run_as_process
+from qsharded.training import evaluation
 
 loss, calls = evaluation.batch_loss, 0
 
@@ -91,10 +93,11 @@ def test_torchrun_hands_its_signal_on_and_the_line_has_its_command(model: Path, 
 # Rank 1 is signalled while it loads; rank 0 waits for it.
 SIGNAL_WHILE_LOADING = """
 import os, signal, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train", " before its first step")
-from qsharded import assembly, train
+from qsharded import train
 from qsharded.cli.command import run_as_process
+from qsharded.training import setup
 
 def load(config, world):
     if world.rank == 1:
@@ -102,7 +105,7 @@ def load(config, world):
         time.sleep(1000)
     world.barrier()
 
-assembly.prepare = load
+setup.prepare = load
 run_as_process(train.main)
 """
 
@@ -116,21 +119,23 @@ def test_a_signal_to_one_rank_while_loading_ends_all_with_one_line(model: Path, 
 # The main rank sits in what no error ends, as NCCL's collectives are, while another fails.
 FAIL_ALONE = """
 import os, sys, time
-from qsharded import signals
+from qsharded.cli import signals
 signals.take_over("qsharded.train")
 from qsharded import train
 from qsharded.cli.command import run_as_process
 
-step = train._train_step
+from qsharded.training.trainer import Trainer
 
-def failing(config, world, parts, *rest):
-    if parts.progress.step == 2:
-        if world.rank == 1:
+step = Trainer.train_step
+
+def failing(run, *rest):
+    if run.setup.progress.step == 2:
+        if run.world.rank == 1:
             raise {error}
         {meanwhile}
-    return step(config, world, parts, *rest)
+    return step(run, *rest)
 
-train._train_step = failing
+Trainer.train_step = failing
 run_as_process(train.main)
 """
 
@@ -156,13 +161,13 @@ def test_a_rank_that_is_killed_is_told_of_in_one_line(model: Path, dataset: Path
 
 def run_on_own_disk(model: Path, dataset: Path, folder: Path) -> str:
     """Train until the first step is done, each rank in a folder of its own; returns what was printed."""
-    advance, own = train.MetricsLog.advance, folder / str(torch.distributed.get_rank())
+    advance, own = MetricsLog.advance, folder / str(torch.distributed.get_rank())
 
     def stopping(log: Any, step: int) -> None:
         signals._listener.noted = signal.SIGTERM
         advance(log, step)
 
-    train.MetricsLog.advance, results._SEEN_WITHIN_S = stopping, 0.2
+    MetricsLog.advance, results._SEEN_WITHIN_S = stopping, 0.2
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(arguments(model, dataset, own, max_steps=3, save_steps=0))
     return printed.getvalue()

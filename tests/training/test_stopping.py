@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qsharded import train
+from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.cli import command_line, signals
 from qsharded.training import evaluation, results
 from qsharded.training.metrics import MetricsLog, read_metrics
@@ -96,9 +97,9 @@ def test_a_checkpoint_of_this_step_is_not_written_again(
     stop_in_call: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    saved, save = [], train.CheckpointWriter.save
-    monkeypatch.setattr(train.CheckpointWriter, "save", lambda *args, **more: saved.append(1) or save(*args, **more))
-    stop_in_call(train.CheckpointWriter, "save", 1)
+    saved, save = [], CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", lambda *args, **more: saved.append(1) or save(*args, **more))
+    stop_in_call(CheckpointWriter, "save", 1)
     assert exit_status(arguments(model, dataset, tmp_path, max_steps=5, save_steps=2)) == 0
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert f"saved {checkpoint}, and" in capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""A step's gradient: added up over micro-batches, then clipped and applied."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from qsharded.checkpoint.adapter import trainable
+from qsharded.data import Step
+from qsharded.distributed.fsdp import World
+from qsharded.distributed.sharding import whole
+from qsharded.models import CausalLM
+from qsharded.optim import ScaledOptimizer, clipping_scale
+from qsharded.training import evaluation
+from qsharded.utils.seeds import derived_seed
+
+
+def accumulate_gradient(
+    model: CausalLM,
+    step: Step,
+    world: World,
+    *,
+    seed: int,
+    step_number: int,
+    before_each: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """Add the gradient of the mean loss over the supervised tokens of all ranks and micro-batches.
+
+    What ``before_each``, called before each micro-batch, raises leaves the step unfinished.
+
+    Returns this rank's sum of token losses, fp64.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for index, batch in enumerate(step.micro_batches):
+        before_each()
+        # A resumed run needs no generator state: dropout draws from what it is for.
+        torch.manual_seed(derived_seed(seed, step_number, index, world.rank))
+        loss = evaluation.batch_loss(model, batch.to(world.device))
+        # FSDP2 averages the gradient over ranks, hence the world's size.
+        (loss * (world.size / step.supervised_tokens)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def apply_gradient(model: CausalLM, optimizer: ScaledOptimizer, rate: float, max_norm: float) -> float:
+    """Clip and step at the learning rate ``rate``; returns the gradient's norm before clipping.
+
+    Where that is not finite the step changes nothing. It is the norm over all ranks, so all decide alike.
+    """
+    gradients = [parameter.grad for _, parameter in trainable(model) if parameter.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step(grad_scale=clipping_scale(norm, max_norm))
+    optimizer.zero_grad()
+    return norm.item()  # the first wait of 8-bit AdamW for the device, once the step is queued
+
+
+def was_skipped(grad_norm: float) -> bool:
+    """Whether a step with a gradient of this norm has changed nothing."""
+    return not math.isfinite(grad_norm)

@@ -61,7 +61,7 @@ class Projection:
         else:
             frozen = base.in_features, base.out_features, None, NF4_64, base.weight, base.bias
         adapter: tuple[Any, ...] = ()
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear) and layer.enabled:
             adapter = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
         return cls(*frozen, *adapter)
 

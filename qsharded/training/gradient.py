@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,8 +12,22 @@ from qsharded.distributed.fsdp import World
 from qsharded.distributed.sharding import whole
 from qsharded.models import CausalLM
 from qsharded.optim import ScaledOptimizer, clipping_scale
-from qsharded.training import evaluation
+from qsharded.training.objective import SUPERVISED, BatchSums, Objective
 from qsharded.utils.seeds import derived_seed
+
+
+@dataclass
+class GradientSums:
+    """This rank's sums over a step's micro-batches, fp64: of its losses, and of each metric."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, sums: BatchSums) -> None:
+        """Another micro-batch's."""
+        self.loss += sums.loss.detach()
+        for name, value in sums.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value.double()
 
 
 def accumulate_gradient(
@@ -22,24 +37,24 @@ def accumulate_gradient(
     *,
     seed: int,
     step_number: int,
+    objective: Objective = SUPERVISED,
     before_each: Callable[[], object] = lambda: None,
-) -> torch.Tensor:
-    """Add the gradient of the mean loss over the supervised tokens of all ranks and micro-batches.
+) -> GradientSums:
+    """Add the gradient of the mean loss, over what ``objective`` counts in all ranks and micro-batches.
 
     What ``before_each``, called before each micro-batch, raises leaves the step unfinished.
-
-    Returns this rank's sum of token losses, fp64.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    result = GradientSums(torch.zeros((), dtype=torch.float64, device=world.device))
+    count = objective.count(step)
     for index, batch in enumerate(step.micro_batches):
         before_each()
         # A resumed run needs no generator state: dropout draws from what it is for.
         torch.manual_seed(derived_seed(seed, step_number, index, world.rank))
-        loss = evaluation.batch_loss(model, batch.to(world.device))
+        sums = objective(model, batch.to(world.device))
         # FSDP2 averages the gradient over ranks, hence the world's size.
-        (loss * (world.size / step.supervised_tokens)).backward()
-        loss_sum += loss.detach()
-    return loss_sum
+        (sums.loss * (world.size / count)).backward()
+        result.add(sums)
+    return result
 
 
 def apply_gradient(model: CausalLM, optimizer: ScaledOptimizer, rate: float, max_norm: float) -> float:

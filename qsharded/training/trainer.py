@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.cli import signals
@@ -19,9 +19,10 @@ from qsharded.distributed.fsdp import World
 from qsharded.optim.schedule import learning_rate
 from qsharded.training import evaluation, results
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
-from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
-from qsharded.training.log_window import LogWindow
+from qsharded.training.gradient import GradientSums, accumulate_gradient, apply_gradient, was_skipped
+from qsharded.training.log_window import LogWindow, StepResult
 from qsharded.training.metrics import MetricsLog
+from qsharded.training.objective import SUPERVISED, Objective
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
 from qsharded.utils.durable_files import NotWritten
@@ -33,6 +34,7 @@ class Trainer:
 
     Attributes:
         again: gives the command that goes on with this run, its options changed.
+        objective: what the steps make small; the evaluations measure the supervised tokens' loss whatever it is.
     """
 
     config: TrainConfig
@@ -41,10 +43,13 @@ class Trainer:
     log: MetricsLog
     writer: CheckpointWriter
     again: Again
+    objective: Objective = SUPERVISED
 
     @classmethod
     @contextmanager
-    def opened(cls, config: TrainConfig, world: World, setup: TrainingSetup, again: Again) -> Iterator[Self]:
+    def opened(
+        cls, config: TrainConfig, world: World, setup: TrainingSetup, again: Again, **others: Any
+    ) -> Iterator[Self]:
         """One whose log and checkpoint writer are in ``--output-dir``, and closed at the end."""
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
@@ -52,7 +57,7 @@ class Trainer:
             MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
-            yield cls(config, world, setup, log, writer, again)
+            yield cls(config, world, setup, log, writer, again, **others)
 
     @property
     def results(self) -> results.Results:
@@ -98,30 +103,36 @@ class Trainer:
             if progress.step >= self.setup.total_steps:
                 break
             rate, start = self._learning_rate(), time.perf_counter()
-            loss, grad_norm = self.train_step(step, rate)
+            result = self.train_step(step, rate)
             progress.step += 1
             progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
-            window.add(loss, step, time.perf_counter() - start)
+            window.add(result, step.tokens, time.perf_counter() - start)
             self.log.advance(progress.step)
             if progress.step % self.config.logging_steps == 0 or progress.step == self.setup.total_steps:
-                self._log_training(window, grad_norm, rate)
+                self._log_training(window, result.grad_norm, rate)
             self._evaluate_and_save()
 
-    def train_step(self, step: Step, rate: float) -> tuple[float, float]:
-        """One optimizer step; returns the loss a supervised token and the gradient's norm, both over all ranks."""
+    def train_step(self, step: Step, rate: float) -> StepResult:
+        """One optimizer step."""
         setup = self.setup
         setup.optimizer.prefetch()  # hidden behind the passes
-        loss_sum = accumulate_gradient(
+        sums = accumulate_gradient(
             setup.model,
             step,
             self.world,
             seed=self.config.seed,
             step_number=setup.progress.step,
+            objective=self.objective,
             before_each=setup.stopping.check,
         )
         grad_norm = apply_gradient(setup.model, setup.optimizer, rate, self.config.max_grad_norm)
         setup.progress.skipped_steps += was_skipped(grad_norm)
-        return evaluation.global_sum(loss_sum, self.world) / step.supervised_tokens, grad_norm
+        return self._over_ranks(sums, self.objective.count(step), grad_norm)
+
+    def _over_ranks(self, sums: GradientSums, count: int, grad_norm: float) -> StepResult:
+        loss = evaluation.global_sum(sums.loss, self.world) / count
+        metrics = {name: evaluation.global_sum(sums.metrics[name], self.world) / count for name in sorted(sums.metrics)}
+        return StepResult(loss, count, grad_norm, metrics)
 
     def _learning_rate(self) -> float:
         """Of the next step."""

@@ -39,9 +39,9 @@ from qsharded.cli import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import train
 from qsharded.cli.command import run_as_process
-from qsharded.training import evaluation
+from qsharded.training import objective
 
-loss, calls = evaluation.batch_loss, 0
+loss, calls = objective.batch_loss, 0
 
 def counted(model, batch):
     global calls
@@ -52,7 +52,7 @@ def counted(model, batch):
             time.sleep(0.01)
     return loss(model, batch)
 
-evaluation.batch_loss = counted
+objective.batch_loss = counted
 run_as_process(train.main)
 """
 

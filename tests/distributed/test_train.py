@@ -17,7 +17,7 @@ from torch import Tensor
 from qsharded import train
 from qsharded.checkpoint import background_writer, load_model
 from qsharded.data import Example, Tokenizer, load_examples
-from qsharded.training import evaluation, trainer
+from qsharded.training import evaluation, objective, trainer
 from qsharded.training import run_folder as output
 from qsharded.training.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
@@ -293,14 +293,14 @@ def assert_same_file(one: Path, other: Path) -> None:
 
 def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
     """Train where the last rank's loss is infinite in some steps; returns what stopped the run."""
-    accumulate, loss = trainer.accumulate_gradient, evaluation.batch_loss
+    accumulate, loss = trainer.accumulate_gradient, objective.batch_loss
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
     def sometimes_infinite(*args: Any, step_number: int, **kwargs: Any) -> Tensor:
         bad = is_last_rank and step_number in bad_steps
-        evaluation.batch_loss = lambda model, batch: loss(model, batch) * (torch.inf if bad else 1)
+        objective.batch_loss = lambda model, batch: loss(model, batch) * (torch.inf if bad else 1)
         result = accumulate(*args, step_number=step_number, **kwargs)
-        evaluation.batch_loss = loss
+        objective.batch_loss = loss
         return result
 
     trainer.accumulate_gradient = sometimes_infinite

@@ -25,7 +25,7 @@ from qsharded.distributed.fsdp import let_reserved_memory_grow
 from qsharded.models.attention_inputs import Boundaries
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit, clipping_scale
-from qsharded.training.evaluation import batch_loss
+from qsharded.training.objective import batch_loss
 
 WARM_UP = 3
 

@@ -1,5 +1,6 @@
 """Examples: ids, and which of them are learned; a dataset is a list of them."""
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -14,15 +15,19 @@ class Example:
     Attributes:
         ids: int32 [T], given as any sequence.
         supervised: bool [T], whether the id is to be learned; of the first it has no effect, for nothing predicts it.
+        group: neighbours of an equal one, such as a chosen and a rejected answer, stay together, in their order, as
+            documents of one row; the name is no other group's. None: it stands alone.
     """
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    group: Hashable = None
 
-    def __init__(self, ids: ArrayLike, supervised: ArrayLike) -> None:
+    def __init__(self, ids: ArrayLike, supervised: ArrayLike, group: Hashable = None) -> None:
         # Arrays, for lists of Python's numbers would take eight times the memory on every rank.
         object.__setattr__(self, "ids", np.asarray(ids, np.int32))
         object.__setattr__(self, "supervised", np.asarray(supervised, np.bool_))
+        object.__setattr__(self, "group", group)
         assert self.ids.shape == self.supervised.shape, "one flag for each id"
 
     def __len__(self) -> int:
@@ -32,6 +37,17 @@ class Example:
     def supervised_tokens(self) -> int:
         """How many ids are learned: predicted, and counted in the loss."""
         return int(self.supervised[1:].sum())
+
+
+def grouped(examples: Iterable[Example]) -> list[list[Example]]:
+    """The groups of ``examples``, in their order; an example without one is a group of its own."""
+    groups: list[list[Example]] = []
+    for example in examples:
+        if groups and example.group is not None and example.group == groups[-1][-1].group:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
 
 
 @dataclass
@@ -71,19 +87,21 @@ class Dataset:
 
 
 def split_examples(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) parts, the second of about ``fraction`` of the examples, chosen by ``seed`` alone.
+    """(training, evaluation) parts, the second of about ``fraction`` of the groups of examples, chosen by ``seed``
+    alone.
 
-    Both keep the dataset's order and have at least one example; the counts of left-out rows stay with the first.
+    Both keep the dataset's order and have at least one group; the counts of left-out rows stay with the first.
 
     Raises:
-        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two examples.
+        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two groups.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the fraction held out for evaluation must be between 0 and 1, got {fraction}")
-    total = len(dataset.examples)
+    groups = grouped(dataset.examples)
+    total = len(groups)
     if total < 2:
         raise ValueError(f"the dataset has {total} example, too few to hold any out for evaluation")
     count = min(max(1, round(total * fraction)), total - 1)
     chosen = set(Random(f"hold out {seed}").sample(range(total), count))
-    kept = [example for number, example in enumerate(dataset.examples) if number not in chosen]
-    return replace(dataset, examples=kept), Dataset([dataset.examples[number] for number in sorted(chosen)])
+    kept = [example for number, group in enumerate(groups) if number not in chosen for example in group]
+    return replace(dataset, examples=kept), Dataset([e for number in sorted(chosen) for e in groups[number]])

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from random import Random
 
 from qsharded.data.batches import Batch, make_batch
-from qsharded.data.examples import Example
+from qsharded.data.examples import Example, grouped
 from qsharded.data.sequence_packing import pack
 
 Row = list[Example]
@@ -27,12 +27,14 @@ class Step:
         micro_batches: as many on every rank, at least one.
         supervised_tokens: the number of targets, of all ranks and micro-batches together.
         tokens: the number of tokens that are no padding, of all together.
+        groups: the number of groups of examples, of all together; an example without a group is one.
         cursor: where to go on after this step.
     """
 
     micro_batches: list[Batch]
     supervised_tokens: int
     tokens: int
+    groups: int
     cursor: Cursor
 
 
@@ -44,9 +46,10 @@ class StepLoader:
     on other numbers of ranks have the same documents in each step. An epoch's last step takes the rows that are left.
 
     Attributes:
-        examples: each of at most ``max_length`` tokens; the same list on every rank.
+        examples: the same list on every rank. A group's are documents of one row; they have at most ``max_length``
+            tokens together.
         max_length: of a row, in tokens.
-        packing: whether a row holds as many documents as fit; else it holds one.
+        packing: whether a row holds as many documents as fit; else it holds one, or one group.
         batch_size: rows of a micro-batch on one rank.
         accumulation: micro-batches of a step.
         rank: this process's number, from 0.
@@ -57,7 +60,7 @@ class StepLoader:
         draw: from an epoch to the numbers of the examples that it takes, as many in each; None: each takes all.
 
     Raises:
-        ValueError: no examples, one longer than ``max_length``, or a count below 1.
+        ValueError: no examples, one longer than ``max_length``, a count below 1, or groups that ``draw`` could part.
     """
 
     examples: Sequence[Example]
@@ -82,9 +85,13 @@ class StepLoader:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.examples:
             raise ValueError("there are no examples to make steps of")
-        longest = max(map(len, self.examples))
-        if longest > self.max_length:
-            raise ValueError(f"an example of {longest} tokens does not fit into rows of max_length {self.max_length}")
+        longest = max(grouped(self.examples), key=_tokens)
+        if _tokens(longest) > self.max_length:
+            what = "an example" if len(longest) == 1 else f"a group of {len(longest)} examples"
+            tokens = f"{_tokens(longest)} tokens"
+            raise ValueError(f"{what} of {tokens} does not fit into rows of max_length {self.max_length}")
+        if self.draw is not None and any(example.group is not None for example in self.examples):
+            raise ValueError("weights draw single examples, which would part groups: give the datasets no weights")
 
     @property
     def rows_per_step(self) -> int:
@@ -126,11 +133,13 @@ class StepLoader:
         # Python's own generator: its shuffle is the same in all versions, as resuming elsewhere needs.
         random = Random(f"rows {self.seed} {epoch}")
         examples = list(self.examples) if self.draw is None else [self.examples[i] for i in self.draw(epoch)]
+        groups = grouped(examples)
         if self.shuffle:
-            random.shuffle(examples)
+            random.shuffle(groups)
         if not self.packing:
-            return [[example] for example in examples]
-        rows = [[examples[number] for number in row] for row in pack([*map(len, examples)], self.max_length)]
+            return groups
+        packed = pack([*map(_tokens, groups)], self.max_length)
+        rows = [[example for number in row for example in groups[number]] for row in packed]
         if self.shuffle:
             random.shuffle(rows)  # packed rows come by the length of their first document
         return rows
@@ -142,7 +151,8 @@ class StepLoader:
         return Step(
             micro_batches=[self._batch(mine) for mine in self._share(rows)],
             supervised_tokens=sum(example.supervised_tokens for example in documents),
-            tokens=sum(map(len, documents)),
+            tokens=_tokens(documents),
+            groups=sum(len(grouped(row)) for row in rows),
             cursor=Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1),
         )
 
@@ -154,6 +164,10 @@ class StepLoader:
 
         A step short of rows has fewer micro-batches; in its last some ranks may have fewer rows than others, or none.
         """
-        by_length = sorted(rows, key=lambda row: -sum(map(len, row)))
+        by_length = sorted(rows, key=lambda row: -_tokens(row))
         size = self.world_size * self.batch_size
         return [by_length[start : start + size][self.rank :: self.world_size] for start in range(0, len(rows), size)]
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(map(len, examples))

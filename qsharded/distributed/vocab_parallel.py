@@ -43,12 +43,14 @@ class SplitHead(Head):
         self.weight = weight_VD
 
     @torch.compiler.disable
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """hidden [B, S, D], of any B and S on each rank -> logits, or the loss of this rank's tokens."""
+    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, *, per_token: bool = False) -> Tensor:
+        """hidden [B, S, D], of any B and S on each rank -> logits, or the loss or log-probabilities of its tokens."""
         weight_vD = local(self.weight).to(hidden_BSD.device, hidden_BSD.dtype, non_blocking=True)
         rows, hidden_TD = own_rows(self.weight), hidden_BSD.flatten(0, 1)
         if targets_BS is None:
             return vocab_parallel_autograd.logits(hidden_TD, weight_vD, rows).unflatten(0, hidden_BSD.shape[:2])
+        if per_token:
+            return vocab_parallel_autograd.log_probs(hidden_TD, weight_vD, targets_BS, rows)
         return vocab_parallel_autograd.cross_entropy(hidden_TD, weight_vD, targets_BS.flatten(), rows)
 
 

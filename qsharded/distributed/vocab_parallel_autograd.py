@@ -1,8 +1,8 @@
-"""Embedding, logits and cross-entropy where each rank holds some of the vocabulary's rows, and has tokens of its own.
+"""Embedding, logits, cross-entropy and log-probabilities where each rank holds some of the vocabulary's rows.
 
-Hidden states travel, weights do not: a token's hidden state is far smaller than the rows of a 128k vocabulary. Ranks
-may have different numbers of tokens; every rank calls these functions together with the others. No weight gets a
-gradient.
+Each rank has tokens of its own, in a number of its own. Hidden states travel, weights do not: a token's hidden state is
+far smaller than the rows of a 128k vocabulary. Every rank calls these functions together with the others. No weight
+gets a gradient.
 
 Axes: W ranks, T this rank's tokens, M the most that a rank has, C tokens of one chunk, D hidden size, V vocabulary,
 v this rank's rows of it, R = ceil(V / W) rows of a full share, N = W * C.
@@ -125,10 +125,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
         for start in range(0, M, chunk_size):
             stop = min(start + chunk_size, M)
-            own_CD = _padded(hidden_TD[start:stop], stop - start, 0)
-            hidden_ND = collectives.all_gather(own_CD, rows.group).flatten(0, 1)
-            chunk = _Chunk(targets_WM[:, start:stop].flatten(), rows)
-            loss_N, softmax_Nv = chunk.losses((hidden_ND @ weight_vD.T).to(loss.dtype))
+            own_CD, targets_WC = hidden_TD[start:stop], targets_WM[:, start:stop]
+            chunk, loss_N, softmax_Nv = _chunk_losses(own_CD, weight_vD, targets_WC, rows)
             loss += loss_N.view(-1, stop - start)[collectives.rank(rows.group)].sum()
             if grad_hidden_TD is not None:
                 grad_Nv = chunk.gradient(softmax_Nv).to(hidden_TD.dtype)
@@ -143,6 +141,64 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden_TD,) = ctx.saved_tensors
         return None if grad_hidden_TD is None else grad_hidden_TD * grad_loss, None, None, None, None, None
+
+
+def log_probs(
+    hidden_TD: Tensor, weight_vD: Tensor, targets: Tensor, rows: RowRange, chunk_size: int | None = None
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] of each of this rank's tokens, as ``chunked_log_probs``.
+
+    Chunks and errors as in :func:`cross_entropy`. Every rank calls the backward too, which computes the logits again.
+    """
+    if chunk_size is None:
+        chunk_size = max(1, LOGITS_PER_CHUNK // rows.total)
+    result: Tensor = _LogProbs.apply(hidden_TD, weight_vD, targets, rows, chunk_size)
+    return result
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, targets: Tensor, rows: RowRange, chunk_size: int
+    ) -> Tensor:
+        T, M = hidden_TD.shape[0], _most(hidden_TD, rows)
+        targets_WM = collectives.all_gather(_padded(targets.flatten(), M, IGNORE), rows.group)
+        log_probs = hidden_TD.new_empty(targets.shape, dtype=_precise(hidden_TD))
+        log_probs_T = log_probs.view(-1)
+        for start in range(0, M, chunk_size):
+            stop = min(start + chunk_size, M)
+            _, losses_N, softmax_Nv = _chunk_losses(hidden_TD[start:stop], weight_vD, targets_WM[:, start:stop], rows)
+            own_C = losses_N.view(-1, stop - start)[collectives.rank(rows.group)]
+            log_probs_T[start:stop] = -own_C[: max(0, T - start)]
+            del softmax_Nv
+        ctx.save_for_backward(hidden_TD, weight_vD, targets_WM)
+        ctx.rows, ctx.chunk_size = rows, chunk_size
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden_TD, weight_vD, targets_WM), rows = ctx.saved_tensors, ctx.rows
+        T, M = hidden_TD.shape[0], targets_WM.shape[1]
+        grad_WM = collectives.all_gather(_padded(grad.flatten(), M, 0), rows.group)
+        grad_hidden_TD = torch.empty_like(hidden_TD)
+        for start in range(0, M, ctx.chunk_size):
+            stop = min(start + ctx.chunk_size, M)
+            chunk, _, softmax_Nv = _chunk_losses(hidden_TD[start:stop], weight_vD, targets_WM[:, start:stop], rows)
+            grad_Nv = chunk.gradient(softmax_Nv).mul_(-grad_WM[:, start:stop].reshape(-1, 1)).to(hidden_TD.dtype)
+            grad_WCD = (grad_Nv @ weight_vD).unflatten(0, (-1, stop - start))
+            grad_hidden_TD[start:stop] = _summed(grad_WCD, rows)[: max(0, T - start)]
+            del grad_Nv, softmax_Nv
+        return grad_hidden_TD, None, None, None, None
+
+
+def _chunk_losses(
+    own_cD: Tensor, weight_vD: Tensor, targets_WC: Tensor, rows: RowRange
+) -> tuple["_Chunk", Tensor, Tensor]:
+    """A chunk of C tokens of every rank, c <= C of them this rank's; with its losses [N] and softmax [N, v]."""
+    own_CD = _padded(own_cD, targets_WC.shape[1], 0)
+    hidden_ND = collectives.all_gather(own_CD, rows.group).flatten(0, 1)
+    chunk = _Chunk(targets_WC.flatten(), rows)
+    return chunk, *chunk.losses((hidden_ND @ weight_vD.T).to(_precise(own_cD)))
 
 
 @dataclass(frozen=True)

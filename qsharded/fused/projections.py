@@ -55,7 +55,7 @@ class Projection:
         packed, plain = (base.packed(), None) if isinstance(base, NF4Linear) else (None, base.weight)
         frozen = base.in_features, base.out_features, packed, plain, base.bias
         adapter: tuple[Any, ...] = ()
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear) and layer.enabled:
             adapter = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
         return cls(*frozen, *adapter)
 

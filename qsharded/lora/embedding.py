@@ -21,12 +21,13 @@ class LoRAEmbedding(AdaptedLayer):
         base_layer: the frozen embedding, ids [...] -> [..., D].
         lora_embedding_A: [r, V], zeros at the start.
         lora_embedding_B: [D, r], drawn from a normal distribution.
+        enabled: whether the update is added; see ``adapters_disabled``.
     """
 
     def __init__(self, base_layer: nn.Embedding, r: int, scaling: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.base_layer: nn.Module = base_layer
-        self.scaling, self.padding_idx = scaling, base_layer.padding_idx
+        self.scaling, self.padding_idx, self.enabled = scaling, base_layer.padding_idx, True
         device, (V, D) = base_layer.weight.device, base_layer.weight.shape
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, V, dtype=dtype, device=device))
         self.lora_embedding_B = nn.Parameter(torch.zeros(D, r, dtype=dtype, device=device))
@@ -34,6 +35,8 @@ class LoRAEmbedding(AdaptedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D] in the base layer's dtype."""
         y: Tensor = self.base_layer(ids)
+        if not self.enabled:
+            return y
         narrow = F.embedding(ids, self.lora_embedding_A.T, self.padding_idx).to(y.dtype)
         return y + F.linear(narrow, self.lora_embedding_B.to(y.dtype)) * self.scaling
 

@@ -27,6 +27,7 @@ class LoRALinear(AdaptedLayer):
         base_layer: the frozen layer, [..., K] -> [..., N].
         lora_A: a linear without bias, weight [r, K].
         lora_B: a linear without bias, weight [N, r].
+        enabled: whether the update is added; see ``adapters_disabled``.
 
     The adapter's weights are cast to x's dtype for the product, so fp32 masters train a bf16 model, under FSDP2's
     mixed precision or without it. Another kind of update (DoRA) takes the place of :meth:`update`.
@@ -39,13 +40,13 @@ class LoRALinear(AdaptedLayer):
         in_features, out_features = base_layer.in_features, base_layer.out_features
         device = base_layer.weight.device
         self.base_layer = base_layer
-        self.scaling, self.dropout = scaling, dropout
+        self.scaling, self.dropout, self.enabled = scaling, dropout, True
         self.lora_A = nn.Linear(in_features, r, bias=False, dtype=dtype, device=device)
         self.lora_B = nn.Linear(r, out_features, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        return self.base_layer(x) + self.update(x)
+        return self.base_layer(x) + self.update(x) if self.enabled else self.base_layer(x)
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds to the base layer's output, [..., N]."""

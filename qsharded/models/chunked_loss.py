@@ -1,4 +1,4 @@
-"""Cross-entropy of a language-model head without its logits.
+"""Cross-entropy and log-probabilities of a language-model head without its logits.
 
 Axes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -24,11 +24,26 @@ def chunked_cross_entropy(
     in the same pass, so that no more than one chunk of logits ever exists. Targets of -100 count for nothing.
     Gradients: hidden, and weight where it requires one. Not differentiable twice.
     """
-    if chunk_size is None:
-        chunk_size = max(1, LOGITS_PER_CHUNK // weight_VD.shape[0])
+    chunk_size = chunk_size or _tokens_per_chunk(weight_VD)
     with_grad = torch.is_grad_enabled()
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_size, with_grad)
     return loss
+
+
+def chunked_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] of each token, in fp32 (fp64 for fp64 input); 0 where it is -100.
+
+    As :func:`chunked_cross_entropy`, but what is made of the tokens is open, so that the backward computes the logits
+    again, chunk by chunk. The targets, T together, may have any shape, which is the result's: a view of it made by the
+    caller would lose the hooks that FSDP2 puts on a module's result once it were changed in place.
+    """
+    chunk_size = chunk_size or _tokens_per_chunk(weight_VD)
+    log_probs: Tensor = _ChunkedLogProbs.apply(hidden_TD, weight_VD, targets, chunk_size)
+    return log_probs
+
+
+def _tokens_per_chunk(weight_VD: Tensor) -> int:
+    return max(1, LOGITS_PER_CHUNK // weight_VD.shape[0])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -45,8 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_TD.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
-            chunk_loss, grad_CV = _loss_and_gradient(hidden_CD @ weight_VD.T, targets_C, precise)
-            loss += chunk_loss
+            losses_C, grad_CV = _losses_and_gradient(hidden_CD @ weight_VD.T, targets_C, precise)
+            loss += losses_C.sum()
             if grad_hidden_TD is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
             if grad_weight_VD is not None:
@@ -66,14 +81,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None
 
 
-def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A chunk's loss in ``precise``, and its gradient by the logits in theirs: softmax - one-hot."""
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        targets_T = targets.flatten()
+        precise = torch.promote_types(hidden_TD.dtype, torch.float32)
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T)
+        ctx.chunk_size, ctx.precise = chunk_size, precise
+        log_probs = torch.empty(targets.shape, dtype=precise, device=hidden_TD.device)
+        log_probs_T = log_probs.view(-1)
+        for start in range(0, hidden_TD.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            losses_C, grad_CV = _losses_and_gradient(hidden_TD[chunk] @ weight_VD.T, targets_T[chunk], precise)
+            torch.neg(losses_C, out=log_probs_T[chunk])
+            del grad_CV
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_T = grad.flatten()
+        hidden_TD, weight_VD, targets_T = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=ctx.precise) if wants_weight else None
+        for start in range(0, hidden_TD.shape[0], ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            hidden_CD = hidden_TD[chunk]
+            _, grad_CV = _losses_and_gradient(hidden_CD @ weight_VD.T, targets_T[chunk], ctx.precise)
+            grad_CV *= -grad_T[chunk, None]
+            if grad_hidden_TD is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
+            del grad_CV
+        return grad_hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
+
+
+def _losses_and_gradient(logits_CV: Tensor, targets_C: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A chunk's losses [C] in ``precise``, and the gradient of their sum by the logits in theirs: softmax - one-hot."""
     if logits_CV.is_cuda and precise == torch.float32 and wanted_backend() != "reference":
         from qsharded_kernels import triton_cross_entropy  # here: Triton loads slowly
 
-        return triton_cross_entropy.forward_(logits_CV, targets_C, IGNORE).sum(), logits_CV
+        return triton_cross_entropy.forward_(logits_CV, targets_C, IGNORE), logits_CV
     if logits_CV.is_meta:  # for plans: what the kernel allocates
-        return logits_CV.new_empty((), dtype=precise), logits_CV
+        return logits_CV.new_empty(targets_C.shape, dtype=precise), logits_CV
     trained_C1 = (targets_C != IGNORE)[:, None]
     index_C1 = targets_C[:, None].where(trained_C1, 0)
     log_probs_CV = logits_CV.to(precise).log_softmax(dim=-1)
@@ -81,4 +132,4 @@ def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, precise: torch.dtyp
     grad_CV = log_probs_CV.exp_()  # in place: a chunk is hundreds of megabytes
     grad_CV.scatter_add_(-1, index_C1, torch.full_like(chosen_C1, -1.0))
     grad_CV.masked_fill_(~trained_C1, 0.0)
-    return -chosen_C1.where(trained_C1, 0.0).sum(), grad_CV.to(logits_CV.dtype)
+    return -chosen_C1.where(trained_C1, 0.0)[:, 0], grad_CV.to(logits_CV.dtype)

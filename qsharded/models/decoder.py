@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsharded.models.attention import attend
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
-from qsharded.models.chunked_loss import chunked_cross_entropy
+from qsharded.models.chunked_loss import chunked_cross_entropy, chunked_log_probs
 from qsharded.models.config import ModelConfig
 from qsharded.models.kv_cache import KVCache
 from qsharded.models.rope import rotate
@@ -131,15 +131,17 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Linear):
-    """Hidden states to logits or, given targets, straight to the loss.
+    """Hidden states to logits or, given targets, straight to the loss or the targets' log-probabilities.
 
-    The loss lives in this forward so that whatever gathers the weight around a module's call (FSDP) does so once.
+    Both live in this forward so that whatever gathers the weight around a module's call (FSDP) does so once.
     """
 
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, *, per_token: bool = False) -> Tensor:
         weight_VD = self.weight.to(hidden_BSD.dtype)  # a head that is trained in full has a wider master
         if targets_BS is None:
             return F.linear(hidden_BSD, weight_VD)
+        if per_token:
+            return chunked_log_probs(hidden_BSD.flatten(0, 1), weight_VD, targets_BS)
         return chunked_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
 
 
@@ -172,6 +174,7 @@ class CausalLM(nn.Module):
         document_ids_BS: Tensor | None = None,
         boundaries: Boundaries | None = None,
         targets_BS: Tensor | None = None,
+        per_token: bool = False,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -181,6 +184,7 @@ class CausalLM(nn.Module):
         document_ids_BS: int64; tokens see earlier tokens of equal id only; -1 marks padding. None: a row is a document.
         boundaries: those of document_ids_BS, where they are known: a GPU would be waited for to find them.
         targets_BS: int64, already shifted: what position s predicts stands at s; -100 is not supervised.
+        per_token: with targets_BS, their fp32 log-probabilities `[B, S]` instead; 0 where not supervised.
         cache: tokens read before these, extended by these. last_only: logits `[B, 1, V]` of the last position.
 
         Raises ValueError where the cache is full, or a row longer than a "dynamic" rope supports.
@@ -191,9 +195,11 @@ class CausalLM(nn.Module):
         if targets_BS is None:
             return self.lm_head(hidden_BSD)
         if isinstance(self.lm_head, Head):
-            return self.lm_head(hidden_BSD, targets_BS)
+            return self.lm_head(hidden_BSD, targets_BS, per_token=per_token)
         # A head that was replaced (by LoRA, say) maps x to y and no more: the loss has to come from its logits.
         logits_BSV = self.lm_head(hidden_BSD)
-        return F.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        logits_TV, targets_T = logits_BSV.flatten(0, 1).float(), targets_BS.flatten()
+        if per_token:
+            losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
+            return -losses_T.view(targets_BS.shape)
+        return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qsharded.data import Batch, Prompt, Step, Tokenizer
+from qsharded.data import Prompt, Step, Tokenizer
 from qsharded.distributed import collectives
 from qsharded.distributed.fsdp import World
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
+from qsharded.training import objective
 
 
 @torch.no_grad()
@@ -21,22 +22,11 @@ def validation_loss(model: CausalLM, steps: Iterable[Step], world: World) -> dic
     loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for step in steps:
         for batch in step.micro_batches:
-            loss_sum += batch_loss(model, batch.to(world.device))
+            loss_sum += objective.batch_loss(model, batch.to(world.device))
         tokens += step.supervised_tokens
     model.train()
     loss = global_sum(loss_sum, world) / tokens
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-
-
-def batch_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
-    """The fp32 sum of a batch's token losses."""
-    return model(
-        batch.input_ids,
-        positions_BS=batch.positions,
-        document_ids_BS=batch.document_ids,
-        boundaries=batch.boundaries,
-        targets_BS=batch.targets,
-    )
 
 
 def global_sum(value: torch.Tensor, world: World) -> float:

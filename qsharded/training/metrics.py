@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -17,7 +17,8 @@ from qsharded.utils.strict_json import without_nan
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One log line of training. `memory_gib` is the rank's peak, `skipped_steps` the run's count so far."""
+    """One log line of training. `memory_gib` is the rank's peak, `skipped_steps` the run's count so far, `metrics` the
+    objective's own, which are written beside the others."""
 
     step: int
     epoch: float
@@ -27,6 +28,7 @@ class TrainRow:
     tokens_per_second: float
     memory_gib: float
     skipped_steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricsLog:
@@ -70,7 +72,8 @@ class MetricsLog:
         """Log a row of training."""
         if not self._is_main:
             return
-        self._write(asdict(row))
+        values = asdict(row)
+        self._write(values | values.pop("metrics"))
         self._status = _status(row)
         self.advance(row.step)
         if not self._screen.is_terminal:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from torch.optim import AdamW, Optimizer
-
 from qsharded.checkpoint.adapter import load_adapter, trainable
 from qsharded.checkpoint.base_identity import BaseIdentity
 from qsharded.checkpoint.load import Outline, parameter_count
@@ -25,7 +23,7 @@ from qsharded.distributed.fsdp import World, mesh_of
 from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes, least_memory
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
-from qsharded.optim import PagedAdamW8bit
+from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed, kept_accumulation
@@ -34,13 +32,13 @@ from qsharded.training.stopping import Stopping
 
 
 @dataclass
-class Parts:
+class TrainingSetup:
     """Everything that the training loop works with."""
 
     model: CausalLM
     tokenizer: Tokenizer
     lora: LoRAConfig
-    optimizer: Optimizer
+    optimizer: ScaledOptimizer
     loader: StepLoader
     eval_loader: StepLoader | None
     prompts: Sequence[Prompt]
@@ -56,7 +54,7 @@ class Parts:
         return epoch + self.progress.row / (loader.steps_in_epoch(epoch) * loader.rows_per_step)
 
 
-def prepare(config: TrainConfig, world: World) -> Parts:
+def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     """Read the data, build the model, find where the run stands; what an earlier run left is only then replaced.
 
     Raises:
@@ -99,7 +97,7 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     if adapter:
         load_adapter(model, adapter)
     optimizer = _optimizer(config, model)
-    parts = Parts(
+    setup = TrainingSetup(
         model=model,
         tokenizer=tokenizer,
         lora=lora,
@@ -115,9 +113,9 @@ def prepare(config: TrainConfig, world: World) -> Parts:
     if resume_from:
         load_checkpoint(resume_from, model, lora, optimizer)
     claim_output_dir(config, world, resume_from)
-    parts.summary = _summary(config, world, parts, train_data, eval_data, resume_from)
-    parts.summary += [line for line in (why, kept, *notes) if line]
-    return parts
+    setup.summary = _summary(config, world, setup, train_data, eval_data, resume_from)
+    setup.summary += [line for line in (why, kept, *notes) if line]
+    return setup
 
 
 def _downloaded(config: TrainConfig) -> Path:
@@ -213,8 +211,8 @@ def _eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: 
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
 
 
-def _optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
-    kinds: dict[str, Callable[..., Optimizer]] = {
+def _optimizer(config: TrainConfig, model: CausalLM) -> ScaledOptimizer:
+    kinds: dict[str, Callable[..., ScaledOptimizer]] = {
         "adamw": AdamW,
         "adamw8bit": partial(PagedAdamW8bit, page_budget="none"),
         "paged_adamw8bit": PagedAdamW8bit,
@@ -241,25 +239,25 @@ def _total_steps(config: TrainConfig, loader: StepLoader) -> int:
 def _summary(
     config: TrainConfig,
     world: World,
-    parts: Parts,
+    setup: TrainingSetup,
     train_data: Mixture,
     eval_data: Dataset | None,
     resume_from: Path | None,
 ) -> list[str]:
-    trained = sum(parameter.numel() for _, parameter in trainable(parts.model))
+    trained = sum(parameter.numel() for _, parameter in trainable(setup.model))
     lines = [
-        f"model {config.model}: {parameter_count(parts.model):,} parameters in 4 bits, {trained:,} trained in "
-        f"adapters (r = {parts.lora.r}, alpha = {parts.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
+        f"model {config.model}: {parameter_count(setup.model):,} parameters in 4 bits, {trained:,} trained in "
+        f"adapters (r = {setup.lora.r}, alpha = {setup.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
         *_data_lines(train_data, config),
     ]
     if eval_data is not None:
         lines.append(f"evaluation: {_counts(eval_data, config.max_length)}")
         lines += omission_notes(eval_data, config.one_example_per_answer)
-    limit = parts.model.config.max_position_embeddings
+    limit = setup.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")
     if resume_from:
-        lines.append(f"resumed from {resume_from} at step {parts.progress.step}")
+        lines.append(f"resumed from {resume_from} at step {setup.progress.step}")
     return lines
 
 

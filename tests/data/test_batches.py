@@ -6,7 +6,7 @@ import torch
 from qsharded.data import Batch, Example, make_batch
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.attention_inputs import attention_mask
-from qsharded.training.evaluation import batch_loss
+from qsharded.training.objective import batch_loss
 from tests.checkpoints import LLAMA
 
 A = Example([1, 2, 3], [False, False, True])

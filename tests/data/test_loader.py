@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from qsharded.data import Cursor, Example, StepLoader
+from qsharded.data import Cursor, Dataset, Example, StepLoader, split_examples
 
 MAX_LENGTH = 32
 
@@ -243,3 +243,68 @@ def test_a_cursor_behind_the_epoch_is_refused():
 def test_arguments_out_of_range(examples, options, reason):
     with pytest.raises(ValueError, match=reason):
         make_loader(examples, **options)
+
+
+def make_pairs(count=30):
+    """Two neighbours each, told apart by their ids: 2n and 2n + 1 are a pair. Between them single examples."""
+    rng = random.Random(7)
+    examples = []
+    for number in range(count):
+        for half in (0, 1):
+            length = rng.randint(2, MAX_LENGTH // 2)
+            examples.append(Example([2 * number + half] * length, [True] * length, group=f"pair {number}"))
+        examples.append(Example([1000 + number] * 3, [True] * 3))
+    return examples
+
+
+def row_ids(batch):
+    """Of each row, its documents' ids in their order."""
+    numbers_BS = document_ids(batch)
+    return [
+        list(dict.fromkeys(ids[numbers >= 0].tolist()))
+        for ids, numbers in zip(batch.input_ids, numbers_BS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_groups_examples_are_neighbours_of_one_row(packing, world_size):
+    examples, seen, groups = make_pairs(), Counter(), 0
+    for rank in range(world_size):
+        loader = make_loader(examples, rank, world_size, packing=packing, batch_size=2)
+        for step in islice(loader.steps(), loader.steps_in_epoch(0)):
+            groups += step.groups
+            for row in (row for batch in step.micro_batches for row in row_ids(batch)):
+                seen.update(row)
+                firsts = [at for at, number in enumerate(row) if number < 1000 and number % 2 == 0]
+                assert all(row[at + 1] == row[at] + 1 for at in firsts)
+                assert packing or len(row) == (2 if firsts else 1)
+    assert seen == Counter(example.ids[0] for example in examples)
+    assert groups == 60 * world_size  # every rank is told of all
+
+
+def test_a_group_that_no_row_holds_or_that_weights_could_part_is_refused():
+    halves = [Example([n] * 20, [True] * 20, group="pair") for n in (1, 2)]
+    with pytest.raises(ValueError, match="a group of 2 examples of 40 tokens does not fit into rows of max_length 32"):
+        make_loader(halves)
+    with pytest.raises(ValueError, match="would part groups"):
+        StepLoader(
+            make_pairs(),
+            max_length=MAX_LENGTH,
+            packing=True,
+            batch_size=1,
+            accumulation=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            pad_id=0,
+            draw=lambda epoch: [0],
+        )
+
+
+def test_a_group_is_held_out_whole():
+    kept, held_out = split_examples(Dataset(make_pairs()), 0.3, seed=1)
+    sides = [Counter(e.group for e in part.examples if e.group) for part in (kept, held_out)]
+    assert set(sides[0].values()) == set(sides[1].values()) == {2}
+    assert not sides[0].keys() & sides[1].keys()
+    assert len(held_out.examples) > 18  # of 60 groups 18, some of them pairs

@@ -13,9 +13,9 @@ from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, Step, StepLoader, make_batch
 from qsharded.distributed import fsdp
 from qsharded.nn import LoRAConfig
-from qsharded.train import accumulate_gradient
-from qsharded.training import evaluation
-from qsharded.training.evaluation import batch_loss
+from qsharded.training import objective
+from qsharded.training.gradient import accumulate_gradient
+from qsharded.training.objective import batch_loss
 from qsharded.utils.sharding import local, whole
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -73,14 +73,14 @@ def test_dropout_differs_by_rank_step_and_micro_batch(folder: Path, monkeypatch:
         if "lora_B" in name:
             parameter.data.fill_(0.02)
     batch = make_batch([[examples()[0]]], pad_id=0, max_length=64)
-    step = Step([batch, batch], supervised_tokens=1, tokens=1, cursor=Cursor())
+    step = Step([batch, batch], supervised_tokens=1, tokens=1, groups=1, cursor=Cursor())
     losses: list[float] = []
 
     def noted(*args: Any) -> Tensor:
         losses.append((loss := batch_loss(*args)).item())
         return loss
 
-    monkeypatch.setattr(evaluation, "batch_loss", noted)
+    monkeypatch.setattr(objective, "batch_loss", noted)
     for rank, step_number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
         world = fsdp.World(rank, 2, torch.device("cpu"), None)
         accumulate_gradient(model, step, world, seed=0, step_number=step_number)

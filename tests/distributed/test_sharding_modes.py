@@ -18,8 +18,8 @@ from qsharded.distributed.fsdp import World
 from qsharded.distributed.layout import Layout
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
-from qsharded.train import accumulate_gradient
 from qsharded.training import evaluation
+from qsharded.training.gradient import accumulate_gradient
 from qsharded.utils.sharding import whole
 from tests.checkpoints import write_checkpoint
 from tests.distributed.collective_dtypes import record_dtypes
@@ -75,8 +75,8 @@ def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> R
     optimizer = torch.optim.SGD([p for _, p in trainable(model)], lr=rate)
     losses = []
     for number, step in zip(range(STEPS), loader.steps(Cursor()), strict=False):
-        loss = accumulate_gradient(model, step, world, seed=0, step_number=number)
-        losses.append(evaluation.global_sum(loss, world) / step.supervised_tokens)
+        sums = accumulate_gradient(model, step, world, seed=0, step_number=number)
+        losses.append(evaluation.global_sum(sums.loss, world) / step.supervised_tokens)
         optimizer.step()
         optimizer.zero_grad()
     said = generate(model, [[5, 6, 7], [9]], max_new_tokens=6, eos_ids=[])

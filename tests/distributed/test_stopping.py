@@ -12,6 +12,7 @@ import torch
 
 from qsharded import train
 from qsharded.training import results
+from qsharded.training.metrics import MetricsLog
 from qsharded.utils import signals
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
@@ -38,9 +39,9 @@ from qsharded.utils import signals
 signals.take_over("qsharded.train", " before its first step")
 from qsharded import train
 from qsharded.cli.command import run_as_process
-from qsharded.training import evaluation
+from qsharded.training import objective
 
-loss, calls = evaluation.batch_loss, 0
+loss, calls = objective.batch_loss, 0
 
 def counted(model, batch):
     global calls
@@ -51,7 +52,7 @@ def counted(model, batch):
             time.sleep(0.01)
     return loss(model, batch)
 
-evaluation.batch_loss = counted
+objective.batch_loss = counted
 run_as_process(train.main)
 """
 
@@ -123,16 +124,18 @@ signals.take_over("qsharded.train")
 from qsharded import train
 from qsharded.cli.command import run_as_process
 
-step = train._train_step
+from qsharded.training.trainer import Trainer
 
-def failing(config, world, parts, *rest):
-    if parts.progress.step == 2:
-        if world.rank == 1:
+step = Trainer.train_step
+
+def failing(run, *rest):
+    if run.setup.progress.step == 2:
+        if run.world.rank == 1:
             raise {error}
         {meanwhile}
-    return step(config, world, parts, *rest)
+    return step(run, *rest)
 
-train._train_step = failing
+Trainer.train_step = failing
 run_as_process(train.main)
 """
 
@@ -158,13 +161,13 @@ def test_a_rank_that_is_killed_is_told_of_in_one_line(model: Path, dataset: Path
 
 def run_on_own_disk(model: Path, dataset: Path, folder: Path) -> str:
     """Train until the first step is done, each rank in a folder of its own; returns what was printed."""
-    advance, own = train.MetricsLog.advance, folder / str(torch.distributed.get_rank())
+    advance, own = MetricsLog.advance, folder / str(torch.distributed.get_rank())
 
     def stopping(log: Any, step: int) -> None:
         signals._listener.noted = signal.SIGTERM
         advance(log, step)
 
-    train.MetricsLog.advance, results._SEEN_WITHIN_S = stopping, 0.2
+    MetricsLog.advance, results._SEEN_WITHIN_S = stopping, 0.2
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main(arguments(model, dataset, own, max_steps=3, save_steps=0))
     return printed.getvalue()

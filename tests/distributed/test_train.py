@@ -17,7 +17,7 @@ from torch import Tensor
 from qsharded import train
 from qsharded.checkpoint import background_writer, load_model
 from qsharded.data import Example, Tokenizer, load_examples
-from qsharded.training import evaluation
+from qsharded.training import evaluation, objective, trainer
 from qsharded.training import run_folder as output
 from qsharded.training.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
@@ -166,14 +166,14 @@ def test_a_run_is_resumed_in_another_mode(
 
 def run_until(last_step: int, *args: Any) -> None:
     """Die in the middle of a run, as a machine that is taken away does."""
-    step = train._train_step
+    step = trainer.Trainer.train_step
 
-    def dying(config: Any, world: Any, parts: Any, *rest: Any) -> Any:
-        if parts.progress.step == last_step:
+    def dying(run: trainer.Trainer, *rest: Any) -> Any:
+        if run.setup.progress.step == last_step:
             raise KeyboardInterrupt
-        return step(config, world, parts, *rest)
+        return step(run, *rest)
 
-    train._train_step = dying
+    trainer.Trainer.train_step = dying
     with pytest.raises(KeyboardInterrupt):
         run(*args)
 
@@ -214,14 +214,14 @@ def write_texts(path: Path, letter: str, count: int, first: int = 0) -> Path:
 
 def rows_trained_on(out: Path, *args: Any) -> list[list[tuple[int, int]]]:
     """(first supervised id, number of them) of each row of every step, in no order; by this rank."""
-    accumulate, steps = train.accumulate_gradient, []
+    accumulate, steps = trainer.accumulate_gradient, []
 
     def watched(model: Any, step: Any, *rest: Any, **options: Any) -> Tensor:
         targets = [row[row != -100] for batch in step.micro_batches for row in batch.targets]
         steps.append([(int(row[0]), len(row)) for row in targets if len(row)])
         return accumulate(model, step, *rest, **options)
 
-    train.accumulate_gradient = watched
+    trainer.accumulate_gradient = watched
     run(*args[:2], out, args[2])
     return steps
 
@@ -293,17 +293,17 @@ def assert_same_file(one: Path, other: Path) -> None:
 
 def run_with_infinite_loss(bad_steps: list[int], *args: Any) -> str:
     """Train where the last rank's loss is infinite in some steps; returns what stopped the run."""
-    accumulate, loss = train.accumulate_gradient, evaluation.batch_loss
+    accumulate, loss = trainer.accumulate_gradient, objective.batch_loss
     is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
     def sometimes_infinite(*args: Any, step_number: int, **kwargs: Any) -> Tensor:
         bad = is_last_rank and step_number in bad_steps
-        evaluation.batch_loss = lambda model, batch: loss(model, batch) * (torch.inf if bad else 1)
+        objective.batch_loss = lambda model, batch: loss(model, batch) * (torch.inf if bad else 1)
         result = accumulate(*args, step_number=step_number, **kwargs)
-        evaluation.batch_loss = loss
+        objective.batch_loss = loss
         return result
 
-    train.accumulate_gradient = sometimes_infinite
+    trainer.accumulate_gradient = sometimes_infinite
     with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         run(*args)
     return printed.getvalue()

@@ -77,6 +77,36 @@ def test_loss_and_gradient_equal_pytorchs(
         assert max(gaps) <= TOLERANCES[dtype]
 
 
+def log_prob_gaps(vocab: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[float, float]:
+    """How far each token's log-probability and the gradient lie from PyTorch's of this rank's tokens alone."""
+    hidden_TD, weight_VD, targets_T = inputs(vocab, dtype)
+    targets_T[3] = -100
+    factors_T = torch.linspace(-2, 3, len(targets_T), dtype=torch.float64) * (1 + dist.get_rank())
+    found_T = vocab_parallel_autograd.log_probs(hidden_TD, *_split(weight_VD, targets_T), chunk_size)
+    (found_T * factors_T).sum().backward()
+    exact_TD = hidden_TD.detach().double().requires_grad_()
+    expected_T = -F.cross_entropy(exact_TD @ weight_VD.double().T, targets_T, reduction="none")
+    (expected_T * factors_T).sum().backward()
+    assert found_T[3] == 0
+    return relative_gap(found_T.detach(), expected_T.detach()), relative_gap(hidden_TD.grad, exact_TD.grad)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "vocab", "dtype", "chunk_size"),
+    [
+        (1, 17, torch.float64, 4),
+        (2, 17, torch.float64, 3),
+        (2, 17, torch.bfloat16, None),
+        (4, 5, torch.float64, 1),
+    ],
+)
+def test_log_probabilities_and_their_gradient_equal_pytorchs(
+    world_size: int, vocab: int, dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    for gaps in run_ranks(log_prob_gaps, world_size, vocab, dtype, chunk_size):
+        assert max(gaps) <= TOLERANCES[dtype]
+
+
 def logits_gaps(vocab: int) -> tuple[float, float]:
     hidden_TD, weight_VD, ids_T = inputs(vocab, torch.float64)
     weight_vD, rows = own(weight_VD)

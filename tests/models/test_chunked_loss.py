@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsharded.models.chunked_loss import chunked_cross_entropy
+from qsharded.models.chunked_loss import chunked_cross_entropy, chunked_log_probs
 
 TOKENS, DIM, VOCAB = 29, 12, 41
 # Sums of a few dozen terms in another order: some 1e-15 in fp64 and 1e-6 in fp32, of values near 1. In bf16 the
@@ -40,6 +40,35 @@ def test_value_and_gradients_equal_cross_entropy(dtype: torch.dtype, chunk_size:
     for got, expected in zip((loss / 3, hidden.grad, weight.grad), reference(hidden, weight, targets), strict=True):
         atol = TOLERANCES[dtype] * expected.abs().max().item()
         torch.testing.assert_close(got.double(), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, TOKENS, None])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_log_probabilities_and_their_gradients_equal_log_softmax(dtype: torch.dtype, chunk_size: int | None) -> None:
+    """Each token with a weight of its own, as a preference loss has them."""
+    hidden, weight, targets = inputs(dtype)
+    factors = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
+    log_probs = chunked_log_probs(hidden, weight, targets, chunk_size)
+    assert log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (log_probs * factors).sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    expected = expected * (targets != -100)
+    (expected * factors).sum().backward()
+    for got, want in zip((log_probs, hidden.grad, weight.grad), (expected, exact[0].grad, exact[1].grad), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=TOLERANCES[dtype] * want.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_log_probabilities_leave_a_frozen_input_alone(frozen: str) -> None:
+    hidden, weight, targets = inputs()
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    (-chunked_log_probs(hidden, weight, targets, 4).sum() / 3).backward()
+    _, expected_hidden, expected_weight = reference(hidden, weight, targets)
+    trained, expected = (weight, expected_weight) if frozen == "hidden" else (hidden, expected_hidden)
+    assert {"hidden": hidden, "weight": weight}[frozen].grad is None
+    torch.testing.assert_close(trained.grad, expected, atol=1e-13, rtol=0)
 
 
 def test_many_bf16_chunks_add_up_without_loss() -> None:

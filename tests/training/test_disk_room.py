@@ -113,9 +113,9 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, at: int, until: int) -> None:
     """The disk is full when the steps from ``at`` on are saved, and has room again at ``until``."""
     refusal = results.save_refusal
 
-    def when_full(config: Any, parts: Any, progress: Any) -> str | None:
+    def when_full(config: Any, setup: Any, progress: Any) -> str | None:
         disk_with(monkeypatch, 0 if at <= progress.step < until else 1 << 40)
-        return refusal(config, parts, progress)
+        return refusal(config, setup, progress)
 
     monkeypatch.setattr(results, "save_refusal", when_full)
 

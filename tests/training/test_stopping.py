@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from qsharded import train
+from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.cli import command_line
-from qsharded.training import evaluation, results
+from qsharded.training import evaluation, objective, results
 from qsharded.training.metrics import MetricsLog, read_metrics
 from qsharded.utils import signals
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
@@ -75,7 +76,7 @@ def test_the_unfinished_step_is_dropped_and_a_resumed_run_does_it_again(
     options = {"max_steps": 7, "logging_steps": 3, "eval_split": 0.0}
     train.main(arguments(model, dataset, tmp_path / "whole", **options))
     stopped = arguments(model, dataset, tmp_path / "stopped", **options)
-    stop_in_call(evaluation, "batch_loss", 9)  # the first of the fifth step's two
+    stop_in_call(objective, "batch_loss", 9)  # the first of the fifth step's two
     assert exit_status(stopped) == 0
     assert "stopped by SIGTERM after step 4 of 7; saved " in capsys.readouterr().out
     listener.noted = None
@@ -97,9 +98,9 @@ def test_a_checkpoint_of_this_step_is_not_written_again(
     stop_in_call: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    saved, save = [], train.CheckpointWriter.save
-    monkeypatch.setattr(train.CheckpointWriter, "save", lambda *args, **more: saved.append(1) or save(*args, **more))
-    stop_in_call(train.CheckpointWriter, "save", 1)
+    saved, save = [], CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", lambda *args, **more: saved.append(1) or save(*args, **more))
+    stop_in_call(CheckpointWriter, "save", 1)
     assert exit_status(arguments(model, dataset, tmp_path, max_steps=5, save_steps=2)) == 0
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert f"saved {checkpoint}, and" in capsys.readouterr().out
@@ -115,14 +116,14 @@ def test_a_diverged_run_is_stopped_without_a_checkpoint_or_an_adapter_and_says_w
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Steps have two micro-batches: the third step is NaN, the fourth is stopped, and no log line came before."""
-    loss, calls = evaluation.batch_loss, itertools.count(1)
+    loss, calls = objective.batch_loss, itertools.count(1)
 
     def poisoned(*args: Any) -> Any:
         call = next(calls)
         listener.noted = signal.SIGTERM if call == 7 else None
         return loss(*args) * (math.nan if call > 4 else 1)
 
-    monkeypatch.setattr(evaluation, "batch_loss", poisoned)
+    monkeypatch.setattr(objective, "batch_loss", poisoned)
     options = {"max_steps": 5, "save_steps": 1, "logging_steps": 5, "eval_split": 0.0}
     assert exit_status(arguments(model, dataset, tmp_path, **options)) == 0
     said = capsys.readouterr().out.splitlines()[-1]
@@ -183,7 +184,7 @@ def test_a_stopped_run_whose_checkpoint_does_not_fit_writes_its_adapter_and_fail
 def test_before_the_end_of_the_first_step_there_is_nothing_to_save(
     model: Path, dataset: Path, tmp_path: Path, stop_in_call: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stop_in_call(evaluation, "batch_loss", 1)
+    stop_in_call(objective, "batch_loss", 1)
     assert exit_status(arguments(model, dataset, tmp_path, max_steps=5, eval_split=0.0)) == 128 + signal.SIGTERM
     assert capsys.readouterr().out.splitlines()[-1].startswith("stopped by SIGTERM in the first step")
     assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl"}

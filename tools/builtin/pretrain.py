@@ -9,7 +9,7 @@ import torch
 from qsharded.data import Example, Step, StepLoader
 from qsharded.models import CausalLM
 from qsharded.optim.schedule import learning_rate
-from qsharded.training.evaluation import batch_loss
+from qsharded.training.objective import batch_loss
 
 PEAK_RATE, WARMUP_STEPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-3, 100, 0.1, 1.0
 ROW_TOKENS, ROWS = 128, 16  # about 80 conversations a step

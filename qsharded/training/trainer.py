@@ -1,0 +1,205 @@
+"""A run from its set-up to its end. Read :meth:`Trainer.run` from the top."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
+from qsharded.cli.command_line import Again
+from qsharded.config import TrainConfig
+from qsharded.data import Cursor, Step
+from qsharded.distributed.fsdp import World
+from qsharded.optim.schedule import learning_rate
+from qsharded.training import evaluation, results
+from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
+from qsharded.training.gradient import GradientSums, accumulate_gradient, apply_gradient, was_skipped
+from qsharded.training.log_window import LogWindow, StepResult
+from qsharded.training.metrics import MetricsLog
+from qsharded.training.objective import SUPERVISED, Objective
+from qsharded.training.setup import TrainingSetup
+from qsharded.training.stopping import StopRequested
+from qsharded.utils import signals
+from qsharded.utils.durable_files import NotWritten
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Evaluates, trains, saves and logs. Every rank has one, and all call the same methods.
+
+    Attributes:
+        again: gives the command that goes on with this run, its options changed.
+        objective: what the steps make small; the evaluations measure the supervised tokens' loss whatever it is.
+    """
+
+    config: TrainConfig
+    world: World
+    setup: TrainingSetup
+    log: MetricsLog
+    writer: CheckpointWriter
+    again: Again
+    objective: Objective = SUPERVISED
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, config: TrainConfig, world: World, setup: TrainingSetup, again: Again, **others: Any
+    ) -> Iterator[Self]:
+        """One whose log and checkpoint writer are in ``--output-dir``, and closed at the end."""
+        folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
+        first = setup.progress.step
+        with (
+            MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
+            CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
+        ):
+            yield cls(config, world, setup, log, writer, again, **others)
+
+    @property
+    def results(self) -> results.Results:
+        """What writes the run's files."""
+        return results.Results(self.config, self.world, self.setup, self.writer, self.again)
+
+    def run(self) -> int:
+        """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
+
+        Returns the exit status: 0, or what a stopped run is to exit with.
+        """
+        for line in self.setup.summary + results.room_note(self.config, self.setup):
+            self.log.message(line)
+        if self.setup.progress.step == 0:
+            self._evaluate("before training")
+        signals.note_from_now()
+        try:
+            self.train()
+        except StopRequested as stop:
+            return self._save_stopped(stop)
+        except SkippedTooOften:
+            raise SkippedTooOften(self.results.after_divergence()) from None
+        adapter = self.results.write()
+        self.log.message(f"adapter written to {adapter}")  # before what may still fail
+        try:
+            self._evaluate("after training")
+        except StopRequested as stop:
+            self.log.message(
+                f"stopped by {stop} during the last evaluation, which is left out; the training is finished"
+            )
+        return 0
+
+    def train(self) -> None:
+        """Optimizer steps from where the run stands to its end.
+
+        Raises:
+            SkippedTooOften: the run has diverged.
+            StopRequested: a signal asks to stop; the progress is that of the last complete step.
+        """
+        progress = self.setup.progress
+        window = LogWindow(progress)
+        for step in self.setup.loader.steps(Cursor(progress.epoch, progress.row)):
+            if progress.step >= self.setup.total_steps:
+                break
+            rate, start = self._learning_rate(), time.perf_counter()
+            result = self.train_step(step, rate)
+            progress.step += 1
+            progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
+            window.add(result, step.tokens, time.perf_counter() - start)
+            self.log.advance(progress.step)
+            if progress.step % self.config.logging_steps == 0 or progress.step == self.setup.total_steps:
+                self._log_training(window, result.grad_norm, rate)
+            self._evaluate_and_save()
+
+    def train_step(self, step: Step, rate: float) -> StepResult:
+        """One optimizer step."""
+        setup = self.setup
+        setup.optimizer.prefetch()  # hidden behind the passes
+        sums = accumulate_gradient(
+            setup.model,
+            step,
+            self.world,
+            seed=self.config.seed,
+            step_number=setup.progress.step,
+            objective=self.objective,
+            before_each=setup.stopping.check,
+        )
+        grad_norm = apply_gradient(setup.model, setup.optimizer, rate, self.config.max_grad_norm)
+        setup.progress.skipped_steps += was_skipped(grad_norm)
+        return self._over_ranks(sums, self.objective.count(step), grad_norm)
+
+    def _over_ranks(self, sums: GradientSums, count: int, grad_norm: float) -> StepResult:
+        loss = evaluation.global_sum(sums.loss, self.world) / count
+        metrics = {name: evaluation.global_sum(sums.metrics[name], self.world) / count for name in sorted(sums.metrics)}
+        return StepResult(loss, count, grad_norm, metrics)
+
+    def _learning_rate(self) -> float:
+        """Of the next step."""
+        config, total = self.config, self.setup.total_steps
+        warmup = config.warmup_steps
+        return learning_rate(
+            self.setup.progress.step,
+            peak=config.learning_rate,
+            total_steps=total,
+            warmup_steps=round(config.warmup_ratio * total) if warmup is None else warmup,
+            kind=config.lr_scheduler_type,
+        )
+
+    def _log_training(self, window: LogWindow, grad_norm: float, rate: float) -> None:
+        progress = self.setup.progress
+        self.log.train(window.close(progress, self.setup.epochs_done(), grad_norm, rate, self.world.device))
+        if has_diverged(self.config, progress):
+            raise SkippedTooOften(skipped_more_than_allowed(self.config, progress))
+
+    def _evaluate_and_save(self) -> None:
+        config, step = self.config, self.setup.progress.step
+        is_last = step >= self.setup.total_steps
+        if config.eval_steps and step % config.eval_steps == 0 and not is_last:
+            self._log_validation()
+        self.writer.check(self.setup.progress)
+        if config.save_steps and step % config.save_steps == 0 and not is_last:  # that of the last: results
+            self._save()
+
+    def _save(self) -> None:
+        refusal = self.results.save()
+        if refusal is not None and self.world.is_main:
+            name = self.results.checkpoint.name
+            print(f"warning: checkpoint {name} is left out: {refusal}", file=sys.stderr)
+
+    def _save_stopped(self, stop: StopRequested) -> int:
+        """Save what the last complete step has left, and say so; returns the exit status."""
+        step = self.setup.progress.step
+        if step == 0:
+            self.log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
+            return 128 + stop.signal
+        happened = f"stopped by {stop} after step {step} of {self.setup.total_steps}"
+        try:
+            saved = self.results.save_stopped()
+        except (NotWritten, CheckpointNotWritten) as error:
+            raise type(error)(f"{happened}; {error}") from error
+        self.log.message(f"{happened}; {saved}")
+        self.world.barrier()  # the main rank writes longest, and torchrun ends all when one exits with another status
+        return self.config.exit_code_when_stopped
+
+    def _evaluate(self, when: str) -> None:
+        self._log_validation()
+        if self.setup.prompts:
+            self._log_exact_match(when)
+
+    def _log_validation(self) -> None:
+        setup = self.setup
+        if setup.eval_loader is not None:
+            steps = islice(setup.eval_loader.steps(), setup.eval_loader.steps_in_epoch(0))
+            values = evaluation.validation_loss(setup.model, setup.stopping.between(steps), self.world)
+            self.log.evaluation(setup.progress.step, setup.epochs_done(), values)
+
+    def _log_exact_match(self, when: str) -> None:
+        setup, prompts = self.setup, self.setup.prompts
+        check = setup.stopping.check
+        result = evaluation.exact_match(setup.model, setup.tokenizer, prompts, before_forward=check)
+        self.log.evaluation(setup.progress.step, setup.epochs_done(), {"exact_match": result.accuracy})
+        self.log.message(f"exact match {when}: {result.accuracy:.1%} of {len(prompts)} held-out prompts; samples:")
+        for prompt, answer in list(zip(prompts, result.answers, strict=True))[:4]:
+            verdict = "right" if answer.strip() == prompt.answer.strip() else f"wrong, should be {prompt.answer!r}"
+            self.log.message(f"  {prompt.text!r} -> {answer!r} ({verdict})")

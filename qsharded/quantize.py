@@ -48,7 +48,7 @@ class QuantizeConfig:
         "Whose files. qsharded: ours. bitsandbytes: what transformers loads with it; qsharded reads them too.",
         "qsharded",
     )
-    quant_type: QuantType = _out("The 16 levels, as bitsandbytes calls them.", "nf4")
+    quant_type: QuantType = _out("The codebook of 16 values, as bitsandbytes calls it.", "nf4")
     block_size: int = _out(
         "Weights that share an absmax. Layers whose in_features is no multiple of it stay as they are. The fast "
         "kernels are for blocks of 64; PyTorch's own operations serve the others.",

@@ -187,7 +187,7 @@ def refuse_not_finite(finite: Tensor, name: str) -> None:
 @cache
 def codebook(device: torch.device | str = "cpu", quant_type: str = "nf4") -> Tensor:
     """The 16 values by their codes, fp32. The tensor is shared: do not write to it."""
-    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
+    return torch.tensor(QuantFormat(quant_type).codebook, dtype=torch.float32, device=device)
 
 
 @cache

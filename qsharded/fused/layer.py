@@ -182,7 +182,9 @@ class _FusedLayer(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.bound, ctx.layer = bound, None if policy.weights_present else layer
             ctx.results, ctx.waiting = results.keep(policy.kept), policy.keep_input(x_BSD)
-        return out_MD.view(x_BSD.shape)
+        # No view to autograd: FSDP2 hooks its gather for the backward to this, and in-place operations drop a view's.
+        out_BSD: Tensor = torch.ops.aten._unsafe_view(out_MD, x_BSD.shape)
+        return out_BSD
 
     @staticmethod
     @once_differentiable

@@ -56,3 +56,11 @@ def test_a_layer_is_as_it_is_written_without_gradients(fused: list[bool]) -> Non
     with torch.no_grad():
         run(adapted(), activations())
     assert not fused
+
+
+def test_what_a_fused_layer_returns_is_no_view() -> None:
+    """FSDP2 warns of views: an in-place operation on one loses the hook that gathers weights for the backward."""
+    (forward,) = layer_forwards([layer := adapted()], [layer.forward], "none")
+    out = forward(activations(), inputs_of(CONFIG))
+    assert out.requires_grad
+    assert out._base is None

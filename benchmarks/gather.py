@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from benchmarks.record import environment
 from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
-from qsharded.distributed.cpu_offload import HostWeights
+from qsharded.distributed.cpu_offload import OffloadedWeights
 from qsharded.distributed.placement import materialize
 from qsharded.models.recompute import recomputed
 from qsharded.utils.sharding import local, own_rows
@@ -116,7 +116,7 @@ def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str 
     device = torch.device(device)
     mesh = mesh_of_all(device, replicas) if dist.get_world_size() > 1 else None
     blocks = [Watched(rows, torch.float32, torch.device("meta")) for _ in range(3)]
-    weights = HostWeights(blocks, mesh)
+    weights = OffloadedWeights(blocks, mesh)
     forwards = recomputed(weights.forwards, "full")
     materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
     for block in blocks:

@@ -20,7 +20,7 @@ from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import groups_of
-from qsharded.distributed.placement import lay_out
+from qsharded.distributed.placement import parallelize
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.pack_weight import double_quantize
 from qsharded.utils.sharding import RowRange, local
@@ -77,7 +77,7 @@ def synchronize(world: fsdp.World) -> None:
 def empty_model(folder: Path, world: fsdp.World) -> CausalLM:
     """As ``load_model`` makes it before it reads."""
     model = skeleton(ModelConfig.from_hf(read_json(folder / "config.json")), None, torch.bfloat16)
-    lay_out(model, world.mesh, world.device, param_dtype=torch.bfloat16)
+    parallelize(model, world.mesh, world.device, param_dtype=torch.bfloat16)
     return model
 
 

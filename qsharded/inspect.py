@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse(["--path", *words] if words and not words[0].startswith("-") else words, InspectConfig)
-    with errors_named(config.prog, World.alone(torch.device("cpu")), (ValueError, OSError)):
+    with errors_named(config.prog, World.single_process(torch.device("cpu")), (ValueError, OSError)):
         report = inspect_path(Path(config.path))
     print(_text(config.path, report), end="")
     raise SystemExit(bool(report.problems))

@@ -30,7 +30,7 @@ from qsharded.distributed.fsdp import World
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
 
-_ALONE = World.alone(torch.device("cpu"))
+_SINGLE = World.single_process(torch.device("cpu"))
 Format = Literal["safetensors", "gguf"]
 
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, _ALONE, (ValueError, OSError)):
+    with errors_named(config.prog, _SINGLE, (ValueError, OSError)):
         run(config)
 
 
@@ -96,7 +96,7 @@ def run(config: MergeConfig) -> None:
     refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
-    log_base_note(_ALONE, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
+    log_base_note(_SINGLE, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = tokenizer_folder(checkpoint, adapter)
     if config.format == "gguf":
         _check_gguf(checkpoint, tokenizer)

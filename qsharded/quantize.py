@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, QuantizeConfig)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with errors_named(config.prog, World.alone(device), (ValueError, OSError)):
+    with errors_named(config.prog, World.single_process(device), (ValueError, OSError)):
         run(config, device)
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse(argv, TrainConfig, fill=_not_given)
     if config.dry_run:
-        with errors_named(config.prog, World.alone(torch.device("cpu"))):
+        with errors_named(config.prog, World.single_process(torch.device("cpu"))):
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()

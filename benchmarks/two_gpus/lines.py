@@ -52,7 +52,7 @@ def lines(short: bool = False) -> list[Line]:
         _mode("replicate", sharding="replicate"),
         _mode("hsdp", dp_replicate=small.RANKS),
         _mode("cpu-offload", cpu_offload=True),
-        Line("split-vocabulary", _AS_ONE_GPU, small.split_vocabulary, 100),
+        Line("split-vocabulary", _AS_ONE_GPU, small.vocab_parallel, 100),
         Line("resume", "killed, resumed on two: the same losses and adapter to the bit", small.resumed, 110),
         Line("resume-on-one", f"{_AS_ONE_GPU}, when one goes on with doubled accumulation", small.resumed_on_one),
         Line("generate", "two ranks say what one says", small.generated, after="built-in"),

@@ -79,7 +79,7 @@ def mode(folder: Path, name: str, options: dict[str, Any]) -> Found:
     return as_expected(rows, read_metrics(folder / "reference" / "metrics.jsonl"))
 
 
-def split_vocabulary(folder: Path) -> Found:
+def vocab_parallel(folder: Path) -> Found:
     own = folder / "split"
     assert is_large(skeleton(ModelConfig.from_hf(LARGE_VOCABULARY), None, torch.bfloat16)), "it would not be split"
     shape = shape_options(LARGE_VOCABULARY, own / "data", STEPS * ROWS_A_STEP, LENGTH) | {"random_init": True}

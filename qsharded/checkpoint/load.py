@@ -17,7 +17,7 @@ from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_
 from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
 from qsharded.distributed.agreement import groups_of, refused_by_all
 from qsharded.distributed.layout import SHARDED, Layout
-from qsharded.distributed.placement import lay_out
+from qsharded.distributed.placement import parallelize
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.layer import add_lora, reset_adapters
 from qsharded.models import CausalLM, ModelConfig
@@ -107,7 +107,7 @@ class Outline:
     ) -> CausalLM:
         """The model in memory; the arguments and errors are those of :func:`load_model`. Once: it is the same one."""
         param_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
-        lay_out(self.model, mesh, device, layout=layout, checkpointing=checkpointing, param_dtype=param_dtype)
+        parallelize(self.model, mesh, device, layout=layout, checkpointing=checkpointing, param_dtype=param_dtype)
         groups = groups_of(mesh)
         with refused_by_all(groups, device):
             fills, source = self._fills(device, seed)

@@ -74,7 +74,7 @@ def found_by_main(world: World, look: Callable[[], _T]) -> _T:
     """
     outcome = [_outcome(look) if world.is_main else None]
     if world.mesh is not None:
-        dist.broadcast_object_list(outcome, src=0, group=world.patient)
+        dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group)
     found = outcome[0]
     if isinstance(found, _Complaint):
         raise ValueError(found.message)
@@ -101,5 +101,5 @@ def first_error(world: World, error: Exception | None) -> str | None:
     said: list[str | None] = [None if error is None else str(error)]
     if world.mesh is not None:
         said = [None] * world.size
-        dist.all_gather_object(said, None if error is None else str(error), group=world.patient)
+        dist.all_gather_object(said, None if error is None else str(error), group=world.long_timeout_group)
     return next((text for text in said if text is not None), None)

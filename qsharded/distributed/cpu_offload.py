@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import collectives
 from qsharded.distributed.vocab_parallel import shard_rows
-from qsharded.utils.sharding import local, own_rows, rows_each
+from qsharded.utils.sharding import local, own_rows, rows_per_rank
 
 Place = tuple[nn.Module, str]
 """A module and the name of a parameter in it."""
@@ -31,7 +31,7 @@ class _Arrival:
     event: torch.cuda.Event | None
 
 
-class HostWeights:
+class OffloadedWeights:
     """The frozen weights of ``blocks``, on the meta device here; each rank's rows are then held in host memory.
 
     ``forwards`` are the blocks' forwards, each in charge of its own weights.
@@ -101,7 +101,7 @@ def _frozen(block: nn.Module) -> list[Place]:
 def _room(parameter: nn.Parameter, device: torch.device) -> Tensor:
     """[W, R, ...] for the rows of all W ranks, R to each, the last of which may have fewer."""
     rows, ranks = own_rows(parameter), collectives.size(own_rows(parameter).group)
-    share = rows_each(rows.total, ranks)
+    share = rows_per_rank(rows.total, ranks)
     return torch.empty(ranks, share, *parameter.shape[1:], dtype=parameter.dtype, device=device)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from qsharded.distributed import collectives
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs
+_LONG_TIMEOUT = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,7 +78,8 @@ class ExactAllGather:
 class World:
     """Where this process stands: its rank among ``size``, its device, and the mesh (None for a single process).
 
-    ``local_rank`` is its number on its node; ``patient`` the group of all ranks in which they wait for each other.
+    ``local_rank`` is its number on its node; ``long_timeout_group`` the group of all ranks in which they
+    wait for what one of them prepares, such as a download.
     """
 
     rank: int
@@ -86,10 +87,10 @@ class World:
     device: torch.device
     mesh: DeviceMesh | None
     local_rank: int = 0
-    patient: dist.ProcessGroup | None = None
+    long_timeout_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def alone(cls, device: torch.device) -> "World":
+    def single_process(cls, device: torch.device) -> "World":
         """A single process."""
         return cls(0, 1, device, None)
 
@@ -105,7 +106,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks, however long one prepares what it does next."""
         if self.mesh is not None:
-            dist.barrier(self.patient)
+            dist.barrier(self.long_timeout_group)
 
     def first_on_node(self, prepare: Callable[[], _T]) -> _T:
         """What ``prepare`` returns, called by one rank of each node before the others, which find what it downloaded.
@@ -135,12 +136,12 @@ def start_world() -> World:
         let_reserved_memory_grow()
         torch.cuda.set_device(device)
     if size == 1:
-        return World.alone(device)
+        return World.single_process(device)
     # gloo beside NCCL: offloaded shards and small host values are gathered on the CPU
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return World(dist.get_rank(), size, device, mesh, local_rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    return World(dist.get_rank(), size, device, mesh, local_rank, dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT))
 
 
 def let_reserved_memory_grow() -> None:

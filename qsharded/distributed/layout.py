@@ -25,7 +25,7 @@ class Layout:
     Attributes:
         replicated: whole on every rank; else cut over the ranks.
         on_host: in host memory, from where a block's come while the one before it runs.
-        split_vocabulary: embedding and head are never gathered whole; None decides by their size. It takes both to be
+        vocab_parallel: embedding and head are never gathered whole; None decides by their size. It takes both to be
             frozen, and nothing is split where all is replicated.
 
     Raises:
@@ -34,7 +34,7 @@ class Layout:
 
     replicated: bool = False
     on_host: bool = False
-    split_vocabulary: bool | None = None
+    vocab_parallel: bool | None = None
 
     def __post_init__(self) -> None:
         if self.replicated and self.on_host:
@@ -80,12 +80,12 @@ def _layout(options: LayoutOptions, replicated: bool) -> Layout:
     return Layout(replicated=replicated, on_host=options.cpu_offload)
 
 
-def is_split(model: CausalLM, layout: Layout, is_shared: bool) -> bool:
+def is_vocab_parallel(model: CausalLM, layout: Layout, is_shared: bool) -> bool:
     """Whether embedding and head are cut by rows and never gathered; ``is_shared``: by several ranks."""
     if layout.replicated or not vocab_parallel.can_split(model):
         return False
-    if layout.split_vocabulary is not None:
-        return layout.split_vocabulary
+    if layout.vocab_parallel is not None:
+        return layout.vocab_parallel
     return layout.on_host or (is_shared and vocab_parallel.is_large(model))
 
 

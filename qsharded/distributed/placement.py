@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import vocab_parallel
-from qsharded.distributed.cpu_offload import HostWeights
+from qsharded.distributed.cpu_offload import OffloadedWeights
 from qsharded.distributed.fsdp import blocks_of, shard
-from qsharded.distributed.layout import SHARDED, Layout, is_split
+from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
 from qsharded.utils.checkpointing_modes import Mode
-from qsharded.utils.sharding import local, place_in, rows_each, rows_of_rank
+from qsharded.utils.sharding import local, rows_of_rank, rows_per_rank, shard_size_and_rank
 
 
-def lay_out(
+def parallelize(
     model: CausalLM,
     mesh: DeviceMesh | None,
     device: torch.device,
@@ -33,11 +33,15 @@ def lay_out(
         RuntimeError: a parameter of which this rank holds more or less than its share, named.
     """
     _refuse_saved_weights(layout, checkpointing)
-    placed = vocab_parallel.split_vocabulary(model, mesh) if is_split(model, layout, mesh is not None) else set()
+    placed = (
+        vocab_parallel.parallelize_vocabulary(model, mesh)
+        if is_vocab_parallel(model, layout, mesh is not None)
+        else set()
+    )
     blocks = list(blocks_of(model))
     forwards, present = [block.forward for block in blocks], None
     if layout.on_host:
-        weights = HostWeights(blocks, mesh)
+        weights = OffloadedWeights(blocks, mesh)
         forwards, present = weights.forwards, weights.present
         placed |= set(weights.parameters())
     # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
@@ -82,10 +86,10 @@ def check_shares(model: nn.Module, mesh: DeviceMesh | None, layout: Layout = SHA
     """
     for name, parameter in model.named_parameters():
         replicated = layout.replicated and not parameter.requires_grad
-        ranks, rank = (1, 0) if mesh is None or replicated else place_in(mesh)
+        ranks, rank = (1, 0) if mesh is None or replicated else shard_size_and_rank(mesh)
         row_bytes = parameter.shape[1:].numel() * parameter.itemsize
         start, stop = rows_of_rank(parameter.shape[0], ranks, rank)
-        room = rows_each(parameter.shape[0], ranks) * row_bytes  # FSDP2 pads the last ranks' shards
+        room = rows_per_rank(parameter.shape[0], ranks) * row_bytes  # FSDP2 pads the last ranks' shards
         own = local(parameter)
         if own.nbytes != (stop - start) * row_bytes or own.untyped_storage().nbytes() > room:
             raise RuntimeError(

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from qsharded.distributed import vocab_parallel_autograd
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.models.decoder import Head
-from qsharded.utils.sharding import local, own_rows, place_in, rows_of_rank
+from qsharded.utils.sharding import local, own_rows, rows_of_rank, shard_size_and_rank
 
 LARGE_BYTES = 4 * LOGITS_PER_CHUNK
 """Above this a vocabulary is split: gathered whole it would outweigh the one chunk of logits that the loss holds."""
 
 
-class SplitEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Module):
     """``nn.Embedding`` over the ranks of the weight's mesh: ids go to all, rows come back. Axes: V rows, D columns."""
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
@@ -35,7 +35,7 @@ class SplitEmbedding(nn.Module):
         return found_TD.unflatten(0, ids_BS.shape)
 
 
-class SplitHead(Head):
+class VocabParallelHead(Head):
     """The head over the ranks of the weight's mesh; logits are whole on the rank whose tokens they are of."""
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
@@ -68,7 +68,7 @@ def is_large(model: Any) -> bool:
     return weight.nbytes > LARGE_BYTES
 
 
-def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
+def parallelize_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
     """Replace embedding and head of a ``model`` on the meta device, in place, and return their parameters.
 
     A tied weight stays one parameter.
@@ -76,8 +76,8 @@ def split_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parameter]:
     embedding, head = model.embedding_weight, model.lm_head.weight
     split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
     place = "embed_tokens.base_layer" if hasattr(model.model.embed_tokens, "base_layer") else "embed_tokens"
-    model.model.set_submodule(place, SplitEmbedding(split[embedding]))
-    model.lm_head = SplitHead(split[head])
+    model.model.set_submodule(place, VocabParallelEmbedding(split[embedding]))
+    model.lm_head = VocabParallelHead(split[head])
     return set(split.values())
 
 
@@ -85,7 +85,7 @@ def shard_rows(parameter: nn.Parameter, mesh: DeviceMesh | None) -> nn.Parameter
     """The frozen ``parameter`` of a model on the meta device, cut by rows over the last dimension of ``mesh``."""
     if mesh is None:
         return parameter
-    start, stop = rows_of_rank(parameter.shape[0], *place_in(mesh))
+    start, stop = rows_of_rank(parameter.shape[0], *shard_size_and_rank(mesh))
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     own = parameter.detach()[start:stop].contiguous()
     sharded = DTensor.from_local(

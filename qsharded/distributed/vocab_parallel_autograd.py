@@ -19,7 +19,7 @@ from torch import Tensor
 from qsharded.distributed import collectives
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.utils.documents import IGNORE
-from qsharded.utils.sharding import RowRange, rows_each
+from qsharded.utils.sharding import RowRange, rows_per_rank
 
 # 2^25 bf16 values are 64 MiB: the rows looked up for all ranks at a time.
 _LOOKED_UP_AT_A_TIME = 1 << 25
@@ -251,7 +251,7 @@ def _most(own_T: Tensor, rows: RowRange) -> int:
 
 
 def _share(rows: RowRange) -> int:
-    return rows_each(rows.total, collectives.size(rows.group))
+    return rows_per_rank(rows.total, collectives.size(rows.group))
 
 
 def _padded(own_T: Tensor, length: int, value: int) -> Tensor:

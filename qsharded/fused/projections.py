@@ -82,6 +82,8 @@ def is_projection(layer: nn.Module) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks:  # somebody wants to see it called
         return False
     if isinstance(layer, LoRALinear):
+        if type(layer).adapt is not LoRALinear.adapt:  # a subclass computes something else
+            return False
         return (layer.dropout == 0 or not layer.training) and _is_frozen_base(layer.base_layer)
     return _is_frozen_base(layer)
 

@@ -30,7 +30,8 @@ class LoRALinear(AdaptedLayer):
         enabled: whether the update is added; see ``adapters_disabled``.
 
     The adapter's weights are cast to x's dtype for the product, so fp32 masters train a bf16 model, under FSDP2's
-    mixed precision or without it. Another kind of update (DoRA) takes the place of :meth:`update`.
+    mixed precision or without it. A subclass whose output is no sum of the two, as DoRA's is not, overrides
+    :meth:`adapt`.
     """
 
     def __init__(
@@ -46,7 +47,12 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        return self.base_layer(x) + self.update(x) if self.enabled else self.base_layer(x)
+        base_output = self.base_layer(x)
+        return self.adapt(x, base_output) if self.enabled else base_output
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        """The layer's output, [..., N], from its input and the base layer's output."""
+        return base_output + self.update(x)
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds to the base layer's output, [..., N]."""

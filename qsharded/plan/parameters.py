@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.distributed import fsdp
-from qsharded.distributed.layout import SHARDED, Layout, is_split
+from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.models import CausalLM
 from qsharded.quant.linear import NF4Linear
 from qsharded.utils.sharding import rows_of_rank
@@ -111,7 +111,7 @@ def _whole(model: CausalLM, layout: Layout) -> set[Tensor]:
 
 def _split(model: CausalLM, layout: Layout, ranks: int) -> set[Tensor]:
     """Embedding and head, where they are cut by rows that never come together."""
-    if not is_split(model, layout, ranks > 1):
+    if not is_vocab_parallel(model, layout, ranks > 1):
         return set()
     return {model.embedding_weight, model.lm_head.weight}
 

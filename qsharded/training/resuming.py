@@ -126,7 +126,7 @@ def _refuse_other_rows_by_rank(rows: RowsFingerprint, world: World) -> None:
     if world.mesh is None:
         return
     found = [(rows.ids, rows.masks)] * world.size
-    dist.all_gather_object(found, found[world.rank], group=world.patient)
+    dist.all_gather_object(found, found[world.rank], group=world.long_timeout_group)
     others = [rank for rank, read in enumerate(found) if read != found[0]]
     if others:
         raise ValueError(

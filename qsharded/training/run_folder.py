@@ -136,13 +136,13 @@ def rank_without_sight(folder: Path, world: World, patience_s: float) -> int | N
     if world.mesh is None:
         return None
     name = [f".seen-by-all-{uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0, group=world.patient)
+    dist.broadcast_object_list(name, src=0, group=world.long_timeout_group)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name[0]).touch()
     world.barrier()
     seen = [True] * world.size
-    dist.all_gather_object(seen, _appears(folder / name[0], patience_s), group=world.patient)
+    dist.all_gather_object(seen, _appears(folder / name[0], patience_s), group=world.long_timeout_group)
     if world.is_main:
         (folder / name[0]).unlink()
     return None if all(seen) else seen.index(False)

@@ -13,7 +13,7 @@ from qsharded.distributed.fsdp import World
 from qsharded.utils import signals
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(minutes=10)  # NCCL's own: ranks that are further apart would not meet in the next collective
+_TIMEOUT = timedelta(minutes=10)  # NCCL's own: ranks that are further apart would not meet in the next collective
 
 
 class StopRequested(Exception):
@@ -32,7 +32,7 @@ class Stopping:
     """
 
     def __init__(self, world: World) -> None:
-        self._group = None if world.mesh is None else dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group = None if world.mesh is None else dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def check(self) -> None:
         """Raise StopRequested on every rank if a signal has reached one."""

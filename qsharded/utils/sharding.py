@@ -22,19 +22,19 @@ class RowRange:
         return self.stop - self.start
 
 
-def rows_each(total: int, ranks: int) -> int:
+def rows_per_rank(total: int, ranks: int) -> int:
     """Rows of ``total`` that FSDP2 and DTensor give to each of ``ranks``; the last ones may have fewer, or none."""
     return -(-total // ranks)
 
 
 def rows_of_rank(total: int, ranks: int, rank: int) -> tuple[int, int]:
     """(start, stop): FSDP2 and DTensor cut dim 0 into equal runs, the last ones shorter or empty."""
-    step = rows_each(total, ranks)
+    step = rows_per_rank(total, ranks)
     start = min(rank * step, total)
     return start, min(start + step, total)
 
 
-def place_in(mesh: DeviceMesh) -> tuple[int, int]:
+def shard_size_and_rank(mesh: DeviceMesh) -> tuple[int, int]:
     """(ranks, rank) among those that share a model's rows: the last dimension of ``mesh``."""
     dim = mesh.ndim - 1
     return mesh.size(dim), mesh.get_local_rank(dim)

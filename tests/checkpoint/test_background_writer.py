@@ -25,7 +25,7 @@ from qsharded.nn import LoRAConfig
 from qsharded.training import stopping
 
 LORA = LoRAConfig(r=2, target_modules=["layer"])
-WORLD = fsdp.World.alone(torch.device("cpu"))
+WORLD = fsdp.World.single_process(torch.device("cpu"))
 
 
 class Tiny(nn.Module):
@@ -105,7 +105,7 @@ def test_what_a_gpu_holds_is_copied_before_it_changes(tmp_path: Path) -> None:
     model, optimizer = make(0.0)
     model.cuda()
     busy = torch.randn(8192, 8192, device="cuda")
-    with CheckpointWriter(tmp_path, fsdp.World.alone(torch.device("cuda", 0)), None) as to:
+    with CheckpointWriter(tmp_path, fsdp.World.single_process(torch.device("cuda", 0)), None) as to:
         for step in (1, 2):
             for _ in range(20):
                 busy = (busy @ busy).clamp(-1, 1)

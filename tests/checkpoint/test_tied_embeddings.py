@@ -214,7 +214,7 @@ def on_ranks(folder: Path, adapter: Path) -> list[tuple[bool, Tensor, Tensor]]:
     """(tied, head, logits) with an adapter on the embedding, gathered and split; rows are compared a few at a time."""
     read_ahead.PIECE = 3000
     mesh, found = init_device_mesh("cpu", (2,)), []
-    for layout in (Layout(), Layout(split_vocabulary=True)):
+    for layout in (Layout(), Layout(vocab_parallel=True)):
         model = load(
             folder, mesh=mesh, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu", layout=layout
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.distributed import cpu_offload
-from qsharded.distributed.cpu_offload import HostWeights
+from qsharded.distributed.cpu_offload import OffloadedWeights
 from qsharded.distributed.placement import materialize
 from qsharded.models.recompute import recomputed
 
@@ -37,18 +37,18 @@ def events() -> list[str]:
 
 
 @pytest.fixture
-def weights(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> HostWeights:
+def weights(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> OffloadedWeights:
     """Of four blocks, each full of its number + 1."""
-    fetch = HostWeights._fetch
+    fetch = OffloadedWeights._fetch
 
-    def told(self: HostWeights, index: int, device: torch.device) -> Any:
+    def told(self: OffloadedWeights, index: int, device: torch.device) -> Any:
         events.append(f"fetch {index}")
         return fetch(self, index, device)
 
-    monkeypatch.setattr(HostWeights, "_fetch", told)
+    monkeypatch.setattr(OffloadedWeights, "_fetch", told)
     with torch.device("meta"):
         blocks = [Block(number, events) for number in range(4)]
-    weights = HostWeights(blocks, None)
+    weights = OffloadedWeights(blocks, None)
     materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
     for block in blocks:
         nn.init.constant_(block.frozen, block.number + 1)
@@ -63,34 +63,36 @@ def run(forwards: list[Any]) -> Tensor:
     return x.sum()
 
 
-def test_a_block_is_fetched_once_a_pass_while_the_one_before_it_runs(weights: HostWeights, events: list[str]) -> None:
+def test_a_block_is_fetched_once_a_pass_while_the_one_before_it_runs(
+    weights: OffloadedWeights, events: list[str]
+) -> None:
     forwards = recomputed(weights.forwards, "full")
     for _ in range(2):
         run(forwards).backward()
     assert events == 2 * (FORWARD + BACKWARD)
 
 
-def test_what_is_fetched_early_does_not_hang_on_what_ran_before(weights: HostWeights, events: list[str]) -> None:
+def test_what_is_fetched_early_does_not_hang_on_what_ran_before(weights: OffloadedWeights, events: list[str]) -> None:
     run(weights.forwards[:3])  # left in the middle, as by an error
     events.clear()
     run(weights.forwards[2:])
     assert events == ["fetch 2", "run 2", "run 3"]  # block 3 had come already
 
 
-def test_micro_batches_may_all_go_forward_first(weights: HostWeights, events: list[str]) -> None:
+def test_micro_batches_may_all_go_forward_first(weights: OffloadedWeights, events: list[str]) -> None:
     forwards = recomputed(weights.forwards, "full")
     (run(forwards) + run(forwards)).backward()
     assert len(events) == 4 * 8  # what order backward takes them in is its own affair
 
 
-def test_evaluation_fetches_as_little(weights: HostWeights, events: list[str]) -> None:
+def test_evaluation_fetches_as_little(weights: OffloadedWeights, events: list[str]) -> None:
     with torch.no_grad():
         for _ in range(2):
             run(weights.forwards)
     assert events == 2 * FORWARD
 
 
-def test_nothing_keeps_a_block_that_is_done(weights: HostWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_keeps_a_block_that_is_done(weights: OffloadedWeights, monkeypatch: pytest.MonkeyPatch) -> None:
     come: list[weakref.ref[Tensor]] = []
     fill = cpu_offload._fill
 

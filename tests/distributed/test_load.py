@@ -85,7 +85,7 @@ def bytes_alone(folder: Path) -> dict[str, Tensor]:
     [
         (2, Layout()),
         (3, Layout()),
-        (4, Layout(split_vocabulary=True)),
+        (4, Layout(vocab_parallel=True)),
         (1, Layout(on_host=True)),
         (3, Layout(on_host=True)),
         (2, Layout(replicated=True)),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qsharded.config import TrainConfig
 from qsharded.data import Batch, Example, Step, StepLoader
-from qsharded.distributed import fsdp, placement
+from qsharded.distributed import fsdp
+from qsharded.distributed import vocab_parallel as parallel_head
 from qsharded.lora.disabled import adapters_disabled
 from qsharded.models import CausalLM
 from qsharded.training import setup
@@ -64,7 +65,7 @@ def pairs() -> list[Example]:
     return made
 
 
-def train(model: Path, rows: Path, out: Path, packing: bool, split_vocabulary: bool) -> None:
+def train(model: Path, rows: Path, out: Path, packing: bool, vocab_parallel: bool) -> None:
     world = fsdp.start_world()
     batch_size = 4 // world.size
     config = TrainConfig(
@@ -83,9 +84,11 @@ def train(model: Path, rows: Path, out: Path, packing: bool, split_vocabulary: b
         adam_epsilon=1e-3,  # or it would blow the last bits of a tiny gradient up
         lora_dropout=0.0,
     )
-    if split_vocabulary:
-        placement.is_large = lambda model: True
+    if vocab_parallel:
+        parallel_head.is_large = lambda model: True
     prepared = setup.prepare(config, world)
+    heads = [m for m in prepared.model.modules() if isinstance(m, parallel_head.VocabParallelHead)]
+    assert bool(heads) == vocab_parallel
     loader = StepLoader(
         pairs(),
         max_length=64,

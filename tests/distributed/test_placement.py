@@ -45,7 +45,7 @@ def _held(model: nn.Module) -> Held:
     }
 
 
-SPLIT = {"layout": Layout(split_vocabulary=True)}
+SPLIT = {"layout": Layout(vocab_parallel=True)}
 ON_HOST = {"layout": Layout(on_host=True), "activation_checkpointing": "full"}
 
 
@@ -103,7 +103,7 @@ def kinds(folder: Path, cases: list[tuple[int, dict[str, Any]]]) -> list[tuple[s
 
 def test_a_large_frozen_vocabulary_is_split(folder: Path) -> None:
     size, trains = 97 * 192 * 2, {"lora": LoRAConfig(r=4, modules_to_save=["embed_tokens"])}
-    split, whole = ("SplitEmbedding", "SplitHead"), ("Embedding", "Head")
+    split, whole = ("VocabParallelEmbedding", "VocabParallelHead"), ("Embedding", "Head")
     cases = {
         "large": (size - 1, {}, split),
         "small": (size, {}, whole),

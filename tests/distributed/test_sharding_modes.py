@@ -88,7 +88,7 @@ def recomputing(mode: str, **others: Any) -> dict[str, Any]:
     return {"activation_checkpointing": mode, **others}
 
 
-SPLIT, REPLICATED, ON_HOST = Layout(split_vocabulary=True), Layout(replicated=True), Layout(on_host=True)
+SPLIT, REPLICATED, ON_HOST = Layout(vocab_parallel=True), Layout(replicated=True), Layout(on_host=True)
 SAVES_HEAD = {"lora": LoRAConfig(r=4, modules_to_save=["lm_head"])}
 ON_EMBEDDING = {"lora": LoRAConfig(r=3, target_modules=["v_proj", "embed_tokens"])}
 TOLERANCES = {

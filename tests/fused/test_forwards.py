@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qsharded.fused import forwards
 from qsharded.fused.forwards import layer_forwards
+from qsharded.fused.projections import is_projection
+from qsharded.lora.layer import LoRALinear
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig
 from tests.fused.test_layer import CONFIG, activations, inputs_of, layer_of
@@ -64,3 +66,14 @@ def test_what_a_fused_layer_returns_is_no_view() -> None:
     out = forward(activations(), inputs_of(CONFIG))
     assert out.requires_grad
     assert out._base is None
+
+
+def test_an_adapter_that_is_no_sum_is_not_fused() -> None:
+    class Gated(LoRALinear):
+        def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+            return base_output * torch.sigmoid(self.update(x))
+
+    layer = adapted().self_attn.q_proj
+    assert is_projection(layer)
+    layer.__class__ = Gated
+    assert not is_projection(layer)

@@ -101,6 +101,27 @@ def test_dropout_is_on_the_adapters_input_and_in_training_only() -> None:
     assert_same_bits(dropped.detach(), (layer.base_layer(x) + layer.update(kept)).detach())
 
 
+class DoRALinear(LoRALinear):
+    """Liu et al., arXiv:2402.09353: the adapted weight's rows, each scaled to the norm of the frozen weight's row."""
+
+    def adapt(self, x: Tensor, base_output: Tensor) -> Tensor:
+        frozen, bias = self.base_layer.weight, self.base_layer.bias
+        scale_N = frozen.norm(dim=1) / (frozen + self.delta_weight()).norm(dim=1)
+        return scale_N * (base_output - bias + self.update(x)) + bias
+
+
+def test_a_subclass_scales_the_bases_output_without_another_product() -> None:
+    layer, x = adapted(dense()), activations(3, K)
+    layer.__class__ = DoRALinear
+    products = []
+    layer.base_layer.register_forward_hook(lambda *_: products.append(1))
+    weight = (layer.base_layer.weight + layer.delta_weight()).double()
+    row_norms = layer.base_layer.weight.double().norm(dim=1)
+    expected = x.double() @ (weight * (row_norms / weight.norm(dim=1))[:, None]).t() + layer.base_layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert len(products) == 1
+
+
 def test_no_dropout_draws_no_random_number() -> None:
     layer, x = adapted(dense()).train(), activations(3, K)
     before = torch.get_rng_state()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.optimizer import Work, adapters, copy_of_bytes, free, gpu_ms, spread, step_bytes
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from qsharded.integrations import bitsandbytes_optimizer
 from qsharded.integrations.bitsandbytes import install, uninstall
 from qsharded.optim.kernels import optimizer_kernels
@@ -112,7 +112,7 @@ def main() -> None:
     }
     print(json.dumps(record, indent=2))
     if arguments.record:
-        arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.record, record)
 
 
 if __name__ == "__main__":

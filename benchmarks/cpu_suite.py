@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_tests import Outcomes
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         "outcomes": dict(outcomes.counts),
         "failed": outcomes.failed,
     }
-    given.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(given.record, record)
     print(json.dumps(record, indent=2))
     sys.exit(status)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from benchmarks.record import environment
+from benchmarks.record import environment, write
 from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.cpu_offload import OffloadedWeights
@@ -175,7 +175,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(json.dumps(record, indent=2))
         if arguments.record:
-            arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+            write(arguments.record, record)
     dist.destroy_process_group()
     sys.exit(any(exact.values()) or any(streamed.values()))
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import qsharded
 from benchmarks.gpu_training import SHAPES
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
 from qsharded.nn import NF4Linear
 
@@ -49,7 +49,7 @@ def main() -> None:
     for row in measure(SHAPES["llama3-8b"], torch.device("cuda"), BATCHES, NEW_TOKENS, arguments.ways):
         rows.append(row)
         record |= {"rows": rows, "over_bitsandbytes": ratios(rows)}
-        arguments.record.write_text(json.dumps(record, indent=2) + "\n")  # each time: compiling takes long
+        write(arguments.record, record)  # each time: compiling takes long
     print(json.dumps(record["over_bitsandbytes"], indent=2))
 
 

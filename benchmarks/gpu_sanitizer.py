@@ -7,7 +7,6 @@ says, all at once. The exit status is 1 where a tool or a test found an error.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 99  # the sanitizer's exit status where it found an error, unlike any of pytest's
@@ -46,7 +45,7 @@ def main() -> None:
         ]
     results = [future.result() for future in started]
     record = environment() | {"command": command("benchmarks.gpu_sanitizer"), "runs": results}
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     sys.exit(any(result["status"] for result in results))
 
 

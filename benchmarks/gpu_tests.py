@@ -4,7 +4,6 @@ python -m benchmarks.gpu_tests [--record FILE] [PYTEST_ARGUMENT ...]
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 
 
 class Outcomes:
@@ -51,7 +50,7 @@ def main() -> None:
         "outcomes": dict(outcomes.counts),
         "failed": outcomes.failed,
     }
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     sys.exit(status)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.launch import flags_of, torchrun
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from qsharded import train
 from qsharded.training.metrics import read_metrics
 
@@ -69,7 +69,7 @@ def main() -> None:
         "largest_gap_allowed": LARGEST_LOSS_GAP,
         "runs": runs,
     }
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     print(json.dumps(record, indent=2))
     sys.exit(any(run["largest_gap"] > LARGEST_LOSS_GAP for run in runs.values()))
 

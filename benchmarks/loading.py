@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from qsharded.checkpoint.load import expected_shapes, parameter_count, skeleton
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX
@@ -71,7 +71,7 @@ def main() -> None:
     record |= summary([dict(zip(PHASES, phases, strict=True)) for phases in measured])
     print(json.dumps(record, indent=2))
     if arguments.record:
-        arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.record, record)
     sys.exit(bool(record["missed"]))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.record import environment
+from benchmarks.record import environment, write
 from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.paging import BUCKET_BYTES, IN_FLIGHT_BYTES, PageBudget
 
@@ -253,7 +253,7 @@ def main() -> None:
     }
     print(json.dumps(record, indent=2))
     if arguments.record:
-        arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.record, record)
     sys.exit(not all(target["met"] for target in record["targets"].values()))
 
 

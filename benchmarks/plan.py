@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.gpu_training import SHAPES, write_model
 from benchmarks.launch import flags_of, torchrun
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from benchmarks.trainer_rank import memory
 from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
@@ -62,7 +62,7 @@ def main() -> None:
         "largest_gap_allowed": LARGEST_GAP,
         "cases": results,
     }
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     sys.exit(any(abs(result["gap"]) > LARGEST_GAP for result in results.values()))
 
 

@@ -1,5 +1,6 @@
 """What every benchmark record says of where it was made."""
 
+import json
 import os
 import platform
 import subprocess
@@ -57,3 +58,16 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The record as JSON, each row of a list on a line of its own, so that changes of it can be read."""
+    fields = (f" {json.dumps(name)}: {_by_rows(value)}" for name, value in record.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+
+
+def _by_rows(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+    return json.dumps(value)

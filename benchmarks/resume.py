@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.gpu_training import SHAPES, shape_options
 from benchmarks.launch import flags_of
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from qsharded.training.metrics import read_metrics
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 15, 4, 10
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         runs = {name: measure(Path(scratch, name), name, arguments.ranks) for name in arguments.runs}
     record = environment() | {"command": command("benchmarks.resume"), "ranks": arguments.ranks, "runs": runs}
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     print(json.dumps(record, indent=2))
     sys.exit(not all(run["losses_equal"] and run["adapters_equal"] is not False for run in runs.values()))
 

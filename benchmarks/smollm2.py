@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import environment
+from benchmarks.record import environment, write
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.data import Tokenizer
@@ -44,7 +44,7 @@ def main() -> None:
             "adapter_in_peft": adapter_in_peft(arguments, Path(scratch)),
             "merged": merged(arguments, Path(scratch)),
         }
-    arguments.record.write_text(json.dumps(record, indent=2) + "\n")
+    write(arguments.record, record)
     print(json.dumps(record, indent=2))
     sys.exit(not passed(record))
 

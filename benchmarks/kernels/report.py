@@ -1,6 +1,5 @@
 """The table and the record."""
 
-import json
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.measure import Row
-from benchmarks.record import command, environment, version
+from benchmarks.record import command, environment, version, write
 
 _HEADINGS = f"{'contender':14}{'median us':>11}{'p20':>10}{'p80':>10}{'of limit':>10}{'speed-up':>10}{'error':>10}"
 
@@ -44,8 +43,7 @@ def save(path: Path, module: str, device: torch.device, ceilings: Ceilings, repe
     record = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command(module)}
     record |= {"device": device.type, "threads": torch.get_num_threads(), "repeats": repeats}
     record |= {"ceilings": asdict(ceilings)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | {"rows": [row.as_record() for row in rows]}, indent=1) + "\n")
+    write(path, record | {"rows": [row.as_record() for row in rows]})
     return path
 
 

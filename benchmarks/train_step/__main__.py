@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_training import SHAPES
-from benchmarks.record import command, environment
+from benchmarks.record import command, environment, write
 from benchmarks.train_step import peers, plot
 from benchmarks.train_step.case import CHECKPOINTING, PEAK_BF16_FLOPS, Case, suite
 
@@ -47,7 +47,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if given.record:
         record = environment() | {"command": command("benchmarks.train_step"), "shape": given.shape, "rows": rows}
-        given.record.write_text(json.dumps(record, indent=1) + "\n")
+        write(given.record, record)
         plot.save(rows, given.record.with_suffix(".png"))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from benchmarks.record import write
+
 _MARK = "QSHARDED_BENCHMARK_RUN"
 _LOG_LINES_SHOWN = 60
 
@@ -141,7 +143,7 @@ class Runner:
             lines = [asdict(self._outcomes[name]) for name in self._order if name in self._outcomes]
             passed = sum(line["passed"] for line in lines)
             record = self._head | {"passed": passed, "of": len(self._order), "lines": lines}
-            self._record.write_text(json.dumps(record, indent=2) + "\n")
+            write(self._record, record)
 
 
 def end_marked(mark: str) -> None:

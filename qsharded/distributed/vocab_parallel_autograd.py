@@ -198,7 +198,7 @@ def _chunk_losses(
     own_CD = _padded(own_cD, targets_WC.shape[1], 0)
     hidden_ND = collectives.all_gather(own_CD, rows.group).flatten(0, 1)
     chunk = _Chunk(targets_WC.flatten(), rows)
-    return chunk, *chunk.losses((hidden_ND @ weight_vD.T).to(_precise(own_cD)))
+    return chunk, *chunk.losses_and_softmax_((hidden_ND @ weight_vD.T).to(_precise(own_cD)))
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class _Chunk:
     targets_N: Tensor
     rows: RowRange
 
-    def losses(self, logits_Nv: Tensor) -> tuple[Tensor, Tensor]:
+    def losses_and_softmax_(self, logits_Nv: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens' losses, and this rank's columns of their softmax, in the logits' memory."""
         largest_N = logits_Nv.amax(-1) if self.rows.count else logits_Nv.new_full(self.targets_N.shape, -torch.inf)
         collectives.all_reduce(largest_N, dist.ReduceOp.MAX, self.rows.group)

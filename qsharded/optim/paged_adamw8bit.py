@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from qsharded.optim.local_values import agree_on_maximum
 from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
+from qsharded.optim.reference import Coefficient
 from qsharded.optim.state import joined, part_of
 from qsharded.optim.store import Store, upload
 
@@ -150,9 +151,9 @@ class PagedAdamW8bit(Optimizer):
         store.steps += (1 - skip) if all(active) else upload(active, torch.float32, store.device) * (1 - skip)
         coefficients, t = self._group_coefficients(store.device)[self._group_of_row], store.steps.double()
         if grad_scale is not None:
-            coefficients[:, 0] *= grad_scale
-        coefficients[:, 7] /= 1 - coefficients[:, 1] ** t
-        coefficients[:, 8] = (1 - coefficients[:, 3] ** t).rsqrt()
+            coefficients[:, Coefficient.GRADIENT_SCALE] *= grad_scale
+        coefficients[:, Coefficient.STEP_SIZE] /= 1 - coefficients[:, Coefficient.BETA1] ** t
+        coefficients[:, Coefficient.ROOT_SCALE] = (1 - coefficients[:, Coefficient.BETA2] ** t).rsqrt()
         return coefficients.float()
 
     def _group_coefficients(self, device: torch.device) -> Tensor:
@@ -160,8 +161,8 @@ class PagedAdamW8bit(Optimizer):
         table = upload([_coefficients_of(group) for group in self.param_groups], torch.float64, device)
         for row, group in zip(table, self.param_groups, strict=True):
             if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
-                row[7] = group["lr"].squeeze()
-                row[6] = 1 - row[7] * group["weight_decay"]
+                row[Coefficient.STEP_SIZE] = group["lr"].squeeze()
+                row[Coefficient.DECAY] = 1 - row[Coefficient.STEP_SIZE] * group["weight_decay"]
         return table
 
     def synchronize(self) -> None:
@@ -252,8 +253,8 @@ def _coefficients_of(group: Mapping[str, Any]) -> tuple[float, ...]:
     """A group's coefficients before scaling and bias correction; those of a learning rate on a GPU are left open."""
     rate, (beta1, beta2) = group["lr"], group["betas"]
     rate = 0.0 if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
-    sign, keep = -1.0 if group["maximize"] else 1.0, 1 - rate * group["weight_decay"]
-    return sign, beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], keep, rate, 0.0
+    sign, decay = -1.0 if group["maximize"] else 1.0, 1 - rate * group["weight_decay"]
+    return sign, beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, rate, 0.0
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

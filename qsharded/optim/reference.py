@@ -10,6 +10,7 @@ bitsandbytes' AdamW8bit's.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,23 @@ from torch import Tensor
 from qsharded.quant import blockwise8
 
 LARGEST = torch.finfo(torch.float32).max
+
+
+class Coefficient(IntEnum):
+    """The columns of a step's coefficients; the kernels read them in this order."""
+
+    GRADIENT_SCALE = 0
+    BETA1 = 1
+    ONE_MINUS_BETA1 = 2
+    BETA2 = 3
+    ONE_MINUS_BETA2 = 4
+    EPS = 5
+    DECAY = 6
+    """1 - lr weight_decay"""
+    STEP_SIZE = 7
+    """lr / (1 - beta1^t)"""
+    ROOT_SCALE = 8
+    """1 / sqrt(1 - beta2^t)"""
 
 
 @dataclass(frozen=True)
@@ -38,16 +56,15 @@ def adamw_(parameter: Tensor, gradient: Tensor, moments: Moments, coefficients: 
     Args:
         parameter, gradient: [n], fp32 or bf16.
         moments: of these n values.
-        coefficients: fp32 [9]: what a gradient is multiplied by, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr wd,
-            lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+        coefficients: fp32 [9], as :class:`Coefficient` numbers them.
     """
-    factor, beta1, rest1, beta2, rest2, eps, keep, rate, root = coefficients.unbind()
+    factor, beta1, rest1, beta2, rest2, eps, decay, step_size, root_scale = coefficients.unbind()
     g = gradient.float() * factor
     m = decode(moments.state1, moments.absmax1, moments.lead, signed=True) * beta1 + g * rest1
     # a v beyond fp32 would decode to NaN for good
     v = (decode(moments.state2, moments.absmax2, moments.lead, signed=False) * beta2 + g * rest2 * g).clamp(max=LARGEST)
     deviation = v.double().sqrt().float()  # rightly rounded, which PyTorch's fp32 root on a CPU is not
-    parameter.copy_(parameter.float() * keep - m / (deviation * root + eps) * rate)
+    parameter.copy_(parameter.float() * decay - m / (deviation * root_scale + eps) * step_size)
     encode_(m, moments.state1, moments.absmax1, moments.lead, signed=True)
     encode_(v, moments.state2, moments.absmax2, moments.lead, signed=False)
 

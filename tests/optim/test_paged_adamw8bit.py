@@ -355,4 +355,4 @@ def test_everything_is_freed() -> None:
     before = live_tensors()
     for _ in range(200):
         cycle()
-    assert live_tensors() == before
+    assert live_tensors() <= before  # what other tests left may go meanwhile

@@ -159,7 +159,7 @@ def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_wait_for_other_ranks_ends_before_they_time_out_in_a_collective() -> None:
     """Else NCCL ends the ranks that wait for the main one, and nobody reads which disk was slow."""
-    assert background_writer._PATIENCE_S < stopping._PATIENCE.total_seconds() == 600
+    assert background_writer._PATIENCE_S < stopping._TIMEOUT.total_seconds() == 600
 
 
 def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(

@@ -1,8 +1,11 @@
 """Attention by whichever kernel suits the device and the rows; each gives its output and, as a function, its gradients.
 
+    register_attention(lambda x, inputs, head_dim: MyAttention() if x.is_cuda else None)
+
 Axes: B rows, S tokens of a row, T keys, H query heads, G key-value heads, E head dim.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -28,16 +31,50 @@ class Attention(Protocol):
         """The gradients by q, k and v."""
 
 
+FindAttention = Callable[[Tensor, AttentionInputs, int], Attention | None]
+
+_registered: list[FindAttention] = []
+
+
+def register_attention(find: FindAttention) -> None:
+    """Let a backend from outside serve layers, before those registered earlier and ours.
+
+    Args:
+        find: given a tensor [B, S, ...] of the layer's device and dtype, the layer's inputs and its head dim, the
+            backend for them, or None to leave them to the others. It is asked in every forward of every layer.
+    """
+    _registered.insert(0, find)
+
+
+def unregister_attention(find: FindAttention) -> None:
+    """Take back what :func:`register_attention` did.
+
+    Raises:
+        ValueError: it is not registered.
+    """
+    if find not in _registered:
+        raise ValueError(f"{find} is not registered: give the function that register_attention was given")
+    _registered.remove(find)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
-    if inputs.boundaries is None:
+    attention = _from_outside(q, inputs, q.shape[-1])
+    if attention is None and inputs.boundaries is None:
         return SdpaAttention().forward(q, k, v, inputs)[0]
-    out: Tensor = _FlashAttend.apply(q, k, v, inputs)
+    out: Tensor = _Attend.apply(q, k, v, inputs, attention or FlashAttention())
     return out
 
 
+def _from_outside(x: Tensor, inputs: AttentionInputs, head_dim: int) -> Attention | None:
+    found = (find(x, inputs, head_dim) for find in _registered)
+    return next((attention for attention in found if attention is not None), None)
+
+
 def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> Attention:
-    """The fastest backend for such rows on their device."""
+    """The fastest backend for such rows on their device, or one from outside that wants them."""
+    if attention := _from_outside(x_BSD, inputs, head_dim):
+        return attention
     # the meta device stands for a GPU: plans run a layer there
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
@@ -154,16 +191,22 @@ def _window(inputs: AttentionInputs) -> dict[str, int]:
     return {} if inputs.window is None else {"window_size_left": inputs.window - 1, "window_size_right": 0}
 
 
-class _FlashAttend(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
+    """A backend between autograd's other nodes."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-        out, saved = FlashAttention().forward(q, k, v, inputs)
-        ctx.inputs = inputs
-        ctx.save_for_backward(q, k, v, out, *saved)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, attention: Attention) -> Tensor:
+        out, saved = attention.forward(q, k, v, inputs)
+        ctx.inputs, ctx.attention = inputs, attention
+        # tensors where checkpointing finds them, the rest beside
+        ctx.plain = tuple(None if isinstance(value, Tensor) else (value,) for value in saved)
+        ctx.save_for_backward(q, k, v, out, *(value for value in saved if isinstance(value, Tensor)))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *saved = ctx.saved_tensors
-        return *FlashAttention().backward(grad, q, k, v, out, tuple(saved), ctx.inputs), None
+        q, k, v, out, *tensors = ctx.saved_tensors
+        rest = iter(tensors)
+        saved = tuple(next(rest) if plain is None else plain[0] for plain in ctx.plain)
+        return *ctx.attention.backward(grad, q, k, v, out, saved, ctx.inputs), None, None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qsharded.checkpoint import fill, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
-from qsharded.checkpoint.row_chunks import Piece
+from qsharded.checkpoint.row_chunks import RowChunk
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
@@ -30,15 +30,15 @@ CPU = torch.device("cpu")
 
 
 class Resident(SafetensorsFolder):
-    """Gives for every piece the same bytes, which are on the device already."""
+    """Gives for every chunk the same bytes, which are on the device already."""
 
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
+    def stream(self, chunks: Sequence[RowChunk], device: torch.device) -> Generator[Tensor, None, None]:
         generator = torch.Generator().manual_seed(0)
-        words = -(-max((piece.nbytes for piece in pieces), default=0) // 2)
+        words = -(-max((chunk.nbytes for chunk in chunks), default=0) // 2)
         values = (torch.randn(words, generator=generator) * 0.02).bfloat16().to(device).view(torch.uint8)
         yield values[:0]  # made before the clock starts
-        for piece in pieces:
-            yield values[: piece.nbytes]
+        for chunk in chunks:
+            yield values[: chunk.nbytes]
 
 
 def main() -> None:
@@ -81,27 +81,27 @@ def empty_model(folder: Path, world: fsdp.World) -> CausalLM:
     return model
 
 
-def pieces(folder: Path, world: fsdp.World) -> list[Piece]:
+def chunks(folder: Path, world: fsdp.World) -> list[RowChunk]:
     """All that this rank reads."""
     fills = quantizing_fills(empty_model(folder, world), SafetensorsFolder(folder))
-    return [piece for fill in fills for piece in fill.pieces]
+    return [chunk for fill in fills for chunk in fill.chunks]
 
 
 def measure_read(folder: Path, world: fsdp.World) -> dict[str, Any]:
-    source, wanted = SafetensorsFolder(folder), pieces(folder, world)
+    source, wanted = SafetensorsFolder(folder), chunks(folder, world)
 
     def read() -> None:
         for _ in source.stream(wanted, CPU):
             pass
 
     read()  # into the page cache
-    return {"seconds": seconds(read, world), "bytes": sum(piece.nbytes for piece in wanted)}
+    return {"seconds": seconds(read, world), "bytes": sum(chunk.nbytes for chunk in wanted)}
 
 
 def measure_quantize(folder: Path, world: fsdp.World) -> dict[str, Any]:
     source = Resident(folder)
     fills = quantizing_fills(empty_model(folder, world), source)
-    stream = source.stream([piece for fill in fills for piece in fill.pieces], world.device)
+    stream = source.stream([chunk for fill in fills for chunk in fill.chunks], world.device)
     next(stream)
     groups = groups_of(world.mesh)
     return {"seconds": seconds(lambda: fill.take_all(fills, source, stream, world.device, groups), world)}

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qsharded.checkpoint.files import Parts, write_json, write_tensors
+from qsharded.checkpoint.files import TensorParts, write_json, write_tensors
 from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
@@ -64,7 +64,7 @@ def save_adapter(
     if not is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: Parts(tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in weights.items()}
+    parts = {name: TensorParts(tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in weights.items()}
     write_tensors(folder / WEIGHTS_FILE, parts, {"format": "pt", **(metadata or {})})
     write_json(folder / CONFIG_FILE, peft_config(model, config, base_model, revision))
 

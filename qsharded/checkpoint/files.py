@@ -26,7 +26,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TensorParts:
     """A tensor to be written: CPU tensors that hold its elements, one after the other; each is taken in its turn."""
 
     dtype: torch.dtype
@@ -59,7 +59,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> FileRecord:
     return write_bytes(path, [text], len(text))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> FileRecord:
+def write_tensors(path: Path, tensors: Mapping[str, TensorParts], metadata: Mapping[str, str]) -> FileRecord:
     """Write a safetensors file to ``path``; no more than one part needs to be in memory."""
     specs = {name: parts.spec for name, parts in tensors.items()}
     order = file_order(specs)

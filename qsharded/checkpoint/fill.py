@@ -1,4 +1,4 @@
-"""Values for a model's parameters: each fill names the rows that it needs and takes them piece by piece, in order.
+"""Values for a model's parameters: each fill names the rows that it needs and takes them chunk by chunk, in order.
 
 Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.row_chunks import Piece, WeightSource, pieces_of
+from qsharded.checkpoint.row_chunks import RowChunk, WeightSource, row_chunks_of
 from qsharded.distributed import collectives
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.quant import formats, ops
@@ -27,17 +27,17 @@ class Fill(Protocol):
     """One parameter, or one packed layer, or one tensor of a file that is written."""
 
     @property
-    def pieces(self) -> Sequence[Piece]:
+    def chunks(self) -> Sequence[RowChunk]:
         """What it takes, in this order."""
 
-    def take(self, piece: Piece, values: Tensor) -> None:
-        """The next of the pieces, in the dtype it is stored in, flat; good during this call alone."""
+    def take(self, chunk: RowChunk, values: Tensor) -> None:
+        """The next of the chunks, in the dtype it is stored in, flat; good during this call alone."""
 
     def check(self) -> None:
-        """All pieces were taken. Raise ValueError where they are not sound; the other ranks learn of it."""
+        """All chunks were taken. Raise ValueError where they are not sound; the other ranks learn of it."""
 
     def finish(self, device: torch.device) -> None:
-        """All pieces are sound on every rank, on ``device``. Ranks that have none come here too."""
+        """All chunks are sound on every rank, on ``device``. Ranks that have none come here too."""
 
 
 def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, groups: Groups = ()) -> None:
@@ -50,7 +50,7 @@ def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, group
         ValueError, OSError: what is read is damaged, or cannot be read: alike on all these ranks.
     """
     fills = list(fills)
-    with closing(source.stream([piece for fill in fills for piece in fill.pieces], device)) as stream:
+    with closing(source.stream([chunk for fill in fills for chunk in fill.chunks], device)) as stream:
         take_all(fills, source, stream, device, groups)
 
 
@@ -58,11 +58,11 @@ def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, group
 def take_all(
     fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device, groups: Groups = ()
 ) -> None:
-    """Give ``fills`` their pieces out of ``stream``, which has the bytes of all in their order."""
+    """Give ``fills`` their chunks out of ``stream``, which has the bytes of all in their order."""
     for fill in fills:
         with refused_by_all(groups, device):
-            for piece in fill.pieces:
-                fill.take(piece, next(stream).view(-1).view(source.dtype(piece.name)))
+            for chunk in fill.chunks:
+                fill.take(chunk, next(stream).view(-1).view(source.dtype(chunk.name)))
             fill.check()
         fill.finish(device)
 
@@ -80,13 +80,13 @@ class RowsFill:
         self._takes_bytes = torch.uint8 in (target.dtype, source.dtype(name))
         size = target.itemsize if self._takes_bytes else source.dtype(name).itemsize
         row_bytes = math.prod(target.shape[1:]) * size
-        self.pieces = pieces_of(source, name, first, first + target.shape[0], row_bytes)
+        self.chunks = row_chunks_of(source, name, first, first + target.shape[0], row_bytes)
 
-    def take(self, piece: Piece, values: Tensor) -> None:
+    def take(self, chunk: RowChunk, values: Tensor) -> None:
         if self._takes_bytes:
             values = values.view(self._target.dtype)
         self._finite.add(values)
-        target = self._target[piece.start - self._first : piece.stop - self._first]
+        target = self._target[chunk.start - self._first : chunk.stop - self._first]
         target.copy_(values.view(target.shape))
 
     def check(self) -> None:
@@ -107,7 +107,7 @@ class PackedSink(Protocol):
 
 
 class QuantizingFill:
-    """A weight from 16 or 32 bits to a sink: each piece is quantized as it comes; scales and offset, which span ranks,
+    """A weight from 16 or 32 bits to a sink: each chunk is quantized as it comes; scales and offset, which span ranks,
     are agreed on at the end, exactly.
 
     Args:
@@ -122,12 +122,12 @@ class QuantizingFill:
         self._K, self._rows, self._quant_format, self._sink = K, rows, quant_format, sink
         self._finite = FiniteCheck(name)
         self._absmax: list[Tensor] = []
-        self.pieces = pieces_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
+        self.chunks = row_chunks_of(source, name, rows.start, rows.stop, K * source.dtype(name).itemsize)
 
-    def take(self, piece: Piece, values: Tensor) -> None:
+    def take(self, chunk: RowChunk, values: Tensor) -> None:
         self._finite.add(values)
         codes_NP, absmax_NG = ops.nf4_quantize(values.view(-1, self._K), self._quant_format)
-        self._sink.put_codes(piece.start, codes_NP)
+        self._sink.put_codes(chunk.start, codes_NP)
         self._absmax.append(absmax_NG)
 
     def check(self) -> None:
@@ -166,7 +166,7 @@ def shared(rows: RowRange) -> SharedRows:
 
 
 class FiniteCheck:
-    """Whether all of a tensor is finite, asked of the device once: asking of each piece would stop the GPU for it."""
+    """Whether all of a tensor is finite, asked of the device once: asking of each chunk would stop the GPU for it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

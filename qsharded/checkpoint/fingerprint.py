@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qsharded.checkpoint.packed_format import read_packing
+from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import SafetensorsFolder, read_json
 from qsharded.models import ModelConfig
 
@@ -130,4 +130,4 @@ def _mathematics(folder: Path) -> dict[str, Any]:
 
 def is_packed(folder: Path) -> bool:
     """Whether the checkpoint's weights are in 4 bits already."""
-    return read_packing(read_json(folder / "config.json")) is not None
+    return read_storage_format(read_json(folder / "config.json")) is not None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.checkpoint import fill
-from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing, read_packing, torn_rows
+from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
@@ -44,7 +44,7 @@ def load_model(
     """Read a Hugging Face checkpoint into an NF4 model, sharded over ``mesh`` when one is given.
 
     No rank ever holds a full-size 16-bit model, or so much as a tensor of it: each reads its own rows of each tensor in
-    pieces, quantizes them while the next are read, and keeps the packed bytes, which are the same for any number of
+    chunks, quantizes them while the next are read, and keeps the packed bytes, which are the same for any number of
     ranks. A checkpoint that is packed already (``qsharded.quantize``, or bitsandbytes in 4 bits) keeps its bytes.
 
     Args:
@@ -95,11 +95,11 @@ class Outline:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
-        config, packing = ModelConfig.from_hf(described), read_packing(described)
+        config, storage_format = ModelConfig.from_hf(described), read_storage_format(described)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
         config, source = open_tied(folder, config)
-        packed = PackedCheckpoint.at(source, packing)
+        packed = PackedCheckpoint.at(source, storage_format)
         return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
 
     def filled(
@@ -127,7 +127,7 @@ def skeleton(
     config: ModelConfig,
     lora: LoRAConfig | None,
     dtype: torch.dtype,
-    packed: PackedCheckpoint | Packing | None = None,
+    packed: PackedCheckpoint | StorageFormat | None = None,
     quant_format: QuantFormat | None = NF4_64,
 ) -> CausalLM:
     """The model on the meta device: every parameter's shape, no memory.
@@ -146,11 +146,11 @@ def skeleton(
         if packed is None and quant_format is not None:
             kept = lora.is_saved if lora else lambda name: False
             _quantize(model, quant_format, True, lambda name, _: name != "lm_head" and not kept(name))
-        elif isinstance(packed, Packing):
+        elif isinstance(packed, StorageFormat):
             _quantize(model, packed.quant_format, packed.double_quant, lambda name, _: name != "lm_head")
         elif packed is not None:
             _refuse_torn_rows(model, packed)
-            quant_format, double_quant = packed.packing.quant_format, packed.packing.double_quant
+            quant_format, double_quant = packed.storage_format.quant_format, packed.storage_format.double_quant
             _quantize(model, quant_format, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))
             _refuse_other_packed(model, packed)
         if packed is not None and lora is not None:
@@ -177,7 +177,7 @@ def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
 
 
 def _refuse_torn_rows(model: nn.Module, packed: PackedCheckpoint) -> None:
-    quant_format = packed.packing.quant_format
+    quant_format = packed.storage_format.quant_format
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and packed.is_packed(name) and module.in_features % quant_format.block_size:
             raise ValueError(torn_rows(f"{packed.source.folder}: {name}", module.in_features, quant_format))
@@ -211,14 +211,14 @@ def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> fill.
 def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
     layers = packed_layers(model)
-    tensors = (tensor for name in layers for tensor in packed.packing.tensors(name))
+    tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
     packed.source.check(_plain_shapes(model), tensors)
     fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
     return fills + _plain_fills(model, packed.source)
 
 
 def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[fill.Fill]:
-    parts = packed.packing.parts(packed.source, name, layer.out_features, layer.in_features)
+    parts = packed.storage_format.parts(packed.source, name, layer.out_features, layer.in_features)
     first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
     yield fill.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)

@@ -25,7 +25,7 @@ from qsharded.checkpoint.adapter import (
     trainable,
 )
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
-from qsharded.checkpoint.packed_format import read_packing
+from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
 from qsharded.lora.layer import LoRALayer, lora_layers
@@ -64,10 +64,10 @@ def merge_weights(
             packed already; a merged weight that is not finite. The tensor is named.
     """
     described = read_json(checkpoint / "config.json")
-    if packing := read_packing(described):
+    if storage_format := read_storage_format(described):
         raise ValueError(
-            f"{checkpoint} is packed in 4 bits ({packing.form}), to which merged weights would be rounded again; give "
-            "--model the 16-bit checkpoint it was made from"
+            f"{checkpoint} is packed in 4 bits ({storage_format.form}), to which merged weights would be rounded "
+            "again; give --model the 16-bit checkpoint it was made from"
         )
     quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
     config, source = open_tied(checkpoint, ModelConfig.from_hf(described))

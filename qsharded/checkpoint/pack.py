@@ -1,4 +1,4 @@
-"""Write a packed checkpoint from one in 16 or 32 bits, file by file, with a piece of a tensor in memory at a time.
+"""Write a packed checkpoint from one in 16 or 32 bits, file by file, with a chunk of a tensor in memory at a time.
 
 Axes: N = out_features, K = in_features, P = K/2, G = blocks in a row.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qsharded.checkpoint import fill, packed_format
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
-from qsharded.checkpoint.packed_format import Form, Packing
-from qsharded.checkpoint.row_chunks import Piece, pieces_of
+from qsharded.checkpoint.packed_format import Form, StorageFormat
+from qsharded.checkpoint.row_chunks import RowChunk, row_chunks_of
 from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
@@ -50,10 +50,10 @@ def quantize_checkpoint(
         ValueError: the checkpoint is damaged, not supported, packed already, or not finite; or no layer fits.
     """
     described = read_json(checkpoint / "config.json")
-    if packed_format.read_packing(described):
+    if packed_format.read_storage_format(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
     config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
-    model = skeleton(config, None, torch.bfloat16, Packing(form, quant_format=quant_format))
+    model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
     writer = _Writer(source, packed_layers(model), form, quant_format, device)
     names_of = writer.names_by_file(expected_shapes(model))
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
@@ -113,12 +113,12 @@ class _CopyFill:
     def __init__(self, source: SafetensorsFolder, name: str, file: SafetensorsFile) -> None:
         N, *others = source.shape(name)
         row_bytes = math.prod(others) * source.dtype(name).itemsize
-        self.pieces = pieces_of(source, name, 0, N, row_bytes)
+        self.chunks = row_chunks_of(source, name, 0, N, row_bytes)
         self._file, self._finite = file, fill.FiniteCheck(name)
 
-    def take(self, piece: Piece, values: Tensor) -> None:
+    def take(self, chunk: RowChunk, values: Tensor) -> None:
         self._finite.add(values)
-        self._file.write(piece.name, values, piece.start * piece.row_bytes)
+        self._file.write(chunk.name, values, chunk.start * chunk.row_bytes)
 
     def check(self) -> None:
         self._finite.demand()

@@ -45,7 +45,7 @@ _ORIGINAL = "give the 16-bit checkpoint it was made from"
 
 
 @dataclass(frozen=True)
-class Packing:
+class StorageFormat:
     """How a checkpoint says that its weights are packed.
 
     Attributes:
@@ -71,7 +71,7 @@ class Packing:
             raise ValueError(f"{source.folder}: config.json speaks of packed weights ({said}), but there is none")
         return names
 
-    def as_stored(self, source: SafetensorsFolder, name: str) -> "Packing":
+    def as_stored(self, source: SafetensorsFolder, name: str) -> "StorageFormat":
         """This, with the blocks' size, which bitsandbytes notes beside each packed weight: here beside ``name``.
 
         Raises:
@@ -95,7 +95,7 @@ class Packing:
             name + ending for ending in ("", BNB_ABSMAX, BNB_STATE + self.quant_format.quant_type, BNB_MAP, *nested)
         }
 
-    def parts(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "Parts":
+    def parts(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "PackedTensors":
         """Where the parts of the packed weight ``name`` [N, K] are found.
 
         Raises:
@@ -115,14 +115,14 @@ class Packing:
         )
         return parts
 
-    def _own(self, source: SafetensorsFolder, name: str) -> "Parts":
+    def _own(self, source: SafetensorsFolder, name: str) -> "PackedTensors":
         if not self.double_quant:
-            return Parts(name, name + ABSMAX, None, None)
+            return PackedTensors(name, name + ABSMAX, None, None)
         _check_kind(source, name + OFFSET, torch.float32, 1)
         offset = _finite(source, name, source.whole(name + OFFSET).item())
-        return Parts(name, name + ABSMAX, name + SCALES, offset)
+        return PackedTensors(name, name + ABSMAX, name + SCALES, offset)
 
-    def _of_bitsandbytes(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "Parts":
+    def _of_bitsandbytes(self, source: SafetensorsFolder, name: str, N: int, K: int) -> "PackedTensors":
         quant_type = self.quant_format.quant_type
         state = _bitsandbytes_state(source, name, quant_type)
         _require(source, name, "quant_type", state, quant_type)
@@ -130,13 +130,13 @@ class Packing:
         _require(source, name, "shape", state, [N, K])
         _check_map(source, name + BNB_MAP, formats.codebook(quant_type=quant_type))
         if not self.double_quant:
-            return Parts(name, name + BNB_ABSMAX, None, None)
+            return PackedTensors(name, name + BNB_ABSMAX, None, None)
         _require(source, name, "nested_blocksize", state, blockwise8.BLOCK)
         _check_map(source, name + BNB_NESTED_MAP, blockwise8.dynamic_map())
         offset = state.get("nested_offset")
         if not isinstance(offset, int | float):
             raise ValueError(f"{source.file_of(name)}: {name} has nested_offset {offset!r}, not a number")
-        return Parts(name, name + BNB_ABSMAX, name + BNB_NESTED, _finite(source, name, float(offset)))
+        return PackedTensors(name, name + BNB_ABSMAX, name + BNB_NESTED, _finite(source, name, float(offset)))
 
 
 def _finite(source: SafetensorsFolder, name: str, offset: float) -> float:
@@ -148,7 +148,7 @@ def _finite(source: SafetensorsFolder, name: str, offset: float) -> float:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PackedTensors:
     """The tensors of a packed weight. Without double quantization there are no scales and no offset."""
 
     codes: str
@@ -162,27 +162,27 @@ class PackedCheckpoint:
     """A checkpoint whose weights are packed already, and the names of those that are."""
 
     source: SafetensorsFolder
-    packing: Packing
+    storage_format: StorageFormat
     weights: frozenset[str]
 
     @classmethod
-    def at(cls, source: SafetensorsFolder, packing: Packing | None) -> "PackedCheckpoint | None":
+    def at(cls, source: SafetensorsFolder, storage_format: StorageFormat | None) -> "PackedCheckpoint | None":
         """The one in ``source``; None where nothing is packed in it.
 
         Raises:
             ValueError: nothing is, though config.json says so.
         """
-        if packing is None:
+        if storage_format is None:
             return None
-        weights = packing.weights(source)
-        return cls(source, packing.as_stored(source, min(weights)), frozenset(weights))
+        weights = storage_format.weights(source)
+        return cls(source, storage_format.as_stored(source, min(weights)), frozenset(weights))
 
     def is_packed(self, layer: str) -> bool:
         """Whether the weight of the linear layer of that name is."""
         return f"{layer}.weight" in self.weights
 
 
-def read_packing(config: Mapping[str, Any]) -> Packing | None:
+def read_storage_format(config: Mapping[str, Any]) -> StorageFormat | None:
     """What config.json says of packed weights; None where there are none.
 
     Raises:
@@ -197,7 +197,7 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
     # bitsandbytes checkpoints of 2023 do not name it
     method = said.get("quant_method") or (BITSANDBYTES if in_4bit or in_8bit else None)
     if method == QUANT_METHOD:
-        return _own_packing(said)
+        return _own_storage_format(said)
     if method != BITSANDBYTES:
         raise ValueError(f"{CONFIG_KEY}: quant_method {method!r} is not read here; {_ORIGINAL}")
     if in_8bit or not in_4bit:
@@ -210,15 +210,15 @@ def read_packing(config: Mapping[str, Any]) -> Packing | None:
             f"{CONFIG_KEY}: bnb_4bit_quant_type is {quant_type!r}; only {' and '.join(_BNB_TYPES)} are read; "
             f"{_ORIGINAL}"
         )
-    return Packing("bitsandbytes", bool(said.get("bnb_4bit_use_double_quant")), QuantFormat(quant_type))
+    return StorageFormat("bitsandbytes", bool(said.get("bnb_4bit_use_double_quant")), QuantFormat(quant_type))
 
 
-def _own_packing(said: Mapping[str, Any]) -> Packing:
+def _own_storage_format(said: Mapping[str, Any]) -> StorageFormat:
     try:
         quant_format = own_quant_format(said)
     except ValueError as error:
         raise ValueError(f"{CONFIG_KEY}: {error}; quantize the 16-bit checkpoint again") from None
-    return Packing("qsharded", bool(said.get("double_quant", True)), quant_format)
+    return StorageFormat("qsharded", bool(said.get("double_quant", True)), quant_format)
 
 
 def own_quant_format(said: Mapping[str, Any]) -> QuantFormat:

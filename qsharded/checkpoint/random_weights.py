@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.row_chunks import Piece
+from qsharded.checkpoint.row_chunks import RowChunk
 from qsharded.utils.seeds import derived_seed
 
 
@@ -39,10 +39,10 @@ class RandomWeights:
         """A run: no number is drawn twice but at a shard's edges, and no more than a run is held."""
         return self._RUN
 
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
-        """The bytes of each piece in turn, uint8 on ``device``."""
-        for piece in pieces:
-            yield self.rows(piece.name, piece.start, piece.stop).to(device).view(torch.uint8)
+    def stream(self, chunks: Sequence[RowChunk], device: torch.device) -> Generator[Tensor, None, None]:
+        """The bytes of each chunk in turn, uint8 on ``device``."""
+        for chunk in chunks:
+            yield self.rows(chunk.name, chunk.start, chunk.stop).to(device).view(torch.uint8)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor, bf16."""

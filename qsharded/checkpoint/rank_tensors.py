@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import open_weights, trainable
-from qsharded.checkpoint.files import FileRecord, Parts, write_tensors
+from qsharded.checkpoint.files import FileRecord, TensorParts, write_tensors
 from qsharded.utils.sharding import local, own_rows
 
 _ROWS = "rows"
@@ -58,7 +58,7 @@ class RankTensors:
         """Write all of it to ``path``; the tensors must be on the CPU."""
         tensors = {_key(name, what): value for name, rows in self.of.items() for what, value in rows.tensors.items()}
         ranges = {name: [rows.start, rows.stop] for name, rows in self.of.items()}
-        parts = {key: Parts(value.dtype, tuple(value.shape), [value]) for key, value in tensors.items()}
+        parts = {key: TensorParts(value.dtype, tuple(value.shape), [value]) for key, value in tensors.items()}
         return write_tensors(path, parts, {_ROWS: json.dumps(ranges)})
 
 
@@ -150,14 +150,14 @@ class WrittenTensors:
         for name, (start, stop) in json.loads(file.metadata()[_ROWS]).items():
             self._runs.setdefault(name, []).append(_Run(name, start, stop, file, whats.get(name, [])))
 
-    def whole_tensors(self, what: str) -> dict[str, Parts]:
+    def whole_tensors(self, what: str) -> dict[str, TensorParts]:
         """Each parameter's tensor of that name in whole, to be written to a file."""
         return {name: self._whole(runs, what) for name, runs in self._runs.items()}
 
-    def _whole(self, runs: list[_Run], what: str) -> Parts:
+    def _whole(self, runs: list[_Run], what: str) -> TensorParts:
         rows = runs[-1].stop
         _check_cover(runs, rows, self._folder)
-        return Parts(runs[0].dtype(what), (rows, *runs[0].shape(what)[1:]), (run.read(what) for run in runs))
+        return TensorParts(runs[0].dtype(what), (rows, *runs[0].shape(what)[1:]), (run.read(what) for run in runs))
 
     def runs(self, name: str, rows: int) -> list[_Run]:
         """All that make up the ``rows`` rows of a parameter, in order.

@@ -15,7 +15,7 @@ from qsharded.checkpoint.expected_tensors import bitsandbytes_states, expected_t
 from qsharded.checkpoint.files import FileRecord, read_record
 from qsharded.checkpoint.load import expected_shapes, skeleton
 from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from qsharded.checkpoint.packed_format import CONFIG_KEY, Packing, own_config, own_quant_format
+from qsharded.checkpoint.packed_format import CONFIG_KEY, StorageFormat, own_config, own_quant_format
 from qsharded.checkpoint.resume import STATE_FILE
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder, read_json
@@ -236,8 +236,8 @@ def _quant_format(folder: Path, described: Mapping[str, Any], names: Iterable[st
     """Of the packed weights, if there are any. Ours say it in config.json, bitsandbytes' beside each."""
     if states := bitsandbytes_states(names):
         name = min(states)
-        packing = Packing("bitsandbytes", quant_format=QuantFormat(states[name].rpartition("__")[2]))
-        return packing.as_stored(SafetensorsFolder(folder), name).quant_format
+        storage_format = StorageFormat("bitsandbytes", quant_format=QuantFormat(states[name].rpartition("__")[2]))
+        return storage_format.as_stored(SafetensorsFolder(folder), name).quant_format
     return own_quant_format({**own_config(), **(described.get(CONFIG_KEY) or {})}) if packed_bytes(names) else NF4_64
 
 

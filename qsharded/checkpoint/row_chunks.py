@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowChunk:
     """Rows [start, stop) of a tensor, of ``row_bytes`` each as it is stored."""
 
     name: str
@@ -33,14 +33,14 @@ class WeightSource(Protocol):
         """What the tensor is stored in."""
 
     def rows_at_once(self, row_bytes: int) -> int:
-        """How many rows a piece should have; pieces begin at multiples of it."""
+        """How many rows a chunk should have; chunks begin at multiples of it."""
 
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
-        """The bytes of each piece in turn, uint8 on ``device``, good until the next is asked for."""
+    def stream(self, chunks: Sequence[RowChunk], device: torch.device) -> Generator[Tensor, None, None]:
+        """The bytes of each chunk in turn, uint8 on ``device``, good until the next is asked for."""
 
 
-def pieces_of(source: WeightSource, name: str, start: int, stop: int, row_bytes: int) -> list[Piece]:
+def row_chunks_of(source: WeightSource, name: str, start: int, stop: int, row_bytes: int) -> list[RowChunk]:
     """Rows [start, stop) cut as ``source`` wants them."""
     step = source.rows_at_once(row_bytes)
     cuts = [start, *range(start // step * step + step, stop, step), stop]
-    return [Piece(name, a, b, row_bytes) for a, b in itertools.pairwise(cuts) if a < b]
+    return [RowChunk(name, a, b, row_bytes) for a, b in itertools.pairwise(cuts) if a < b]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsharded.checkpoint import read_ahead, safetensors_header
-from qsharded.checkpoint.row_chunks import Piece
+from qsharded.checkpoint.row_chunks import RowChunk
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
@@ -193,10 +193,10 @@ class SafetensorsFolder:
         """As many as fill a staging buffer."""
         return max(1, read_ahead.PIECE // row_bytes)
 
-    def stream(self, pieces: Sequence[Piece], device: torch.device) -> Generator[Tensor, None, None]:
-        """The bytes of each piece in turn, uint8 on ``device``, good until the next is asked for; read ahead."""
-        fills = [partial(self.read_into, piece.name, piece.start * piece.row_bytes) for piece in pieces]
-        return read_ahead.read_ahead(fills, [piece.nbytes for piece in pieces], device)
+    def stream(self, chunks: Sequence[RowChunk], device: torch.device) -> Generator[Tensor, None, None]:
+        """The bytes of each chunk in turn, uint8 on ``device``, good until the next is asked for; read ahead."""
+        fills = [partial(self.read_into, chunk.name, chunk.start * chunk.row_bytes) for chunk in chunks]
+        return read_ahead.read_ahead(fills, [chunk.nbytes for chunk in chunks], device)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor, on the CPU in the dtype it is stored in."""

@@ -19,7 +19,7 @@ _KEY = "tie_word_embeddings"
 def open_tied(folder: Path, config: ModelConfig) -> tuple[ModelConfig, SafetensorsFolder]:
     """``config`` as the files in ``folder`` bear it out, and these: a tied weight is called the embedding's there.
 
-    Where both weights are stored, they are compared piece by piece as far as they are equal. Every rank compares all of
+    Where both weights are stored, they are compared chunk by chunk as far as they are equal. Every rank compares all of
     them, so that none waits for another: weights that differ do so at once, and few files hold one weight twice.
 
     Raises:
@@ -50,5 +50,5 @@ def _are_equal(source: SafetensorsFolder) -> bool:
         return False
     row_bytes = shape[1] * max(source.dtype(name).itemsize for name in (EMBEDDING, HEAD))
     step = source.rows_at_once(max(1, row_bytes))
-    pieces = ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
-    return all(bool((source.rows(EMBEDDING, *piece) == source.rows(HEAD, *piece)).all()) for piece in pieces)
+    chunks = ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+    return all(bool((source.rows(EMBEDDING, *chunk) == source.rows(HEAD, *chunk)).all()) for chunk in chunks)

@@ -56,10 +56,12 @@ def read_settings(config: Any) -> Settings:
         ValueError: it is not bitsandbytes', or not of 4 bits.
     """
     described = config if isinstance(config, dict | None) else config.to_dict()
-    packing = packed_format.read_packing({packed_format.CONFIG_KEY: described})
-    if described is None or packing is None or packing.form != packed_format.BITSANDBYTES:
+    storage_format = packed_format.read_storage_format({packed_format.CONFIG_KEY: described})
+    if described is None or storage_format is None or storage_format.form != packed_format.BITSANDBYTES:
         raise ValueError("the checkpoint is not quantized to 4 bits by bitsandbytes: its config.json does not say so")
-    return Settings(packing.quant_format.quant_type, packing.double_quant, described.get("llm_int8_skip_modules"))
+    return Settings(
+        storage_format.quant_format.quant_type, storage_format.double_quant, described.get("llm_int8_skip_modules")
+    )
 
 
 def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:

@@ -55,7 +55,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BucketSlice:
     """What a bucket holds of a parameter: ``count`` values from ``first_value`` on, ``lead`` values into its blocks."""
 
     first_block: int
@@ -169,14 +169,14 @@ class Arena:
         """What is paged, in buckets of at most so many blocks."""
         return list(self._cut(self.resident, _total(self.slots), most_blocks))
 
-    def pieces(self, bucket: Bucket) -> Iterator[tuple[int, Piece]]:
+    def pieces(self, bucket: Bucket) -> Iterator[tuple[int, BucketSlice]]:
         """The parameters of a bucket by number, with what it holds of each."""
         for number, slot in enumerate(self.slots):
             first, end = max(slot.first_block, bucket.first_block), min(slot.end, bucket.end)
             if first < end:
                 start, stop = max(first * BLOCK - slot.origin, 0), min(end * BLOCK - slot.origin, slot.count)
                 lead = slot.lead if first == slot.first_block else 0
-                yield number, Piece(first, end - first, lead, start, stop - start)
+                yield number, BucketSlice(first, end - first, lead, start, stop - start)
 
     def _cut(self, start: int, stop: int, most: int) -> Iterator[Bucket]:
         for dtype, first, last in _runs(self.slots):

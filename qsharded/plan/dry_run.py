@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing, read_packing
+from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format
 from qsharded.checkpoint.source import find_checkpoint, read_json
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli.base_model import find_adapter, lora_config
@@ -45,15 +45,15 @@ def dry_run(config: TrainConfig) -> int:
 
 def _model(
     config: TrainConfig, folder: Path, described: dict[str, Any]
-) -> tuple[ModelConfig, PackedCheckpoint | Packing | None]:
+) -> tuple[ModelConfig, PackedCheckpoint | StorageFormat | None]:
     """The model and what of it is packed; of a Hub id, and of a folder without its weights, only how."""
-    model, packing = ModelConfig.from_hf(described), read_packing(described)
+    model, storage_format = ModelConfig.from_hf(described), read_storage_format(described)
     if config.random_init:
         return model, None
     if not (Path(config.model).is_dir() and any(folder.glob("*.safetensors"))):
-        return model, packing
+        return model, storage_format
     model, source = open_tied(folder, model)
-    return model, PackedCheckpoint.at(source, packing)
+    return model, PackedCheckpoint.at(source, storage_format)
 
 
 def _text(planner: Planner, plan: Plan, described: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from qsharded.checkpoint.load import skeleton
-from qsharded.checkpoint.packed_format import PackedCheckpoint, Packing
+from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat
 from qsharded.config import TrainConfig
 from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes
 from qsharded.lora.config import LoRAConfig
@@ -111,7 +111,7 @@ class Planner:
     lora: LoRAConfig
     dtype: torch.dtype
     gpu_bytes: int | None = None
-    packed: PackedCheckpoint | Packing | None = None
+    packed: PackedCheckpoint | StorageFormat | None = None
     _simulated: dict[tuple[int, int, Mode, bool], StepWork] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -162,8 +162,8 @@ class Planner:
 
     @property
     def _quant_format(self) -> QuantFormat:
-        packing = self.packed.packing if isinstance(self.packed, PackedCheckpoint) else self.packed
-        return packing.quant_format if packing else NF4_64
+        storage_format = self.packed.storage_format if isinstance(self.packed, PackedCheckpoint) else self.packed
+        return storage_format.quant_format if storage_format else NF4_64
 
     def _layout(self, config: TrainConfig, ranks: int) -> Layout:
         # a GPU of unknown size is taken to be too small, which is the layout that needs less of it

@@ -1,4 +1,4 @@
-"""Pieces: a checkpoint is the same bytes in whatever pieces it is read and written."""
+"""Chunks: a checkpoint is the same bytes in whatever chunks it is read and written."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsharded.checkpoint import load_model, read_ahead
 from qsharded.checkpoint.pack import quantize_checkpoint
-from qsharded.checkpoint.row_chunks import Piece, pieces_of
+from qsharded.checkpoint.row_chunks import RowChunk, row_chunks_of
 from qsharded.checkpoint.source import SafetensorsFolder
 from tests.checkpoints import write_checkpoint
 
@@ -33,11 +33,11 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path, shards=2, hidden_size=192, intermediate_size=320)
 
 
-@pytest.mark.parametrize("piece", [1, 1000, 5000])
-def test_pieces_change_no_byte(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, piece: int) -> None:
-    """A byte is less than a row, so that pieces are single rows."""
+@pytest.mark.parametrize("chunk", [1, 1000, 5000])
+def test_chunks_change_no_byte(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int) -> None:
+    """A byte is less than a row, so that chunks are single rows."""
     expected = state_bytes(folder)
-    monkeypatch.setattr(read_ahead, "PIECE", piece)
+    monkeypatch.setattr(read_ahead, "PIECE", chunk)
     assert_same_bytes(state_bytes(folder), expected)
     for form in ("qsharded", "bitsandbytes"):
         (tmp_path / form).mkdir()
@@ -49,7 +49,7 @@ def test_pieces_change_no_byte(folder: Path, monkeypatch: pytest.MonkeyPatch, tm
 def test_a_value_that_is_not_finite_is_found_in_any_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """In the first row, the pieces behind it sound: what was seen of one piece must outlive the next."""
+    """In the first row, the chunks behind it sound: what was seen of one chunk must outlive the next."""
     folder = write_checkpoint(tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights[name][0, 0] = torch.nan
@@ -63,10 +63,10 @@ def test_a_value_that_is_not_finite_is_found_in_any_piece(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("piece", [1000, 64 << 20])
-def test_on_a_gpu_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, piece: int) -> None:
+@pytest.mark.parametrize("chunk", [1000, 64 << 20])
+def test_on_a_gpu_too(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunk: int) -> None:
     expected = state_bytes(folder)
-    monkeypatch.setattr(read_ahead, "PIECE", piece)
+    monkeypatch.setattr(read_ahead, "PIECE", chunk)
     assert_same_bytes(state_bytes(folder, "cuda"), expected)
     for form in ("qsharded", "bitsandbytes"):
         (tmp_path / form).mkdir()
@@ -78,10 +78,10 @@ def test_pieces_begin_at_multiples_and_cover_the_rows(folder: Path, monkeypatch:
     source = SafetensorsFolder(folder)
     monkeypatch.setattr(read_ahead, "PIECE", 4 * 384 + 100)
     cut = [(3, 4), (4, 8), (8, 12), (12, 13)]
-    assert pieces_of(source, "w", 3, 13, 384) == [Piece("w", start, stop, 384) for start, stop in cut]
-    assert pieces_of(source, "w", 4, 8, 384) == [Piece("w", 4, 8, 384)]
-    assert pieces_of(source, "w", 5, 7, 384) == [Piece("w", 5, 7, 384)]
-    assert pieces_of(source, "w", 8, 8, 384) == []
+    assert row_chunks_of(source, "w", 3, 13, 384) == [RowChunk("w", start, stop, 384) for start, stop in cut]
+    assert row_chunks_of(source, "w", 4, 8, 384) == [RowChunk("w", 4, 8, 384)]
+    assert row_chunks_of(source, "w", 5, 7, 384) == [RowChunk("w", 5, 7, 384)]
+    assert row_chunks_of(source, "w", 8, 8, 384) == []
 
 
 def test_no_more_than_a_few_pieces_are_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qsharded.checkpoint.files import FileRecord, Parts, write_tensors
+from qsharded.checkpoint.files import FileRecord, TensorParts, write_tensors
 from qsharded.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest, verify, write_manifest
 
 
@@ -80,8 +80,8 @@ def test_tensor_files_are_safetensors(tmp_path: Path) -> None:
         "none": torch.empty(0, 4, dtype=torch.bfloat16),
         "half": torch.randn(3, dtype=torch.float16),
     }
-    parts = {name: Parts(t.dtype, tuple(t.shape), [t]) for name, t in tensors.items()}
-    parts["rows"] = Parts(torch.float32, (6, 2), [rows[:1], rows[1:1], rows[1:]])
+    parts = {name: TensorParts(t.dtype, tuple(t.shape), [t]) for name, t in tensors.items()}
+    parts["rows"] = TensorParts(torch.float32, (6, 2), [rows[:1], rows[1:1], rows[1:]])
     path = tmp_path / "some.safetensors"
     record = write_tensors(path, parts, {"a": "b"})
     read = load_file(path)

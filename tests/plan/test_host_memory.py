@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsharded.checkpoint.load import skeleton
-from qsharded.checkpoint.packed_format import Packing
+from qsharded.checkpoint.packed_format import StorageFormat
 from qsharded.config import TrainConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.nn import LoRAConfig
@@ -55,7 +55,9 @@ def test_a_model_of_the_hub_is_downloaded_in_its_dtype(model: CausalLM, tmp_path
 def test_a_packed_model_of_the_hub_is_downloaded_packed() -> None:
     linear = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
     for double_quant, scales in ((True, linear // 64), (False, linear // 64 * 4)):
-        built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, Packing("qsharded", double_quant))
+        built = skeleton(
+            ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, StorageFormat("qsharded", double_quant)
+        )
         found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
         second_level = 2 * 4 * (1 + 1 + 1 + 1 + 2 + 2 + 2) if double_quant else 0  # a figure for 256 blocks
         assert found["download"] == linear // 2 + scales + second_level + 2 * (WEIGHTS - linear)
@@ -66,8 +68,8 @@ def test_a_packed_model_of_another_kind_is_counted_with_its_scales(block_size: i
     """down_proj, of 192 columns, stays in 16 bits where blocks are of 128."""
     plain = 2 * 128 * 192 if block_size == 128 else 0
     packed = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) - plain
-    packing = Packing("qsharded", quant_format=QuantFormat("fp4", block_size))
-    built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, packing)
+    storage_format = StorageFormat("qsharded", quant_format=QuantFormat("fp4", block_size))
+    built = skeleton(ModelConfig.from_hf(LLAMA), LoRAConfig(r=R), torch.bfloat16, storage_format)
     found = {need.name: need.bytes for need in disk(built, CONFIG, LLAMA, is_packed=True)}
     # 128x128, 64x128 and 192x128 in blocks of 32 have 512, 256, 768 scales, and down_proj 768; of 128: a quarter
     second_level = 2 * 4 * (2 * 2 + 2 * 1 + 3 * 3 if block_size == 32 else 2 * 1 + 2 * 1 + 2 * 1)

@@ -1,6 +1,7 @@
 """Session set-up that must come before torch, triton and huggingface_hub are imported."""
 
 import os
+from pathlib import Path
 
 # Two cores serve the whole suite, and its multi-rank tests start processes of their own that inherit this.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, so it is set before any module that defines one is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.checkpoints import write_chat_checkpoint, write_chat_rows
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -24,3 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model so small that a run takes seconds, one for each module that asks."""
+    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations for it."""
+    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)

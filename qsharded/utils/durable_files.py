@@ -155,9 +155,13 @@ def sync_folder(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int | None:
     """What this user may still write where ``folder`` is or will be; None where the file system does not say."""
-    at = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    usage = shutil.disk_usage(at)
+    usage = disk_usage(folder)
     return usage.free if usage.total else None  # some network file systems say 0 of 0
+
+
+def disk_usage(path: Path) -> Any:
+    """``shutil.disk_usage`` of where ``path`` is, or will be once it is made."""
+    return shutil.disk_usage(next(at for at in (path.absolute(), *path.absolute().parents) if at.exists()))
 
 
 def folder_bytes(paths: Iterable[Path]) -> int:

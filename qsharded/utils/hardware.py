@@ -1,11 +1,12 @@
 """What this machine has: memory, disk, GPUs. Nothing here needs a GPU."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
+
+from qsharded.utils.durable_files import disk_usage
 
 GIB = 2**30
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -50,8 +51,8 @@ def _number(path: Path) -> int | None:
 
 def free_disk(path: Path) -> int:
     """Bytes free where ``path`` is, or will be once it is made."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    free: int = disk_usage(path).free
+    return free
 
 
 def gpu_memory() -> int | None:

@@ -12,20 +12,9 @@ from safetensors.torch import load_file
 from qsharded import train
 from qsharded.checkpoint.intact import read_sound
 from qsharded.training import results
-from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments
 from tests.utils.test_durable_files import room_in_a_file
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
 
 
 def run_full_at_the_adapter(model: Path, dataset: Path, out: Path, **options: Any) -> str:

@@ -14,22 +14,11 @@ from qsharded import train
 from qsharded.training import results
 from qsharded.training.metrics import MetricsLog
 from qsharded.utils import signals
-from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments, assert_same_file, losses
 from tests.processes import Command, script, start_ranks
 
 OPTIONS = {"max_steps": 6, "optim": "adamw"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
 
 
 # A signal in the fourth step, in the first of its two micro-batches; the third has one.

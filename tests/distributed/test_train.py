@@ -20,18 +20,8 @@ from qsharded.data import Example, Tokenizer, load_examples
 from qsharded.training import evaluation, objective, trainer
 from qsharded.training import run_folder as output
 from qsharded.training.metrics import read_metrics
-from tests.checkpoints import write_chat_checkpoint, write_chat_rows
+from tests.checkpoints import write_chat_checkpoint
 from tests.distributed.harness import run_ranks
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
 
 
 def arguments(model: Path, dataset: Path, output: Path, **options: Any) -> list[str]:

@@ -13,7 +13,6 @@ from qsharded.config import TrainConfig
 from qsharded.training import results
 from qsharded.training.disk_room import Sizes, lack_of_room, refuse_full_disk, room_note
 from qsharded.training.metrics import read_metrics
-from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.utils.test_durable_files import room_in_a_file
 
 Usage = namedtuple("Usage", "total used free")
@@ -78,16 +77,6 @@ def test_a_save_needs_room_for_the_adapter_too(tmp_path: Path, monkeypatch: pyte
     assert lack_of_room(tmp_path, SIZES) is None
     disk_with(monkeypatch, 499)
     assert lack_of_room(tmp_path, SIZES) == f"{tmp_path} has 499 bytes free, a checkpoint and the adapter take 500"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
 
 
 def arguments(model: Path, dataset: Path, output: Path, **options: Any) -> list[str]:

@@ -16,20 +16,9 @@ from qsharded.cli import command_line
 from qsharded.training import evaluation, objective, results
 from qsharded.training.metrics import MetricsLog, read_metrics
 from qsharded.utils import signals
-from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.test_train import arguments, assert_same_file, losses
 from tests.training.test_disk_room import disk_with, fill_disk
 from tests.utils.test_durable_files import room_in_a_file
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 22)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def environment() -> dict[str, Any]:

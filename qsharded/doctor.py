@@ -183,7 +183,8 @@ def _wrong_bytes(device: torch.device) -> str:
     weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(0))
     codes, absmax = formats.encode(weight)
     found_codes, found_absmax = ops.nf4_quantize(weight.to(device))
-    decoded = ops.nf4_dequantize(PackedWeight(codes.to(device), absmax.to(device)), torch.float32)
+    packed = PackedWeight(codes.to(device), absmax.to(device), None, None, formats.NF4_64)
+    decoded = ops.nf4_dequantize(packed, torch.float32)
     pairs = {
         "codes": (found_codes, codes),
         "absmax": (found_absmax, absmax),

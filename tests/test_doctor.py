@@ -27,7 +27,11 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return leave.value.code, capsys.readouterr().out
 
 
-def test_a_healthy_machine_passes_every_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_machine_passes_every_check(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():  # the tests may hide the GPUs of a machine that has them, with their driver
+        monkeypatch.setattr(doctor, "_DRIVER", tmp_path / "no_driver")
     status, text = printed(capsys)
     assert status == 0, text
     for line in (f"PyTorch {torch.__version__}", "kernels on cpu: ", "every byte arrives", "GB/s into each rank"):

@@ -41,7 +41,7 @@ class Packed:
 
     def packed(self) -> PackedWeight:
         """As ``qsharded.quant`` takes it."""
-        return PackedWeight(*self.arguments())
+        return PackedWeight(*self.arguments(), formats.NF4_64)
 
     def with_tables(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""

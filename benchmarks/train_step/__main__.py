@@ -59,7 +59,7 @@ def run(who: str, case: Case) -> dict[str, Any]:
         if who == "qsharded":
             line, place = [sys.executable, "-m", "benchmarks.train_step.ours", str(given), str(result)], None
         else:
-            line, place = [sys.executable, peers.__file__, who, str(given), str(result)], folder
+            line, place = [sys.executable, "-P", peers.__file__, who, str(given), str(result)], folder
         ended = subprocess.run(line, cwd=place, capture_output=True, text=True, check=False)
         if ended.returncode:
             return {"failed": (ended.stderr.strip().splitlines() or ["no message"])[-1]}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_step.case import Case
-from benchmarks.train_step.profile import profiled
+from benchmarks.train_step.gpu_activity import profiled
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Batch

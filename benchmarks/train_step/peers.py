@@ -1,9 +1,9 @@
 """Other libraries' QLoRA steps on the same case, where they are installed.
 
-python peers.py NAME CASE.json RESULT.json    # as a file, from a folder that holds no module called kernels
+python -P peers.py NAME CASE.json RESULT.json    # as a file, from a folder that holds no module called kernels
 
 They are started so since Hugging Face ships a package of that name, which transformers, bitsandbytes and Unsloth
-import.
+import; -P keeps the modules beside this one from hiding others.
 """
 
 import json
@@ -31,30 +31,38 @@ def measure(build: Any, case: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _write_random_model(case["shape"], folder)
         model = build(case, folder)
-    import bitsandbytes
     import torch
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=1e-4)
-    ids = torch.randint(4, case["shape"]["vocab_size"] - 4, (case["rows"], case["length"]), device="cuda")
-    torch.cuda.reset_peak_memory_stats()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU shows that it runs, no more
+    accelerator = torch.get_device_module(device)
+    optimizer = _optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+    ids = torch.randint(4, case["shape"]["vocab_size"] - 4, (case["rows"], case["length"]), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     walls = []
     for _ in range(_WARM_UP + case["steps"]):
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         began = time.perf_counter()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         walls.append(time.perf_counter() - began)
-    return {
-        "step_ms": 1e3 * statistics.median(walls[_WARM_UP:]),
-        "first_step_s": walls[0],
-        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }
+    result = {"step_ms": 1e3 * statistics.median(walls[_WARM_UP:]), "first_step_s": walls[0]}
+    if device.type == "cuda":
+        result["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return result
+
+
+def _optimizer(parameters: list[Any]) -> Any:
+    import bitsandbytes
+    import torch
+
+    made = bitsandbytes.optim.PagedAdamW8bit if torch.cuda.is_available() else torch.optim.AdamW
+    return made(parameters, lr=1e-4)
 
 
 def _write_random_model(shape: dict[str, Any], folder: str) -> None:
@@ -68,7 +76,7 @@ def _write_random_model(shape: dict[str, Any], folder: str) -> None:
 
     names = {name: value for name, value in shape.items() if name != "architectures"}
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM(LlamaConfig(**names, bos_token_id=0, eos_token_id=1, pad_token_id=2)).save_pretrained(folder)
     special = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3}
     words = special | {f"w{number}": number for number in range(4, shape["vocab_size"])}
@@ -103,7 +111,8 @@ def _transformers(case: dict[str, Any], folder: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    settings: dict[str, Any] = {"quantization_config": nf4, "dtype": torch.bfloat16, "device_map": {"": 0}}
+    device = 0 if torch.cuda.is_available() else "cpu"
+    settings: dict[str, Any] = {"quantization_config": nf4, "dtype": torch.bfloat16, "device_map": {"": device}}
     base = AutoModelForCausalLM.from_pretrained(folder, **settings)
     adapters = LoraConfig(r=case["rank"], lora_alpha=16, target_modules=_TARGETS, task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, adapters, autocast_adapter_dtype=False)

@@ -76,6 +76,18 @@ def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:
     return None
 
 
+def code_dtypes(files: Sequence[str], quant_type: str) -> set[str]:
+    """The storage types of the packed weights in ``files``, as safetensors name them ("U8", "BF16"), of which headers
+    alone are read."""
+    ending = packed_format.BNB_STATE + quant_type
+    found = set()
+    for path in (path for path in files if path.endswith(".safetensors")):
+        with safe_open(path, framework="pt") as file:
+            weights = [name.removesuffix(ending) for name in file.keys() if name.endswith(ending)]  # noqa: SIM118
+            found |= {file.get_slice(name).get_dtype() for name in weights}
+    return found
+
+
 def _described(state: Tensor) -> dict[str, Any]:
     return json.loads(state.cpu().numpy().tobytes())
 

@@ -78,7 +78,7 @@ def _dequantize(before: _Kernel) -> _Kernel:
         if not _is_ours(quant_type, blocksize) or numel % formats.BLOCK or numel == 0:
             return before(A, absmax, blocksize, quant_type, shape, dtype)
         K = _row_length(shape, numel)
-        packed = PackedWeight(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK))
+        packed = PackedWeight(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK), None, None, formats.NF4_64)
         decoded = ops.nf4_dequantize(packed, dtype)
         return decoded.view(tuple(shape))
 
@@ -140,8 +140,10 @@ def _product(
     N, K = shape
     codes_NP = _bytes(codes).view(N, K // 2)
     if absmax_8bit is None:
-        return ops.nf4_linear(x, PackedWeight(codes_NP, absmax.view(N, -1)), bias)
-    return ops.nf4_linear(x, PackedWeight(codes_NP, absmax_8bit.view(N, -1), absmax, offset), bias)
+        packed = PackedWeight(codes_NP, absmax.view(N, -1), None, None, formats.NF4_64)
+    else:
+        packed = PackedWeight(codes_NP, absmax_8bit.view(N, -1), absmax, offset, formats.NF4_64)
+    return ops.nf4_linear(x, packed, bias)
 
 
 def _is_ours(quant_type: str, blocksize: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -120,6 +121,7 @@ class QShardedQuantizer(HfQuantizer):
 
         if config.stored_as != METHOD:
             files = checkpoint_files or []
+            _refuse_changed_codes(bitsandbytes_format.code_dtypes(files, config.format))
             config.block_size = bitsandbytes_format.stored_block_size(files, config.format) or config.block_size
             _refuse_torn_rows(
                 [named for named in model.named_modules() if is_quantized(*named)], own_quant_format(vars(config))
@@ -258,6 +260,16 @@ class _AsStored(_AsParameter):
     @property
     def reverse_op(self) -> ConversionOps:
         return _AsParameter()
+
+
+def _refuse_changed_codes(dtypes: set[str]) -> None:
+    """Transformers before 5.21 makes bf16 numbers of codes that a checkpoint stores as another floating type."""
+    changed = sorted(dtypes - {"U8", "BF16"})
+    if changed and not hasattr(HfQuantizer, "get_new_dtype"):
+        raise ValueError(
+            f"the 4-bit codes are stored as {', '.join(changed)}, which transformers {transformers.__version__} would "
+            "change while it loads them; install transformers 5.21 or newer"
+        )
 
 
 def _stored_row(model: PreTrainedModel, name: str) -> int | None:

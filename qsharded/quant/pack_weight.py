@@ -43,7 +43,7 @@ def pack_weight(
     """
     codes, absmax = ops.nf4_quantize(weight_NK, quant_format)
     if not double_quant:
-        return PackedWeight(codes, absmax, quant_format=quant_format)
+        return PackedWeight(codes, absmax, None, None, quant_format)
     return PackedWeight(codes, *double_quantize(absmax, rows), quant_format)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.quant import formats
-from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.quant.formats import QuantFormat
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class PackedWeight:
 
     codes: Tensor
     absmax: Tensor
-    absmax_scales: Tensor | None = None
-    absmax_offset: Tensor | None = None
-    quant_format: QuantFormat = NF4_64
+    absmax_scales: Tensor | None
+    absmax_offset: Tensor | None
+    quant_format: QuantFormat  # without a default: torch.compile of torch 2.11 takes no object as one
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

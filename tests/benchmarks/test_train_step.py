@@ -9,8 +9,8 @@ import torch
 from benchmarks.train_step import plot
 from benchmarks.train_step.__main__ import figures, run
 from benchmarks.train_step.case import PEAK_BF16_FLOPS, Case, suite
+from benchmarks.train_step.gpu_activity import phase_of, union
 from benchmarks.train_step.ours import random_batch
-from benchmarks.train_step.profile import phase_of, union
 from tests.checkpoints import LLAMA
 
 SMALL = Case("small", LLAMA, rows=2, length=16, documents=3, steps=1)
@@ -22,6 +22,12 @@ def test_a_small_case_runs_through() -> None:
     row = figures(SMALL, measured)
     assert row["tokens_per_second"] == pytest.approx(32 / measured["step_ms"] * 1e3)
     assert 0 < row["mfu"] == pytest.approx(SMALL.flops() / (measured["step_ms"] / 1e3) / PEAK_BF16_FLOPS)
+
+
+def test_a_peer_runs_through_a_small_case() -> None:
+    for package in ("transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(package)
+    assert run("transformers", Case("small", LLAMA, rows=2, length=16, steps=1)).get("step_ms", 0) > 0
 
 
 def test_a_case_that_fails_says_why() -> None:

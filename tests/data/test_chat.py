@@ -1,4 +1,5 @@
 import pytest
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qsharded.data.chat import ChatTemplate
@@ -57,7 +58,9 @@ def test_reasoning_goes_by_its_names(field, read):
     source = "{% for m in messages %}{{ m['" + read + "'] }}|{% endfor %}"
     messages = [{"role": "assistant", "content": "a", field: "why"}]
     expected, _ = rendered_by_transformers(source, messages)
-    assert ChatTemplate(source, VARIABLES).render(messages) == expected == "why|"
+    assert ChatTemplate(source, VARIABLES).render(messages) == "why|"
+    if hasattr(chat_template_utils, "_REASONING_FIELDS"):  # older ones leave the names as they are
+        assert expected == "why|"
 
 
 @pytest.mark.parametrize("name", list(CONVERSATIONS)[1:])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.quantizers import HfQuantizer
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
@@ -123,7 +124,10 @@ def bitsandbytes_folder(checkpoint: Path, tmp_path: Path) -> Any:
     return write
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16])
+KEEPS_DTYPES = hasattr(HfQuantizer, "get_new_dtype")  # from transformers 5.21 on
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, *([torch.float16] if KEEPS_DTYPES else [])])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
     bitsandbytes_folder: Any, nested: bool, storage: torch.dtype
@@ -143,6 +147,17 @@ def test_a_bitsandbytes_checkpoint_keeps_its_bytes(
             assert torch.equal(offset, state.offset)
     ours.save_pretrained(folder / "ours")
     assert as_bytes(read(folder / "ours").state_dict()) == as_bytes(ours.state_dict())
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float32])
+def test_codes_that_an_older_transformers_would_change_are_refused(
+    bitsandbytes_folder: Any, monkeypatch: pytest.MonkeyPatch, storage: torch.dtype
+) -> None:
+    _, folder = bitsandbytes_folder(bnb_4bit_quant_storage=storage)
+    if KEEPS_DTYPES:  # stand in for one that doesn't
+        monkeypatch.delattr(HfQuantizer, "get_new_dtype")
+    with pytest.raises(ValueError, match=r"codes are stored as F(16|32), .* install transformers 5\.21"):
+        read(folder, config=from_bitsandbytes(AutoConfig.from_pretrained(folder)))
 
 
 def test_a_bitsandbytes_checkpoint_in_fp4_keeps_its_bytes(bitsandbytes_folder: Any) -> None:

@@ -41,7 +41,7 @@ def test_dequantize(kernels: Kernels) -> None:
     codes = torch.randint(256, (N, K // 2), dtype=torch.uint8, device="cuda")
     absmax = torch.randint(256, (N, G), dtype=torch.uint8, device="cuda")
     scales, offset = torch.rand(N * G // 256, device="cuda"), torch.tensor(0.7, device="cuda")
-    weight = kernels.dequantize(PackedWeight(codes, absmax, scales, offset), torch.bfloat16, None)
+    weight = kernels.dequantize(PackedWeight(codes, absmax, scales, offset, formats.NF4_64), torch.bfloat16, None)
     for rows in ENDS:
         own_scales = scales[rows.start * G // 256 : rows.stop * G // 256]
         expected = formats.decode(codes[rows], formats.decode_absmax(absmax[rows], own_scales, offset), torch.bfloat16)

@@ -90,7 +90,7 @@ def shape_options(shape: dict[str, Any], folder: Path, rows: int, length: int) -
     random = Random(0)
     text = [{"text": "".join(random.choices("abcdefghij", k=length - 8))} for _ in range(rows)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in text))
-    return {"model": model, "dataset": dataset, "max_length": length}
+    return {"model": model, "dataset": dataset, "max_length": length, "activation_checkpointing": "full"}
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from benchmarks.trainer_rank import memory
 from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
-from qsharded.plan.gpu_memory import plan
+from qsharded.plan.run import plan
 
 LARGEST_GAP = 0.10
 LLAMA3_8B, LLAMA3_70B = SHAPES["llama3-8b"], SHAPES["llama3-70b"]
@@ -106,6 +106,7 @@ def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list
         "max-length": length,
         "overlong": "truncate",
         "per-device-train-batch-size": rows,
+        "activation-checkpointing": "full",
         "gradient-accumulation-steps": 2,
         "max-steps": 3,
         "save-steps": 0,

@@ -18,7 +18,7 @@ from benchmarks.two_gpus.runner import Found
 from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
-from qsharded.plan.gpu_memory import plan
+from qsharded.plan.run import plan
 from qsharded.training.metrics import read_metrics
 from qsharded.utils.hardware import GIB
 

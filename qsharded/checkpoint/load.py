@@ -24,7 +24,7 @@ from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
 
 
@@ -36,7 +36,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     revision: str | None = None,
     device: torch.device | str | None = None,
-    activation_checkpointing: Mode = "none",
+    activation_checkpointing: Mode | Checkpointing = "none",
     layout: Layout = SHARDED,
     random_init: bool = False,
     seed: int = 0,
@@ -54,7 +54,8 @@ def load_model(
         dtype: of what is not quantized (embedding, norms, biases, head) and of the activations: bfloat16 or float32.
         revision: of a Hub id.
         device: where the model lives; by default the current GPU, or the CPU where there is none.
-        activation_checkpointing: what of each block is recomputed in backward.
+        activation_checkpointing: what of each layer is computed again in backward; a ``Checkpointing`` where not all
+            layers are treated alike.
         layout: where the frozen weights are kept.
         random_init: take config.json alone and draw the weights, for benchmarks.
         seed: of the adapters, and of random weights.
@@ -70,7 +71,10 @@ def load_model(
     with refused_by_all(groups_of(mesh), device):
         folder = find_checkpoint(path_or_id, revision, weights=not random_init)
         outline = Outline.of(folder, lora, dtype, random_init=random_init)
-    return outline.filled(mesh, device, layout=layout, checkpointing=activation_checkpointing, seed=seed)
+    checkpointing = activation_checkpointing
+    if not isinstance(checkpointing, Checkpointing):
+        checkpointing = Checkpointing(checkpointing)
+    return outline.filled(mesh, device, layout=layout, checkpointing=checkpointing, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Outline:
         return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
 
     def filled(
-        self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Mode, seed: int
+        self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Checkpointing, seed: int
     ) -> CausalLM:
         """The model in memory; the arguments and errors are those of :func:`load_model`. Once: it is the same one."""
         param_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None

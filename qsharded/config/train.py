@@ -6,7 +6,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
 
 _model = partial(option, group="Model")
 _data = partial(option, group="Data")
@@ -83,11 +83,19 @@ class TrainConfig:
     gradient_accumulation_steps: int = _batch(
         "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
     )
-    activation_checkpointing: Mode = _memory(
-        "What the backward pass computes again. full keeps each block's input alone: a third more work for a fraction "
-        "of the memory; selective keeps what attention takes and puts out as well, and computes the MLP again; "
-        "offloaded is full with the inputs in host memory.",
-        "full",
+    activation_checkpointing: ModeOrAuto = _memory(
+        "What the backward pass computes again. none: nothing; full keeps each layer's input alone: a third more work "
+        "for a fraction of the memory; offloaded is full with the inputs in host memory; selective keeps what "
+        "attention takes and puts out, and computes the MLP again. auto is the fastest that the plan says fits the "
+        "GPU: as many layers as it has room for keep all.",
+        "auto",
+    )
+    checkpointed_layers: int | None = _memory(
+        "How many of the first layers --activation-checkpointing is for; the others keep all that backward reads.",
+        None,
+        unit="layers",
+        check=AT_LEAST_1,
+        unset="all layers",
     )
     sharding: Literal["full", "replicate", "auto"] = _memory(
         "Where the frozen weights are: cut over the ranks, whole on each (faster, for models that fit), or, with auto, "
@@ -239,6 +247,12 @@ class TrainConfig:
         """Every ``--dataset``."""
         return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What the options say, once "auto" is replaced (``plan.checkpointing``)."""
+        assert self.activation_checkpointing != "auto", "auto is chosen by the plan first"
+        return Checkpointing(self.activation_checkpointing, self.checkpointed_layers)
+
     def __post_init__(self) -> None:
         check_values(self)
         if not self.datasets:
@@ -252,6 +266,7 @@ class TrainConfig:
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
         if self.one_example_per_answer and self.train_on == "all":
             raise ValueError("--one-example-per-answer learns the answers: it does not go with --train-on all")
+        _check_checkpointing(self)
         if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
             raise ValueError(
                 "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
@@ -263,6 +278,18 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_checkpointing(config: TrainConfig) -> None:
+    if config.checkpointed_layers is None:
+        return
+    if config.activation_checkpointing in ("auto", "none"):
+        raise ValueError(
+            "--checkpointed-layers says for how many layers --activation-checkpointing full, offloaded or selective "
+            f"is; it does not go with {config.activation_checkpointing}"
+        )
+    if config.cpu_offload:
+        raise ValueError("--cpu-offload needs all layers checkpointed: leave --checkpointed-layers out")
 
 
 def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:

@@ -101,3 +101,17 @@ def least_memory(world: World) -> int:
     else:
         total = hardware.memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(collectives.all_reduce(torch.tensor(total, device=world.device), dist.ReduceOp.MIN, world.group))
+
+
+def least_free_memory(world: World) -> int:
+    """Bytes that the ranks may still take of the GPU with least left, or of a CPU's memory half of each one's part."""
+    if world.device.type == "cuda":
+        free = torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
+    else:
+        free = free_host_memory() // 2
+    return int(collectives.all_reduce(torch.tensor(free, device=world.device), dist.ReduceOp.MIN, world.group))
+
+
+def free_host_memory() -> int:
+    """Bytes of this rank's part of what its machine has left."""
+    return hardware.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -13,7 +13,7 @@ from qsharded.distributed.fsdp import blocks_of, shard
 from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import KEEP_ALL, Checkpointing
 from qsharded.utils.sharding import local, rows_of_rank, rows_per_rank, shard_size_and_rank
 
 
@@ -23,7 +23,7 @@ def parallelize(
     device: torch.device,
     *,
     layout: Layout = SHARDED,
-    checkpointing: Mode = "none",
+    checkpointing: Checkpointing = KEEP_ALL,
     param_dtype: torch.dtype | None = None,
 ) -> None:
     """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
@@ -32,7 +32,7 @@ def parallelize(
         ValueError: weights on the host, and blocks that are not recomputed in full.
         RuntimeError: a parameter of which this rank holds more or less than its share, named.
     """
-    _refuse_saved_weights(layout, checkpointing)
+    _refuse_saved_weights(layout, checkpointing, len(list(blocks_of(model))))
     placed = (
         vocab_parallel.parallelize_vocabulary(model, mesh)
         if is_vocab_parallel(model, layout, mesh is not None)
@@ -54,11 +54,12 @@ def parallelize(
     check_shares(model, mesh, layout)
 
 
-def _refuse_saved_weights(layout: Layout, checkpointing: Mode) -> None:
-    if layout.on_host and checkpointing in ("none", "selective"):
+def _refuse_saved_weights(layout: Layout, checkpointing: Checkpointing, layers: int) -> None:
+    saving = [mode for mode in checkpointing.modes(layers) if mode in ("none", "selective")]
+    if layout.on_host and saving:
         raise ValueError(
-            f"weights on the host go with the checkpointing full or offloaded, got {checkpointing}: what a block saves "
-            "would keep its weights on the device"
+            f"weights on the host go with the checkpointing full or offloaded of all layers, got {saving[0]}: what a "
+            "layer saves would keep its weights on the device"
         )
 
 

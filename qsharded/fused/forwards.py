@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsharded.fused.layer import EVERYTHING, Policy, can_fuse, fused_forward
+from qsharded.fused.layer import EVERYTHING, LayerInput, Policy, can_fuse, fused_forward
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer
 from qsharded.models.kv_cache import KVCache
 from qsharded.models.recompute import Forward, Waiting, recomputed
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 
 KEPT: dict[Mode, frozenset[str]] = {
     "none": EVERYTHING,
@@ -26,25 +26,29 @@ WeightsPresent = Callable[[int, torch.device], Any]
 
 
 def layer_forwards(
-    layers: list[Any], plain: list[Forward], mode: Mode, weights_present: WeightsPresent | None = None
+    layers: list[Any],
+    plain: list[Forward],
+    checkpointing: Checkpointing,
+    weights_present: WeightsPresent | None = None,
 ) -> list[Forward]:
     """The layers' forwards, in their order, each ``(x, inputs, cache=None) -> y``.
 
     Args:
         layers: the modules.
         plain: their forwards as they are written, for what cannot be fused: a cache, dropout, a layer of another kind.
-        mode: what waits for the backward.
+        checkpointing: what waits for the backward.
         weights_present: with a layer's index and a device: a context in which its modules hold their weights, where
             these are elsewhere between calls. ``plain`` sees to that by itself.
     """
-    waiting = Waiting() if mode == "offloaded" else None
+    waiting = Waiting()
+    checkpointed = checkpointing.checkpointed(len(layers))
+    composed = recomputed(plain[:checkpointed], checkpointing.mode) + plain[checkpointed:]
     forwards: list[Forward] = []
-    for index, (layer, composed) in enumerate(zip(layers, recomputed(plain, mode), strict=True)):
+    for index, mode in enumerate(checkpointing.modes(len(layers))):
         present = None if weights_present is None else partial(weights_present, index)
-        policy = Policy(KEPT[mode], weights_present=present)
-        if waiting is not None:
-            policy = Policy(KEPT[mode], partial(_away, waiting), present)
-        forwards.append(partial(_forward, layer, composed, policy))
+        keep_input = partial(_away, waiting) if mode == "offloaded" else LayerInput
+        policy = Policy(KEPT[mode], keep_input, present)
+        forwards.append(partial(_forward, layers[index], composed[index], policy))
     return forwards
 
 

@@ -18,7 +18,7 @@ from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.attention_inputs import AttentionInputs, Boundaries, attention_inputs
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def step_work(
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)
-    (one.forward,) = layer_forwards([one], [one.forward], checkpointing)
+    (one.forward,) = layer_forwards([one], [one.forward], Checkpointing(checkpointing))
     if not is_sharded:
         _give_gradients(model)
     with torch.device("meta"):

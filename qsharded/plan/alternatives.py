@@ -78,20 +78,25 @@ def _share(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
 
 
 def _recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
-    for mode in _MODES[_MODES.index(config.activation_checkpointing) + 1 :]:
-        yield f"--activation-checkpointing {mode}", replace(config, activation_checkpointing=mode), None
+    mode = config.checkpointing.mode
+    if config.checkpointed_layers is not None:
+        yield "with all layers checkpointed", replace(config, checkpointed_layers=None), None
+    for less in _MODES[_MODES.index(mode) + 1 :]:
+        changed = replace(config, activation_checkpointing=less, checkpointed_layers=None)
+        yield f"--activation-checkpointing {less}", changed, None
 
 
 def _offload(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
     """Frozen weights in host memory; that asks for blocks that are computed again whole, and not for copies."""
     if config.cpu_offload:
         return
-    mode, words = config.activation_checkpointing, "--cpu-offload"
+    mode, words = config.checkpointing.mode, "--cpu-offload"
     if mode not in ("full", "offloaded"):
         mode, words = "full", f"{words} --activation-checkpointing full"
     if config.sharding == "replicate":
         words = f"{words} --sharding full"
-    yield words, replace(config, sharding="full", cpu_offload=True, activation_checkpointing=mode), None
+    changed = replace(config, sharding="full", activation_checkpointing=mode, checkpointed_layers=None)
+    yield words, replace(changed, cpu_offload=True), None
 
 
 def _micro_batch(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:

@@ -14,6 +14,7 @@ from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.models import ModelConfig
 from qsharded.plan.alternatives import nearest
+from qsharded.plan.checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Plan, Planner
 from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs
@@ -37,9 +38,10 @@ def dry_run(config: TrainConfig) -> int:
     dtype = compute_dtype(config.dtype, torch.device("cuda"))
     model_config, packed = _model(config, folder, described)
     planner = Planner(model_config, lora_config(config, adapter), dtype, _gpu_bytes(config), packed)
-    plan = planner.plan(config, ranks)
+    chosen, line = choose_checkpointing(planner, config, ranks, hardware.available_memory() // ranks)
+    plan = planner.plan(chosen, ranks)
     if os.environ.get("RANK", "0") == "0":
-        print(_text(planner, plan, described), end="", flush=True)
+        print("".join(f"{one}\n" for one in (line, _text(planner, plan, described)) if one), end="", flush=True)
     return int(plan.fits is False)
 
 

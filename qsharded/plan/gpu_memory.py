@@ -19,10 +19,13 @@ from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.checkpointing_modes import Mode
 
-Phase = Literal["loss", "backward of a block", "optimizer step"]
-ALWAYS: tuple[Phase, ...] = ("loss", "backward of a block", "optimizer step")
+Phase = Literal["loss", "backward of a block", "backward of a checkpointed block", "optimizer step"]
+ALWAYS: tuple[Phase, ...] = ("loss", "backward of a block", "backward of a checkpointed block", "optimizer step")
 _OPTIMIZER_STATE = "optimizer state"
 _KEPT: tuple[Phase, ...] = ("loss", "backward of a block")
+# Where some blocks are checkpointed and others are not, the backward of a block is that of one of the others: they come
+# first, and what they kept is gone when the checkpointed ones are computed again.
+_CHECKPOINTED: Phase = "backward of a checkpointed block"
 
 # PyTorch gives cuBLAS 32 MiB of its own memory for each thread that multiplies: forward's and backward's (sm_90).
 _LIBRARY_BYTES = 2 * 32 * 2**20
@@ -130,22 +133,28 @@ class Planner:
         sharing = ranks // config.dp_replicate
         held = parameters(self.model, ranks=sharing, layout=self._layout(config, ranks), param_dtype=self._param_dtype)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        work = self._work(config, ranks)
-        blocks = self.model_config.num_hidden_layers
+        work = self._work(config, ranks, config.checkpointing.mode)
+        checkpointed, blocks = self._checkpointed(config), self.model_config.num_hidden_layers
         rows = [
             *_resident(held),
             _optimizer_state(state_bytes(trained, config.optim, ranks=sharing), config),
             *_gathers(held),
-            *_activations(work, blocks, config),
+            *_activations(work, blocks if config.checkpointing.mode == "none" else checkpointed, config),
             *_optimizer_step(held, config, ranks),
         ]
-        boundaries = blocks * pinned_bytes(work.boundary) if config.activation_checkpointing == "offloaded" else 0
+        if 0 < checkpointed < blocks:
+            rows = _mixed(rows, self._work(config, ranks, "none"), blocks - checkpointed)
+        offloaded = checkpointed if config.checkpointing.mode == "offloaded" else 0
+        boundaries = offloaded * pinned_bytes(work.boundary)
         on_gpu = tuple(row for row in rows if row.bytes)
         resident = Plan(config, ranks, on_gpu, self.gpu_bytes, on_host=HostBytes(held.pinned, boundaries))
         return _paged(resident, pageable_bytes(trained, config.optim, ranks=sharing))
 
-    def _work(self, config: TrainConfig, ranks: int) -> StepWork:
-        shape = (config.per_device_train_batch_size, config.max_length, config.activation_checkpointing, ranks > 1)
+    def _checkpointed(self, config: TrainConfig) -> int:
+        return config.checkpointing.checkpointed(self.model_config.num_hidden_layers)
+
+    def _work(self, config: TrainConfig, ranks: int, mode: Mode) -> StepWork:
+        shape = (config.per_device_train_batch_size, config.max_length, mode, ranks > 1)
         if shape not in self._simulated:
             rows, length, mode, is_sharded = shape
             self._simulated[shape] = step_work(
@@ -212,22 +221,37 @@ def _gathers(held: Held) -> list[Row]:
     ]
 
 
+_WORK = "block's work"
 _MODES = {"none": "all that a block's backward reads", "selective": "all but the MLP's", "full": "a block's input"}
 
 
 def _activations(work: StepWork, blocks: int, config: TrainConfig) -> list[Row]:
-    mode, kept = config.activation_checkpointing, blocks * work.block.kept
+    mode, kept = config.checkpointing.mode, blocks * work.block.kept
     if mode == "offloaded":
         # one that runs, one on its way to the host or back, one that was allocated while the copy before had not ended
-        kept = 3 * work.boundary + blocks * (work.block.kept - work.boundary)
-        note = "three blocks' inputs; the others in host memory"
+        kept = min(3, blocks) * work.boundary + blocks * (work.block.kept - work.boundary)
+        note = f"three of {blocks} blocks' inputs; the others in host memory"
     else:
         note = f"{_MODES[mode]}, {blocks} times, and what they share"
     return [
         Row("activations", kept + work.shared, _KEPT, note),
-        Row("block's work", work.block.passing, ("backward of a block",), "what backward takes of one"),
+        Row(_WORK, work.block.passing, ("backward of a block",), "what backward takes of one"),
         Row("logits and loss", work.loss.passing + work.loss.kept, ("loss",), "a chunk of logits, hidden states"),
     ]
+
+
+def _mixed(rows: list[Row], whole: StepWork, blocks: int) -> list[Row]:
+    """The rows of a model whose last ``blocks`` keep all."""
+    mixed = []
+    for row in rows:
+        if row.name == _WORK:
+            mixed += [replace(row, bytes=whole.block.passing), replace(row, phases=(_CHECKPOINTED,))]
+        elif "backward of a block" in row.phases and row.phases != ALWAYS:
+            mixed.append(replace(row, phases=(*row.phases, _CHECKPOINTED)))
+        else:
+            mixed.append(row)
+    note = f"{_MODES['none']}, {blocks} times: of the last blocks"
+    return [*mixed, Row("activations", blocks * whole.block.kept, _KEPT, note)]
 
 
 def _optimizer_step(held: Held, config: TrainConfig, ranks: int) -> list[Row]:
@@ -235,16 +259,3 @@ def _optimizer_step(held: Held, config: TrainConfig, ranks: int) -> list[Row]:
     room of its own."""
     roots = held.resident[ADAPTERS] if config.optim == "adamw" and ranks == 1 else 0
     return [Row("optimizer's work", roots, ("optimizer step",), "roots of the second moments")]
-
-
-def plan(
-    model_config: ModelConfig,
-    train_config: TrainConfig,
-    ranks: int,
-    *,
-    lora: LoRAConfig,
-    dtype: torch.dtype = torch.bfloat16,
-    gpu_bytes: int | None = None,
-) -> Plan:
-    """The GPU memory of one rank of ``ranks`` that train so; nothing is loaded, and no GPU is needed."""
-    return Planner(model_config, lora, dtype, gpu_bytes).plan(train_config, ranks)

@@ -20,15 +20,25 @@ from qsharded.data.omissions import omission_notes
 from qsharded.data.sources import find_files
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.fsdp import World, mesh_of
-from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes, least_memory
+from qsharded.distributed.layout import (
+    Layout,
+    choose_layout,
+    free_host_memory,
+    frozen_bytes,
+    least_free_memory,
+    least_memory,
+)
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
+from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.gpu_memory import Planner
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed, kept_accumulation
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.training.stopping import Stopping
+from qsharded.utils.checkpointing_modes import Checkpointing
 
 
 @dataclass
@@ -87,11 +97,12 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     if adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, adapter, folder, progress))
     layout, why = _layout(config, world, frozen_bytes(outline.model))
+    checkpointing, chosen = _checkpointing(config, world, outline, lora)
     model = outline.filled(
         mesh_of(world, config.dp_replicate),
         world.device,
         layout=layout,
-        checkpointing=config.activation_checkpointing,
+        checkpointing=checkpointing,
         seed=config.seed,
     )
     if adapter:
@@ -114,7 +125,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
         load_checkpoint(resume_from, model, lora, optimizer)
     claim_output_dir(config, world, resume_from)
     setup.summary = _summary(config, world, setup, train_data, eval_data, resume_from)
-    setup.summary += [line for line in (why, kept, *notes) if line]
+    setup.summary += [line for line in (why, chosen, kept, *notes) if line]
     return setup
 
 
@@ -138,6 +149,16 @@ def _eval_dataset_split(config: TrainConfig) -> str:
 def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str]:
     """Where the frozen weights, so many bytes of them, go, and, if that was left open, why."""
     return choose_layout(config, world.size, frozen, lambda: least_memory(world))
+
+
+def _checkpointing(config: TrainConfig, world: World, outline: Outline, lora: LoRAConfig) -> tuple[Checkpointing, str]:
+    """How activations are checkpointed, and if that was left open, why so."""
+    if config.activation_checkpointing != "auto":
+        return config.checkpointing, ""
+    planner = Planner(outline.model.config, lora, outline.dtype, least_free_memory(world), outline.packed)
+    host = free_host_memory() if world.device.type == "cuda" else None
+    chosen, line = choose_checkpointing(planner, config, world.size, host)
+    return chosen.checkpointing, line
 
 
 def _base_notes(config: TrainConfig, adapter: Path, folder: Path, progress: Progress) -> list[str]:

@@ -319,6 +319,8 @@ def changed(config: TrainConfig) -> TrainConfig:
         "optim": "adamw",
         "dtype": "float32",
         "activation_checkpointing": "offloaded",
+        "checkpointed_layers": 3,
+        "cpu_offload": False,  # it takes all layers
         "sharding": "auto",
         "max_steps": 12,
         "gpus": 3,

@@ -31,6 +31,21 @@ def config(**values: Any) -> TrainConfig:
             "when its weights are back, not with none",
         ),
         (
+            {"checkpointed_layers": 3},
+            "--checkpointed-layers says for how many layers --activation-checkpointing full, offloaded or selective "
+            "is; it does not go with auto",
+        ),
+        (
+            {"checkpointed_layers": 3, "activation_checkpointing": "none"},
+            "--checkpointed-layers says for how many layers --activation-checkpointing full, offloaded or selective "
+            "is; it does not go with none",
+        ),
+        (
+            {"checkpointed_layers": 3, "activation_checkpointing": "full", "cpu_offload": True},
+            "--cpu-offload needs all layers checkpointed: leave --checkpointed-layers out",
+        ),
+        ({"checkpointed_layers": 0}, "--checkpointed-layers must be at least 1, got 0"),
+        (
             {"sharding": "replicate", "cpu_offload": True},
             "--sharding replicate keeps all weights on every GPU, which --cpu-offload contradicts",
         ),

@@ -123,5 +123,5 @@ def test_ranks_that_cannot_be_divided_are_told() -> None:
 def test_contradictions_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="either replicated"):
         Layout(replicated=True, on_host=True)
-    with pytest.raises(ValueError, match="full or offloaded, got selective"):
+    with pytest.raises(ValueError, match="full or offloaded of all layers, got selective"):
         load_model(folder, device="cpu", layout=Layout(on_host=True), activation_checkpointing="selective")

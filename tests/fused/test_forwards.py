@@ -13,6 +13,7 @@ from qsharded.fused.projections import is_projection
 from qsharded.lora.layer import LoRALinear
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig
+from qsharded.utils.checkpointing_modes import KEEP_ALL
 from tests.fused.test_layer import CONFIG, activations, inputs_of, layer_of
 
 
@@ -30,7 +31,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def run(layer: DecoderLayer, x: Tensor) -> None:
-    (forward,) = layer_forwards([layer], [layer.forward], "none")
+    (forward,) = layer_forwards([layer], [layer.forward], KEEP_ALL)
     forward(x, inputs_of(CONFIG))
 
 
@@ -62,7 +63,7 @@ def test_a_layer_is_as_it_is_written_without_gradients(fused: list[bool]) -> Non
 
 def test_what_a_fused_layer_returns_is_no_view() -> None:
     """FSDP2 warns of views: an in-place operation on one loses the hook that gathers weights for the backward."""
-    (forward,) = layer_forwards([layer := adapted()], [layer.forward], "none")
+    (forward,) = layer_forwards([layer := adapted()], [layer.forward], KEEP_ALL)
     out = forward(activations(), inputs_of(CONFIG))
     assert out.requires_grad
     assert out._base is None

@@ -15,15 +15,17 @@ from qsharded.fused.projections import Projection
 from qsharded.models import CausalLM
 from qsharded.models.recompute import Mode, recomputed
 from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.plan.simulation import LiveBytes
 from qsharded.quant import backends
 from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.utils.checkpointing_modes import KEEP_ALL, Checkpointing
 from tests.checkpoints import write_checkpoint
 
 
-def packed_model(tmp_path: Path, kind: QuantFormat, mode: Mode, dropout: float) -> CausalLM:
+def packed_model(tmp_path: Path, kind: QuantFormat, mode: Mode | Checkpointing, dropout: float) -> CausalLM:
     """Two blocks of 7 packed layers, of which three are adapted; a block's last layer is not."""
     original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
     lora = LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=dropout)
     return load_model(folder, lora=lora, dtype=torch.float32, device="cpu", activation_checkpointing=mode)
@@ -56,6 +58,40 @@ def test_what_a_fused_block_computes_again(
         block, _, projection = re.match(r"model\.layers\.(\d)\.(self_attn|mlp)\.(\w+)_proj", name).groups()
         gives_input_gradient = not (block == "0" and projection in ("q", "k", "v"))  # the embedding does not train
         assert decoded[name] == gives_input_gradient + (projection in again.split()), name
+
+
+@pytest.mark.parametrize("mode", ["full", "offloaded"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
+def test_of_a_mixed_model_the_first_blocks_alone_are_computed_again(tmp_path: Path, mode: Mode, dropout: float) -> None:
+    """By what the graph holds: a block that is computed again keeps its input, or not even that."""
+    ids = torch.arange(24).view(2, 12)
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+    models = [
+        packed_model(tmp_path / str(number), NF4_64, checkpointing, dropout)
+        for number, checkpointing in enumerate((Checkpointing(mode, 1), Checkpointing(mode, 2), KEEP_ALL))
+    ]
+    held = [saved_bytes(model, ids) for model in models]
+    assert held[1] < held[0] < held[2]
+    gradients = [gradients_of(model, ids) for model in models]
+    for others in gradients[1:]:
+        torch.testing.assert_close(gradients[0], others, rtol=0, atol=0)
+
+
+def saved_bytes(model: CausalLM, ids: Tensor) -> int:
+    """What is alive from the forward to the backward."""
+    torch.manual_seed(0)
+    with LiveBytes([*model.parameters(), *model.buffers(), ids]) as live:
+        loss = model(ids, targets_BS=ids)
+        held = live.now()
+    loss.detach_()
+    return held
+
+
+def gradients_of(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model(ids, targets_BS=ids).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(

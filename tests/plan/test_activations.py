@@ -15,9 +15,9 @@ from qsharded.fused.forwards import layer_forwards
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.plan.activations import StepWork, step_work
-from qsharded.plan.gpu_memory import plan
+from qsharded.plan.run import plan
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
-from qsharded.utils.checkpointing_modes import Mode
+from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from tests.checkpoints import LLAMA
 
 B, S, D, I, H, E, r = 3, 40, 128, 192, 4, 32, 5  # noqa: E741
@@ -169,9 +169,14 @@ def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
+@pytest.mark.parametrize("checkpointed_layers", [None, 1, 3])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode, dropout: float) -> None:
+def test_a_plan_adds_up_to_a_step_of_the_whole_model(
+    checkpointing: Mode, checkpointed_layers: int | None, dropout: float
+) -> None:
     """Four blocks, embedding and loss in one run, beside four times one block."""
+    if checkpointing == "none" and checkpointed_layers:
+        pytest.skip("nothing is checkpointed")
     described = ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 4})
     lora = dataclasses.replace(LORA, lora_dropout=dropout)
     config = TrainConfig(
@@ -180,15 +185,16 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode, dropou
         max_length=S,
         per_device_train_batch_size=B,
         activation_checkpointing=checkpointing,
+        checkpointed_layers=checkpointed_layers,
     )
     planned = plan(described, config, 1, lora=lora)
     phase = planned.peak_phase
     passing = sum(row.bytes for row in planned.rows if phase in row.phases and "optimizer step" not in row.phases)
     hidden = B * S * D * 2
-    assert 0 <= passing - peak_of_a_step(described, lora, checkpointing) < 2 * hidden
+    assert 0 <= passing - peak_of_a_step(described, lora, config.checkpointing) < 2 * hidden
 
 
-def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Mode) -> int:
+def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Checkpointing) -> int:
     model = skeleton(described, lora, torch.bfloat16)
     for module in (*model.model.layers, model.model.norm):
         as_on_gpu(module)

@@ -14,7 +14,13 @@ from qsharded.plan.gpu_memory import Planner
 from tests.checkpoints import LLAMA
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 32000}
-CONFIG = TrainConfig(model="m", dataset="d", per_device_train_batch_size=6, gradient_accumulation_steps=1)
+CONFIG = TrainConfig(
+    model="m",
+    dataset="d",
+    per_device_train_batch_size=6,
+    gradient_accumulation_steps=1,
+    activation_checkpointing="full",
+)
 
 
 PLANNER = Planner(ModelConfig.from_hf(SHAPE), LoRAConfig(r=8), torch.bfloat16)

@@ -24,7 +24,7 @@ WEIGHTS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192) + 2 * 97 * 128 + 5 
 # a matrix of R rows R * 64, R * 128 or R * 192 values are 1, 2 or 3 blocks
 BLOCKS = 2 * (2 * (2 + 2) + 2 * (2 + 1) + 3 * (2 + 3))
 CHECKPOINT = ADAPTER + BLOCKS * 2 * 256 * 4 + 2 * 14 * 4
-CONFIG = TrainConfig(model="some/model", dataset="d")
+CONFIG = TrainConfig(model="some/model", dataset="d", activation_checkpointing="full")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsharded.checkpoint.load import skeleton
+from qsharded.checkpoint.load import Outline, skeleton
 from qsharded.config import TrainConfig
 from qsharded.data import Tokenizer
 from qsharded.distributed.fsdp import World
@@ -15,7 +15,8 @@ from qsharded.distributed.layout import Layout, frozen_bytes
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.training import setup
-from tests.checkpoints import LLAMA
+from qsharded.utils.checkpointing_modes import Checkpointing
+from tests.checkpoints import LLAMA, write_checkpoint
 from tests.data.folders import chat, make_folder, write_rows
 from tests.data.templates import THINKING
 
@@ -85,3 +86,23 @@ def test_auto_says_what_decides_in_its_place(
     chosen, why = layout(1 << 40, monkeypatch, sharding="auto", **options)
     assert chosen == expected
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"), [(1 << 40, "none, the fastest that the plan says fits 1024.0 GiB"), (1, "full, the fastest")]
+)
+def test_auto_keeps_what_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, expected: str
+) -> None:
+    monkeypatch.setattr(setup, "least_free_memory", lambda world: room)
+    outline = Outline.of(write_checkpoint(tmp_path), LORA, torch.float32, random_init=False)
+    config = TrainConfig(model="m", dataset="d")
+    checkpointing, why = setup._checkpointing(config, World.single_process(torch.device("cpu")), outline, LORA)
+    assert why.startswith(f"activation checkpointing: {expected}")
+    assert checkpointing.mode == expected.split(",")[0]
+
+
+def test_checkpointing_that_is_given_is_taken_without_a_word() -> None:
+    config = TrainConfig(model="m", dataset="d", activation_checkpointing="offloaded", checkpointed_layers=3)
+    world: Any = None
+    assert setup._checkpointing(config, world, world, LORA) == (Checkpointing("offloaded", 3), "")

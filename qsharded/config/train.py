@@ -28,8 +28,8 @@ class TrainConfig:
 
     What the chat template leaves out of rows is counted in the run's summary (reasoning, definitions of tools, system
     messages) or refused, naming the row (tool calls and their answers). Where an answer's text cannot be told from the
-    rest, one of these helps: --one-example-per-answer; "weight": 0 on that message, which leaves it unlearned; or the
-    row as "prompt" and "completion", two lists of messages of which the second alone is learned.
+    rest, one of these helps: --one-example-per-answer; "weight": 0 on that message, which keeps it out of the loss; or
+    the row as "prompt" and "completion", two lists of messages of which the second alone is trained on.
     """
 
     prog: ClassVar[str] = "qsharded.train"

@@ -18,7 +18,7 @@ _QUESTION: list[Message] = [{"role": "user", "content": "Question"}]
 def prompt_and_answer(template: ChatTemplate, chat: Conversation, number: int) -> tuple[str, str]:
     """(prompt, answer) of message ``number``, the answer up to the last of the turn's end.
 
-    Marks by ``{% generation %}`` are not needed, and not read: all of the answer is to be learned.
+    Marks by ``{% generation %}`` are not needed, and not read: all of the answer is to be trained on.
 
     Raises:
         ValueError: the template refuses the messages up to there, or shows no turn that could follow its prompt.

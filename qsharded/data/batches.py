@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         input_ids: the tokens; ``pad_id`` where there is none.
-        targets: what each position is to predict, the document's next token, or -100 where none is learned.
+        targets: what each position is to predict, the document's next token, or -100 where none is trained on.
         positions: the token's place in its document; 0 in padding.
         document_ids: the document's number in its row; -1 in padding. None where no row has more than one: padding
             comes last, so attention that is merely causal hides it, and that needs no mask.
@@ -76,7 +76,7 @@ def _fill_row(arrays_S: dict[str, np.ndarray], row: Sequence[Example]) -> None:
         end = start + len(document)
         arrays_S["input_ids"][start:end] = document.ids
         # The last token predicts nothing: what follows is another document.
-        arrays_S["targets"][start : end - 1] = np.where(document.supervised[1:], document.ids[1:], IGNORE)
+        arrays_S["targets"][start : end - 1] = np.where(document.trained[1:], document.ids[1:], IGNORE)
         arrays_S["positions"][start:end] = np.arange(len(document))
         arrays_S["document_ids"][start:end] = number
         start = end

@@ -1,4 +1,4 @@
-"""From rendered text to ids, and which of them are learned."""
+"""From rendered text to ids, and which of them are trained on."""
 
 from collections.abc import Sequence
 
@@ -12,22 +12,22 @@ from qsharded.data.tokenizer import Tokenizer
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Example]:
-    """An example for each text. An id is learned if its text starts inside a span that is."""
+    """An example for each text. An id is trained on if its text starts inside a span that is."""
     encoded = tokenizer.encode_with_starts([one.text for one in rendered])
     return [_example(one, ids, starts, tokenizer) for one, (ids, starts) in zip(rendered, encoded, strict=True)]
 
 
 def _example(rendered: Rendered, ids: list[int], starts_T: NDArray[np.int32], tokenizer: Tokenizer) -> Example:
     if rendered.prompt:
-        ids, learned = _behind_prompt(rendered, ids, tokenizer)
+        ids, trained = _behind_prompt(rendered, ids, tokenizer)
     else:
-        learned = _inside(rendered.spans, starts_T).tolist()
+        trained = _inside(rendered.spans, starts_T).tolist()
     if rendered.bos:
         ids = tokenizer.with_bos(ids)
-        learned = [False] * (len(ids) - len(learned)) + learned
+        trained = [False] * (len(ids) - len(trained)) + trained
     if rendered.eos and ids[-1] not in tokenizer.eos_ids:
-        ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
-    return Example(ids, learned)
+        ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
+    return Example(ids, trained)
 
 
 def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

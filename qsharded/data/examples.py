@@ -1,4 +1,4 @@
-"""Examples: ids, and which of them are learned; a dataset is a list of them."""
+"""Examples: ids, and which of them are trained on; a dataset is a list of them."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -14,29 +14,29 @@ class Example:
 
     Attributes:
         ids: int32 [T], given as any sequence.
-        supervised: bool [T], whether the id is to be learned; of the first it has no effect, for nothing predicts it.
+        trained: bool [T], whether the id is to be trained on; of the first it has no effect, for nothing predicts it.
         group: neighbours of an equal one, such as a chosen and a rejected answer, stay together, in their order, as
             documents of one row; the name is no other group's. None: it stands alone.
     """
 
     ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
+    trained: NDArray[np.bool_]
     group: Hashable = None
 
-    def __init__(self, ids: ArrayLike, supervised: ArrayLike, group: Hashable = None) -> None:
+    def __init__(self, ids: ArrayLike, trained: ArrayLike, group: Hashable = None) -> None:
         # Arrays, for lists of Python's numbers would take eight times the memory on every rank.
         object.__setattr__(self, "ids", np.asarray(ids, np.int32))
-        object.__setattr__(self, "supervised", np.asarray(supervised, np.bool_))
+        object.__setattr__(self, "trained", np.asarray(trained, np.bool_))
         object.__setattr__(self, "group", group)
-        assert self.ids.shape == self.supervised.shape, "one flag for each id"
+        assert self.ids.shape == self.trained.shape, "one flag for each id"
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def supervised_tokens(self) -> int:
-        """How many ids are learned: predicted, and counted in the loss."""
-        return int(self.supervised[1:].sum())
+    def trained_tokens(self) -> int:
+        """How many ids are trained on: predicted, and counted in the loss."""
+        return int(self.trained[1:].sum())
 
 
 def grouped(examples: Iterable[Example]) -> list[list[Example]]:

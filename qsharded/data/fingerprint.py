@@ -20,7 +20,7 @@ class RowsFingerprint:
     Attributes:
         rows: how many.
         run: rows that a hash covers; the last may cover fewer.
-        ids, masks: a hash for each run of rows, of their ids and of which of these are learned.
+        ids, masks: a hash for each run of rows, of their ids and of which of these are trained on.
         tokenizer: file name -> hash. It does not decide whether rows are the same, it tells why they are not.
     """
 
@@ -45,7 +45,7 @@ class RowsFingerprint:
             rows=len(examples),
             run=run,
             ids=[_hash([row.ids.astype("<i4").tobytes() for row in rows]) for rows in runs],
-            masks=[_hash([np.packbits(row.supervised).tobytes() for row in rows]) for rows in runs],
+            masks=[_hash([np.packbits(row.trained).tobytes() for row in rows]) for rows in runs],
             tokenizer={path.name: _hash([path.read_bytes()]) for path in files},
         )
 

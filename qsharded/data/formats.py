@@ -25,18 +25,18 @@ class Conversation:
 
     Attributes:
         messages: each with ``role`` and, unless it only calls tools, ``content`` (text).
-        learned: for each message, whether it is the assistant's and to be learned.
+        trained: for each message, whether it is the assistant's and to be trained on.
         tools: descriptions for templates that take them.
     """
 
     messages: list[Message]
-    learned: list[bool]
+    trained: list[bool]
     tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Text to be given and text to be learned."""
+    """Text to be given and text to be trained on."""
 
     prompt: str
     completion: str
@@ -44,7 +44,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Text:
-    """Text to be learned as it is."""
+    """Text to be trained on as it is."""
 
     text: str
 
@@ -132,13 +132,13 @@ FORMATS = ("auto", *_SHAPES)
 
 
 def _conversation(row: dict[str, Any], messages: list[Message], given: int = 0) -> Conversation:
-    """``messages`` of which the first ``given`` are not learned, nor those that carry a weight of 0 (OpenAI's key)."""
+    """``messages`` of which the first ``given`` and those with a weight of 0 (OpenAI's key) are not trained on."""
     weights = [message.pop("weight", 1) for message in messages]
-    learned = [
+    trained = [
         number >= given and message["role"] == "assistant" and weight != 0
         for number, (message, weight) in enumerate(zip(messages, weights, strict=True))
     ]
-    return Conversation(messages, learned, _tools(row))
+    return Conversation(messages, trained, _tools(row))
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
@@ -211,7 +211,7 @@ def _content(value: Any, where: str) -> str:
         for part in value:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise ValueError(f"{where} has a part of type {kind}; only text can be learned")
+                raise ValueError(f"{where} has a part of type {kind}; only text can be trained on")
         value = "".join(part["text"] for part in value)
     return _text_of(value, f"content of {where}")
 

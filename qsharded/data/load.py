@@ -33,9 +33,9 @@ def load_examples(
 ) -> Dataset:
     """Read, render and tokenize a dataset.
 
-    Conversations are rendered by the chat template, and the assistant's turns are learned, each with its end-of-turn
-    token. Of a prompt and completion, the completion and EOS are learned; of text, all and EOS; BOS comes first in
-    these two where the tokenizer adds one. Messages behind the last learned one are left out: nothing depends on them.
+    Conversations are rendered by the chat template, and the assistant's turns are trained on, each with its end-of-turn
+    token. Of a prompt and completion, the completion and EOS are trained on; of text, all and EOS; BOS comes first in
+    these two where the tokenizer adds one. Messages behind the last trained one are left out: nothing depends on them.
 
     Args:
         source: a file, folder or Hub dataset; see :func:`qsharded.data.records.read_rows`.
@@ -92,11 +92,11 @@ def _rendered_rows(
 
 
 def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overlong: Overlong) -> None:
-    if not example.supervised_tokens:
+    if not example.trained_tokens:
         raise ValueError(f"{origin}: the row has no token to learn")
     fits = len(example) <= max_length
-    kept = example if fits else Example(example.ids[:max_length], example.supervised[:max_length])
-    if fits or (overlong == "truncate" and kept.supervised_tokens):
+    kept = example if fits else Example(example.ids[:max_length], example.trained[:max_length])
+    if fits or (overlong == "truncate" and kept.trained_tokens):
         dataset.examples.append(kept)
         dataset.truncated += not fits
     else:
@@ -106,6 +106,6 @@ def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overl
 def _check_any(dataset: Dataset, source: str | Path, max_length: int) -> None:
     if not dataset.examples:
         raise ValueError(
-            f"{source} has no supervised tokens to train on: {dataset.dropped} rows were left out as longer than "
+            f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
             f"max_length {max_length}, {dataset.empty} as empty"
         )

@@ -25,14 +25,14 @@ class Step:
 
     Attributes:
         micro_batches: as many on every rank, at least one.
-        supervised_tokens: the number of targets, of all ranks and micro-batches together.
+        trained_tokens: the number of targets, of all ranks and micro-batches together.
         tokens: the number of tokens that are no padding, of all together.
         groups: the number of groups of examples, of all together; an example without a group is one.
         cursor: where to go on after this step.
     """
 
     micro_batches: list[Batch]
-    supervised_tokens: int
+    trained_tokens: int
     tokens: int
     groups: int
     cursor: Cursor
@@ -150,7 +150,7 @@ class StepLoader:
         documents = [example for row in rows for example in row]
         return Step(
             micro_batches=[self._batch(mine) for mine in self._share(rows)],
-            supervised_tokens=sum(example.supervised_tokens for example in documents),
+            trained_tokens=sum(example.trained_tokens for example in documents),
             tokens=_tokens(documents),
             groups=sum(len(grouped(row)) for row in rows),
             cursor=Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1),

@@ -41,10 +41,10 @@ class Omission:
 
 
 def omissions(template: ChatTemplate, chat: Conversation, text: str) -> list[Omission]:
-    """What of ``chat`` is missing in ``text``, its rendering; reasoning only where it was to be learned.
+    """What of ``chat`` is missing in ``text``, its rendering; reasoning only where it was to be trained on.
 
     Raises:
-        ValueError: a tool call, a tool's answer or the assistant's text is: what is learned would be false.
+        ValueError: a tool call, a tool's answer or the assistant's text is: the training would be on a falsehood.
     """
     roles = tuple((message["role"], bool(message.get("content", "").strip())) for message in _plain(chat))
     if len(roles) == len(chat.messages) and not chat.tools:
@@ -67,7 +67,7 @@ def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
             kept.append(replace(one, kind=_TEXT_BESIDE_CALL))
         elif one.kind in _REFUSED:
             raise ValueError(f"message {one.message} {_REFUSED[one.kind].format(text=repr(one.text[:80]))}")
-        elif one.kind != REASONING or (one.message is not None and chat.learned[one.message]):
+        elif one.kind != REASONING or (one.message is not None and chat.trained[one.message]):
             kept.append(one)
     return kept
 
@@ -100,7 +100,7 @@ def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation]
 _KEPT_AT_GENERATION = {REASONING: "it", "system messages": "them where generation would"}
 _ANSWER, _TOOL_ANSWER = "assistant messages", "tool messages"
 _REFUSED = {
-    CALL: "calls a tool ({text}), which the chat template does not write: an empty answer would be learned. Take a "
+    CALL: "calls a tool ({text}), which the chat template does not write: it would train on an empty answer. Take a "
     "model whose chat template has tool calls, write the call into the content, or leave the row out",
     _TOOL_ANSWER: "is a tool's answer ({text}), which the chat template leaves out. Take a model whose chat template "
     "has tools, make it a user's message, or leave the row out",

@@ -50,9 +50,9 @@ def load_prompts(
 
 def _prompt(shape: Shape, tokenizer: Tokenizer) -> Prompt:
     match shape:
-        case Conversation(messages, learned, tools) if learned[-1] and len(messages) > 1:
+        case Conversation(messages, trained, tools) if trained[-1] and len(messages) > 1:
             template = tokenizer.template_for(tools)
-            given = fit_calls(template, replace(shape, messages=messages[:-1], learned=[False] * (len(messages) - 1)))
+            given = fit_calls(template, replace(shape, messages=messages[:-1], trained=[False] * (len(messages) - 1)))
             text = tokenizer.render(given.messages, add_generation_prompt=True, tools=tools)
             omissions(template, given, tokenizer.render(given.messages, tools=tools))
             return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))

@@ -1,4 +1,4 @@
-"""From what a row says to the text that is tokenized, and which of it is learned."""
+"""From what a row says to the text that is tokenized, and which of it is trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ class Rendered:
     """A row as text.
 
     Attributes:
-        spans: what is learned of ``text``, in characters; None: all of it.
-        prompt: a beginning of ``text`` that is not learned, and that generation will be given alone.
+        spans: what is trained on of ``text``, in characters; None: all of it.
+        prompt: a beginning of ``text`` that is not trained on, and that generation will be given alone.
         bos: whether BOS comes first where the tokenizer adds one; a chat template writes its own.
-        eos: whether EOS comes last, and is learned.
+        eos: whether EOS comes last, and is trained on.
         omissions: what the row has and the text lacks.
     """
 
@@ -36,7 +36,7 @@ class Rendered:
 
 
 def render(shape: Shape, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
-    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be learned.
+    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained on.
 
     Raises:
         ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says or calls,
@@ -58,16 +58,16 @@ def render(shape: Shape, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bo
 def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool) -> list[Rendered]:
     chat = fit_calls(tokenizer.template_for(chat.tools), chat)
     if train_on == "assistant":
-        chat = _up_to_last_learned(chat)
+        chat = _up_to_last_trained(chat)
     if per_answer:
-        return [_render_answer(chat, number, tokenizer) for number, learned in enumerate(chat.learned) if learned]
+        return [_render_answer(chat, number, tokenizer) for number, trained in enumerate(chat.trained) if trained]
     try:
         return [_render_whole(chat, tokenizer, train_on)]
     except TurnUnclear:
-        if sum(chat.learned) > 1:
+        if sum(chat.trained) > 1:
             raise
         # With one answer, at the end, there is another way to know its text.
-        return [_render_answer(chat, len(chat.learned) - 1, tokenizer)]
+        return [_render_answer(chat, len(chat.trained) - 1, tokenizer)]
 
 
 def _render_whole(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
@@ -85,7 +85,7 @@ def _lacks_end(text: str, tokenizer: Tokenizer) -> bool:
 def _render_answer(chat: Conversation, number: int, tokenizer: Tokenizer) -> Rendered:
     """Message ``number`` behind the prompt that generation would be given for it."""
     template = tokenizer.template_for(chat.tools)
-    chat = replace(chat, messages=chat.messages[: number + 1], learned=[False] * number + [True])
+    chat = replace(chat, messages=chat.messages[: number + 1], trained=[False] * number + [True])
     if number == 0:  # no template begins a prompt with nothing before it
         return _render_whole(chat, tokenizer, "assistant")
     check_ending(template, tokenizer.special_texts)
@@ -96,12 +96,12 @@ def _render_answer(chat: Conversation, number: int, tokenizer: Tokenizer) -> Ren
     return Rendered(text, prompt=prompt, bos=False, eos=lacks_end, omissions=judged(chat, found))
 
 
-def _up_to_last_learned(chat: Conversation) -> Conversation:
-    """The conversation less the messages at its end on which nothing learned depends."""
-    if True not in chat.learned:
+def _up_to_last_trained(chat: Conversation) -> Conversation:
+    """The conversation less the messages at its end on which no trained token depends."""
+    if True not in chat.trained:
         raise ValueError("the conversation has no message of the assistant to learn")
-    kept = len(chat.learned) - chat.learned[::-1].index(True)
-    return replace(chat, messages=chat.messages[:kept], learned=chat.learned[:kept])
+    kept = len(chat.trained) - chat.trained[::-1].index(True)
+    return replace(chat, messages=chat.messages[:kept], trained=chat.trained[:kept])
 
 
 def _check_encodable(text: str) -> None:

@@ -122,7 +122,7 @@ class Tokenizer:
         return self.template_for(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def assistant_spans(self, chat: Conversation, text: str) -> list[Span]:
-        """[start, end) in characters of the learned turns in ``text``, the rendering of ``chat``.
+        """[start, end) in characters of the trained turns in ``text``, the rendering of ``chat``.
 
         Raises:
             ValueError: they cannot be told from the rest for certain.

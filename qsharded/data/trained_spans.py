@@ -8,7 +8,7 @@ from qsharded.data.turns import TurnFinder, check_ending
 
 
 def assistant_spans(template: ChatTemplate, chat: Conversation, text: str, special: Sequence[str]) -> list[Span]:
-    """[start, end) in characters of each learned turn of ``chat`` in ``text``, its rendering.
+    """[start, end) in characters of each trained turn of ``chat`` in ``text``, its rendering.
 
     A turn reaches from the end of the assistant's header to its end-of-turn token, white space behind that left out;
     one that the template marks by ``{% generation %}`` is as marked.
@@ -24,19 +24,19 @@ def assistant_spans(template: ChatTemplate, chat: Conversation, text: str, speci
         return _marked_spans(template, chat)
     check_ending(template, tuple(special))
     finder = TurnFinder(template, chat, text, special)
-    spans = [finder.turn(number) for number, learned in enumerate(chat.learned) if learned]
+    spans = [finder.turn(number) for number, trained in enumerate(chat.trained) if trained]
     return [_without_blank_end(text, span, special) for span in spans]
 
 
 def _marked_spans(template: ChatTemplate, chat: Conversation) -> list[Span]:
     spans = template.generation_spans(chat.messages, chat.tools)
-    pairs = zip(chat.messages, chat.learned, strict=True)
-    learned = [learned for message, learned in pairs if message["role"] == "assistant"]
-    if all(learned) and spans:
+    pairs = zip(chat.messages, chat.trained, strict=True)
+    trained = [trained for message, trained in pairs if message["role"] == "assistant"]
+    if all(trained) and spans:
         return spans
-    if len(spans) != len(learned):
-        raise ValueError(f"the chat template marks {len(spans)} spans for {len(learned)} assistant messages")
-    return [span for span, wanted in zip(spans, learned, strict=True) if wanted]
+    if len(spans) != len(trained):
+        raise ValueError(f"the chat template marks {len(spans)} spans for {len(trained)} assistant messages")
+    return [span for span, wanted in zip(spans, trained, strict=True) if wanted]
 
 
 def _without_blank_end(text: str, span: Span, special: Sequence[str]) -> Span:

@@ -143,9 +143,9 @@ class TurnFinder:
 
     def _unclear(self, number: int) -> TurnUnclear:
         return TurnUnclear(
-            f"cannot tell which text of the assistant's message {number} is to be learned: the chat template writes it "
+            f"cannot tell which text of the assistant's message {number} to train on: the chat template writes it "
             "differently when more follows. Train with --one-example-per-answer, which renders each answer as it would "
-            'be at generation; or give the message "weight": 0, which leaves it unlearned; or give the messages up to '
+            'be at generation; or give the message "weight": 0, which excludes it; or give the messages up to '
             "it as prompt and it alone as completion; or mark the assistant's text by {% generation %} in "
             "chat_template.jinja"
         )

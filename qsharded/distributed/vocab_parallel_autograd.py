@@ -221,7 +221,7 @@ class _Chunk:
         return loss_N, exp_Nv.div_(sum_N[:, None])
 
     def gradient(self, softmax_Nv: Tensor) -> Tensor:
-        """softmax - one-hot, in place; 0 for tokens that are not supervised."""
+        """softmax - one-hot, in place; 0 for tokens that are not trained on."""
         if self.rows.count:
             here_N = self._is_here().to(softmax_Nv.dtype)
             softmax_Nv.scatter_add_(-1, self._column()[:, None], -here_N[:, None])

@@ -183,8 +183,8 @@ class CausalLM(nn.Module):
         positions_BS: each token's place in its document, from 0; None counts from the row's (or cache's) start.
         document_ids_BS: int64; tokens see earlier tokens of equal id only; -1 marks padding. None: a row is a document.
         boundaries: those of document_ids_BS, where they are known: a GPU would be waited for to find them.
-        targets_BS: int64, already shifted: what position s predicts stands at s; -100 is not supervised.
-        per_token: with targets_BS, their fp32 log-probabilities `[B, S]` instead; 0 where not supervised.
+        targets_BS: int64, already shifted: what position s predicts stands at s; -100 is not trained on.
+        per_token: with targets_BS, their fp32 log-probabilities `[B, S]` instead; 0 where not trained on.
         cache: tokens read before these, extended by these. last_only: logits `[B, 1, V]` of the last position.
 
         Raises ValueError where the cache is full, or a row longer than a "dynamic" rope supports.

@@ -17,13 +17,13 @@ from qsharded.training import objective
 
 @torch.no_grad()
 def validation_loss(model: CausalLM, steps: Iterable[Step], world: World) -> dict[str, float]:
-    """``eval_loss`` (nats a supervised token) and ``eval_perplexity`` over all rows; every rank calls this."""
+    """``eval_loss`` (nats a trained token) and ``eval_perplexity`` over all rows; every rank calls this."""
     model.eval()
     loss_sum, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for step in steps:
         for batch in step.micro_batches:
             loss_sum += objective.batch_loss(model, batch.to(world.device))
-        tokens += step.supervised_tokens
+        tokens += step.trained_tokens
     model.train()
     loss = global_sum(loss_sum, world) / tokens
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}

@@ -37,7 +37,7 @@ class LogWindow:
     def add(self, result: StepResult, tokens: int, seconds: float) -> None:
         """Count a step of so many tokens that took so many seconds."""
         self._sums["loss"] = self._sums.get("loss", 0.0) + result.loss * result.count
-        self._sums["supervised"] = self._sums.get("supervised", 0) + result.count
+        self._sums["count"] = self._sums.get("count", 0) + result.count
         for name, value in result.metrics.items():
             self._sums[_METRIC + name] = self._sums.get(_METRIC + name, 0.0) + value * result.count
         self._tokens += tokens
@@ -48,7 +48,7 @@ class LogWindow:
         row = TrainRow(
             step=progress.step,
             epoch=epoch,
-            loss=self._sums["loss"] / self._sums["supervised"],
+            loss=self._sums["loss"] / self._sums["count"],
             grad_norm=grad_norm,
             learning_rate=rate,
             tokens_per_second=self._tokens / self._seconds,
@@ -62,7 +62,7 @@ class LogWindow:
 
     def _metrics(self) -> dict[str, float]:
         sums = {key.removeprefix(_METRIC): value for key, value in self._sums.items() if key.startswith(_METRIC)}
-        return {name: value / self._sums["supervised"] for name, value in sums.items()}
+        return {name: value / self._sums["count"] for name, value in sums.items()}
 
 
 def peak_memory_gib(device: torch.device) -> float:

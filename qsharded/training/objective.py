@@ -37,7 +37,7 @@ class Objective(Protocol):
 
 
 class SupervisedFineTuning:
-    """The cross-entropy of the supervised tokens."""
+    """The cross-entropy of the trained tokens."""
 
     def __call__(self, model: CausalLM, batch: Batch) -> BatchSums:
         """The sum of a batch's token losses."""
@@ -45,7 +45,7 @@ class SupervisedFineTuning:
 
     def count(self, step: Step) -> int:
         """Supervised tokens."""
-        return step.supervised_tokens
+        return step.trained_tokens
 
 
 SUPERVISED = SupervisedFineTuning()
@@ -58,7 +58,7 @@ def batch_loss(model: CausalLM, batch: Batch) -> Tensor:
 
 
 def batch_log_probs(model: CausalLM, batch: Batch) -> Tensor:
-    """The fp32 log-probabilities of a batch's targets, [B, S]; 0 where a token is not supervised."""
+    """The fp32 log-probabilities of a batch's targets, [B, S]; 0 where a token is not trained on."""
     return _call(model, batch, per_token=True)
 
 

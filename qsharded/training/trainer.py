@@ -34,7 +34,7 @@ class Trainer:
 
     Attributes:
         again: gives the command that goes on with this run, its options changed.
-        objective: what the steps make small; the evaluations measure the supervised tokens' loss whatever it is.
+        objective: what the steps make small; the evaluations measure the trained tokens' loss whatever it is.
     """
 
     config: TrainConfig

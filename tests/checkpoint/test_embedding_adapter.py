@@ -119,19 +119,19 @@ def test_the_trainer_trains_resumes_and_goes_on_from_it(tmp_path: Path) -> None:
     rate = ["--learning-rate", "0.01"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     train.main([*flags, *rate, "--output-dir", str(whole), "--max-steps", "4", "--save-steps", "2"])
-    learnt = load_file(whole / "adapter" / WEIGHTS)
-    assert learnt[PREFIX + "lora_embedding_A"].abs().max() > 0  # zeros at the start
+    trained = load_file(whole / "adapter" / WEIGHTS)
+    assert trained[PREFIX + "lora_embedding_A"].abs().max() > 0  # zeros at the start
     said = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert said["target_modules"] == ["q_proj", "embed_tokens"]
     second = ["--resume-from-checkpoint", str(whole / "checkpoints" / "step-000002")]
     train.main([*flags, *rate, "--output-dir", str(part), "--max-steps", "4", "--save-steps", "0", *second])
     resumed = load_file(part / "adapter" / WEIGHTS)
-    assert all(torch.equal(resumed[name], weight) for name, weight in learnt.items())
+    assert all(torch.equal(resumed[name], weight) for name, weight in trained.items())
     flags = [flag for flag in flags if flag not in ("--lora-target-modules", "q_proj,embed_tokens")]
     on = [*flags, "--adapter", str(whole / "adapter"), "--output-dir", str(tmp_path / "on"), "--max-steps", "1"]
     train.main([*on, "--learning-rate", "1e-9"])
     went_on = load_file(tmp_path / "on" / "adapter" / WEIGHTS)
-    for name, weight in learnt.items():
+    for name, weight in trained.items():
         torch.testing.assert_close(went_on[name], weight, rtol=0, atol=1e-6)  # a step of 1e-9
 
 

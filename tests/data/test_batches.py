@@ -17,7 +17,7 @@ C = Example([6, 7, 8, 9], [False, True, False, True])
 def test_rows_by_hand():
     batch = make_batch([[A, B], [C]], pad_id=99, max_length=8)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 99, 99, 99], [6, 7, 8, 9, 99, 99, 99, 99]]
-    # Nothing is predicted across documents: 4 is not the target of 3, though it follows and is supervised.
+    # Nothing is predicted across documents: 4 is not the target of 3, though it follows and is trained on.
     assert batch.targets.tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100], [7, -100, 9] + [-100] * 5]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 0, 0, 0, 0]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, -1, -1, -1], [0, 0, 0, 0, -1, -1, -1, -1]]

@@ -1,4 +1,4 @@
-"""What is learned of conversations with tool calls and reasoning, under the templates of well-known models."""
+"""What is trained on of conversations with tool calls and reasoning, under the templates of well-known models."""
 
 import json
 from functools import partial
@@ -61,21 +61,21 @@ def load(tmp_path, tokenizer, *messages, tools=None, **options):
     return load_examples(write_rows(tmp_path / "rows.jsonl", *rows), tokenizer, max_length=4096, **options)
 
 
-def learned_runs(tokenizer, example):
-    """The text of each unbroken run of learned ids."""
+def trained_runs(tokenizer, example):
+    """The text of each unbroken run of trained ids."""
     runs, before = [], False
-    for token, learned in zip(example.ids.tolist(), example.supervised.tolist(), strict=True):
-        if learned:
+    for token, trained in zip(example.ids.tolist(), example.trained.tolist(), strict=True):
+        if trained:
             runs.append([*(runs.pop() if before else []), token])
-        before = learned
+        before = trained
     return [tokenizer.decode(run) for run in runs]
 
 
-def learned(tmp_path, template, messages, **options):
-    """Of each example of a conversation, the learned texts."""
+def trained_texts(tmp_path, template, messages, **options):
+    """Of each example of a conversation, the trained texts."""
     tokenizer = tokenizer_of(tmp_path, template)
     dataset = load(tmp_path, tokenizer, messages, **options)
-    return [learned_runs(tokenizer, example) for example in dataset.examples]
+    return [trained_runs(tokenizer, example) for example in dataset.examples]
 
 
 def rendered_by_transformers(tmp_path, messages, **options):
@@ -89,10 +89,10 @@ NO_CONTENT = {"empty": {"content": ""}, "null": {"content": None}, "absent": {}}
 @pytest.mark.parametrize("template", WITH_TOOLS)
 @pytest.mark.parametrize("nothing", NO_CONTENT)
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_a_call_without_content_and_the_final_answer_are_learned(tmp_path, template, nothing, tools):
+def test_a_call_without_content_and_the_final_answer_are_trained_on(tmp_path, template, nothing, tools):
     caller = {"role": "assistant", "tool_calls": [call()]} | NO_CONTENT[nothing]
     messages = [*chat("a"), caller, result(), said("four")]
-    (runs,) = learned(tmp_path, template, messages, tools=tools)
+    (runs,) = trained_texts(tmp_path, template, messages, tools=tools)
     assert runs == [WRITTEN[template], FINAL[template]]
 
 
@@ -100,7 +100,9 @@ def test_a_call_without_content_and_the_final_answer_are_learned(tmp_path, templ
 @pytest.mark.parametrize("content", ["", "let me look"])
 def test_several_calls_with_parallel_answers_are_one_turn(tmp_path, template, content):
     calls = calling(call(), call({"city": "Rome"}, "sun", "ihgfedcba"), content=content)
-    (runs,) = learned(tmp_path, template, [*chat("a"), calls, result("4"), result("9", "ihgfedcba"), said("four")])
+    (runs,) = trained_texts(
+        tmp_path, template, [*chat("a"), calls, result("4"), result("9", "ihgfedcba"), said("four")]
+    )
     second = '<tool_call>\n{"name": "sun", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
     first = WRITTEN[template].removesuffix("<|im_end|>")
     turn = f"{content}\n" * bool(content) + f"{first}\n{second}"
@@ -111,15 +113,15 @@ def test_several_calls_with_parallel_answers_are_one_turn(tmp_path, template, co
 def test_rounds_of_calls_and_a_later_question(tmp_path, template):
     round_ = [calling(), result()]
     messages = [*chat("a"), *round_, *round_, said("four"), *chat("b"), said("four")]
-    (runs,) = learned(tmp_path, template, messages)
+    (runs,) = trained_texts(tmp_path, template, messages)
     bare = FINAL[template].split("</think>\n\n")[-1]
     assert runs == [WRITTEN[template], WRITTEN[template], bare, FINAL[template]]
 
 
 @pytest.mark.parametrize("template", ["QWEN3", "QWEN3_THINKING"])
-def test_reasoning_between_calls_is_learned_with_them(tmp_path, template):
+def test_reasoning_between_calls_is_trained_on_with_them(tmp_path, template):
     messages = [*chat("a"), calling(reasoning_content="why"), result(), said("four", reasoning_content="so")]
-    (runs,) = learned(tmp_path, template, messages)
+    (runs,) = trained_texts(tmp_path, template, messages)
     opened = "" if template == "QWEN3_THINKING" else "<think>\n"
     ends = [WRITTEN[template], "four<|im_end|>"]
     assert runs == [f"{opened}{thought}\n</think>\n\n{end}" for thought, end in zip(("why", "so"), ends, strict=True)]
@@ -127,7 +129,7 @@ def test_reasoning_between_calls_is_learned_with_them(tmp_path, template):
 
 @pytest.mark.parametrize("template", ["QWEN25", "QWEN3", "DEEPSEEK_V3", "R1_DISTILL"])
 def test_an_answer_may_follow_an_answer_or_a_call_a_call(tmp_path, template):
-    (runs,) = learned(tmp_path, template, [*chat("a", "b"), said("c"), said("four")])
+    (runs,) = trained_texts(tmp_path, template, [*chat("a", "b"), said("c"), said("four")])
     end = "</s>" if "<|im_end|>" not in FINAL[template] else "<|im_end|>"
     assert runs == [f"b{end}", f"c{end}", FINAL[template]]
 
@@ -140,18 +142,18 @@ def test_a_turn_that_cannot_be_told_is_refused_with_advice_that_works(tmp_path, 
     with pytest.raises(
         ValueError, match=r'rows\.jsonl:1: cannot tell .* message 3 .*--one-example-per-answer.*"weight": 0'
     ):
-        learned(tmp_path, template, messages)
+        trained_texts(tmp_path, template, messages)
     weighted = [*opening, second | {"weight": 0}, result("9"), said("four")]
-    assert learned(tmp_path, template, weighted) == [[WRITTEN[template], FINAL[template]]]
+    assert trained_texts(tmp_path, template, weighted) == [[WRITTEN[template], FINAL[template]]]
     rome = WRITTEN[template].replace("Oslo", "Rome")
     # The prompt behind a tool's answer opens no block; a first one does, and it is closed before the call.
     first = "\n</think>\n\n" * (template == "R1_DISTILL") + WRITTEN[template]
-    per_answer = learned(tmp_path, template, messages, one_example_per_answer=True)
+    per_answer = trained_texts(tmp_path, template, messages, one_example_per_answer=True)
     assert per_answer == [[first], [rome], [FINAL[template]]]
     tokenizer = tokenizer_of(tmp_path, template)
     rows = write_rows(tmp_path / "pairs.jsonl", {"prompt": opening, "completion": [second]})
     (example,) = load_examples(rows, tokenizer, max_length=4096).examples
-    assert learned_runs(tokenizer, example) == [rome]
+    assert trained_runs(tokenizer, example) == [rome]
 
 
 @pytest.mark.parametrize("template", WITH_TOOLS)
@@ -160,14 +162,16 @@ def test_a_turn_that_cannot_be_told_is_refused_with_advice_that_works(tmp_path, 
 def test_arguments_are_written_once_as_json(tmp_path, template, arguments, outer):
     one = call(arguments)
     one = one if outer else {"id": ID} | one["function"]
-    (runs,) = learned(tmp_path, template, [*chat("a"), calling(one), result(), said("four")])
+    (runs,) = trained_texts(tmp_path, template, [*chat("a"), calling(one), result(), said("four")])
     assert runs[0] == WRITTEN[template]
 
 
 @pytest.mark.parametrize("arguments", ["", None, {}, "{}"])
 @pytest.mark.parametrize("template", WITH_TOOLS)
 def test_a_call_without_arguments_has_an_empty_object(tmp_path, template, arguments):
-    (runs,) = learned(tmp_path, template, [*chat("a"), calling({"id": ID, "name": "weather", "arguments": arguments})])
+    (runs,) = trained_texts(
+        tmp_path, template, [*chat("a"), calling({"id": ID, "name": "weather", "arguments": arguments})]
+    )
     assert WRITTEN[template].replace('{"city": "Oslo"}', "{}") in runs[0]
 
 
@@ -177,10 +181,10 @@ def test_text_that_is_no_object_is_refused_where_the_template_needs_one(tmp_path
         with pytest.raises(
             ValueError, match=r"rows\.jsonl:1: message 1: the arguments of the call of 'weather' are not"
         ):
-            learned(tmp_path, template, messages)
+            trained_texts(tmp_path, template, messages)
     with pytest.raises(ValueError, match=r"must be a JSON object, got '\[1\]'"):
-        learned(tmp_path, "QWEN25", [*chat("a"), calling(call("[1]"))])
-    assert "city=Oslo" in learned(tmp_path, "DEEPSEEK_V3", messages)[0][0]
+        trained_texts(tmp_path, "QWEN25", [*chat("a"), calling(call("[1]"))])
+    assert "city=Oslo" in trained_texts(tmp_path, "DEEPSEEK_V3", messages)[0][0]
 
 
 def test_a_template_that_looks_into_the_object_gets_one(tmp_path):
@@ -192,7 +196,9 @@ def test_a_template_that_looks_into_the_object_gets_one(tmp_path):
         "{% else %}{{ f.arguments }}{% endif %}{% endfor %}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    assert learned(tmp_path, source, [*chat("a"), calling(call('{"city": "Oslo"}'))]) == [["<weather><city>Oslo</s>"]]
+    assert trained_texts(tmp_path, source, [*chat("a"), calling(call('{"city": "Oslo"}'))]) == [
+        ["<weather><city>Oslo</s>"]
+    ]
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
@@ -202,7 +208,7 @@ def test_a_template_that_would_write_pythons_form_of_the_object_gets_json(tmp_pa
     calls = calls if tools is None else "{% if tools %}" + calls + "{% endif %}"
     source = "{{ tools }}{% for m in messages %}{{ m.role + ':' + m.content }}" + calls + "</s>{% endfor %}"
     source += "{% if add_generation_prompt %}assistant:{% endif %}"
-    assert learned(tmp_path, source, [*chat("a"), calling()], tools=tools) == [['weather{"city": "Oslo"}</s>']]
+    assert trained_texts(tmp_path, source, [*chat("a"), calling()], tools=tools) == [['weather{"city": "Oslo"}</s>']]
 
 
 @pytest.mark.parametrize("template", WITH_TOOLS)
@@ -211,13 +217,13 @@ def test_a_template_that_would_write_pythons_form_of_the_object_gets_json(tmp_pa
 )
 def test_empty_optional_fields_change_nothing(tmp_path, template, empty):
     plain = chat("a", "<think>\nx\n</think>\n\nb")
-    expected = learned(tmp_path, template, plain)
-    assert learned(tmp_path, template, [plain[0] | empty, plain[1] | empty]) == expected
+    expected = trained_texts(tmp_path, template, plain)
+    assert trained_texts(tmp_path, template, [plain[0] | empty, plain[1] | empty]) == expected
     row = {"messages": plain, "tools": []}
     (example,) = load_examples(
         write_rows(tmp_path / "tools.jsonl", row), tokenizer_of(tmp_path, template), max_length=512
     ).examples
-    assert [learned_runs(tokenizer_of(tmp_path, template), example)] == expected
+    assert [trained_runs(tokenizer_of(tmp_path, template), example)] == expected
 
 
 @pytest.mark.parametrize("template", ["SMOLLM2", "LLAMA30"])
@@ -245,7 +251,7 @@ def test_an_answer_of_a_tool_that_the_template_leaves_out_is_refused(tmp_path, p
 def test_arguments_that_the_template_leaves_out_are_refused(tmp_path):
     source = published.QWEN25.replace("call.arguments | tojson", "'{}'")
     with pytest.raises(ValueError, match=r"message 1 calls a tool \('weather, its arguments'\)"):
-        learned(tmp_path, source, [*chat("a"), calling()])
+        trained_texts(tmp_path, source, [*chat("a"), calling()])
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
@@ -259,9 +265,9 @@ def test_a_name_that_stands_in_the_id_is_written(tmp_path):
     expected = [
         ['<think></think><call>functions.weather:0<args>{"city": "Oslo"}<|im_end|>', "<think></think>four<|im_end|>"]
     ]
-    assert learned(tmp_path, "KIMI_K2", messages) == expected
+    assert trained_texts(tmp_path, "KIMI_K2", messages) == expected
     with pytest.raises(ValueError, match=r"calls a tool \('weather'\)"):
-        learned(tmp_path, "KIMI_K2", [*chat("a"), calling()])
+        trained_texts(tmp_path, "KIMI_K2", [*chat("a"), calling()])
 
 
 THOUGHT = [*chat("a", "<think>\nwhy\n</think>\n\nb", "c", "<think>\nhow\n</think>\n\nd")]
@@ -298,7 +304,7 @@ def test_nothing_is_counted_where_nothing_is_lost(tmp_path, template, messages):
     assert not load(tmp_path, tokenizer_of(tmp_path, template), messages).omitted
 
 
-def test_reasoning_that_is_not_to_be_learned_is_not_counted(tmp_path):
+def test_reasoning_that_is_not_to_be_trained_on_is_not_counted(tmp_path):
     messages = [THOUGHT[0], THOUGHT[1] | {"weight": 0}, *THOUGHT[2:]]
     assert not load(tmp_path, tokenizer_of(tmp_path, "QWEN3"), messages).omitted
 
@@ -349,8 +355,8 @@ def test_one_example_per_answer_keeps_reasoning_behind_the_prompt_of_generation(
     for number, answer, example in zip(answers, PER_ANSWER[template], dataset.examples, strict=True):
         prompt = rendered_by_transformers(tmp_path, messages[:number], add_generation_prompt=True)
         assert tokenizer.decode(example.ids.tolist()) == prompt + answer
-        assert learned_runs(tokenizer, example) == [answer]
-        assert example.ids[~example.supervised].tolist() == tokenizer.encode(prompt)
+        assert trained_runs(tokenizer, example) == [answer]
+        assert example.ids[~example.trained].tolist() == tokenizer.encode(prompt)
 
 
 @pytest.mark.parametrize(
@@ -368,23 +374,23 @@ def test_one_example_per_answer_keeps_reasoning_behind_the_prompt_of_generation(
     ],
 )
 def test_an_answer_as_generation_gives_it(tmp_path, template, answer, expected):
-    assert learned(tmp_path, template, [*chat("a"), answer], one_example_per_answer=True) == [[expected]]
+    assert trained_texts(tmp_path, template, [*chat("a"), answer], one_example_per_answer=True) == [[expected]]
 
 
-def test_one_example_for_each_answer_that_is_learned(tmp_path):
+def test_one_example_for_each_answer_that_is_trained_on(tmp_path):
     messages = [*chat("a"), said("b", weight=0), *chat("c"), calling(), result(), said("four"), *chat("e")]
-    runs = learned(tmp_path, "QWEN3", messages, one_example_per_answer=True)
+    runs = trained_texts(tmp_path, "QWEN3", messages, one_example_per_answer=True)
     assert runs == [["<think>\n\n</think>\n\n" + WRITTEN["QWEN3"]], [FINAL["QWEN3"]]]
 
 
 def test_an_answer_before_any_question(tmp_path):
-    runs = learned(tmp_path, "QWEN25", [said("hello"), *chat("a", "b")], one_example_per_answer=True)
+    runs = trained_texts(tmp_path, "QWEN25", [said("hello"), *chat("a", "b")], one_example_per_answer=True)
     assert runs == [["hello<|im_end|>"], ["b<|im_end|>"]]
 
 
 def test_a_prompt_that_differs_in_white_space_alone(tmp_path):
     source = published.SMOLLM2.replace("assistant\\n' }}{%- endif %}", "assistant\\n\\n' }}{%- endif %}")
-    assert learned(tmp_path, source, chat("a", " b"), one_example_per_answer=True) == [["b<|im_end|>"]]
+    assert trained_texts(tmp_path, source, chat("a", " b"), one_example_per_answer=True) == [["b<|im_end|>"]]
 
 
 def test_a_prompt_that_no_answer_follows_is_refused(tmp_path):
@@ -392,18 +398,18 @@ def test_a_prompt_that_no_answer_follows_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"rows\.jsonl:1: the chat template's prompt for the assistant's message 1 is no"
     ):
-        learned(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
+        trained_texts(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
 
 
 def test_a_template_that_always_writes_a_header_is_refused_per_answer_too(tmp_path):
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: the chat template ends a conversation by '</s>assistant:'"):
-        learned(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
+        trained_texts(tmp_path, source, chat("a", "b"), one_example_per_answer=True)
 
 
 def test_one_example_per_answer_does_not_go_with_all_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"one example per answer .* does not go with train_on 'all'"):
-        learned(tmp_path, "QWEN3", THOUGHT, one_example_per_answer=True, train_on="all")
+        trained_texts(tmp_path, "QWEN3", THOUGHT, one_example_per_answer=True, train_on="all")
 
 
 def test_exact_match_prompts_take_calls_in_the_templates_form(tmp_path):

@@ -12,14 +12,14 @@ def numbers(part):
     return [int(example.ids[0]) for example in part.examples]
 
 
-def test_the_first_id_is_never_counted_as_learned():
-    assert Example([5, 6, 7], [True, False, True]).supervised_tokens == 1
-    assert Example([5], [True]).supervised_tokens == 0
+def test_the_first_id_is_never_counted_as_trained():
+    assert Example([5, 6, 7], [True, False, True]).trained_tokens == 1
+    assert Example([5], [True]).trained_tokens == 0
 
 
 def test_an_example_holds_compact_arrays():
     example = Example([5, 6], [False, True])
-    assert (example.ids.dtype, example.supervised.dtype, len(example)) == (np.int32, np.bool_, 2)
+    assert (example.ids.dtype, example.trained.dtype, len(example)) == (np.int32, np.bool_, 2)
 
 
 @pytest.mark.parametrize(

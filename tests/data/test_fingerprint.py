@@ -21,11 +21,11 @@ def difference(then: list[Example], now: list[Example]) -> str | None:
 
 
 def other_id(row: Example) -> Example:
-    return Example(np.append(row.ids[:-1], row.ids[-1] + 1), row.supervised)
+    return Example(np.append(row.ids[:-1], row.ids[-1] + 1), row.trained)
 
 
 def other_mask(row: Example) -> Example:
-    return Example(row.ids, np.append(row.supervised[:-1], ~row.supervised[-1]))
+    return Example(row.ids, np.append(row.trained[:-1], ~row.trained[-1]))
 
 
 @pytest.mark.parametrize(("change", "what"), [(other_id, "ids"), (other_mask, "loss masks")])

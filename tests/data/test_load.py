@@ -19,8 +19,8 @@ def load(tmp_path, tokenizer, *rows, max_length=512, **options):
     return load_examples(write_rows(tmp_path / "rows.jsonl", *rows), tokenizer, max_length=max_length, **options)
 
 
-def learned_text(tokenizer, example):
-    return tokenizer.decode(example.ids[example.supervised].tolist())
+def trained_text(tokenizer, example):
+    return tokenizer.decode(example.ids[example.trained].tolist())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +38,7 @@ def test_marked_chats_have_the_ids_and_the_mask_of_transformers(tmp_path, kind, 
     for messages, example in zip(chats, dataset.examples, strict=True):
         expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         assert example.ids.tolist() == expected["input_ids"]
-        assert example.supervised.tolist() == [flag == 1 for flag in expected["assistant_masks"]]
+        assert example.trained.tolist() == [flag == 1 for flag in expected["assistant_masks"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,24 +49,24 @@ def test_the_mask_is_the_same_whether_a_template_marks_its_turns(tmp_path, kind)
         for name in ("CHATML_MARKED", "CHATML")
     )
     assert plain.examples[0].ids.tolist() == marked.examples[0].ids.tolist()
-    assert plain.examples[0].supervised.tolist() == marked.examples[0].supervised.tolist()
+    assert plain.examples[0].trained.tolist() == marked.examples[0].trained.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("name", "learned"),
+    ("name", "trained"),
     [
         ("CHATML", "it rests.<|im_end|>4<|im_end|>"),
         ("LLAMA3", "it rests.<|eot_id|>4<|eot_id|>"),
         ("MISTRAL", "it rests.</s> 4</s>"),
     ],
 )
-def test_what_is_learned(tmp_path, kind, name, learned):
+def test_what_is_trained_on(tmp_path, kind, name, trained):
     folder = make_folder(tmp_path / "model", kind, getattr(templates, name))
     tokenizer = Tokenizer.from_folder(folder)
     (example,) = load(tmp_path, tokenizer, {"messages": chat("the dog?", "it rests.", "2+2?", "4")}).examples
-    assert learned_text(tokenizer, example).lstrip() == learned
-    assert example.supervised[-1] or name == "CHATML", "all but a line feed behind the last turn"
+    assert trained_text(tokenizer, example).lstrip() == trained
+    assert example.trained[-1] or name == "CHATML", "all but a line feed behind the last turn"
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_chats_of_every_shape_are_alike(tmp_path, tokenizer, row):
     expected = load(tmp_path, tokenizer, {"messages": chat("the dog\n\nquick", "rests")}).examples[0]
     (example,) = load(tmp_path, tokenizer, row).examples
     assert example.ids.tolist() == expected.ids.tolist()
-    assert example.supervised.tolist() == expected.supervised.tolist()
-    assert learned_text(tokenizer, example) == "rests<|im_end|>"
+    assert example.trained.tolist() == expected.trained.tolist()
+    assert trained_text(tokenizer, example) == "rests<|im_end|>"
 
 
-def test_earlier_answers_of_a_prompt_are_not_learned(tmp_path, tokenizer):
+def test_earlier_answers_of_a_prompt_are_not_trained_on(tmp_path, tokenizer):
     row = {"prompt": chat("a", "fox", "b"), "completion": [{"role": "assistant", "content": "dog"}]}
     (example,) = load(tmp_path, tokenizer, row).examples
-    assert learned_text(tokenizer, example) == "dog<|im_end|>"
+    assert trained_text(tokenizer, example) == "dog<|im_end|>"
 
 
 def test_a_question_at_the_end_is_left_out(tmp_path, tokenizer):
@@ -102,8 +102,8 @@ def test_train_on_all(tmp_path, tokenizer):
     rows = [{"messages": chat("a", "b", "c")}, {"prompt": "fox ", "completion": "dog"}]
     talk, completion = load(tmp_path, tokenizer, *rows, train_on="all").examples
     assert tokenizer.decode(talk.ids.tolist()) == tokenizer.render(rows[0]["messages"])
-    assert talk.supervised.all()
-    assert completion.supervised[1:].all()
+    assert talk.trained.all()
+    assert completion.trained[1:].all()
     assert tokenizer.decode(completion.ids.tolist()) == "<s>fox dog</s>"
 
 
@@ -111,7 +111,7 @@ def test_a_template_without_end_of_turn_gets_eos(tmp_path):
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=templates.PLAIN))
     (example,) = load(tmp_path, tokenizer, {"messages": chat("a", "dog")}).examples
     assert tokenizer.decode(example.ids.tolist()) == "user: a\nassistant: dog\n</s>"
-    assert example.ids[example.supervised][-1] == tokenizer.eos_id
+    assert example.ids[example.trained][-1] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +127,7 @@ def test_text_has_one_bos_if_any_and_one_eos(tmp_path, kind, text):
     assert example.ids.tolist().count(theirs.bos_token_id) == has_bos
     assert example.ids.tolist().count(theirs.eos_token_id) == 1
     assert example.ids[-1] == theirs.eos_token_id
-    assert example.supervised[1:].all()
+    assert example.trained[1:].all()
     assert tokenizer.decode(example.ids.tolist(), skip_special_tokens=True).lstrip() == body
 
 
@@ -144,15 +144,15 @@ def test_text_has_one_bos_if_any_and_one_eos(tmp_path, kind, text):
         ("<s>the dog:", " rests"),
     ],
 )
-def test_a_completion_is_learned_behind_what_generation_will_be_given(tmp_path, kind, prompt, completion):
+def test_a_completion_is_trained_on_behind_what_generation_will_be_given(tmp_path, kind, prompt, completion):
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", kind))
     (example,) = load(tmp_path, tokenizer, {"prompt": prompt, "completion": completion}).examples
     given = tokenizer.encode(prompt)
     if tokenizer.adds_bos and not prompt.startswith("<s>"):
         given = [tokenizer.bos_id, *given]
     assert example.ids[: len(given)].tolist() == given
-    assert not example.supervised[: len(given)].any()
-    assert example.supervised[len(given) :].all()
+    assert not example.trained[: len(given)].any()
+    assert example.trained[len(given) :].all()
     assert example.ids.tolist().count(tokenizer.eos_id) == 1
     assert example.ids[-1] == tokenizer.eos_id
     whole = tokenizer.decode(example.ids[:-1].tolist()).replace("<s> ", "<s>").removeprefix("<s>")
@@ -231,7 +231,7 @@ def test_chats_without_a_template(tmp_path, row):
 
 @pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"text": "the dog " * 40}]])
 def test_nothing_to_learn_is_an_error(tmp_path, tokenizer, rows):
-    with pytest.raises(ValueError, match=r"rows\.jsonl has no supervised tokens to train on: . rows .* max_length 16"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl has no tokens to train on: . rows .* max_length 16"):
         load(tmp_path, tokenizer, *rows, max_length=16)
 
 
@@ -254,4 +254,4 @@ def test_a_told_format_and_split_are_used(tmp_path, tokenizer):
     (tmp_path / "data").mkdir()
     (tmp_path / "val.jsonl").rename(tmp_path / "data" / "val.jsonl")
     (example,) = load_examples(tmp_path / "data", tokenizer, format="text", max_length=64, split="validation").examples
-    assert learned_text(tokenizer, example) == "fox</s>"
+    assert trained_text(tokenizer, example) == "fox</s>"

@@ -68,7 +68,7 @@ def expected_documents(examples):
             tuple(example.ids.tolist()),
             tuple(range(len(example))),
             (
-                *(int(i) if s else -100 for i, s in zip(example.ids[1:], example.supervised[1:], strict=True)),
+                *(int(i) if s else -100 for i, s in zip(example.ids[1:], example.trained[1:], strict=True)),
                 -100,
             ),
         )
@@ -91,9 +91,7 @@ def test_steps_have_the_same_documents_however_they_are_split(packing, seed):
         steps = all_steps(
             examples, 12, world_size, accumulation=accumulation, batch_size=batch_size, packing=packing, seed=seed
         )
-        views.append(
-            [(documents(ranks), ranks[0].supervised_tokens, ranks[0].tokens, ranks[0].cursor) for ranks in steps]
-        )
+        views.append([(documents(ranks), ranks[0].trained_tokens, ranks[0].tokens, ranks[0].cursor) for ranks in steps])
     assert all(view == views[0] for view in views)
     assert len({str(sorted(found)) for found, *_ in views[0]}) > 1
 
@@ -118,9 +116,9 @@ def test_every_rank_runs_the_same_number_of_batches_and_knows_the_global_counts(
         assert {len(step.micro_batches) for step in ranks} == {len(ranks[0].micro_batches)}
         assert 1 <= len(ranks[0].micro_batches) <= accumulation
         assert max(len(batch.input_ids) for batch in batches) <= batch_size
-        supervised = sum(int((batch.targets != -100).sum()) for batch in batches)
+        trained = sum(int((batch.targets != -100).sum()) for batch in batches)
         tokens = sum(int((document_ids(batch) != -1).sum()) for batch in batches)
-        assert {(step.supervised_tokens, step.tokens) for step in ranks} == {(supervised, tokens)}
+        assert {(step.trained_tokens, step.tokens) for step in ranks} == {(trained, tokens)}
         assert len({step.cursor for step in ranks}) == 1
 
 
@@ -135,7 +133,7 @@ def test_a_short_step_has_no_more_micro_batches_than_it_needs():
 
 
 def same(one, other):
-    fields = ("supervised_tokens", "tokens", "cursor")
+    fields = ("trained_tokens", "tokens", "cursor")
     equal = all(getattr(one, field) == getattr(other, field) for field in fields)
     pairs = zip(one.micro_batches, other.micro_batches, strict=True)
     return equal and all(all(map(torch.equal, tensors(left), tensors(right))) for left, right in pairs)

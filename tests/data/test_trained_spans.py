@@ -9,15 +9,15 @@ from tests.data import templates
 from tests.data.folders import SPECIAL, chat
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
-# What ends a turn and is learned with it.
+# What ends a turn and is trained on with it.
 ENDS = {"CHATML": "<|im_end|>", "CHATML_MARKED": "<|im_end|>", "LLAMA3": "<|eot_id|>", "MISTRAL": "</s>", "PLAIN": "\n"}
 
 
-def learned_texts(source, messages, learned=None, tools=None):
+def trained_texts(source, messages, trained=None, tools=None):
     template = ChatTemplate(source, VARIABLES)
     text = template.render(messages, tools=tools)
-    learned = learned or [message["role"] == "assistant" for message in messages]
-    spans = assistant_spans(template, Conversation(messages, learned, tools), text, SPECIAL)
+    trained = trained or [message["role"] == "assistant" for message in messages]
+    spans = assistant_spans(template, Conversation(messages, trained, tools), text, SPECIAL)
     return [text[start:end] for start, end in spans]
 
 
@@ -33,20 +33,20 @@ def test_each_turn_with_its_end_and_nothing_else(name, seed):
     messages = chat(*contents(rng, 2 * rng.randint(1, 4)), system=rng.choice([None, "be kind"]))
     lead = " " if name == "MISTRAL" else ""
     expected = [f"{lead}{m['content']}{ENDS[name]}" for m in messages if m["role"] == "assistant"]
-    assert learned_texts(getattr(templates, name), messages) == expected
+    assert trained_texts(getattr(templates, name), messages) == expected
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_only_learned_messages(name):
+def test_only_trained_messages(name):
     messages = chat("a", "b", "c", "d", "e", "f")
-    (text,) = learned_texts(getattr(templates, name), messages, [False, False, False, True, False, False])
+    (text,) = trained_texts(getattr(templates, name), messages, [False, False, False, True, False, False])
     assert text.strip() == f"d{ENDS[name]}".strip()
 
 
 @pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "PLAIN"])
 def test_the_assistant_may_begin_or_go_on(name):
     messages = [{"role": "assistant", "content": text} for text in ("a", "b")]
-    assert learned_texts(getattr(templates, name), messages) == [f"a{ENDS[name]}", f"b{ENDS[name]}"]
+    assert trained_texts(getattr(templates, name), messages) == [f"a{ENDS[name]}", f"b{ENDS[name]}"]
 
 
 def test_calls_of_tools_are_turns():
@@ -58,18 +58,18 @@ def test_calls_of_tools_are_turns():
         {"role": "assistant", "content": "four"},
     ]
     expected = ['[{"function": {"name": "f"}}]<|eot_id|>', "four<|eot_id|>"]
-    assert learned_texts(templates.LLAMA3, messages, tools=[{"name": "f"}]) == expected
+    assert trained_texts(templates.LLAMA3, messages, tools=[{"name": "f"}]) == expected
 
 
 def test_a_template_that_drops_earlier_reasoning():
     messages = chat("a", "<think>\nx\n</think>\n\nb", "c", "d", "e", "<think>\ny\n</think>\n\nf")
     # As Qwen3 generates: its prompt ends before the think block.
     expected = ["b<|im_end|>", "d<|im_end|>", "<think>\ny\n</think>\n\nf<|im_end|>"]
-    assert learned_texts(templates.THINKING, messages) == expected
+    assert trained_texts(templates.THINKING, messages) == expected
 
 
 def test_a_template_that_writes_an_empty_think_block_last():
-    assert learned_texts(templates.THINKING, chat("a", "b", "c", "d")) == [
+    assert trained_texts(templates.THINKING, chat("a", "b", "c", "d")) == [
         "b<|im_end|>",
         "<think>\n\n</think>\n\nd<|im_end|>",
     ]
@@ -77,7 +77,7 @@ def test_a_template_that_writes_an_empty_think_block_last():
 
 def test_turns_between_calls_of_tools_keep_their_reasoning():
     messages = [*chat("a", "<think>x</think>b"), {"role": "tool", "content": "4"}, *chat("", "c")[1:]]
-    assert learned_texts(templates.THINKING, messages) == [
+    assert trained_texts(templates.THINKING, messages) == [
         "<think>\nx\n</think>\n\nb<|im_end|>",
         "<think>\n\n</think>\n\nc<|im_end|>",
     ]
@@ -86,29 +86,29 @@ def test_turns_between_calls_of_tools_keep_their_reasoning():
 @pytest.mark.parametrize("answer", ["b", "<think>x</think>b", "<th", "<think", ""])
 def test_a_prompt_that_opens_a_think_block(answer):
     said = answer.split("</think>")[-1]
-    assert learned_texts(templates.THINKING_PROMPT, chat("a", answer, "c", "d")) == [f"{said}</s>", "d</s>"]
+    assert trained_texts(templates.THINKING_PROMPT, chat("a", answer, "c", "d")) == [f"{said}</s>", "d</s>"]
 
 
 def test_a_template_that_writes_eos_behind_the_conversation():
-    assert learned_texts(templates.FINAL_EOS, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
+    assert trained_texts(templates.FINAL_EOS, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>\n</s>"]
 
 
 def test_a_template_that_always_writes_a_header_is_refused():
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}assistant:"
     with pytest.raises(ValueError, match="ends a conversation by '</s>assistant:', which is more than the end of"):
-        learned_texts(source, chat("a", "b"))
+        trained_texts(source, chat("a", "b"))
 
 
 def test_a_turn_that_ends_by_no_special_token_and_changes_when_more_follows():
     source = (
         "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content.split('|')[-1] }}\n{% endfor %}"
     )
-    assert learned_texts(source, chat("a", "x|b", "c", "y|d")) == ["assistant: b\n", "assistant: y|d\n"]
+    assert trained_texts(source, chat("a", "x|b", "c", "y|d")) == ["assistant: b\n", "assistant: y|d\n"]
 
 
 def test_an_empty_turn_without_any_end():
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
-    assert learned_texts(source, chat("q", "", "Ar", "s")) == ["", "s"]
+    assert trained_texts(source, chat("q", "", "Ar", "s")) == ["", "s"]
 
 
 def template_that_writes(earlier_answer, end="</s>"):
@@ -137,12 +137,12 @@ def template_that_writes(earlier_answer, end="</s>"):
 )
 def test_templates_that_hide_the_turn_are_refused(source):
     with pytest.raises(ValueError, match=r"cannot tell which text of the assistant's message 1 .*\{% generation %\}"):
-        learned_texts(source, chat("abc", "def", "ghi", "jkl"))
+        trained_texts(source, chat("abc", "def", "ghi", "jkl"))
 
 
-@pytest.mark.parametrize("learned", [[False, True, False, False], [False, True, False, True]])
-def test_marks_that_do_not_fit_the_messages_are_refused(learned):
+@pytest.mark.parametrize("trained", [[False, True, False, False], [False, True, False, True]])
+def test_marks_that_do_not_fit_the_messages_are_refused(trained):
     unmarked = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
     source = "{% for m in messages %}{{ m.content }}{% endfor %}" + unmarked
     with pytest.raises(ValueError, match="marks 0 spans for 2 assistant messages"):
-        learned_texts(source, chat("a", "b", "c", "d"), learned)
+        trained_texts(source, chat("a", "b", "c", "d"), trained)

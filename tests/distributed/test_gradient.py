@@ -1,4 +1,4 @@
-"""The gradient is that of the mean over all supervised tokens, however the rows are split."""
+"""The gradient is that of the mean over all trained tokens, however the rows are split."""
 
 from pathlib import Path
 from random import Random
@@ -29,13 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def examples() -> list[Example]:
-    """Rows of very unequal length and share of supervised tokens: a mean of means would be far off."""
+    """Rows of very unequal length and share of trained tokens: a mean of means would be far off."""
     random = Random(5)
     made = []
     for _ in range(ROWS):
         length = random.randint(3, 40)
-        learned_from = random.randint(1, length - 1)
-        made.append(Example([random.randrange(97) for _ in range(length)], [i >= learned_from for i in range(length)]))
+        trained_from = random.randint(1, length - 1)
+        made.append(Example([random.randrange(97) for _ in range(length)], [i >= trained_from for i in range(length)]))
     return made
 
 
@@ -73,7 +73,7 @@ def test_dropout_differs_by_rank_step_and_micro_batch(folder: Path, monkeypatch:
         if "lora_B" in name:
             parameter.data.fill_(0.02)
     batch = make_batch([[examples()[0]]], pad_id=0, max_length=64)
-    step = Step([batch, batch], supervised_tokens=1, tokens=1, groups=1, cursor=Cursor())
+    step = Step([batch, batch], trained_tokens=1, tokens=1, groups=1, cursor=Cursor())
     losses: list[float] = []
 
     def noted(*args: Any) -> Tensor:

@@ -76,7 +76,7 @@ def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> R
     losses = []
     for number, step in zip(range(STEPS), loader.steps(Cursor()), strict=False):
         sums = accumulate_gradient(model, step, world, seed=0, step_number=number)
-        losses.append(evaluation.global_sum(sums.loss, world) / step.supervised_tokens)
+        losses.append(evaluation.global_sum(sums.loss, world) / step.trained_tokens)
         optimizer.step()
         optimizer.zero_grad()
     said = generate(model, [[5, 6, 7], [9]], max_new_tokens=6, eos_ids=[])

@@ -73,7 +73,7 @@ def test_training_learns_and_writes_what_it_says(
     assert "learning-rate = 0.01" in (out / "config.toml").read_text()
 
 
-def test_the_logged_loss_is_the_mean_over_supervised_tokens(model: Path, tmp_path: Path) -> None:
+def test_the_logged_loss_is_the_mean_over_trained_tokens(model: Path, tmp_path: Path) -> None:
     """Of all ranks, micro-batches and steps since the last line, which have very unequal numbers of them."""
     answers = ["ab" * n for n in (1, 20, 2, 1, 14, 3, 1, 1, 25, 2)]  # a step of 8 rows, and one of 2
     dataset = tmp_path / "rows.jsonl"
@@ -85,13 +85,13 @@ def test_the_logged_loss_is_the_mean_over_supervised_tokens(model: Path, tmp_pat
 
 
 def mean_token_loss(model: Path, examples: list[Example]) -> float:
-    """PyTorch's cross-entropy of each row's supervised tokens, one row at a time."""
+    """PyTorch's cross-entropy of each row's trained tokens, one row at a time."""
     ours, total, tokens = load_model(model, dtype=torch.float32), 0.0, 0
     for example in examples:
-        ids, learned = torch.from_numpy(example.ids).long(), torch.from_numpy(example.supervised)[1:]
-        logits = ours(ids[None])[0, :-1][learned]
-        total += torch.nn.functional.cross_entropy(logits, ids[1:][learned], reduction="sum").item()
-        tokens += int(learned.sum())
+        ids, trained = torch.from_numpy(example.ids).long(), torch.from_numpy(example.trained)[1:]
+        logits = ours(ids[None])[0, :-1][trained]
+        total += torch.nn.functional.cross_entropy(logits, ids[1:][trained], reduction="sum").item()
+        tokens += int(trained.sum())
     return total / tokens
 
 
@@ -203,7 +203,7 @@ def write_texts(path: Path, letter: str, count: int, first: int = 0) -> Path:
 
 
 def rows_trained_on(out: Path, *args: Any) -> list[list[tuple[int, int]]]:
-    """(first supervised id, number of them) of each row of every step, in no order; by this rank."""
+    """(first trained id, number of them) of each row of every step, in no order; by this rank."""
     accumulate, steps = trainer.accumulate_gradient, []
 
     def watched(model: Any, step: Any, *rest: Any, **options: Any) -> Tensor:

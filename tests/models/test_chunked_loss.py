@@ -93,7 +93,7 @@ def test_a_frozen_input_gets_no_gradient_and_changes_none(frozen: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
-def test_nothing_supervised_is_zero_loss_and_zero_gradients() -> None:
+def test_nothing_trained_on_is_zero_loss_and_zero_gradients() -> None:
     hidden, weight, _ = inputs()
     loss = chunked_cross_entropy(hidden, weight, torch.full((TOKENS,), -100), 4)
     loss.backward()

@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_transformers(family: str) -> None:
         torch.testing.assert_close(gradient, expected[name], atol=ATOL, rtol=1e-4, msg=name)
 
 
-def test_loss_is_the_fp32_sum_over_supervised_tokens() -> None:
+def test_loss_is_the_fp32_sum_over_trained_tokens() -> None:
     model = pair("llama2")[1]
     ids, targets = random_ids(2, 12), random_ids(2, 12, seed=1)
     targets[0, 3:7] = -100

@@ -74,7 +74,7 @@ def test_rows_of_nothing_but_padding_stay_finite(family: str) -> None:
         assert gradient.isfinite().all(), name
 
 
-def test_a_batch_without_supervised_tokens_has_zero_loss_and_gradients() -> None:
+def test_a_batch_without_trained_tokens_has_zero_loss_and_gradients() -> None:
     model = pair("llama2")[1]
     row = {name: torch.zeros(2, 8, dtype=torch.int64) for name in packed_row()} | {
         "document_ids_BS": torch.full((2, 8), -1)

@@ -93,7 +93,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
-    parser.add_argument("--layers", type=int, default=32, help="transformer blocks of the whole optimizers")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the whole optimizers")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or optimizer_kernels(torch.device("cuda")) is not cuda_adamw8bit:

@@ -104,7 +104,7 @@ class Watched(Packed):
 
     damaged = forwards = 0
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # blocks that are chained give one tensor
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # layers that are chained give one tensor
         # first of all: a recomputation ends with the last tensor that backward needs
         self.damaged += int((self.packed.view(torch.uint8) != self.expected).sum())
         self.forwards += 1
@@ -112,27 +112,27 @@ class Watched(Packed):
 
 
 def streamed_damage(*, rows: int, replicas: int = 1, device: torch.device | str = "cpu") -> int:
-    """The same over three blocks whose frozen rows wait in host memory (on one rank: all of them)."""
+    """The same over three layers whose frozen rows wait in host memory (on one rank: all of them)."""
     device = torch.device(device)
     mesh = mesh_of_all(device, replicas) if dist.get_world_size() > 1 else None
-    blocks = [Watched(rows, torch.float32, torch.device("meta")) for _ in range(3)]
-    weights = OffloadedWeights(blocks, mesh)
+    layers = [Watched(rows, torch.float32, torch.device("meta")) for _ in range(3)]
+    weights = OffloadedWeights(layers, mesh)
     forwards = recomputed(weights.forwards, "full")
-    materialize(nn.ModuleList(blocks), device, set(weights.parameters()))
-    for block in blocks:
-        block.expected = ALL_PATTERNS[-rows:].to(device)
-        own = own_rows(block.packed)
-        stored = local(block.packed).detach()
-        stored.view(torch.uint8).copy_(block.expected[own.start : own.stop])
-        assert block.companion is not None
-        nn.init.eye_(block.companion)
+    materialize(nn.ModuleList(layers), device, set(weights.parameters()))
+    for layer in layers:
+        layer.expected = ALL_PATTERNS[-rows:].to(device)
+        own = own_rows(layer.packed)
+        stored = local(layer.packed).detach()
+        stored.view(torch.uint8).copy_(layer.expected[own.start : own.stop])
+        assert layer.companion is not None
+        nn.init.eye_(layer.companion)
     for _ in range(2):
         x = torch.randn(4, 8, device=device, requires_grad=True)
         for forward in forwards:
             x = forward(x)
         x.sum().backward()
-    assert all(block.forwards == 4 for block in blocks)
-    return sum(block.damaged for block in blocks)
+    assert all(layer.forwards == 4 for layer in layers)
+    return sum(layer.damaged for layer in layers)
 
 
 def every_mode(*, exact: bool, device: torch.device | str) -> dict[str, int]:

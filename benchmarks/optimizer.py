@@ -25,7 +25,7 @@ from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.paging import BUCKET_BYTES, IN_FLIGHT_BYTES, PageBudget
 
 HIDDEN, KEYS, FEED_FORWARD, RANK = 4096, 1024, 14336, 64
-# (in, out) of the linear layers of a block
+# (in, out) of the linear layers of a decoder layer
 LAYERS = [
     *[(HIDDEN, HIDDEN)] * 2,
     *[(HIDDEN, KEYS)] * 2,
@@ -37,9 +37,9 @@ MATMULS_IN_A_STEP = 64  # of 8192^3: 0.1 s on an H200; a QLoRA step of 8B takes 
 GIB = 2**30
 
 
-def adapters(blocks: int, dtype: torch.dtype) -> list[nn.Parameter]:
+def adapters(layers: int, dtype: torch.dtype) -> list[nn.Parameter]:
     """A and B of each layer, with gradients."""
-    shapes = [shape for i, o in LAYERS for shape in ((RANK, i), (o, RANK))] * blocks
+    shapes = [shape for i, o in LAYERS for shape in ((RANK, i), (o, RANK))] * layers
     held = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype) * 0.02) for shape in shapes]
     for parameter in held:
         parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -194,9 +194,9 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(blocks: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(layers: int, dtype: torch.dtype) -> dict[str, Any]:
     """All figures, in milliseconds and bytes."""
-    held, work = adapters(blocks, dtype), Work()
+    held, work = adapters(layers, dtype), Work()
     work(8)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in held), "bytes_of_a_step": step_bytes(held)}
     result["bitsandbytes"] = bitsandbytes_ms(held, work)
@@ -239,7 +239,7 @@ def targets(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32, help="transformer blocks")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()

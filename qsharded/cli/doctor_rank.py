@@ -14,7 +14,7 @@ from qsharded.distributed.fsdp import DamagedGather, World, start_world, stop_wo
 from qsharded.distributed.self_test import check_gather
 
 _ROUNDS = 5
-_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}  # a block of a large model; on a CPU less, so that nobody waits
+_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}  # a layer of a large model; on a CPU less, so that nobody waits
 
 
 JOINING, PROBE, SPEED = "finding each other", "the gather of packed weights", "the all-gather"

@@ -110,7 +110,7 @@ class TrainConfig:
         check=AT_LEAST_1,
     )
     cpu_offload: bool = _memory(
-        "Keep the frozen weights in host memory; a block's come while the one before it runs. Adapters and optimizer "
+        "Keep the frozen weights in host memory; a layer's come while the one before it runs. Adapters and optimizer "
         "stay on the GPU.",
         False,
     )
@@ -269,7 +269,7 @@ class TrainConfig:
         _check_checkpointing(self)
         if self.cpu_offload and self.activation_checkpointing in ("none", "selective"):
             raise ValueError(
-                "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+                "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a layer again "
                 f"when its weights are back, not with {self.activation_checkpointing}"
             )
         if self.sharding == "replicate" and (self.cpu_offload or self.dp_replicate > 1):

@@ -1,8 +1,8 @@
-"""Frozen weights of the blocks in host memory: a block's are on the device while it runs, the next one's arrive then.
+"""Frozen weights in host memory: a decoder layer's are on the device while it runs, the next one's arrive then.
 
 FSDP2's own CPU offload would take adapters and optimizer to the host too, and on one rank it copies in the compute
 stream, with nothing beside it. Here FSDP2 is left what trains. A weight travels as bytes, and nothing holds it but the
-block that runs: the block has to be recomputed in backward, or its saved activations would keep the weights.
+layer that runs: the layer has to be recomputed in backward, or its saved activations would keep the weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,28 +25,28 @@ Place = tuple[nn.Module, str]
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A block's weights on the device, whole, from when ``event`` has come (at once where it is None)."""
+    """A layer's weights on the device, whole, from when ``event`` has come (at once where it is None)."""
 
     weights: list[nn.Parameter]
     event: torch.cuda.Event | None
 
 
 class OffloadedWeights:
-    """The frozen weights of ``blocks``, on the meta device here; each rank's rows are then held in host memory.
+    """The frozen weights of ``layers``, on the meta device here; each rank's rows are then held in host memory.
 
-    ``forwards`` are the blocks' forwards, each in charge of its own weights.
+    ``forwards`` are the layers' forwards, each in charge of its own weights.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], mesh: DeviceMesh | None) -> None:
+    def __init__(self, layers: Iterable[nn.Module], mesh: DeviceMesh | None) -> None:
         self._places: list[list[Place]] = []
         self.forwards: list[Callable[..., Tensor]] = []
         self._arrived: dict[int, _Arrival] = {}
         self._stream: torch.cuda.Stream | None = None
-        for index, block in enumerate(blocks):
-            self._places.append(_frozen(block))
+        for index, layer in enumerate(layers):
+            self._places.append(_frozen(layer))
             for module, name in self._places[-1]:
                 setattr(module, name, shard_rows(module.get_parameter(name), mesh))
-            self.forwards.append(partial(self._run, index, block.forward))
+            self.forwards.append(partial(self._run, index, layer.forward))
 
     def parameters(self) -> list[nn.Parameter]:
         """What belongs into host memory."""
@@ -59,7 +59,7 @@ class OffloadedWeights:
 
     @contextmanager
     def present(self, index: int, device: torch.device) -> Iterator[None]:
-        """A block's weights are in their modules on ``device``, and the next block's are on their way."""
+        """A layer's weights are in their modules on ``device``, and the next layer's are on their way."""
         arrival = self._arrived.pop(index, None) or self._fetch(index, device)
         following = index + (-1 if _in_backward() else 1)
         if 0 <= following < len(self._places) and following not in self._arrived:
@@ -71,7 +71,7 @@ class OffloadedWeights:
 
     def _fetch(self, index: int, device: torch.device) -> _Arrival:
         shards = [module.get_parameter(name) for module, name in self._places[index]]
-        # Room comes from the compute stream, which uses it last, so that the allocator hands the room of a block that
+        # Room comes from the compute stream, which uses it last, so that the allocator hands the room of a layer that
         # is done to the next without an event between. Hence the copies wait for what has been queued so far.
         rooms = [_room(shard, device) for shard in shards]
         if device.type != "cuda":
@@ -85,14 +85,14 @@ class OffloadedWeights:
 
 
 def _in_backward() -> bool:
-    """Whether autograd runs on this thread: blocks are then wanted from the last to the first."""
+    """Whether autograd runs on this thread: layers are then wanted from the last to the first."""
     return torch._C._current_graph_task_id() != -1  # which torch.utils.checkpoint asks too; nothing public says it
 
 
-def _frozen(block: nn.Module) -> list[Place]:
+def _frozen(layer: nn.Module) -> list[Place]:
     return [
         (module, name)
-        for module in block.modules()
+        for module in layer.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if not parameter.requires_grad
     ]

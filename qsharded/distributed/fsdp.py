@@ -189,14 +189,14 @@ def shard(
     reshard_after_forward: bool = True,
     replicate_frozen: bool = False,
 ) -> nn.Module:
-    """Shard ``model`` over ``mesh`` with FSDP2: a group for each block, for the embedding and for the head.
+    """Shard ``model`` over ``mesh`` with FSDP2: a group for each layer, for the embedding and for the head.
 
     Args:
-        model: has its blocks in ``model.model.layers``, in PEFT's wrapper or not; sharded in place, and returned.
+        model: has its layers in ``model.model.layers``, in PEFT's wrapper or not; sharded in place, and returned.
             Parameters that are cut over ranks already (DTensors) are left as they are.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
-        reshard_after_forward: free each gathered block after its forward.
+        reshard_after_forward: free each gathered layer after its forward.
         replicate_frozen: leave what is frozen whole on every rank, and shard what trains.
 
     Raises:
@@ -230,8 +230,8 @@ def _device_type(model: nn.Module) -> str:
     return kind if kind != "meta" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's blocks, in their order."""
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's layers, in their order."""
     yield from _unwrapped(model).get_submodule("model.layers").children()
 
 
@@ -244,8 +244,8 @@ def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
     inner = _unwrapped(model)
     embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
-    for block in blocks_of(model):
-        yield [block]
+    for layer in layers_of(model):
+        yield [layer]
     # under an adapter the layer's own weight lies one deeper
     if getattr(embedding, "base_layer", embedding).weight is getattr(head, "base_layer", head).weight:
         yield [embedding, head]  # a tied weight belongs to one group

@@ -24,7 +24,7 @@ class Layout:
 
     Attributes:
         replicated: whole on every rank; else cut over the ranks.
-        on_host: in host memory, from where a block's come while the one before it runs.
+        on_host: in host memory, from where a layer's come while the one before it runs.
         vocab_parallel: embedding and head are never gathered whole; None decides by their size. It takes both to be
             frozen, and nothing is split where all is replicated.
 

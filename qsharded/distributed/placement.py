@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import vocab_parallel
 from qsharded.distributed.cpu_offload import OffloadedWeights
-from qsharded.distributed.fsdp import blocks_of, shard
+from qsharded.distributed.fsdp import layers_of, shard
 from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
@@ -29,24 +29,24 @@ def parallelize(
     """Bring a ``model`` on the meta device into memory, each rank its part, with nothing in it yet.
 
     Raises:
-        ValueError: weights on the host, and blocks that are not recomputed in full.
+        ValueError: weights on the host, and layers that are not recomputed in full.
         RuntimeError: a parameter of which this rank holds more or less than its share, named.
     """
-    _refuse_saved_weights(layout, checkpointing, len(list(blocks_of(model))))
+    _refuse_saved_weights(layout, checkpointing, len(list(layers_of(model))))
     placed = (
         vocab_parallel.parallelize_vocabulary(model, mesh)
         if is_vocab_parallel(model, layout, mesh is not None)
         else set()
     )
-    blocks = list(blocks_of(model))
-    forwards, present = [block.forward for block in blocks], None
+    layers = list(layers_of(model))
+    forwards, present = [layer.forward for layer in layers], None
     if layout.on_host:
-        weights = OffloadedWeights(blocks, mesh)
+        weights = OffloadedWeights(layers, mesh)
         forwards, present = weights.forwards, weights.present
         placed |= set(weights.parameters())
-    # The block's forward is replaced, not the block: names stay, and FSDP2's hooks stay outside the recomputation.
-    for block, forward in zip(blocks, layer_forwards(blocks, forwards, checkpointing, present), strict=True):
-        block.forward = forward
+    # The layer's forward is replaced, not the layer: names stay, and FSDP2's hooks stay outside the recomputation.
+    for layer, forward in zip(layers, layer_forwards(layers, forwards, checkpointing, present), strict=True):
+        layer.forward = forward
     if mesh is not None:
         shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
     materialize(model, device, on_host=placed if layout.on_host else frozenset())

@@ -40,7 +40,7 @@ def changed_bytes(world: fsdp.World, param_dtype: torch.dtype | None, adapter_dt
 
 
 class _Packed(nn.Module):
-    """A block as training has them: frozen bytes seen as bf16, and a trainable parameter."""
+    """A layer as training has them: frozen bytes seen as bf16, and a trainable parameter."""
 
     def __init__(self, device: torch.device, adapter_dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,5 +62,5 @@ class _Probe(nn.Module):
         self.lm_head = nn.Linear(8, 8, bias=False, device=device)
 
     def forward(self, expected_RC: Tensor) -> Tensor:
-        """How many of the bytes that the block sees are others than ``expected_RC``."""
+        """How many of the bytes that the layer sees are others than ``expected_RC``."""
         return self.model.get_submodule("layers.0")(expected_RC)

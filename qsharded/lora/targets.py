@@ -101,6 +101,6 @@ def _refuse_idle_patterns(config: LoRAConfig, chosen: Mapping[str, nn.Module]) -
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The last parts of the names, those of numbered blocks left out."""
+    """The last parts of the names, those of numbered layers left out."""
     last = {name.rpartition(".")[2] for name in names}
     return ", ".join(sorted(part for part in last if not part.isdecimal()) or sorted(last)) or "none"

@@ -1,4 +1,4 @@
-"""Which of a block's activations wait for its backward, and which are computed again.
+"""Which of a layer's activations wait for its backward, and which are computed again.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
 """
@@ -18,7 +18,7 @@ Forward = Callable[..., Tensor]
 
 
 def recomputed(forwards: list[Forward], mode: Mode) -> list[Forward]:
-    """The blocks' forwards, in their order, each ``(x, *others) -> y``, so wrapped as ``mode`` says."""
+    """The layers' forwards, in their order, each ``(x, *others) -> y``, so wrapped as ``mode`` says."""
     if mode == "none":
         return forwards
     if mode == "offloaded":
@@ -56,10 +56,10 @@ def _with_input_on_host(waiting: "Waiting", forward: Forward, x: Tensor, *others
 
 
 class Waiting:
-    """The inputs that wait in host memory, as a chain: while one block is recomputed, the one before it is fetched.
+    """The inputs that wait in host memory, as a chain: while one layer is recomputed, the one before it is fetched.
 
     All room on the GPU belongs to the compute stream, so that the allocator needs no events to hand it on: an input
-    stays until its copy is waited for, at the next block, and room for one that returns is taken before the copying
+    stays until its copy is waited for, at the next layer, and room for one that returns is taken before the copying
     stream is told to wait for what has been queued.
     """
 
@@ -108,7 +108,7 @@ class Waiting:
 
 
 class _Boundary:
-    """One block's input: given to the block's forward, copied to the host beside it, and fetched for its backward."""
+    """One layer's input: given to the layer's forward, copied to the host beside it, and fetched for its backward."""
 
     def __init__(self, waiting: Waiting, x: Tensor, previous: "weakref.ref[_Boundary] | None") -> None:
         self._waiting, self._previous = waiting, previous

@@ -1,4 +1,4 @@
-"""The memory of one micro-batch: a block, and the head with its loss, simulated from the model's own code.
+"""The memory of one micro-batch: a layer, and the head with its loss, simulated from the model's own code.
 
 Axes: B rows of a micro-batch, S tokens of a row, D hidden size, E head dim.
 """
@@ -32,10 +32,10 @@ class Work:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a micro-batch takes: in each block, in head and loss, and ``shared`` by all (rotary tables, the embedding's
-    output, and masks where attention needs them). ``boundary``: what lies between two blocks, among what each keeps."""
+    """What a micro-batch takes: in each layer, in head and loss, and ``shared`` by all (rotary tables, the embedding's
+    output, and masks where attention needs them). ``boundary``: what lies between two layers, among what each keeps."""
 
-    block: Work
+    layer: Work
     loss: Work
     shared: int
     boundary: int
@@ -52,15 +52,15 @@ def step_work(
     is_sharded: bool,
     quant_format: QuantFormat = NF4_64,
 ) -> StepWork:
-    """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first block stands for all.
+    """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first layer stands for all.
 
     A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
     and add to gradients that are there (counted as the gradients' own class). ``quant_format``: of its packed weights.
     """
-    one_block = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
-    # a block may lack what the configuration names in others
+    one_layer = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
+    # a layer may lack what the configuration names in others
     of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
-    model = skeleton(one_block, of_one, dtype, quant_format=quant_format).train()
+    model = skeleton(one_layer, of_one, dtype, quant_format=quant_format).train()
     one = model.model.layers[0]
     for module in (one, model.model.norm):
         as_on_gpu(module)
@@ -71,9 +71,9 @@ def step_work(
         positions_BS = torch.zeros(rows, length, dtype=torch.int64)
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
         inputs = _packed_rows(config, positions_BS, dtype)
-    block = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
+    layer = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
     shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs.values())
-    return StepWork(block, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)
+    return StepWork(layer, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)
 
 
 def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> dict[int | None, AttentionInputs]:

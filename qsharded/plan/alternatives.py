@@ -87,7 +87,7 @@ def _recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
 
 
 def _offload(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
-    """Frozen weights in host memory; that asks for blocks that are computed again whole, and not for copies."""
+    """Frozen weights in host memory; that asks for layers that are computed again whole, and not for copies."""
     if config.cpu_offload:
         return
     mode, words = config.checkpointing.mode, "--cpu-offload"

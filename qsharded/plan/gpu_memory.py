@@ -19,13 +19,13 @@ from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.checkpointing_modes import Mode
 
-Phase = Literal["loss", "backward of a block", "backward of a checkpointed block", "optimizer step"]
-ALWAYS: tuple[Phase, ...] = ("loss", "backward of a block", "backward of a checkpointed block", "optimizer step")
+Phase = Literal["loss", "backward of a layer", "backward of a checkpointed layer", "optimizer step"]
+ALWAYS: tuple[Phase, ...] = ("loss", "backward of a layer", "backward of a checkpointed layer", "optimizer step")
 _OPTIMIZER_STATE = "optimizer state"
-_KEPT: tuple[Phase, ...] = ("loss", "backward of a block")
-# Where some blocks are checkpointed and others are not, the backward of a block is that of one of the others: they come
+_KEPT: tuple[Phase, ...] = ("loss", "backward of a layer")
+# Where some layers are checkpointed and others are not, the backward of a layer is that of one of the others: they come
 # first, and what they kept is gone when the checkpointed ones are computed again.
-_CHECKPOINTED: Phase = "backward of a checkpointed block"
+_CHECKPOINTED: Phase = "backward of a checkpointed layer"
 
 # PyTorch gives cuBLAS 32 MiB of its own memory for each thread that multiplies: forward's and backward's (sm_90).
 _LIBRARY_BYTES = 2 * 32 * 2**20
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class HostBytes:
-    """What a rank keeps in host memory for the whole run: frozen weights, blocks' inputs, and optimizer state."""
+    """What a rank keeps in host memory for the whole run: frozen weights, layers' inputs, and optimizer state."""
 
     weights: int = 0
     activations: int = 0
@@ -134,16 +134,16 @@ class Planner:
         held = parameters(self.model, ranks=sharing, layout=self._layout(config, ranks), param_dtype=self._param_dtype)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         work = self._work(config, ranks, config.checkpointing.mode)
-        checkpointed, blocks = self._checkpointed(config), self.model_config.num_hidden_layers
+        checkpointed, layers = self._checkpointed(config), self.model_config.num_hidden_layers
         rows = [
             *_resident(held),
             _optimizer_state(state_bytes(trained, config.optim, ranks=sharing), config),
             *_gathers(held),
-            *_activations(work, blocks if config.checkpointing.mode == "none" else checkpointed, config),
+            *_activations(work, layers if config.checkpointing.mode == "none" else checkpointed, config),
             *_optimizer_step(held, config, ranks),
         ]
-        if 0 < checkpointed < blocks:
-            rows = _mixed(rows, self._work(config, ranks, "none"), blocks - checkpointed)
+        if 0 < checkpointed < layers:
+            rows = _mixed(rows, self._work(config, ranks, "none"), layers - checkpointed)
         offloaded = checkpointed if config.checkpointing.mode == "offloaded" else 0
         boundaries = offloaded * pinned_bytes(work.boundary)
         on_gpu = tuple(row for row in rows if row.bytes)
@@ -209,49 +209,49 @@ def _paged(resident: Plan, pageable: int) -> Plan:
 
 
 def _gathers(held: Held) -> list[Row]:
-    """A block whole, and beside it the next one's: with FSDP2 a gathered block and the buffer that the next one's
-    shards arrive in. While embedding or head are gathered, the buffer of the last block is still there."""
-    last = held.block + 2 * held.vocabulary
+    """A layer whole, and beside it the next one's: with FSDP2 a gathered layer and the buffer that the next one's
+    shards arrive in. While embedding or head are gathered, the buffer of the last layer is still there."""
+    last = held.layer + 2 * held.vocabulary
     return [
-        Row("gather buffers", last, ("loss",), "embedding or head, whole" if held.vocabulary else "the last block's"),
-        Row("gather buffers", 2 * held.block, ("backward of a block",), "a block, and the next one's buffer"),
+        Row("gather buffers", last, ("loss",), "embedding or head, whole" if held.vocabulary else "the last layer's"),
+        Row("gather buffers", 2 * held.layer, ("backward of a layer",), "a layer, and the next one's buffer"),
         Row("weights from the host", held.head_from_host, ("loss",), "the head"),
-        Row("weights from the host", 2 * held.streamed, ("backward of a block",), "a block, and the next one"),
-        Row("gradient reduction", held.block_gradient, ("backward of a block",), "a block's, in fp32"),
+        Row("weights from the host", 2 * held.streamed, ("backward of a layer",), "a layer, and the next one"),
+        Row("gradient reduction", held.layer_gradient, ("backward of a layer",), "a layer's, in fp32"),
     ]
 
 
-_WORK = "block's work"
-_MODES = {"none": "all that a block's backward reads", "selective": "all but the MLP's", "full": "a block's input"}
+_WORK = "layer's work"
+_MODES = {"none": "all that a layer's backward reads", "selective": "all but the MLP's", "full": "a layer's input"}
 
 
-def _activations(work: StepWork, blocks: int, config: TrainConfig) -> list[Row]:
-    mode, kept = config.checkpointing.mode, blocks * work.block.kept
+def _activations(work: StepWork, layers: int, config: TrainConfig) -> list[Row]:
+    mode, kept = config.checkpointing.mode, layers * work.layer.kept
     if mode == "offloaded":
         # one that runs, one on its way to the host or back, one that was allocated while the copy before had not ended
-        kept = min(3, blocks) * work.boundary + blocks * (work.block.kept - work.boundary)
-        note = f"three of {blocks} blocks' inputs; the others in host memory"
+        kept = min(3, layers) * work.boundary + layers * (work.layer.kept - work.boundary)
+        note = f"three of {layers} layers' inputs; the others in host memory"
     else:
-        note = f"{_MODES[mode]}, {blocks} times, and what they share"
+        note = f"{_MODES[mode]}, {layers} times, and what they share"
     return [
         Row("activations", kept + work.shared, _KEPT, note),
-        Row(_WORK, work.block.passing, ("backward of a block",), "what backward takes of one"),
+        Row(_WORK, work.layer.passing, ("backward of a layer",), "what backward takes of one"),
         Row("logits and loss", work.loss.passing + work.loss.kept, ("loss",), "a chunk of logits, hidden states"),
     ]
 
 
-def _mixed(rows: list[Row], whole: StepWork, blocks: int) -> list[Row]:
-    """The rows of a model whose last ``blocks`` keep all."""
+def _mixed(rows: list[Row], whole: StepWork, layers: int) -> list[Row]:
+    """The rows of a model whose last ``layers`` keep all."""
     mixed = []
     for row in rows:
         if row.name == _WORK:
-            mixed += [replace(row, bytes=whole.block.passing), replace(row, phases=(_CHECKPOINTED,))]
-        elif "backward of a block" in row.phases and row.phases != ALWAYS:
+            mixed += [replace(row, bytes=whole.layer.passing), replace(row, phases=(_CHECKPOINTED,))]
+        elif "backward of a layer" in row.phases and row.phases != ALWAYS:
             mixed.append(replace(row, phases=(*row.phases, _CHECKPOINTED)))
         else:
             mixed.append(row)
-    note = f"{_MODES['none']}, {blocks} times: of the last blocks"
-    return [*mixed, Row("activations", blocks * whole.block.kept, _KEPT, note)]
+    note = f"{_MODES['none']}, {layers} times: of the last layers"
+    return [*mixed, Row("activations", layers * whole.layer.kept, _KEPT, note)]
 
 
 def _optimizer_step(held: Held, config: TrainConfig, ranks: int) -> list[Row]:

@@ -25,21 +25,21 @@ class Held:
         resident: class -> bytes on the GPU.
         on_host: bytes of frozen weights in host memory.
         pinned: what those take there, page-locked.
-        block: the largest block's bytes when FSDP2 gathers it; 0 where nothing is sharded.
+        layer: the largest layer's bytes when FSDP2 gathers it; 0 where nothing is sharded.
         vocabulary: the largest bytes of embedding or head when they are gathered; 0 where they stay where they are.
-        streamed: the largest block's frozen bytes as they come from the host, whole.
+        streamed: the largest layer's frozen bytes as they come from the host, whole.
         head_from_host: bytes of this rank's rows of the head, which come from the host for the loss.
-        block_gradient: fp32 bytes of the largest block's gradients before they are scattered, plus this rank's part.
+        layer_gradient: fp32 bytes of the largest layer's gradients before they are scattered, plus this rank's part.
     """
 
     resident: Counter[str] = field(default_factory=Counter)
     on_host: int = 0
     pinned: int = 0
-    block: int = 0
+    layer: int = 0
     vocabulary: int = 0
     streamed: int = 0
     head_from_host: int = 0
-    block_gradient: int = 0
+    layer_gradient: int = 0
 
 
 def parameters(
@@ -69,13 +69,13 @@ def parameters(
         resident,
         on_host=sum(own_bytes(tensor, ranks, rank) for tensor in host),
         pinned=sum(pinned_bytes(own_bytes(tensor, ranks, rank)) for tensor in host),
-        block=gathered.block(),
+        layer=gathered.layer(),
         vocabulary=gathered.vocabulary(),
         streamed=max(
-            sum(padded_bytes(p, ranks) for p in set(block.parameters()) & host) for block in model.model.layers
+            sum(padded_bytes(p, ranks) for p in set(layer.parameters()) & host) for layer in model.model.layers
         ),
         head_from_host=sum(own_bytes(p, ranks, rank) for p in set(model.lm_head.parameters()) & host),
-        block_gradient=gathered.block_gradient(),
+        layer_gradient=gathered.layer_gradient(),
     )
 
 
@@ -98,10 +98,10 @@ def padded_bytes(parameter: Tensor, ranks: int) -> int:
 
 
 def _on_host(model: CausalLM, layout: Layout) -> set[Tensor]:
-    """The blocks' frozen parameters, and embedding and head where those can be split."""
+    """The layers' frozen parameters, and embedding and head where those can be split."""
     if not layout.on_host:
         return set()
-    frozen = {p for block in model.model.layers for p in block.parameters() if not p.requires_grad}
+    frozen = {p for layer in model.model.layers for p in layer.parameters() if not p.requires_grad}
     return frozen | _split(model, layout, 1)
 
 
@@ -144,25 +144,25 @@ class _Gathered:
     left: set[Tensor]
     param_dtype: torch.dtype | None
 
-    def block(self) -> int:
-        return self._largest(is_block=True)
+    def layer(self) -> int:
+        return self._largest(is_layer=True)
 
     def vocabulary(self) -> int:
-        return self._largest(is_block=False)
+        return self._largest(is_layer=False)
 
-    def block_gradient(self) -> int:
+    def layer_gradient(self) -> int:
         if self.ranks == 1:
             return 0
         trained = (
-            sum(self._values(p) for p in block.parameters() if p.requires_grad) for block in self.model.model.layers
+            sum(self._values(p) for p in layer.parameters() if p.requires_grad) for layer in self.model.model.layers
         )
         return max(trained) * torch.float32.itemsize * (self.ranks + 1) // self.ranks
 
-    def _largest(self, *, is_block: bool) -> int:
+    def _largest(self, *, is_layer: bool) -> int:
         if self.ranks == 1:
             return 0
         layers = set(self.model.model.layers)
-        chosen = [modules for modules in fsdp.groups(self.model) if (modules[0] in layers) == is_block]
+        chosen = [modules for modules in fsdp.groups(self.model) if (modules[0] in layers) == is_layer]
         return max((self._bytes(modules) for modules in chosen), default=0)
 
     def _bytes(self, modules: list[nn.Module]) -> int:

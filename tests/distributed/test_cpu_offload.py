@@ -1,4 +1,4 @@
-"""Weights in host memory: each block's are fetched once a pass, the next one's early, and none stay behind."""
+"""Weights in host memory: each layer's are fetched once a pass, the next one's early, and none stay behind."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ FORWARD = ["fetch 0", "fetch 1", "run 0", "fetch 2", "run 1", "fetch 3", "run 2"
 BACKWARD = ["fetch 3", "fetch 2", "run 3", "fetch 1", "run 2", "fetch 0", "run 1", "run 0"]
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, number: int, events: list[str]) -> None:
         super().__init__()
         self.number, self.events = number, events
@@ -38,7 +38,7 @@ def events() -> list[str]:
 
 @pytest.fixture
 def weights(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> OffloadedWeights:
-    """Of four blocks, each full of its number + 1."""
+    """Of four layers, each full of its number + 1."""
     fetch = OffloadedWeights._fetch
 
     def told(self: OffloadedWeights, index: int, device: torch.device) -> Any:
@@ -47,12 +47,12 @@ def weights(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> OffloadedWeig
 
     monkeypatch.setattr(OffloadedWeights, "_fetch", told)
     with torch.device("meta"):
-        blocks = [Block(number, events) for number in range(4)]
-    weights = OffloadedWeights(blocks, None)
-    materialize(nn.ModuleList(blocks), torch.device("cpu"), set(weights.parameters()))
-    for block in blocks:
-        nn.init.constant_(block.frozen, block.number + 1)
-        nn.init.ones_(block.trained)
+        layers = [Layer(number, events) for number in range(4)]
+    weights = OffloadedWeights(layers, None)
+    materialize(nn.ModuleList(layers), torch.device("cpu"), set(weights.parameters()))
+    for layer in layers:
+        nn.init.constant_(layer.frozen, layer.number + 1)
+        nn.init.ones_(layer.trained)
     return weights
 
 
@@ -76,7 +76,7 @@ def test_what_is_fetched_early_does_not_hang_on_what_ran_before(weights: Offload
     run(weights.forwards[:3])  # left in the middle, as by an error
     events.clear()
     run(weights.forwards[2:])
-    assert events == ["fetch 2", "run 2", "run 3"]  # block 3 had come already
+    assert events == ["fetch 2", "run 2", "run 3"]  # layer 3 had come already
 
 
 def test_micro_batches_may_all_go_forward_first(weights: OffloadedWeights, events: list[str]) -> None:

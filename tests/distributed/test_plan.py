@@ -132,7 +132,7 @@ def test_planned_bytes_are_those_of_the_real_model(folder: Path, ranks: int) -> 
             expected |= {"gradients": planned.resident[ADAPTERS]}
             expected |= {kind: state_bytes(trained, kind, ranks=ranks, rank=rank) for kind in ("adamw", "adamw8bit")}
             assert {key: real[case].get(key, 0) for key in expected} == expected, (case, rank)
-            assert real[case]["largest gather"] == max(planned.block, planned.vocabulary), (case, rank)
+            assert real[case]["largest gather"] == max(planned.layer, planned.vocabulary), (case, rank)
 
 
 _FROZEN = (CODES, SCALES, EMBEDDING, OTHERS)

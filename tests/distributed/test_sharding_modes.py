@@ -195,7 +195,7 @@ def dtypes_seen(world_size: int) -> list[tuple[torch.dtype, torch.dtype] | None]
 
 
 def test_sharding_casts_parameters_and_no_inputs() -> None:
-    """An fp32 table or mask would lose its bits on the way into each block."""
+    """An fp32 table or mask would lose its bits on the way into each layer."""
     for seen in run_ranks(dtypes_seen, 2, 2):
         assert seen == [(torch.float32, torch.bfloat16)] * 4
 

@@ -23,7 +23,7 @@ from tests.checkpoints import write_checkpoint
 
 
 def packed_model(tmp_path: Path, kind: QuantFormat, mode: Mode | Checkpointing, dropout: float) -> CausalLM:
-    """Two blocks of 7 packed layers, of which three are adapted; a block's last layer is not."""
+    """Two decoder layers of 7 packed linear layers, of which three are adapted; a decoder layer's last one is not."""
     original, folder = write_checkpoint(tmp_path), tmp_path / "packed"
     folder.mkdir(parents=True)
     quantize_checkpoint(original, folder, "qsharded", torch.device("cpu"), kind)
@@ -55,15 +55,15 @@ def test_what_a_fused_block_computes_again(
     decoded.clear()
     loss.backward()
     for name in layers:
-        block, _, projection = re.match(r"model\.layers\.(\d)\.(self_attn|mlp)\.(\w+)_proj", name).groups()
-        gives_input_gradient = not (block == "0" and projection in ("q", "k", "v"))  # the embedding does not train
+        layer, _, projection = re.match(r"model\.layers\.(\d)\.(self_attn|mlp)\.(\w+)_proj", name).groups()
+        gives_input_gradient = not (layer == "0" and projection in ("q", "k", "v"))  # the embedding does not train
         assert decoded[name] == gives_input_gradient + (projection in again.split()), name
 
 
 @pytest.mark.parametrize("mode", ["full", "offloaded"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
 def test_of_a_mixed_model_the_first_blocks_alone_are_computed_again(tmp_path: Path, mode: Mode, dropout: float) -> None:
-    """By what the graph holds: a block that is computed again keeps its input, or not even that."""
+    """By what the graph holds: a layer that is computed again keeps its input, or not even that."""
     ids = torch.arange(24).view(2, 12)
     for number in range(3):
         (tmp_path / str(number)).mkdir()
@@ -96,7 +96,7 @@ def gradients_of(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("mode", "again"),
-    # 2 blocks of 7 packed layers
+    # 2 decoder layers of 7 packed linear layers
     [("none", 0), ("selective", 0), ("full", 2 * 7), ("offloaded", 2 * 7)],
 )
 @pytest.mark.parametrize("kind", [NF4_64, QuantFormat("fp4", 32)], ids=str)
@@ -126,7 +126,7 @@ def squaring(weight: Tensor, seen: list[Tensor]) -> Any:
 
 
 def test_offloaded_inputs_are_those_of_the_forward() -> None:
-    """Two micro-batches, whose backwards come after both forwards: every block gets its own input again."""
+    """Two micro-batches, whose backwards come after both forwards: every layer gets its own input again."""
     weights = [nn.Parameter(torch.rand(3) + 0.5) for _ in range(3)]
     seen: list[Tensor] = []
     forwards = recomputed([squaring(weight, seen) for weight in weights], "offloaded")

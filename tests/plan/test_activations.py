@@ -1,4 +1,4 @@
-"""What a micro-batch keeps, against the sum of what each operation of a block saves for its backward.
+"""What a micro-batch keeps, against the sum of what each operation of a layer saves for its backward.
 
 Axes: B rows, S tokens, D hidden size, I intermediate size, H query heads, E head dim, V vocabulary, r rank.
 """
@@ -25,8 +25,8 @@ MASK, TABLE = B * S * S, B * S * E * 2
 LORA = LoRAConfig(r=r, target_modules=["q_proj"])
 
 
-OUTPUT = B * S * D * 2  # which is the next block's input
-# What a fused block keeps of its adapters, whose ranks are rounded up to 8: x A^T, and A in 16 bits, padded.
+OUTPUT = B * S * D * 2  # which is the next layer's input
+# What a fused layer keeps of its adapters, whose ranks are rounded up to 8: x A^T, and A in 16 bits, padded.
 ADAPTER = B * S * 8 * 2 + 8 * D * 2
 ATTENTION = B * S * H * E * 2 + B * H * S * 4 + 2 * 8 + 8  # its output, log-sum-exp, seed and offset
 QKV = B * S * (H + 2 * H // 2) * E * 2
@@ -41,7 +41,7 @@ def work(
     dtype: torch.dtype = torch.bfloat16,
     **config: Any,
 ) -> StepWork:
-    """With dropout a block cannot be fused."""
+    """With dropout a layer cannot be fused."""
     described = ModelConfig.from_hf(LLAMA | {"rope_theta": 1e4} | config)
     return step_work(
         described,
@@ -65,7 +65,7 @@ def work(
 )
 def test_a_fused_block_keeps_what_its_backward_reads(checkpointing: Mode, kept: int) -> None:
     """Beside its output, and what is small of its adapters."""
-    assert work(checkpointing=checkpointing).block.kept == OUTPUT + ADAPTER + kept
+    assert work(checkpointing=checkpointing).layer.kept == OUTPUT + ADAPTER + kept
 
 
 def test_a_composed_block_keeps_what_its_operations_save() -> None:
@@ -74,17 +74,17 @@ def test_a_composed_block_keeps_what_its_operations_save() -> None:
     adapter = B * S * D * 2 + B * S * D + B * S * r * 2
     residual = B * S * D * 2  # the second norm's input
     mlp = 3 * B * S * I * 2  # gate, silu(gate), up
-    assert work(dropout=0.1).block.kept == norms + adapter + QKV + ATTENTION + residual + mlp + OUTPUT
+    assert work(dropout=0.1).layer.kept == norms + adapter + QKV + ATTENTION + residual + mlp + OUTPUT
 
 
 def test_a_recomputed_composed_block_keeps_its_output_alone() -> None:
-    assert work(checkpointing="full", dropout=0.1).block.kept == OUTPUT
+    assert work(checkpointing="full", dropout=0.1).layer.kept == OUTPUT
 
 
 def test_what_is_dear_is_kept_by_selective_recomputation_of_a_composed_block() -> None:
     """What the packed products put out, and attention with its log-sum-exp, seed and offset; beside the output."""
     packed = B * S * 2 * (2 * H * E + 2 * 2 * E + 2 * I + D)
-    assert work(checkpointing="selective", dropout=0.1).block.kept == packed + ATTENTION + OUTPUT
+    assert work(checkpointing="selective", dropout=0.1).layer.kept == packed + ATTENTION + OUTPUT
 
 
 def test_what_lies_between_blocks_is_one_blocks_output() -> None:
@@ -110,7 +110,7 @@ def test_in_fp32_each_window_has_a_mask_of_its_own() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "composed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_scores_are_held(dropout: float, dtype: torch.dtype) -> None:
-    """With a head of 2 dimensions they would be most of what a block takes."""
+    """With a head of 2 dimensions they would be most of what a layer takes."""
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
     described = ModelConfig.from_hf(LLAMA | shape)
     of_row = step_work(
@@ -122,20 +122,20 @@ def test_no_scores_are_held(dropout: float, dtype: torch.dtype) -> None:
         checkpointing="full",
         is_sharded=True,
     )
-    assert of_row.block.passing < 8 * 2048 * 2048 * dtype.itemsize
+    assert of_row.layer.passing < 8 * 2048 * 2048 * dtype.itemsize
 
 
 def test_recomputing_one_block_costs_what_it_does_not_keep() -> None:
-    kept, recomputed = work().block, work(checkpointing="full").block
+    kept, recomputed = work().layer, work(checkpointing="full").layer
     assert recomputed.kept < kept.kept / 5
     assert abs((recomputed.kept + recomputed.passing) - (kept.kept + kept.passing)) <= B * S * D * 2
 
 
 def test_gate_and_up_are_decoded_together() -> None:
-    """A fused block multiplies by both at once: with few tokens and a wide MLP that is most of its work."""
+    """A fused layer multiplies by both at once: with few tokens and a wide MLP that is most of its work."""
     wide = 2**14
     weight = 2 * wide * D * 2
-    passing = work(intermediate_size=wide).block.passing
+    passing = work(intermediate_size=wide).layer.passing
     activations = B * S * (2 * 2 * wide + wide) * 2  # gate and up and their product, and what a product puts out
     assert weight <= passing <= weight + activations
 
@@ -151,12 +151,12 @@ def test_the_loss_holds_a_chunk_of_logits_which_become_their_gradient() -> None:
 def test_gradients_of_an_unsharded_model_are_there_already() -> None:
     """They are a class of their own, and the sum is formed in their place."""
     sharded, whole = work(), work(is_sharded=False)
-    assert abs(whole.block.passing - sharded.block.passing) <= 2 * r * D * 4 + B * S * D * 2
+    assert abs(whole.layer.passing - sharded.layer.passing) <= 2 * r * D * 4 + B * S * D * 2
 
 
 @pytest.mark.parametrize(("on_host", "name"), [(False, "gather buffers"), (True, "weights from the host")])
 def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
-    """The block that runs, and the next one's, which comes meanwhile."""
+    """The layer that runs, and the next one's, which comes meanwhile."""
     config = TrainConfig(model="m", dataset="d", max_length=S, per_device_train_batch_size=B, cpu_offload=on_host)
     planned = plan(ModelConfig.from_hf(LLAMA), config, 2, lora=LORA)
     codes = (2 * D * D + 2 * D * (D // 2) + 3 * D * I) // 2  # q, o, k, v, and the MLP's; 4 bits a weight
@@ -164,7 +164,7 @@ def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
     norms = 2 * D * 2
     # lora_A's 5 rows are 3 on each of two ranks; what trains does not come from the host
     adapters = 0 if on_host else ((r + 1) + r) * D * 2
-    found = sum(row.bytes for row in planned.rows if row.name == name and row.phases == ("backward of a block",))
+    found = sum(row.bytes for row in planned.rows if row.name == name and row.phases == ("backward of a layer",))
     assert found == 2 * (codes + scales + norms + adapters)
 
 
@@ -174,7 +174,7 @@ def test_backward_holds_two_blocks_weights(on_host: bool, name: str) -> None:
 def test_a_plan_adds_up_to_a_step_of_the_whole_model(
     checkpointing: Mode, checkpointed_layers: int | None, dropout: float
 ) -> None:
-    """Four blocks, embedding and loss in one run, beside four times one block."""
+    """Four layers, embedding and loss in one run, beside four times one layer."""
     if checkpointing == "none" and checkpointed_layers:
         pytest.skip("nothing is checkpointed")
     described = ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 4})
@@ -198,10 +198,10 @@ def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Chec
     model = skeleton(described, lora, torch.bfloat16)
     for module in (*model.model.layers, model.model.norm):
         as_on_gpu(module)
-    blocks = list(model.model.layers)
-    forwards = layer_forwards(blocks, [block.forward for block in blocks], checkpointing)
-    for block, forward in zip(blocks, forwards, strict=True):
-        block.forward = forward
+    layers = list(model.model.layers)
+    forwards = layer_forwards(layers, [layer.forward for layer in layers], checkpointing)
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
     gradients = []
     for parameter in model.parameters():
         if parameter.requires_grad:

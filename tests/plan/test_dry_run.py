@@ -41,7 +41,7 @@ def test_classes_are_printed_in_gib(capsys: pytest.CaptureFixture[str], model: P
     weights = 8 * (2 * 4096 * 4096 + 2 * 4096 * 2048 + 3 * 4096 * 14336)
     assert figure(text, "codes") == pytest.approx(weights / 2 / 2 / 2**30, abs=6e-4)
     assert figure(text, "embedding and head") == pytest.approx(2 * 32000 * 4096 * 2 / 2 / 2**30, abs=6e-4)
-    assert figure(text, "block's work") > 2 * 4096 * 14336 * 2 / 2**30  # gate and up, decoded
+    assert figure(text, "layer's work") > 2 * 4096 * 14336 * 2 / 2**30  # gate and up, decoded
     assert "verdict: fits" in text
     assert "host memory of a rank" in text
     assert figure(text, "adapter") > 0
@@ -117,7 +117,7 @@ def test_the_work_of_decoding_other_blocks_is_planned(capsys: pytest.CaptureFixt
     def work(kind: QuantFormat) -> float:
         (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": own_config(kind)}))
         flags = ["--gpus", "1", "--gpu-memory-gib", "80", "--per-device-train-batch-size", "1", "--max-length", "16"]
-        return figure(printed(capsys, model, *flags)[1], "block's work") * 2**30
+        return figure(printed(capsys, model, *flags)[1], "layer's work") * 2**30
 
     weight, of_kernels, of_pytorch = 4096 * 14336, work(QuantFormat("fp4", 64)), work(QuantFormat("fp4", 128))
     # gate and up in 16 bits, with their adapters' columns; so few tokens are little beside them

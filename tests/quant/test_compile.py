@@ -1,4 +1,4 @@
-"""A whole QLoRA block compiles without a graph break, forward and backward, to the same results."""
+"""A whole QLoRA layer compiles without a graph break, forward and backward, to the same results."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ from tests.checkpoints import write_checkpoint
 def test_a_block_compiles_with_fullgraph(tmp_path: Path, masked: bool) -> None:
     folder = write_checkpoint(tmp_path, hidden_size=192, num_attention_heads=6)
     model = load_model(folder, lora=LoRAConfig(r=4), dtype=torch.float32)
-    block = model.model.layers[0]
+    layer = model.model.layers[0]
     with torch.no_grad():
         for name, parameter in trainable(model):
             if "lora_B" in name:
@@ -30,15 +30,15 @@ def test_a_block_compiles_with_fullgraph(tmp_path: Path, masked: bool) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 6]) if masked else None
     inputs = attention_inputs(model.config, torch.arange(10)[None], torch.float32, documents_BT=documents)[None]
     x = torch.randn(2, 10, 192)
-    composition = partial(DecoderLayer.forward, block)
+    composition = partial(DecoderLayer.forward, layer)
     compiled = torch.compile(composition, fullgraph=True, backend="aot_eager")
-    written, fused, by_compiler = (results(block, forward, x, inputs) for forward in (composition, block, compiled))
+    written, fused, by_compiler = (results(layer, forward, x, inputs) for forward in (composition, layer, compiled))
     assert len(written[2]) == 14
     torch.testing.assert_close(by_compiler, written, rtol=1e-5, atol=1e-5)
     # sums in another order; without an adapter, a norm or a rotation the difference is thousands of times that
     assert_close_by_norm(fused, written, 1e-5)
-    block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results(block, block, x, inputs), written, rtol=1e-5, atol=1e-5)
+    layer.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(layer, layer, x, inputs), written, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("made_while_compiling", [PackedWeight])
@@ -51,13 +51,13 @@ def test_constructors_have_no_object_as_default(made_while_compiling: type) -> N
 Results = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def results(block: DecoderLayer, forward: Callable[..., Tensor], x: Tensor, inputs: AttentionInputs) -> Results:
+def results(layer: DecoderLayer, forward: Callable[..., Tensor], x: Tensor, inputs: AttentionInputs) -> Results:
     """The output, and the gradients by the input and by what trains."""
-    block.zero_grad()
+    layer.zero_grad()
     leaf = x.clone().requires_grad_()
     y = forward(leaf, inputs)
     y.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
     return y.detach(), leaf.grad, gradients
 
 

@@ -169,14 +169,14 @@ def write_rows(text: Path, folder: Path) -> None:
 
 
 def adapter_in_peft(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Logits with the adapter: PEFT's on transformers' model, which is given our decoded weights, against ours."""
+    """Logits with the adapter: PEFT's on transformers' model, which is given our dequantized weights, against ours."""
     from peft import PeftModel
 
     adapter, ids = scratch / "out" / "adapter", text_ids(arguments)[:2, :256]
     ours, theirs, plain = {}, {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         model, base = adapted(arguments.model, adapter, dtype), transformers_model(arguments.model, dtype)
-        give_decoded_weights(model, base, dtype)
+        give_dequantized_weights(model, base, dtype)
         with torch.no_grad():
             plain[dtype] = base(ids).logits.float()
             theirs[dtype] = PeftModel.from_pretrained(base, adapter).eval()(ids).logits.float()
@@ -195,7 +195,7 @@ def adapted(model: Path, adapter: Path, dtype: torch.dtype) -> Any:
     return ours
 
 
-def give_decoded_weights(ours: Any, base: Any, dtype: torch.dtype) -> None:
+def give_dequantized_weights(ours: Any, base: Any, dtype: torch.dtype) -> None:
     for name, module in packed_layers(ours):
         base.get_submodule(name).weight.data = module.dequantize(dtype)
 

@@ -179,16 +179,16 @@ def _devices() -> list[torch.device]:
 
 
 def _wrong_bytes(device: torch.device) -> str:
-    """Quantize and decode a small weight on the device, beside the reference on the CPU."""
+    """Quantize and dequantize a small weight on the device, beside the reference on the CPU."""
     weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(0))
-    codes, absmax = formats.encode(weight)
+    codes, absmax = formats.quantize_blocks(weight)
     found_codes, found_absmax = ops.nf4_quantize(weight.to(device))
     packed = PackedWeight(codes.to(device), absmax.to(device), None, None, formats.NF4_64)
-    decoded = ops.nf4_dequantize(packed, torch.float32)
+    dequantized = ops.nf4_dequantize(packed, torch.float32)
     pairs = {
         "codes": (found_codes, codes),
         "absmax": (found_absmax, absmax),
-        "decoded weights": (decoded, formats.decode(codes, absmax, torch.float32)),
+        "dequantized weights": (dequantized, formats.dequantize_blocks(codes, absmax, torch.float32)),
     }
     wrong = [name for name, (found, wanted) in pairs.items() if not torch.equal(found.cpu(), wanted)]
     return f", WHICH WRITE OTHER {' AND '.join(wrong)} than the format's" if wrong else ""

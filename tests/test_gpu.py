@@ -31,8 +31,8 @@ def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: tor
     for found, expected in zip(on_gpu.packed().tensors, on_cpu.packed().tensors, strict=True):
         assert torch.equal(found.cpu(), expected)
     for out in formats.FLOAT_DTYPES:
-        decoded = formats.quantize(weight(*shape, dtype)).dequantize(out)
-        assert torch.equal(on_gpu.dequantize(out).cpu(), decoded)
+        dequantized = formats.quantize(weight(*shape, dtype)).dequantize(out)
+        assert torch.equal(on_gpu.dequantize(out).cpu(), dequantized)
 
 
 def test_forward_and_gradient_are_those_of_the_cpu() -> None:

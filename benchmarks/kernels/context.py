@@ -48,10 +48,10 @@ class Packed:
         device = self.codes.device
         return *self.arguments(), formats.codebook(device), blockwise8.dynamic_map(True, device)
 
-    def decoded(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The fp64 weight."""
-        absmax = formats.decode_absmax(self.absmax, self.scales, self.offset)
-        return formats.decode(self.codes, absmax, torch.float32).double()
+        absmax = formats.dequantize_absmax(self.absmax, self.scales, self.offset)
+        return formats.dequantize_blocks(self.codes, absmax, torch.float32).double()
 
     @property
     def bytes(self) -> int:
@@ -66,7 +66,7 @@ class Packed:
     def conversion(self, op: str, contenders: list[Contender]) -> Case:
         """Between bf16 and NF4, either way: bound by memory."""
         moved = self.bytes + self.weight.nbytes
-        return Case(op, self.shape, None, moved, 0, self.decoded(), contenders)
+        return Case(op, self.shape, None, moved, 0, self.dequantized(), contenders)
 
     def product(self, op: str, expected: Tensor, contenders: list[Contender], baseline: str) -> Case:
         """Of bf16 activations with the weight, either way round. ``expected``: fp64, a row for each of theirs."""

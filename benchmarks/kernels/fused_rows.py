@@ -1,4 +1,4 @@
-"""Find up to how many rows of x the fused product beats decoding W and then multiplying, and write it for this card.
+"""Find up to how many tokens the fused product beats dequantizing W and multiplying then, and write it for this card.
 
     python -m benchmarks.kernels.fused_rows [--shapes llama3-8b,llama3-70b] [--repeats 50]
 
@@ -30,7 +30,7 @@ from qsharded_kernels import cuda_linear, fused_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512)
 MODULE = "benchmarks.kernels.fused_rows"
-FUSED, DECODED = "fused", "decoded"
+FUSED, DEQUANTIZED = "fused", "dequantized"
 
 
 def main() -> None:
@@ -53,19 +53,19 @@ def all_cases(models: list[str], device: torch.device) -> Iterator[Case]:
     """Each shape at each number of rows."""
     for shape in shapes.of_models(models):
         packed = pack(shape, device)
-        decoded = packed.decoded()
+        dequantized = packed.dequantized()
         for M in ROWS:
             x = torch.randn(M, shape[1], device=device).bfloat16()
-            yield packed.product("linear", x.double() @ decoded.T, contenders(packed, x), DECODED)
+            yield packed.product("linear", x.double() @ dequantized.T, contenders(packed, x), DEQUANTIZED)
         forget_weights()
 
 
 def contenders(packed: Packed, x: Tensor) -> list[Contender]:
-    def decode_first() -> Tensor:
+    def dequantize_first() -> Tensor:
         return F.linear(x, backends.dequantize(packed.packed(), x.dtype))
 
     fused = partial(cuda_linear.linear, x, *packed.with_tables())
-    return [Contender(FUSED, fused, TOLERANCE), Contender(DECODED, decode_first, TOLERANCE)]
+    return [Contender(FUSED, fused, TOLERANCE), Contender(DEQUANTIZED, dequantize_first, TOLERANCE)]
 
 
 def timed(case: Case, limits: ceilings.Ceilings, repeats: int) -> list[Row]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 NAMES = ("bitsandbytes", "torchao")
 
-# A peer packs the weight itself: a few codes in a thousand differ, and scales are rounded otherwise. torchao's levels
-# are rounded to four decimals as well.
+# A peer packs the weight itself: a few codes in a thousand differ, and scales are rounded otherwise. torchao's codebook
+# is rounded to four decimals as well.
 TOLERANCE = 3e-2
 
 

@@ -117,7 +117,7 @@ class _Merge:
         adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
         replaced: tensors that the adapter holds whole (modules_to_save).
         brought: tensors of which the adapter holds the frozen weight too, which counts -> that one's name in its file.
-        rounded: tensors to quantize and decode first.
+        rounded: tensors to quantize and dequantize first.
         quant_format: to which, or None.
         file, path: the adapter's, open.
     """
@@ -170,7 +170,7 @@ class _Merge:
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
         elif self.quant_format is not None and name in self.rounded:
-            base = quantized_and_decoded(stored, name, self.quant_format)
+            base = quantized_and_dequantized(stored, name, self.quant_format)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base
 
     def _delta(self, name: str, layer: LoRALayer) -> Tensor:
@@ -182,8 +182,8 @@ class _Merge:
             return layer.product(*values.values())
 
 
-def quantized_and_decoded(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:
-    """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and decoded.
+def quantized_and_dequantized(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:
+    """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and dequantized.
 
     Raises:
         ValueError: NaN or infinity in the tensor ``name``.

@@ -301,7 +301,7 @@ def bitsandbytes_state(quant_format: QuantFormat, N: int, K: int, dtype: torch.d
     """What bitsandbytes keeps beside a packed weight, as the JSON bytes that it writes, uint8.
 
     Args:
-        dtype: of the weight before, to which it is decoded.
+        dtype: of the weight before, to which it is dequantized.
         offset: of the second level.
     """
     state = {

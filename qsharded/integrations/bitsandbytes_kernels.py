@@ -79,8 +79,8 @@ def _dequantize(before: _Kernel) -> _Kernel:
             return before(A, absmax, blocksize, quant_type, shape, dtype)
         K = _row_length(shape, numel)
         packed = PackedWeight(codes.view(-1, K // 2), absmax.view(-1, K // formats.BLOCK), None, None, formats.NF4_64)
-        decoded = ops.nf4_dequantize(packed, dtype)
-        return decoded.view(tuple(shape))
+        dequantized = ops.nf4_dequantize(packed, dtype)
+        return dequantized.view(tuple(shape))
 
     return dequantize_4bit
 
@@ -151,7 +151,7 @@ def _is_ours(quant_type: str, blocksize: int) -> bool:
 
 
 def _fits(x: Tensor, shape: Sequence[int]) -> bool:
-    """Rows of whole blocks, and numbers that our kernels multiply without decoding first."""
+    """Rows of whole blocks, and numbers that our kernels multiply without dequantizing first."""
     return shape[1] % formats.BLOCK == 0 and x.shape[-1] == shape[1] and x.numel() > 0 and x.dtype != torch.float32
 
 

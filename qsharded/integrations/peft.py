@@ -87,13 +87,13 @@ def _free_linears(model: nn.Module) -> Iterator[str]:
 
 
 class _DoraLayer(DoraLinearLayer):
-    """DoRA's magnitudes beside a packed layer: whatever asks for its weight gets the decoded one."""
+    """DoRA's magnitudes beside a packed layer: whatever asks for its weight gets the dequantized one."""
 
     def update_layer(self, *, base_layer: NF4Linear, **kwargs: Any) -> None:
-        super().update_layer(base_layer=_decoded(base_layer, torch.float32), **kwargs)
+        super().update_layer(base_layer=_dequantized(base_layer, torch.float32), **kwargs)
 
     def forward(self, x: Tensor, *, base_layer: NF4Linear, **kwargs: Any) -> Tensor:
-        return super().forward(x, base_layer=_decoded(base_layer, x.dtype), **kwargs)
+        return super().forward(x, base_layer=_dequantized(base_layer, x.dtype), **kwargs)
 
 
 class _DoraVariant(DoraLinearVariant):
@@ -110,8 +110,8 @@ class _DoraVariant(DoraLinearVariant):
         module.lora_magnitude_vector[adapter_name] = layer
 
 
-def _decoded(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer with the decoded weight and the same bias, for as long as it is held."""
+def _dequantized(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with the dequantized weight and the same bias, for as long as it is held."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     linear.register_parameter("bias", layer.bias)
@@ -119,7 +119,7 @@ def _decoded(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
 
 
 class NF4LoraLinear(peft_layer.Linear):
-    """PEFT's LoRA layer around an NF4Linear: LoRA, rsLoRA and DoRA; merged by decoding, adding and quantizing again.
+    """PEFT's LoRA layer around an NF4Linear: LoRA, rsLoRA and DoRA; a merge dequantizes, adds and quantizes again.
 
     Unmerging gives back the very bytes from before merging.
     """
@@ -147,7 +147,7 @@ class NF4LoraLinear(peft_layer.Linear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the decoded weight, in fp32, and quantize the sum, once for all that are merged.
+        """Add the adapters to the dequantized weight, in fp32, and quantize the sum, once for all that are merged.
 
         Raises:
             ValueError: the layer is sharded.
@@ -184,7 +184,7 @@ class NF4LoraLinear(peft_layer.Linear):
 def _to_merge_into(packed: NF4Linear) -> nn.Linear:
     if isinstance(packed.weight, DTensor):
         raise ValueError("a sharded layer cannot be merged: save the adapter and merge it in one process")
-    linear = _decoded(packed, torch.float32)
+    linear = _dequantized(packed, torch.float32)
     if packed.bias is not None:
         linear.bias = nn.Parameter(packed.bias.detach().clone(), requires_grad=False)  # a LoRA bias is added in place
     return linear

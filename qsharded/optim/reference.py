@@ -60,23 +60,25 @@ def adamw_(parameter: Tensor, gradient: Tensor, moments: Moments, coefficients: 
     """
     factor, beta1, rest1, beta2, rest2, eps, decay, step_size, root_scale = coefficients.unbind()
     g = gradient.float() * factor
-    m = decode(moments.state1, moments.absmax1, moments.lead, signed=True) * beta1 + g * rest1
-    # a v beyond fp32 would decode to NaN for good
-    v = (decode(moments.state2, moments.absmax2, moments.lead, signed=False) * beta2 + g * rest2 * g).clamp(max=LARGEST)
+    m = dequantize_state(moments.state1, moments.absmax1, moments.lead, signed=True) * beta1 + g * rest1
+    # a v beyond fp32 would be read as NaN for good
+    v = (dequantize_state(moments.state2, moments.absmax2, moments.lead, signed=False) * beta2 + g * rest2 * g).clamp(
+        max=LARGEST
+    )
     deviation = v.double().sqrt().float()  # rightly rounded, which PyTorch's fp32 root on a CPU is not
     parameter.copy_(parameter.float() * decay - m / (deviation * root_scale + eps) * step_size)
-    encode_(m, moments.state1, moments.absmax1, moments.lead, signed=True)
-    encode_(v, moments.state2, moments.absmax2, moments.lead, signed=False)
+    quantize_state_(m, moments.state1, moments.absmax1, moments.lead, signed=True)
+    quantize_state_(v, moments.state2, moments.absmax2, moments.lead, signed=False)
 
 
-def decode(state: Tensor, absmax: Tensor | None, lead: int, *, signed: bool) -> Tensor:
+def dequantize_state(state: Tensor, absmax: Tensor | None, lead: int, *, signed: bool) -> Tensor:
     """The fp32 moment [n] behind ``state`` [n]."""
     if absmax is None:
         return state
-    return blockwise8.decode(state, _spread(absmax, lead, state.numel()), signed)
+    return blockwise8.dequantize(state, _spread(absmax, lead, state.numel()), signed)
 
 
-def encode_(values: Tensor, state: Tensor, absmax: Tensor | None, lead: int, *, signed: bool) -> None:
+def quantize_state_(values: Tensor, state: Tensor, absmax: Tensor | None, lead: int, *, signed: bool) -> None:
     """Write the fp32 moment ``values`` [n] to ``state`` [n] and ``absmax``."""
     if absmax is None:
         state.copy_(values)

@@ -94,20 +94,20 @@ def _joined_scales(shards: Sequence[State], joined_codes: Tensor, codes: str, sc
         first = shard["first_value"] // BLOCK - before
         absmax[first : first + shard[scales].numel()] = shard[scales]
     for block in {shard["first_value"] // BLOCK for shard in shards[1:] if shard["first_value"] % BLOCK}:
-        values = torch.cat([_decoded(shard, block, codes, scales, signed) for shard in shards])
+        values = torch.cat([_dequantized(shard, block, codes, scales, signed) for shard in shards])
         at = max(block * BLOCK - start, 0)
         part = joined_codes[at : at + values.numel()]
-        reference.encode_(values, part, absmax[block - before : block - before + 1], 0, signed=signed)
+        reference.quantize_state_(values, part, absmax[block - before : block - before + 1], 0, signed=signed)
     return absmax
 
 
-def _decoded(shard: State, block: int, codes: str, scales: str, signed: bool) -> Tensor:
+def _dequantized(shard: State, block: int, codes: str, scales: str, signed: bool) -> Tensor:
     """The fp32 moments that ``shard`` holds of a block."""
     first, stop = _range(shard)
     held = slice(max(block * BLOCK - first, 0), max(min((block + 1) * BLOCK, stop) - first, 0))
     number = block - first // BLOCK
     scale = shard[scales][number : number + 1] if 0 <= number < shard[scales].numel() else torch.zeros(1)
-    return reference.decode(shard[codes].reshape(-1)[held], scale, 0, signed=signed)
+    return reference.dequantize_state(shard[codes].reshape(-1)[held], scale, 0, signed=signed)
 
 
 def _range(state: State) -> tuple[int, int]:

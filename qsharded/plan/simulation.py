@@ -67,12 +67,12 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _decoded(x: Tensor, codes: Tensor, *others: Any) -> int:
-    """A packed weight that is multiplied by is decoded, [N, K] in x's dtype; blocks that are not of 64 by PyTorch."""
+def _dequantized(x: Tensor, codes: Tensor, *others: Any) -> int:
+    """A packed weight that is multiplied by is dequantized, [N, K] in x's dtype; blocks other than 64 by PyTorch."""
     N, K = codes.shape[0], codes.shape[1] * 2
     # the last argument, which is not passed on here where it is at its default
     block_size = next((other for other in others if isinstance(other, int)), formats.BLOCK)
-    return N * K * x.itemsize + (0 if block_size == formats.BLOCK else formats.decode_workspace(N, K))
+    return N * K * x.itemsize + (0 if block_size == formats.BLOCK else formats.dequantize_workspace(N, K))
 
 
 def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> int:
@@ -85,8 +85,8 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> int:
 
 # What operations allocate for themselves and free, which no tensor shows.
 _WORKSPACES: dict[Any, Callable[..., int]] = {
-    torch.ops.qsharded.nf4_linear: _decoded,
-    torch.ops.qsharded.nf4_linear_input_grad: _decoded,
+    torch.ops.qsharded.nf4_linear: _dequantized,
+    torch.ops.qsharded.nf4_linear_input_grad: _dequantized,
     torch.ops.aten._flash_attention_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
     torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,

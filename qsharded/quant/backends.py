@@ -55,7 +55,7 @@ def quantize(weight: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor
     for kernels in _kernels(weight.device):
         if kernels.quantizes(quant_format):
             return kernels.quantize(weight, quant_format)
-    return formats.encode(weight, quant_format)
+    return formats.quantize_blocks(weight, quant_format)
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
@@ -90,15 +90,15 @@ def _is_simulated(packed: PackedWeight) -> bool:
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` of checked arguments: fused where kernels say that it pays, else W is decoded first."""
+    """``x @ W.T + bias`` of checked arguments: fused where kernels say that it pays, else W is dequantized first."""
     N, K = packed.shape
     M = x.shape[:-1].numel()
     for kernels in _kernels(packed.device):
         if kernels.multiplies(packed, M, x.dtype):
             return kernels.linear(x.reshape(-1, K), packed, bias).view(*x.shape[:-1], N)
-    # The decoded W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
+    # The dequantized W is an ordinary tensor, freed on return: the caching allocator hands its memory to the next one
     # on this stream, and keeps it in the graph's pool during a capture. A workspace of our own would be held where
-    # nothing is decoded, and could not grow once a captured graph points at it.
+    # nothing is dequantized, and could not grow once a captured graph points at it.
     return F.linear(x, dequantize(packed, x.dtype), bias)
 
 
@@ -106,8 +106,8 @@ def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch, on any device."""
     absmax = packed.absmax
     if packed.absmax_scales is not None and packed.absmax_offset is not None:
-        absmax = formats.decode_absmax(absmax, packed.absmax_scales, packed.absmax_offset)
-    return formats.decode(packed.codes, absmax, dtype, packed.quant_format)
+        absmax = formats.dequantize_absmax(absmax, packed.absmax_scales, packed.absmax_offset)
+    return formats.dequantize_blocks(packed.codes, absmax, dtype, packed.quant_format)
 
 
 # Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``formats``.

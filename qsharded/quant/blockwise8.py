@@ -49,6 +49,6 @@ def nearest_codes(values: Tensor, scales: Tensor, signed: bool = True) -> Tensor
     return torch.bucketize(scaled, thresholds(signed, values.device), out_int32=True).to(torch.uint8)
 
 
-def decode(codes: Tensor, scales: Tensor, signed: bool = True) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, signed: bool = True) -> Tensor:
     """The fp32 values of uint8 ``codes`` under ``scales`` (broadcastable: each code's block maximum)."""
     return dynamic_map(signed, codes.device)[codes.int()] * scales

@@ -96,7 +96,7 @@ class QuantFormat:
 
 def register_format(quant_type: str, codebook: Sequence[float]) -> None:
     """Add a format to those that :class:`QuantFormat` names. The reference serves it, and kernels that are registered
-    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, decode its blocks of 64.
+    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, dequantize its blocks of 64.
 
     Args:
         codebook: 16 values from -1 to 1, in the order of their codes; a tie goes to the smaller value.
@@ -120,7 +120,7 @@ class NF4Weight:
 
     Attributes:
         codes: uint8 [N, K/2].
-        absmax: fp32 [N, G], as decoding uses it.
+        absmax: fp32 [N, G], as dequantizing uses it.
         absmax_codes: uint8 [N, G].
         absmax_scales: fp32 [ceil(N*G/256)].
         absmax_offset: fp32 [].
@@ -136,7 +136,7 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype`` (bfloat16, float16 or float32)."""
-        return decode(self.codes, self.absmax, dtype, self.quant_format)
+        return dequantize_blocks(self.codes, self.absmax, dtype, self.quant_format)
 
 
 def quantize(
@@ -150,12 +150,12 @@ def quantize(
     """
     quant_format = QuantFormat(quant_type, block_size)
     check_weight(weight, quant_format)
-    codes, absmax = encode(weight, quant_format)
+    codes, absmax = quantize_blocks(weight, quant_format)
     if not double_quant:
         return NF4Weight(codes, absmax, None, None, None, quant_format)
     absmax_codes, scales, offset = double_quantize(absmax)
-    decoded = decode_absmax(absmax_codes, scales, offset)
-    return NF4Weight(codes, decoded, absmax_codes, scales, offset, quant_format)
+    dequantized = dequantize_absmax(absmax_codes, scales, offset)
+    return NF4Weight(codes, dequantized, absmax_codes, scales, offset, quant_format)
 
 
 def check_weight(weight: Tensor, quant_format: QuantFormat = NF4_64, name: str = "weight") -> None:
@@ -205,23 +205,23 @@ def _ascending_codes(device: torch.device, quant_type: str) -> Tensor:
 
 @cache
 def _codebook_pairs(device: torch.device, quant_type: str) -> Tensor:
-    """Both values of each byte, fp32 [256, 2]: one look-up decodes two codes."""
+    """Both values of each byte, fp32 [256, 2]: one look-up serves two codes."""
     byte = torch.arange(256, device="cpu")
     return codebook(quant_type=quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(device)
 
 
 @torch.no_grad()
-def encode(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
     N, K = weight_NK.shape
     codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
     absmax_NG = torch.empty(N, K // quant_format.block_size, dtype=torch.float32, device=weight_NK.device)
     for rows in _row_chunks(N, K):
-        codes_NP[rows], absmax_NG[rows] = _encode_rows(weight_NK[rows], quant_format)
+        codes_NP[rows], absmax_NG[rows] = _quantize_rows(weight_NK[rows], quant_format)
     return codes_NP, absmax_NG
 
 
-def _encode_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
+def _quantize_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
     blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, quant_format.block_size))
     absmax_NG = blocks_NGB.abs().amax(-1)
     reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
@@ -238,22 +238,24 @@ def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
     return _ascending_codes(scaled.device, quant_type)[index]
 
 
-def decode(codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, quant_format: QuantFormat = NF4_64) -> Tensor:
+def dequantize_blocks(
+    codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, quant_format: QuantFormat = NF4_64
+) -> Tensor:
     """The weight [N, K]: value times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
     N, P = codes_NP.shape
     out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
     for rows in _row_chunks(N, P * 2):
-        out_NK[rows] = _decode_rows(codes_NP[rows], absmax_NG[rows], quant_format)
+        out_NK[rows] = _dequantize_rows(codes_NP[rows], absmax_NG[rows], quant_format)
     return out_NK
 
 
-def _decode_rows(codes_NP: Tensor, absmax_NG: Tensor, quant_format: QuantFormat) -> Tensor:
+def _dequantize_rows(codes_NP: Tensor, absmax_NG: Tensor, quant_format: QuantFormat) -> Tensor:
     pairs = _codebook_pairs(codes_NP.device, quant_format.quant_type).index_select(0, codes_NP.flatten().int())
     return (pairs.view(*absmax_NG.shape, quant_format.block_size) * absmax_NG.unsqueeze(-1)).flatten(1)
 
 
-def decode_workspace(N: int, K: int) -> int:
-    """Bytes that :func:`decode` takes beside its result: some rows' values in fp32, and their products."""
+def dequantize_workspace(N: int, K: int) -> int:
+    """Bytes that :func:`dequantize_blocks` takes beside its result: some rows' values in fp32, and their products."""
     return min(N, _rows_at_a_time(K)) * K * (4 + 4)
 
 
@@ -309,9 +311,9 @@ def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_ro
     return blockwise8.nearest_codes(absmax_NG - offset, own_scales)
 
 
-def decode_absmax(codes_NG: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
+def dequantize_absmax(codes_NG: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     """fp32 [N, G] of a whole weight: map entry times scale, plus offset, each rounded to fp32."""
-    return blockwise8.decode(codes_NG, scales[_second_level_block(codes_NG, 0)]) + offset
+    return blockwise8.dequantize(codes_NG, scales[_second_level_block(codes_NG, 0)]) + offset
 
 
 def second_level_blocks(N: int, G: int) -> int:

@@ -28,7 +28,7 @@ class Kernels:
         return False
 
     def quantize(self, weight: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
-        """Codes and absmax of a checked weight, byte for byte those of ``formats.encode``."""
+        """Codes and absmax of a checked weight, byte for byte those of ``formats.quantize_blocks``."""
         raise NotImplementedError
 
     def dequantizes(self, quant_format: QuantFormat, dtype: torch.dtype) -> bool:
@@ -48,5 +48,5 @@ class Kernels:
         return False
 
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        """``x @ W.T + bias`` [M, N] without the decoded weight in memory."""
+        """``x @ W.T + bias`` [M, N] without the dequantized weight in memory."""
         raise NotImplementedError

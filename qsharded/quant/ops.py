@@ -30,7 +30,7 @@ _library.define(f"nf4_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
 _library.define(f"nf4_linear.kind(Tensor x, {_PACKED}, Tensor? bias, str quant_type, int block_size) -> Tensor")
 _library.define(f"nf4_linear_input_grad(Tensor grad, {_PACKED}, {_FORMAT}) -> Tensor")
 
-# What a weight can be decoded to and multiplied in. fp64 is for gradcheck; the reference alone has it.
+# What a weight can be dequantized to and multiplied in. fp64 is for gradcheck; the reference alone has it.
 _DTYPES = (*formats.FLOAT_DTYPES, torch.float64)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -59,7 +59,7 @@ def nf4_dequantize(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def nf4_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``: x [..., K] -> [..., N] in x's dtype, W decoded to it. Gradients flow to x and bias only.
+    """``x @ W.T + bias``: x [..., K] -> [..., N] in x's dtype, W dequantized to it. Gradients flow to x and bias only.
 
     Raises:
         ValueError: as ``nf4_dequantize``, or an x whose last axis is not K or whose dtype that refuses.
@@ -135,8 +135,8 @@ def _check_dtype(dtype: torch.dtype, name: str) -> None:
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """The caller's autocast must not reach the products inside: an operation's result has x's dtype."""
-    quant_format = x.device.type
-    return torch.autocast(quant_format, enabled=False) if torch.is_autocast_enabled(quant_format) else nullcontext()
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _packed(
@@ -238,7 +238,7 @@ def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Decodes the weight again: nothing decoded outlives the forward."""
+    """Dequantizes the weight again: nothing dequantized outlives the forward."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qsharded.nf4_linear_input_grad(grad, *ctx.saved_tensors, *ctx.named)

@@ -1,6 +1,6 @@
 """Our kernels as :class:`Kernels`: the compiled library's and Triton's. They take flat tensors, and their tables.
 
-They are for blocks of 64. They decode with whatever codebook they are given, and quantize to NF4 alone.
+They are for blocks of 64. They dequantize with whatever codebook they are given, and quantize to NF4 alone.
 """
 
 from types import ModuleType
@@ -40,7 +40,7 @@ class CodebookKernels(Kernels):
 
 
 class CompiledCuda(CodebookKernels):
-    """Those of the compiled library for GPUs, which also multiply few tokens without decoding first."""
+    """Those of the compiled library for GPUs, which also multiply few tokens without dequantizing first."""
 
     def __init__(self) -> None:
         super().__init__(cuda_nf4, compiled_absmax)

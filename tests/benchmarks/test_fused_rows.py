@@ -18,7 +18,7 @@ def rows(N: int, K: int, speedups: dict[int, float]) -> list[Row]:
     return [
         Row("linear", N, K, M, name, 0.0, times, None, 1.0, speedup if name == "fused" else 1.0)
         for M, speedup in reversed(speedups.items())
-        for name in ("decoded", "fused")
+        for name in ("dequantized", "fused")
     ]
 
 

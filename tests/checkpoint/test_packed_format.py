@@ -113,8 +113,10 @@ def test_our_form_without_double_quantization(original: Path, tmp_path: Path) ->
     model = load_model(tmp_path)
     for name, weight in tensors(original).items():
         if "_proj.weight" in name:
-            decoded = model.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32)
-            assert torch.equal(decoded, formats.quantize(weight, double_quant=False).dequantize(torch.float32)), name
+            dequantized = model.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32)
+            assert torch.equal(dequantized, formats.quantize(weight, double_quant=False).dequantize(torch.float32)), (
+                name
+            )
 
 
 def test_the_index_and_the_config_are_whole(original: Path, tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_tensor_that_is_not_finite_is_not_written(tmp_path: Path, name: str) -
 
 
 def dequantized_by_bitsandbytes(folder: Path) -> dict[str, Tensor]:
-    """Every packed weight as bitsandbytes decodes it, to fp32 from its own state."""
+    """Every packed weight as bitsandbytes dequantizes it, to fp32 from its own state."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = {}
     for name, module in model.named_modules():
@@ -179,9 +181,9 @@ def dequantized_by_bitsandbytes(folder: Path) -> dict[str, Tensor]:
 
 
 def test_transformers_loads_what_we_write_to_our_weights(original: Path, tmp_path: Path) -> None:
-    decoded = dequantized_by_bitsandbytes(quantized(original, tmp_path, "bitsandbytes"))
+    dequantized = dequantized_by_bitsandbytes(quantized(original, tmp_path, "bitsandbytes"))
     model = load_model(original)
-    for name, weight in decoded.items():
+    for name, weight in dequantized.items():
         assert torch.equal(weight, model.get_submodule(name).dequantize(torch.float32)), name
 
 
@@ -228,7 +230,7 @@ def test_their_checkpoints_keep_their_bytes(
 
 
 def with_plain_weights(model: CausalLM) -> CausalLM:
-    """The same model with its packed layers decoded, a plain one each."""
+    """The same model with its packed layers dequantized, a plain one each."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NF4Linear):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -238,7 +240,7 @@ def with_plain_weights(model: CausalLM) -> CausalLM:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_their_model_computes_with_the_decoded_weights(original: Path, tmp_path: Path, double_quant: bool) -> None:
+def test_their_model_computes_with_the_dequantized_weights(original: Path, tmp_path: Path, double_quant: bool) -> None:
     folder = by_bitsandbytes(original, tmp_path, bnb_4bit_use_double_quant=double_quant)
     logits = load_model(folder, dtype=torch.float32)(IDS)
     assert torch.equal(logits, with_plain_weights(load_model(folder, dtype=torch.float32))(IDS))

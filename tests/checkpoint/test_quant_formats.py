@@ -53,12 +53,12 @@ def test_what_bitsandbytes_packed_keeps_its_bytes_and_computes_with_them(
         assert torch.equal(codes.reshape(-1), stored[f"{name}.weight"].reshape(-1))
         assert torch.equal(absmax.reshape(-1), stored[f"{name}.weight.absmax"])
         assert (scales is not None) == nested
-        assert torch.equal(layer.dequantize(torch.float32), as_bitsandbytes_decodes(stored, f"{name}.weight")), name
+        assert torch.equal(layer.dequantize(torch.float32), as_bitsandbytes_dequantizes(stored, f"{name}.weight")), name
     logits = model(IDS)
     assert torch.equal(logits, with_plain_weights(model)(IDS))
 
 
-def as_bitsandbytes_decodes(stored: dict[str, Tensor], name: str) -> Tensor:
+def as_bitsandbytes_dequantizes(stored: dict[str, Tensor], name: str) -> Tensor:
     """In fp32."""
     parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
     state = bitsandbytes.functional.QuantState.from_dict(parts, torch.device("cpu"))
@@ -113,8 +113,8 @@ def test_what_is_written_for_bitsandbytes_is_its_own(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, layer in layers(load_model(tmp_path)).items():
         weight = loaded.get_submodule(name).weight
-        decoded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        assert torch.equal(decoded, layer.dequantize(decoded.dtype)), name
+        dequantized = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(dequantized, layer.dequantize(dequantized.dtype)), name
 
 
 def test_rows_of_no_whole_blocks_are_refused_by_name(originals: dict[bool, Path], tmp_path: Path) -> None:

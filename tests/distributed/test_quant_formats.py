@@ -19,7 +19,7 @@ IDS = torch.arange(24).view(2, 12) % 97
 
 
 class Found(NamedTuple):
-    """Of a model on one rank: every tensor whole, the losses of two steps, the levels, the size of blocks, and how many
+    """Of a model on one rank: every tensor whole, the losses of two steps, the codebook, the block size, and how many
     rows of k_proj are here."""
 
     state: dict[str, Tensor]

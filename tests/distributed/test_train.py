@@ -512,7 +512,7 @@ def test_the_adapter_is_written_before_the_last_evaluation(model: Path, dataset:
 
 
 def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, tmp_path: Path) -> None:
-    """PEFT's model carries our decoded NF4 weights, so that the adapter alone could make a difference."""
+    """PEFT's model carries our dequantized NF4 weights, so that the adapter alone could make a difference."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

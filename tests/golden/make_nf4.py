@@ -18,8 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def hard_rows(dtype: torch.dtype) -> Tensor:
     """[N, 64], one difficulty a row: zeros of both signs, ties and their neighbours, subnormal and huge blocks."""
-    levels = functional.get_4bit_type("nf4", device="cpu")
-    ties = torch.cat([torch.ones(1), (levels[:-1] + levels[1:]) / 2, torch.zeros(48)])
+    codebook = functional.get_4bit_type("nf4", device="cpu")
+    ties = torch.cat([torch.ones(1), (codebook[:-1] + codebook[1:]) / 2, torch.zeros(48)])
     ramp = torch.linspace(-1, 1, BLOCK)
     finfo = torch.finfo(dtype)
     rows = [
@@ -67,18 +67,18 @@ def other_kinds(tensors: dict[str, Tensor]) -> None:
         }
 
 
-def decoding(tensors: dict[str, Tensor]) -> None:
-    """Every byte under eight absmax a row; a byte pairs each level with each.
+def dequantizing(tensors: dict[str, Tensor]) -> None:
+    """Every byte under eight absmax a row; a byte pairs each value with each.
 
-    None decodes to subnormals: on CPUs with bf16 instructions bitsandbytes makes those 0.
+    None dequantizes to subnormals: on CPUs with bf16 instructions bitsandbytes makes those 0.
     """
     codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
     absmax = torch.tensor(
         [[0, 1, 0.1, 3.3, 0.0123, 1e-3, 250.5, 0.7], [1e-36, 1e-4, 1e-6, 6e4, 1e5, -0.01, 1e30, 3e38]]
     )
-    tensors |= {"decode.codes": codes, "decode.absmax": absmax}
+    tensors |= {"dequantize.codes": codes, "dequantize.absmax": absmax}
     for name, dtype in DTYPES.items():
-        tensors[f"decode.{name}"] = torch.ops.bitsandbytes.dequantize_4bit(
+        tensors[f"dequantize.{name}"] = torch.ops.bitsandbytes.dequantize_4bit(
             codes, absmax.flatten(), BLOCK, "nf4", [2, 512], dtype
         )
 
@@ -96,14 +96,14 @@ def main() -> None:
     assert bitsandbytes.__version__ == VERSION, bitsandbytes.__version__
     torch.set_num_threads(1)  # bitsandbytes' offset is an fp32 mean, whose order of summation the threads change
     tensors = {
-        "levels": functional.get_4bit_type("nf4", device="cpu"),
-        "levels.fp4": functional.get_4bit_type("fp4", device="cpu"),
+        "codebook": functional.get_4bit_type("nf4", device="cpu"),
+        "codebook.fp4": functional.get_4bit_type("fp4", device="cpu"),
         "map.signed": functional.create_dynamic_map(signed=True),
         "map.unsigned": functional.create_dynamic_map(signed=False),
     }
     weights(tensors)
     other_kinds(tensors)
-    decoding(tensors)
+    dequantizing(tensors)
     double_quantization(tensors)
     path = Path(__file__).with_name("nf4.safetensors")
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"bitsandbytes": VERSION})

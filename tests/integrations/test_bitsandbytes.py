@@ -44,7 +44,7 @@ def theirs(
     return nn.Sequential(layer.to("cpu"))
 
 
-def decoded(layer: Any) -> torch.Tensor:
+def dequantized(layer: Any) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
@@ -53,7 +53,7 @@ def decoded(layer: Any) -> torch.Tensor:
 )
 def test_a_model_is_converted_and_back_with_its_bytes(nested: bool, storage: torch.dtype, columns: int) -> None:
     model = theirs(nested, storage, columns=columns)
-    before, weight = decoded(model[0]), model[0].weight
+    before, weight = dequantized(model[0]), model[0].weight
     convert_bitsandbytes(model)
     ours = model[0]
     assert isinstance(ours, NF4Linear)
@@ -63,7 +63,7 @@ def test_a_model_is_converted_and_back_with_its_bytes(nested: bool, storage: tor
     assert torch.equal(ours.dequantize(torch.float32), before)
     to_bitsandbytes(model, torch.float32)
     assert model[0].weight.data_ptr() == weight.data_ptr()
-    assert torch.equal(decoded(model[0]), before)
+    assert torch.equal(dequantized(model[0]), before)
     assert model[0].weight.quant_state.nested == nested
 
 
@@ -75,7 +75,7 @@ def test_every_kind_is_converted_and_back_with_its_bytes(
     kind: str, block_size: int, columns: int, nested: bool
 ) -> None:
     model = theirs(nested, kind=kind, columns=columns, rows=7, block_size=block_size)
-    before, stored = decoded(model[0]), {name: value.clone() for name, value in model.state_dict().items()}
+    before, stored = dequantized(model[0]), {name: value.clone() for name, value in model.state_dict().items()}
     address = model[0].weight.data_ptr()
     convert_bitsandbytes(model)
     assert (model[0].quant_type, model[0].block_size) == (kind, block_size)
@@ -85,7 +85,7 @@ def test_every_kind_is_converted_and_back_with_its_bytes(
     again = model.state_dict()
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], stored[name]) for name in stored)
-    assert torch.equal(decoded(model[0]), before)
+    assert torch.equal(dequantized(model[0]), before)
     assert model[0].weight.blocksize == block_size
 
 
@@ -110,7 +110,7 @@ def test_a_layer_that_bitsandbytes_has_reordered_for_its_cpu_kernel_is_taken_as_
     saved = copy.deepcopy(model)
     saved.state_dict()  # puts the layer into the order in which it is saved
     convert_bitsandbytes(model)
-    assert torch.equal(model[0].dequantize(torch.float32), decoded(saved[0]))
+    assert torch.equal(model[0].dequantize(torch.float32), dequantized(saved[0]))
 
 
 @pytest.mark.parametrize(("kind", "block_size"), [("nf4", 64), ("fp4", 32)])
@@ -126,7 +126,9 @@ def test_a_reordered_layer_whose_absmax_is_in_fp32_keeps_them_but_for_their_roun
     )
     convert_bitsandbytes(model)
     rounded = before.bfloat16().float().view(64, -1)
-    expected = formats.decode(codes.view(64, 64), rounded, torch.float32, formats.QuantFormat(kind, block_size))
+    expected = formats.dequantize_blocks(
+        codes.view(64, 64), rounded, torch.float32, formats.QuantFormat(kind, block_size)
+    )
     assert torch.equal(model[0].dequantize(torch.float32), expected.view(shape))
 
 
@@ -249,7 +251,7 @@ def test_another_map_of_the_scales_goes_to_bitsandbytes(calls: list[str]) -> Non
     install()
     y = bnb.matmul_4bit(X.bfloat16().requires_grad_(), layer.weight, state)
     assert calls == []
-    torch.testing.assert_close(y, nn.functional.linear(X.bfloat16(), decoded(layer).bfloat16()))
+    torch.testing.assert_close(y, nn.functional.linear(X.bfloat16(), dequantized(layer).bfloat16()))
 
 
 def test_what_serves_gpus_alone_is_right_too(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +260,9 @@ def test_what_serves_gpus_alone_is_right_too(calls: list[str], monkeypatch: pyte
     layer = theirs(False)[0]
     state = layer.weight.quant_state
     x = X[:1].bfloat16()
-    weight = decoded(layer)
+    weight = dequantized(layer)
     install()
-    assert torch.equal(decoded(layer), weight)
+    assert torch.equal(dequantized(layer), weight)
     y = torch.ops.bitsandbytes.gemv_4bit(x, layer.weight.data, state.shape, state.absmax, state.code, 64)
     assert calls == ["nf4_dequantize", "nf4_linear"]
     assert torch.equal(y, nn.functional.linear(x, weight.bfloat16()))

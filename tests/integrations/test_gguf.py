@@ -39,7 +39,7 @@ def write_model(folder: Path, **config: Any) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Keys and tensors, decoded to fp32 by the gguf package."""
+    """Keys and tensors, dequantized to fp32 by the gguf package."""
     reader = gguf.GGUFReader(path)
     tensors = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())

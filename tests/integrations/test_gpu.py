@@ -65,7 +65,7 @@ def test_a_strided_weight_is_quantized_as_it_reads(installed: None, weight: torc
     wide = torch.cat([weight, weight], dim=1).cuda()
     for view in (wide[:, :576], weight.cuda().t(), wide.view(8, 64, 1152)[:, ::2]):
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit(view, 64, "nf4", storage)
-        expected_codes, expected_absmax = formats.encode(view.cpu().reshape(-1, 64))
+        expected_codes, expected_absmax = formats.quantize_blocks(view.cpu().reshape(-1, 64))
         assert codes.dtype == storage
         assert torch.equal(codes.view(torch.uint8).cpu().view(-1), expected_codes.view(-1))
         assert torch.equal(absmax.cpu(), expected_absmax.view(-1))
@@ -96,21 +96,21 @@ def test_dequantizing_is_exact(installed: None, weight: torch.Tensor, dtype: tor
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 300])
 @pytest.mark.parametrize("nested", [True, False])
-def test_products_are_those_of_the_decoded_weight(weight: torch.Tensor, rows: int, nested: bool) -> None:
+def test_products_are_those_of_the_dequantized_weight(weight: torch.Tensor, rows: int, nested: bool) -> None:
     layer = bnb.nn.Linear4bit(576, 512, True, torch.bfloat16, nested, "nf4")
     layer.weight = bnb.nn.Params4bit(weight, compress_statistics=nested, quant_type="nf4", module=layer)
     model = nn.Sequential(layer.cuda().bfloat16())
     x = torch.randn(rows, 576, device="cuda", dtype=torch.bfloat16)
     state = layer.weight.quant_state
-    decoded = bnb.functional.dequantize_4bit(layer.weight.data, state)
-    expected = nn.functional.linear(x.float(), decoded.float(), layer.bias.float())
+    dequantized = bnb.functional.dequantize_4bit(layer.weight.data, state)
+    expected = nn.functional.linear(x.float(), dequantized.float(), layer.bias.float())
     install()
     try:
         swapped = model(x)
     finally:
         uninstall()
     convert_bitsandbytes(model)
-    assert torch.equal(model[0].dequantize(torch.bfloat16), decoded)
+    assert torch.equal(model[0].dequantize(torch.bfloat16), dequantized)
     # bf16 keeps 8 bits of the result; the sums are in fp32
     for found in (swapped, model(x)):
         torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=5e-3)

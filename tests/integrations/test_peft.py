@@ -1,4 +1,4 @@
-"""PEFT adapts models of NF4Linear layers; the reference is PEFT itself on the decoded weights in plain layers."""
+"""PEFT adapts models of NF4Linear layers; the reference is PEFT itself on the dequantized weights in plain layers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +67,7 @@ def packed_bytes(model: nn.Module) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_an_adapter_does_what_it_does_on_the_decoded_weights(
+def test_an_adapter_does_what_it_does_on_the_dequantized_weights(
     checkpoint: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     folder = write_adapter(tmp_path, checkpoint, **settings)
@@ -79,7 +79,7 @@ def test_an_adapter_does_what_it_does_on_the_decoded_weights(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dora_trains_as_on_the_decoded_weights(checkpoint: Path, tmp_path: Path, dropout: float) -> None:
+def test_dora_trains_as_on_the_dequantized_weights(checkpoint: Path, tmp_path: Path, dropout: float) -> None:
     folder = write_adapter(tmp_path, checkpoint, use_dora=True, lora_dropout=dropout)
     gradients = []
     for base in (packed_model(checkpoint), plain_model(checkpoint)):

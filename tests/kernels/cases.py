@@ -58,16 +58,18 @@ class Encoded:
     absmax: Tensor
     scales: Tensor | None
     offset: Tensor | None
-    decoded_absmax: Tensor
-    quant_type: str = "nf4"  # whose levels
+    dequantized_absmax: Tensor
+    quant_type: str = "nf4"  # whose codebook
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         absmax_map = None if self.scales is None else blockwise8.dynamic_map()
-        levels = formats.codebook(quant_type=self.quant_type)
-        return self.codes, self.absmax, self.scales, self.offset, levels, absmax_map
+        codebook = formats.codebook(quant_type=self.quant_type)
+        return self.codes, self.absmax, self.scales, self.offset, codebook, absmax_map
 
     def expected(self, dtype: torch.dtype) -> Tensor:
-        return formats.decode(self.codes, self.decoded_absmax, dtype, formats.QuantFormat(self.quant_type))
+        return formats.dequantize_blocks(
+            self.codes, self.dequantized_absmax, dtype, formats.QuantFormat(self.quant_type)
+        )
 
 
 def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:
@@ -78,7 +80,7 @@ def double_quantized(rows: int, blocks_per_row: int, gap: int = 1) -> Encoded:
     absmax = padded[:, :blocks_per_row]
     scales = torch.rand(formats.second_level_blocks(rows, blocks_per_row), generator=generator)
     offset = torch.tensor(0.7123)
-    return Encoded(codes, absmax, scales, offset, formats.decode_absmax(absmax, scales, offset))
+    return Encoded(codes, absmax, scales, offset, formats.dequantize_absmax(absmax, scales, offset))
 
 
 def every_pair_of_bytes(quant_type: str = "nf4") -> Encoded:
@@ -100,14 +102,14 @@ def rounding_ties(dtype: torch.dtype) -> tuple[Encoded, Tensor]:
     below = torch.arange(0, top, 41, dtype=torch.int16)[:768]  # 41 is odd, so that every other one is
     neighbours = torch.stack([below, below + 1]).view(dtype)
     absmax = neighbours.double().mean(0).float().view(256, 3)
-    codes = torch.full((256, 3 * 32), 0xF0, dtype=torch.uint8)  # the levels 1 and -1, in turn
+    codes = torch.full((256, 3 * 32), 0xF0, dtype=torch.uint8)  # the values 1 and -1, in turn
     even = (below + below % 2).view(dtype)
     expected = torch.stack([even, -even], dim=-1).repeat(1, 32)
     return Encoded(codes, absmax, None, None, absmax), expected.view(256, 3 * 64)
 
 
 def fused_absmax(encoded: Encoded) -> Tensor:
-    """What a fused multiply-add would decode, rounded once; fp64 holds the product exactly."""
+    """What a fused multiply-add would give, rounded once; fp64 holds the product exactly."""
     assert encoded.scales is not None
     assert encoded.offset is not None
     scales = encoded.scales.repeat_interleave(256)[: encoded.absmax.numel()].view(encoded.absmax.shape)

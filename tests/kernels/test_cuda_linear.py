@@ -61,7 +61,7 @@ def weight_of(encoded: cases.Encoded, M: int, dtype: torch.dtype) -> Tensor:
 
 
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Within the rounding of the output and of the sums. ``weight`` is decoded, on the GPU."""
+    """Within the rounding of the output and of the sums. ``weight`` is dequantized, on the GPU."""
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     sizes = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1) + (0 if bias is None else bias.double().abs())
     excess = (y.double() - expected).abs() - expected.abs() * OUTPUT_ROUNDING[y.dtype] - sizes * SUM_ERROR
@@ -189,11 +189,13 @@ def test_beyond_32_bits(M: int) -> None:
     absmax = torch.randint(256, (N, G), dtype=torch.uint8, device="cuda")
     scales = torch.rand(N * G // 256, device="cuda")
     encoded = cases.double_quantized(1, 1)
-    _, _, _, offset, levels, absmax_map = [t if t is None else t.cuda() for t in encoded.arguments()]
+    _, _, _, offset, codebook, absmax_map = [t if t is None else t.cuda() for t in encoded.arguments()]
     x = random_rows(M, G * 64, torch.bfloat16)
-    y = cuda_linear.linear(x, codes, absmax, scales, offset, levels, absmax_map)
+    y = cuda_linear.linear(x, codes, absmax, scales, offset, codebook, absmax_map)
     for rows in (slice(0, 64), slice(N - 64, N)):
         block = slice(rows.start * G // 256, rows.stop * G // 256)
         weight_dtype = torch.float32 if M == 1 else torch.bfloat16  # as in weight_of
-        weight = cuda_nf4.dequantize(codes[rows], absmax[rows], scales[block], offset, levels, absmax_map, weight_dtype)
+        weight = cuda_nf4.dequantize(
+            codes[rows], absmax[rows], scales[block], offset, codebook, absmax_map, weight_dtype
+        )
         assert_product(y[:, rows], x, weight)

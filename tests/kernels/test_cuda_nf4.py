@@ -25,7 +25,7 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def assert_quantizes(weight: Tensor) -> None:
-    expected_codes, expected_absmax = formats.encode(weight.cpu().contiguous())
+    expected_codes, expected_absmax = formats.quantize_blocks(weight.cpu().contiguous())
     codes, absmax = cuda_nf4.quantize(weight.cuda(), formats.thresholds("cuda"))
     cases.assert_same_bits(codes.cpu(), expected_codes)
     cases.assert_same_bits(absmax.cpu(), expected_absmax)
@@ -104,7 +104,7 @@ def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
 
 def test_absmax_is_not_fused() -> None:
     encoded = cases.double_quantized(31, 9)
-    assert not torch.equal(cases.fused_absmax(encoded), encoded.decoded_absmax)
+    assert not torch.equal(cases.fused_absmax(encoded), encoded.dequantized_absmax)
     assert_dequantizes(encoded, torch.float32)
 
 
@@ -132,7 +132,7 @@ def test_parts_are_what_each_is_alone(r: int, dtype: torch.dtype, double_quant: 
     for count, rank in zip(rows, ranks, strict=True):
         encoded = cases.double_quantized(count, K // 64)
         if not double_quant:
-            encoded = cases.Encoded(encoded.codes, encoded.decoded_absmax, None, None, encoded.decoded_absmax)
+            encoded = cases.Encoded(encoded.codes, encoded.dequantized_absmax, None, None, encoded.dequantized_absmax)
         arguments = on_gpu(encoded)
         B = torch.randn(count, rank, generator=generator).to(dtype).cuda() if rank else None
         parts.append((*arguments[:4], B, scale, column))
@@ -141,8 +141,8 @@ def test_parts_are_what_each_is_alone(r: int, dtype: torch.dtype, double_quant: 
         if B is not None:
             torch.mul(B, scale, out=own[:, K + column : K + column + rank])
         row, column = row + count, column + rank
-    levels, absmax_map = arguments[4:]
-    cuda_nf4.dequantize_parts(parts, levels, absmax_map, out, tail)
+    codebook, absmax_map = arguments[4:]
+    cuda_nf4.dequantize_parts(parts, codebook, absmax_map, out, tail)
     cases.assert_same_bits(out.cpu(), expected.cpu())
 
 

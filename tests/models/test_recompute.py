@@ -39,25 +39,25 @@ def packed_model(tmp_path: Path, kind: QuantFormat, mode: Mode | Checkpointing, 
 def test_what_a_fused_block_computes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: QuantFormat, mode: Mode, again: str
 ) -> None:
-    """Each product decodes its weight, so that is counted. Nothing reads what down_proj puts out."""
+    """Each product dequantizes its weight, so that is counted. Nothing reads what down_proj puts out."""
     model = packed_model(tmp_path, kind, mode, dropout=0.0)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     names = {layer.packed().codes.data_ptr(): name for name, layer in layers.items()}
-    put_weight, decoded = Projection.put_weight, Counter()
+    put_weight, dequantized = Projection.put_weight, Counter()
 
     def counted(self: Projection, out: Tensor) -> None:
-        decoded[names[self.packed.codes.data_ptr()]] += 1
+        dequantized[names[self.packed.codes.data_ptr()]] += 1
         put_weight(self, out)
 
     monkeypatch.setattr(Projection, "put_weight", counted)
     loss = model(torch.arange(24).view(2, 12), targets_BS=torch.arange(24).view(2, 12))
-    assert decoded == dict.fromkeys(layers, 1)
-    decoded.clear()
+    assert dequantized == dict.fromkeys(layers, 1)
+    dequantized.clear()
     loss.backward()
     for name in layers:
         layer, _, projection = re.match(r"model\.layers\.(\d)\.(self_attn|mlp)\.(\w+)_proj", name).groups()
         gives_input_gradient = not (layer == "0" and projection in ("q", "k", "v"))  # the embedding does not train
-        assert decoded[name] == gives_input_gradient + (projection in again.split()), name
+        assert dequantized[name] == gives_input_gradient + (projection in again.split()), name
 
 
 @pytest.mark.parametrize("mode", ["full", "offloaded"])

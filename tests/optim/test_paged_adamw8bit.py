@@ -162,8 +162,8 @@ def test_any_shape_keeps_moments_within_half_a_gap_of_fp32(shape: tuple[int, ...
         ("state2", "absmax2", False, 0.001 * gradient**2, 0.9 / 128),
     ):
         scale = state[scales].repeat_interleave(256)[: gradient.numel()].view(shape)
-        decoded = dynamic_map(signed)[state[codes].int()] * scale
-        assert ((decoded - exact).abs() <= gap / 2 * scale * 1.0001).all()
+        dequantized = dynamic_map(signed)[state[codes].int()] * scale
+        assert ((dequantized - exact).abs() <= gap / 2 * scale * 1.0001).all()
         tail = exact.view(-1)[-(gradient.numel() % 256 or 256) :].abs().max()
         assert state[scales][-1] == pytest.approx(tail.item(), rel=1e-6)
 

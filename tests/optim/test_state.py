@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsharded.optim import PagedAdamW8bit
 from qsharded.optim.state import from_bitsandbytes, joined, merged, to_bitsandbytes
-from qsharded.quant.blockwise8 import decode, dynamic_map
+from qsharded.quant.blockwise8 import dequantize, dynamic_map
 from tests.kernels.cases import assert_same_bits
 from tests.optim import cases
 from tests.optim.test_paged_adamw8bit import assert_same_state
@@ -32,10 +32,10 @@ def shard(start: int, stop: int, seed: int = 0) -> dict[str, Any]:
     return state
 
 
-def decoded(state: dict[str, Any], number: str) -> Tensor:
+def dequantized(state: dict[str, Any], number: str) -> Tensor:
     lead, count = state["first_value"] % 256, state["state1"].numel()
     scales = state[f"absmax{number}"].repeat_interleave(256)[lead : lead + count]
-    return decode(state[f"state{number}"], scales, number == "1")
+    return dequantize(state[f"state{number}"], scales, number == "1")
 
 
 @pytest.mark.parametrize("cuts", [[256], [1024, 4096], [300], [100, 200, 2570], [5000], [0, 4999]])
@@ -50,7 +50,7 @@ def test_shards_of_one_optimizer_join_to_its_state(cuts: list[int]) -> None:
             if block not in shared:
                 assert_same_bits(whole[f"state{number}"][values], expected[f"state{number}"][values])
                 assert_same_bits(whole[f"absmax{number}"][block], expected[f"absmax{number}"][block])
-        error = (decoded(whole, number) - decoded(expected, number)).abs()
+        error = (dequantized(whole, number) - dequantized(expected, number)).abs()
         scale = whole[f"absmax{number}"].repeat_interleave(256)[:VALUES]
         assert (error <= HALF_A_GAP[number] * scale * 1.0001).all()
         assert (error == 0).float().mean() > 0.8
@@ -60,8 +60,8 @@ def test_a_shared_block_under_two_scales_keeps_its_values_within_half_a_gap() ->
     parts = [shard(0, 300, seed=1), shard(300, VALUES, seed=2)]
     whole = joined(parts)
     for number in ("1", "2"):
-        values = torch.cat([decoded(part, number) for part in parts])
-        error = (decoded(whole, number) - values).abs()
+        values = torch.cat([dequantized(part, number) for part in parts])
+        error = (dequantized(whole, number) - values).abs()
         scale = whole[f"absmax{number}"].repeat_interleave(256)[:VALUES]
         assert (error <= HALF_A_GAP[number] * scale * 1.0001).all()
         assert (error[256:512] > 0).any()

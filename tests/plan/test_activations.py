@@ -131,7 +131,7 @@ def test_recomputing_one_block_costs_what_it_does_not_keep() -> None:
     assert abs((recomputed.kept + recomputed.passing) - (kept.kept + kept.passing)) <= B * S * D * 2
 
 
-def test_gate_and_up_are_decoded_together() -> None:
+def test_gate_and_up_are_dequantized_together() -> None:
     """A fused layer multiplies by both at once: with few tokens and a wide MLP that is most of its work."""
     wide = 2**14
     weight = 2 * wide * D * 2

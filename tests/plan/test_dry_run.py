@@ -10,7 +10,7 @@ import torch
 
 from qsharded import train
 from qsharded.checkpoint.packed_format import own_config
-from qsharded.quant.formats import QuantFormat, decode_workspace
+from qsharded.quant.formats import QuantFormat, dequantize_workspace
 from tests.checkpoints import LLAMA, pack_by_bitsandbytes, write_checkpoint
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}
@@ -41,7 +41,7 @@ def test_classes_are_printed_in_gib(capsys: pytest.CaptureFixture[str], model: P
     weights = 8 * (2 * 4096 * 4096 + 2 * 4096 * 2048 + 3 * 4096 * 14336)
     assert figure(text, "codes") == pytest.approx(weights / 2 / 2 / 2**30, abs=6e-4)
     assert figure(text, "embedding and head") == pytest.approx(2 * 32000 * 4096 * 2 / 2 / 2**30, abs=6e-4)
-    assert figure(text, "layer's work") > 2 * 4096 * 14336 * 2 / 2**30  # gate and up, decoded
+    assert figure(text, "layer's work") > 2 * 4096 * 14336 * 2 / 2**30  # gate and up, dequantized
     assert "verdict: fits" in text
     assert "host memory of a rank" in text
     assert figure(text, "adapter") > 0
@@ -113,7 +113,7 @@ def test_a_model_that_only_blocks_of_32_fit_is_planned(capsys: pytest.CaptureFix
     assert printed(capsys, folder, "--gpus", "1", "--gpu-memory-gib", "80")[0] == 0
 
 
-def test_the_work_of_decoding_other_blocks_is_planned(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+def test_the_work_of_dequantizing_other_blocks_is_planned(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     def work(kind: QuantFormat) -> float:
         (model / "config.json").write_text(json.dumps(SHAPE | {"quantization_config": own_config(kind)}))
         flags = ["--gpus", "1", "--gpu-memory-gib", "80", "--per-device-train-batch-size", "1", "--max-length", "16"]
@@ -122,8 +122,8 @@ def test_the_work_of_decoding_other_blocks_is_planned(capsys: pytest.CaptureFixt
     weight, of_kernels, of_pytorch = 4096 * 14336, work(QuantFormat("fp4", 64)), work(QuantFormat("fp4", 128))
     # gate and up in 16 bits, with their adapters' columns; so few tokens are little beside them
     assert of_kernels == pytest.approx(2 * weight * 2, rel=0.05)
-    # one of them is decoded apart: in 16 bits, and in fp32 the levels of some rows with their products
-    apart = weight * 2 + decode_workspace(14336, 4096)
+    # one of them is dequantized apart: in 16 bits, and in fp32 the codebook's values of some rows with their products
+    apart = weight * 2 + dequantize_workspace(14336, 4096)
     assert of_pytorch == pytest.approx(2 * weight * 2 + apart, rel=0.05)
 
 

@@ -41,7 +41,7 @@ def test_backward_lets_go_of_what_it_has_used() -> None:
         assert live.now() == 4000  # x.grad
 
 
-def test_a_packed_weight_is_decoded_inside_its_product() -> None:
+def test_a_packed_weight_is_dequantized_inside_its_product() -> None:
     layer = NF4Linear(128, 320, bias=False, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
@@ -49,24 +49,24 @@ def test_a_packed_weight_is_decoded_inside_its_product() -> None:
         assert live.peak == 7 * 320 * 2 + 320 * 128 * 2
         assert live.now() == 7 * 320 * 2
         y.backward(torch.empty_like(y))
-        # y and the gradients by y and x, while the weight is decoded again
+        # y and the gradients by y and x, while the weight is dequantized again
         assert live.peak == 7 * (2 * 320 + 128) * 2 + 320 * 128 * 2
 
 
-def test_other_blocks_are_decoded_by_plain_pytorch_in_pieces() -> None:
+def test_other_blocks_are_dequantized_by_plain_pytorch_in_chunks() -> None:
     layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed().tensors
-    formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)  # its table is made once, and stays
+    formats.dequantize_blocks(codes, absmax, torch.bfloat16, layer.quant_format)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
-        formats.decode(codes, absmax, torch.bfloat16, layer.quant_format)
+        formats.dequantize_blocks(codes, absmax, torch.bfloat16, layer.quant_format)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         layer(x)
     output = 7 * 320 * 2
     assert live.peak == output + real.peak
     fp4 = NF4Linear(128, 320, bias=False, quant_type="fp4", device="meta")
     with LiveBytes([x, *fp4.parameters(), *fp4.buffers()]) as live:
-        fp4(x)  # the kernels decode it
+        fp4(x)  # the kernels dequantize it
     assert live.peak == output + 320 * 128 * 2
     wide = NF4Linear(2**13, 2**12, bias=False, block_size=128, device="meta")
     x = torch.empty(1, 2**13, dtype=torch.bfloat16, device="meta")

@@ -33,9 +33,11 @@ def forget() -> None:
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who was asked to quantize, as it happens. The compiled library has a stand-in, whether it was built or not."""
     asked: list[str] = []
-    encode = formats.encode
-    monkeypatch.setattr(cpu_nf4, "quantize", lambda weight, _: asked.append("compiled") or encode(weight))
-    monkeypatch.setattr(formats, "encode", lambda weight, kind: asked.append("reference") or encode(weight, kind))
+    quantize_blocks = formats.quantize_blocks
+    monkeypatch.setattr(cpu_nf4, "quantize", lambda weight, _: asked.append("compiled") or quantize_blocks(weight))
+    monkeypatch.setattr(
+        formats, "quantize_blocks", lambda weight, kind: asked.append("reference") or quantize_blocks(weight, kind)
+    )
     return asked
 
 
@@ -130,6 +132,6 @@ def test_as_many_rows_as_the_table_says_are_fused(M: int, is_fused: bool, monkey
     monkeypatch.setattr(cuda_linear, "DTYPES", (torch.float32,))
     monkeypatch.setattr(fused_rows, "most_rows", lambda N, K, device: {(7, 128): 4}[N, K])
     monkeypatch.setattr(cuda_linear, "linear", fused)
-    codes, absmax = formats.encode(torch.randn(7, 128))
+    codes, absmax = formats.quantize_blocks(torch.randn(7, 128))
     assert flat.nf4_linear(torch.randn(M, 1, 128), codes, absmax).shape == (M, 1, 7)
     assert asked == [(M, 128)] * is_fused

@@ -57,11 +57,11 @@ def test_a_tie_goes_down(signed: bool) -> None:
 
 @both_maps
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_code_decodes_to_its_entry_times_the_scale_and_back(signed: bool, scale: float) -> None:
+def test_every_code_dequantizes_to_its_entry_times_the_scale_and_back(signed: bool, scale: float) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    decoded = blockwise8.decode(codes, torch.tensor(scale), signed)
-    assert_same_bits(decoded, blockwise8.dynamic_map(signed) * torch.tensor(scale))
-    assert_same_bits(blockwise8.nearest_codes(decoded, torch.tensor(scale), signed), codes)
+    dequantized = blockwise8.dequantize(codes, torch.tensor(scale), signed)
+    assert_same_bits(dequantized, blockwise8.dynamic_map(signed) * torch.tensor(scale))
+    assert_same_bits(blockwise8.nearest_codes(dequantized, torch.tensor(scale), signed), codes)
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.7, 1.1e-3])
@@ -80,7 +80,7 @@ def test_scales_broadcast_over_values() -> None:
     scales = torch.tensor([[0.5], [1.0], [2.0]])
     codes = blockwise8.nearest_codes(rows * scales, scales)
     assert_same_bits(codes, blockwise8.nearest_codes(rows, torch.ones(())))
-    assert_same_bits(blockwise8.decode(codes, scales), blockwise8.dynamic_map()[codes.long()] * scales)
+    assert_same_bits(blockwise8.dequantize(codes, scales), blockwise8.dynamic_map()[codes.long()] * scales)
 
 
 def test_a_value_beyond_its_scale_takes_the_end_of_the_map() -> None:
@@ -93,7 +93,7 @@ def test_a_value_beyond_its_scale_takes_the_end_of_the_map() -> None:
 def test_a_zero_block_is_the_code_of_zero(signed: bool, zero: float) -> None:
     codes = blockwise8.nearest_codes(torch.full((4,), zero), torch.zeros(()), signed)
     assert (codes == (blockwise8.ZERO_CODE if signed else 0)).all()
-    assert (blockwise8.decode(codes, torch.zeros(()), signed) == 0).all()
+    assert (blockwise8.dequantize(codes, torch.zeros(()), signed) == 0).all()
 
 
 def test_a_block_under_the_smallest_scale_is_scaled_by_it() -> None:

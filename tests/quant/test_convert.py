@@ -125,7 +125,7 @@ def test_the_filter_sees_each_linear_and_decides() -> None:
     assert {name for name, kind in kinds(model).items() if kind is NF4Linear} == {"layers.1.down", "lm_head"}
 
 
-def test_a_quantized_model_computes_with_the_decoded_weights() -> None:
+def test_a_quantized_model_computes_with_the_dequantized_weights() -> None:
     torch.manual_seed(0)
     model = Model().layers
     x = torch.randn(5, 64)
@@ -142,7 +142,7 @@ def test_a_quantized_model_computes_with_the_decoded_weights() -> None:
 
 @pytest.mark.parametrize(("quant_type", "block_size"), [("fp4", 64), ("nf4", 32), ("fp4", 4096)])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_every_kind_computes_and_learns_with_the_decoded_weights(
+def test_every_kind_computes_and_trains_with_the_dequantized_weights(
     quant_type: str, block_size: int, double_quant: bool
 ) -> None:
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def theirs(functional: ModuleType, weight: Tensor, kind: formats.QuantFormat = f
 def assert_encodes_like(
     expected: tuple[Tensor, Tensor], weight: Tensor, kind: formats.QuantFormat = formats.NF4_64
 ) -> None:
-    codes, absmax = formats.encode(weight, kind)
+    codes, absmax = formats.quantize_blocks(weight, kind)
     assert_same_bits(codes, expected[0])
     assert_same_bits(absmax, expected[1])
 
@@ -60,8 +60,8 @@ def codes_of(weight: Tensor) -> Tensor:
 
 
 def test_levels_are_bitsandbytes_own() -> None:
-    assert_same_bits(formats.codebook(), GOLDEN["levels"])
-    assert_same_bits(formats.codebook(quant_type="fp4"), GOLDEN["levels.fp4"])
+    assert_same_bits(formats.codebook(), GOLDEN["codebook"])
+    assert_same_bits(formats.codebook(quant_type="fp4"), GOLDEN["codebook.fp4"])
 
 
 def test_thresholds_are_the_levels_fp32_midpoints() -> None:
@@ -118,16 +118,16 @@ def test_other_kinds_equal_bitsandbytes_live(bitsandbytes: ModuleType, quant_typ
     assert_encodes_like(theirs(bitsandbytes, weight, kind), weight, kind)
     packed = formats.quantize(weight, quant_type=quant_type, block_size=block_size, double_quant=False)
     assert (packed.absmax.shape, packed.quant_format) == ((3, 2), kind)
-    decoded = bitsandbytes.dequantize_4bit(
+    dequantized = bitsandbytes.dequantize_4bit(
         *bitsandbytes.quantize_4bit(weight, None, None, block_size, False, quant_type)
     )
-    assert_same_bits(packed.dequantize(torch.float32), decoded)
+    assert_same_bits(packed.dequantize(torch.float32), dequantized)
     nearest = formats.codebook(quant_type=quant_type)[codes_by_definition(weight, kind)]
-    assert torch.equal(decoded, nearest * packed.absmax.repeat_interleave(block_size, 1))
+    assert torch.equal(dequantized, nearest * packed.absmax.repeat_interleave(block_size, 1))
 
 
 def codes_by_definition(weight: Tensor, kind: formats.QuantFormat = formats.NF4_64) -> Tensor:
-    """int64 [N, K]: the nearest level in fp64 of the fp32 quotient. Exact but on ties, which random weights lack."""
+    """int64 [N, K]: the nearest value in fp64 of the fp32 quotient. Exact but on ties, which random weights lack."""
     blocks = weight.float().unflatten(1, (-1, kind.block_size))
     scaled = blocks * (1 / blocks.abs().amax(-1, keepdim=True).clamp(min=1e-38))
     distance = (scaled.double().unsqueeze(-1) - formats.codebook(quant_type=kind.quant_type).double()).abs()
@@ -136,8 +136,8 @@ def codes_by_definition(weight: Tensor, kind: formats.QuantFormat = formats.NF4_
 
 def fp4_rows(dtype: torch.dtype) -> Tensor:
     """[N, 64]: thresholds of FP4 and their neighbours, of both signs and at several scales; zeros of both signs."""
-    levels = torch.tensor(sorted({twelfths / 12 for twelfths in (0, 0.0625, 2, 3, 4, 6, 8, 12)}))
-    ties = torch.cat([torch.ones(1), (levels[:-1] + levels[1:]) / 2, torch.tensor([0.0, -0.0, 1e-7, -1e-7, 1e-30])])
+    values = torch.tensor(sorted({twelfths / 12 for twelfths in (0, 0.0625, 2, 3, 4, 6, 8, 12)}))
+    ties = torch.cat([torch.ones(1), (values[:-1] + values[1:]) / 2, torch.tensor([0.0, -0.0, 1e-7, -1e-7, 1e-30])])
     rows = [ties, torch.nextafter(ties, torch.tensor(2.0)).clamp(max=1), torch.nextafter(ties, torch.tensor(-2.0))]
     both = torch.stack([sign * row * scale for row in rows for sign in (1, -1) for scale in (1, 2.0**-9, 3.7)])
     return torch.nn.functional.pad(both, (0, 64 - both.shape[1])).to(dtype)
@@ -151,11 +151,11 @@ def test_hard_weights_in_fp4_equal_bitsandbytes_live(bitsandbytes: ModuleType, n
 
 
 @all_dtypes
-def test_every_byte_in_fp4_decodes_as_bitsandbytes_decodes_it(bitsandbytes: ModuleType, name: str) -> None:
+def test_every_byte_in_fp4_dequantizes_as_bitsandbytes_dequantizes_it(bitsandbytes: ModuleType, name: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
     absmax = torch.tensor([0.1, 3.3, -0.02]).unsqueeze(1).expand(-1, 4).contiguous()
     expected = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax.flatten(), 128, "fp4", [3, 512], DTYPES[name])
-    assert_same_bits(formats.decode(codes, absmax, DTYPES[name], formats.QuantFormat("fp4", 128)), expected)
+    assert_same_bits(formats.dequantize_blocks(codes, absmax, DTYPES[name], formats.QuantFormat("fp4", 128)), expected)
 
 
 def test_golden_bytes_of_other_kinds() -> None:
@@ -212,7 +212,7 @@ def test_blocks_under_the_smallest_divisor_are_scaled_by_it() -> None:
     weight = torch.zeros(1, 64)
     weight[0, :3] = torch.tensor([1e-39, -1e-39, 1e-45])  # a tenth of 1e-38 lies next to 0.0796 and -0.091, not to 1
     assert codes_of(weight)[0, :3].tolist() == [8, 6, 7]
-    assert formats.encode(weight)[1].item() == torch.tensor(1e-39).item()
+    assert formats.quantize_blocks(weight)[1].item() == torch.tensor(1e-39).item()
 
 
 @all_dtypes
@@ -220,17 +220,17 @@ def test_the_largest_numbers_keep_their_signs_and_size(name: str) -> None:
     largest = torch.finfo(DTYPES[name]).max
     weight = torch.zeros(1, 64, dtype=DTYPES[name])
     weight[0, :2] = torch.tensor([largest, -largest])
-    decoded = formats.quantize(weight, double_quant=False).dequantize(DTYPES[name])
-    assert decoded[0, :3].tolist() == [largest, -largest, 0]
+    dequantized = formats.quantize(weight, double_quant=False).dequantize(DTYPES[name])
+    assert dequantized[0, :3].tolist() == [largest, -largest, 0]
 
 
 @all_dtypes
 def test_strides_do_not_matter(name: str) -> None:
     weight = random_weight((130, 256), DTYPES[name])
-    expected = formats.encode(weight)
+    expected = formats.quantize_blocks(weight)
     assert_encodes_like(expected, weight.t().contiguous().t())
     assert_encodes_like(expected, torch.stack([weight, -weight], dim=-1)[..., 0])
-    assert_encodes_like(formats.encode(weight[1:2].repeat(3, 1)), weight[1:2].expand(3, -1))
+    assert_encodes_like(formats.quantize_blocks(weight[1:2].repeat(3, 1)), weight[1:2].expand(3, -1))
 
 
 def test_what_is_worked_on_at_a_time_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,34 +265,34 @@ def test_quantizing_a_parameter_keeps_no_graph_and_leaves_it_alone(double_quant:
     assert_same_bits(weight.detach(), before)
 
 
-# --- decoding ---
+# --- dequantizing ---
 
 
 @all_dtypes
-def test_decoding_gives_the_golden_bytes(name: str) -> None:
-    decoded = formats.decode(GOLDEN["decode.codes"], GOLDEN["decode.absmax"], DTYPES[name])
-    assert_same_bits(decoded, GOLDEN[f"decode.{name}"])
+def test_dequantizing_gives_the_golden_bytes(name: str) -> None:
+    dequantized = formats.dequantize_blocks(GOLDEN["dequantize.codes"], GOLDEN["dequantize.absmax"], DTYPES[name])
+    assert_same_bits(dequantized, GOLDEN[f"dequantize.{name}"])
 
 
 @all_dtypes
-def test_every_byte_decodes_to_its_two_levels_at_every_scale(name: str) -> None:
+def test_every_byte_dequantizes_to_its_two_values_at_every_scale(name: str) -> None:
     scales = torch.tensor([0.0, 1.0, 0.1, 3.3, 1e-40, 7e4, 3.4e38, -0.02])
     codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
-    decoded = formats.decode(codes, scales.unsqueeze(1).expand(-1, 8), DTYPES[name])
-    assert decoded.shape == (len(scales), 512)
-    for row, scale in zip(decoded, scales, strict=True):
-        levels = [formats.CODEBOOKS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
-        assert_same_bits(row, (torch.tensor(levels) * scale).to(DTYPES[name]))
+    dequantized = formats.dequantize_blocks(codes, scales.unsqueeze(1).expand(-1, 8), DTYPES[name])
+    assert dequantized.shape == (len(scales), 512)
+    for row, scale in zip(dequantized, scales, strict=True):
+        values = [formats.CODEBOOKS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
+        assert_same_bits(row, (torch.tensor(values) * scale).to(DTYPES[name]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_decoding_rounds_ties_to_even(dtype: torch.dtype) -> None:
+def test_dequantizing_rounds_ties_to_even(dtype: torch.dtype) -> None:
     encoded, expected = rounding_ties(dtype)
-    assert_same_bits(formats.decode(encoded.codes, encoded.absmax, dtype), expected)
+    assert_same_bits(formats.dequantize_blocks(encoded.codes, encoded.absmax, dtype), expected)
 
 
 @all_dtypes
-def test_decoding_and_encoding_again_gives_the_same_bytes(name: str) -> None:
+def test_dequantizing_and_encoding_again_gives_the_same_bytes(name: str) -> None:
     packed = formats.quantize(random_weight((20, 576), DTYPES[name]), double_quant=False)
     assert_encodes_like((packed.codes, packed.absmax), packed.dequantize(torch.float32))
 
@@ -303,17 +303,19 @@ def test_dequantize_is_bf16_unless_told() -> None:
     assert_same_bits(packed.dequantize(torch.float16), packed.dequantize(torch.float32).half())
 
 
-def test_dequantize_uses_the_decoded_absmax() -> None:
+def test_dequantize_uses_the_dequantized_absmax() -> None:
     """That of training and of every kernel, which know only the 8-bit codes."""
     weight = random_weight((40, 576), torch.float32)
     packed = formats.quantize(weight)
     assert packed.absmax_codes is not None
     assert packed.absmax_scales is not None
     assert packed.absmax_offset is not None
-    decoded = formats.decode_absmax(packed.absmax_codes, packed.absmax_scales, packed.absmax_offset)
-    assert_same_bits(packed.absmax, decoded)
-    assert not torch.equal(packed.absmax, formats.encode(weight)[1])
-    assert_same_bits(packed.dequantize(torch.float32), formats.decode(packed.codes, decoded, torch.float32))
+    dequantized = formats.dequantize_absmax(packed.absmax_codes, packed.absmax_scales, packed.absmax_offset)
+    assert_same_bits(packed.absmax, dequantized)
+    assert not torch.equal(packed.absmax, formats.quantize_blocks(weight)[1])
+    assert_same_bits(
+        packed.dequantize(torch.float32), formats.dequantize_blocks(packed.codes, dequantized, torch.float32)
+    )
 
 
 def test_without_double_quantization_absmax_is_exact_and_has_no_codes() -> None:
@@ -329,9 +331,9 @@ def test_the_default_device_does_not_reach_the_tables() -> None:
     for table in tables:
         table.cache_clear()
     with torch.device("meta"):
-        decoded = formats.decode(GOLDEN["decode.codes"], GOLDEN["decode.absmax"], torch.float32)
-        codes, _ = formats.encode(GOLDEN["random.fp32.weight"])
-    assert_same_bits(decoded, GOLDEN["decode.fp32"])
+        dequantized = formats.dequantize_blocks(GOLDEN["dequantize.codes"], GOLDEN["dequantize.absmax"], torch.float32)
+        codes, _ = formats.quantize_blocks(GOLDEN["random.fp32.weight"])
+    assert_same_bits(dequantized, GOLDEN["dequantize.fp32"])
     assert_same_bits(codes, GOLDEN["random.fp32.codes"])
 
 
@@ -339,7 +341,7 @@ def test_the_default_device_does_not_reach_the_tables() -> None:
 
 
 def random_absmax(rows: int, blocks: int) -> Tensor:
-    return formats.encode(random_weight((rows, 64 * blocks), torch.float32))[1]
+    return formats.quantize_blocks(random_weight((rows, 64 * blocks), torch.float32))[1]
 
 
 @pytest.mark.parametrize(("rows", "blocks", "second_level"), [(1, 1, 1), (1, 256, 1), (257, 1, 2), (57, 9, 3)])
@@ -353,8 +355,8 @@ def test_double_quantization_follows_its_definition(rows: int, blocks: int, seco
     expected = torch.cat([blockwise8.nearest_codes(run, run.abs().max()) for run in runs])
     assert_same_bits(codes.flatten(), expected)
     entries = blockwise8.dynamic_map()[codes.flatten().long()]
-    decoded = entries * scales.repeat_interleave(256)[: absmax.numel()] + offset
-    assert_same_bits(formats.decode_absmax(codes, scales, offset), decoded.view(rows, blocks))
+    dequantized = entries * scales.repeat_interleave(256)[: absmax.numel()] + offset
+    assert_same_bits(formats.dequantize_absmax(codes, scales, offset), dequantized.view(rows, blocks))
 
 
 def test_the_offset_is_the_mean_summed_in_fp64_along_rows_and_then_down() -> None:
@@ -393,10 +395,10 @@ def test_row_sums_are_added_from_first_to_last(row_sums: list[float], total: int
 def test_bytes_do_not_depend_on_how_rows_are_cut(cuts: list[int]) -> None:
     """1 to 5 runs of 50 rows, one of them empty in some; 9 blocks a row put second-level blocks across the cuts."""
     weight = random_weight((50, 576), torch.bfloat16)
-    expected_codes, expected_absmax = formats.encode(weight)
+    expected_codes, expected_absmax = formats.quantize_blocks(weight)
     expected = formats.double_quantize(expected_absmax)
     firsts = [0, *cuts]
-    runs = [formats.encode(rows) for rows in weight.tensor_split(cuts)]
+    runs = [formats.quantize_blocks(rows) for rows in weight.tensor_split(cuts)]
     assert_same_bits(torch.cat([codes for codes, _ in runs]), expected_codes)
 
     offset = formats.absmax_offset(torch.cat([formats.absmax_row_sums(absmax) for _, absmax in runs]), 9)
@@ -419,13 +421,13 @@ def test_scales_of_rows_elsewhere_are_zero() -> None:
     assert (scales > 0).tolist() == [False, True, False, False]  # values 360 to 449 lie in the block from 256 on
 
 
-def test_a_zero_second_level_block_is_code_127_and_decodes_to_the_offset() -> None:
+def test_a_zero_second_level_block_is_code_127_and_dequantizes_to_the_offset() -> None:
     weight = random_weight((7, 576), torch.float32).clamp(-1, 1)
     weight[:, ::64] = 1.7  # every block's absmax, and so their mean
     packed = formats.quantize(weight)
     assert (packed.absmax_codes == 127).all()
     assert packed.absmax_scales.tolist() == [0]
-    assert_same_bits(packed.absmax, formats.encode(weight)[1])
+    assert_same_bits(packed.absmax, formats.quantize_blocks(weight)[1])
 
 
 def test_a_zero_weight_stays_zero_through_double_quantization() -> None:
@@ -480,7 +482,7 @@ def test_double_quantization_agrees_with_bitsandbytes_live(
     _, state = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     packed = formats.quantize(weight)
     assert abs(packed.absmax_offset.item() - state.offset.item()) <= 1e-6 * state.offset.item()
-    _, absmax = formats.encode(weight)
+    _, absmax = formats.quantize_blocks(weight)
     scales = formats.absmax_scales(absmax, state.offset, first_row=0, rows=shape[0])
     assert_same_bits(scales, state.state2.absmax)
     assert_codes_agree(absmax, state.absmax.flatten(), scales, state.offset)

@@ -132,7 +132,7 @@ def test_other_kinds_are_stored_in_whole_rows_too(
     assert f"quant_type={quant_type}, block_size={block_size}" in repr(layer)
     plain = NF4Linear.from_linear(dense, double_quant=False, **kind)
     assert plain.weight_absmax.shape == (7, fp32_words)
-    assert_same_bits(plain.packed().tensors[1], formats.encode(dense.weight, layer.quant_format)[1])
+    assert_same_bits(plain.packed().tensors[1], formats.quantize_blocks(dense.weight, layer.quant_format)[1])
     assert copy.deepcopy(layer).quant_format == layer.quant_format == formats.QuantFormat(**kind)
 
 
@@ -189,7 +189,9 @@ def test_on_the_meta_device_shapes_alone_are_taken() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("K", [64, 576])
-def test_forward_and_backward_are_a_dense_layer_with_the_decoded_weight(K: int, bias: bool, dtype: torch.dtype) -> None:
+def test_forward_and_backward_are_a_dense_layer_with_the_dequantized_weight(
+    K: int, bias: bool, dtype: torch.dtype
+) -> None:
     layer = NF4Linear.from_linear(linear(K, bias=bias))
     x, dense_x = (activations(2, 5, K, dtype=dtype).requires_grad_() for _ in range(2))
     y = layer(x)

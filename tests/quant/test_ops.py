@@ -1,4 +1,4 @@
-"""The operations against dense linear algebra on the decoded weight, and PyTorch's own checks of their registration.
+"""The operations against dense products with the dequantized weight, and PyTorch's own checks of their registration.
 
 Axes: N = out_features, K = in_features, G = K/64 blocks in a row.
 """
@@ -64,11 +64,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool 
     return values.requires_grad_(requires_grad)
 
 
-def decoded(packed: Packed, dtype: torch.dtype) -> Tensor:
+def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
     codes, absmax, scales, offset = packed
     if scales is not None and offset is not None:
-        absmax = formats.decode_absmax(absmax, scales, offset)
-    return formats.decode(codes, absmax, dtype)
+        absmax = formats.dequantize_absmax(absmax, scales, offset)
+    return formats.dequantize_blocks(codes, absmax, dtype)
 
 
 # --- values ---
@@ -79,7 +79,7 @@ def decoded(packed: Packed, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("make", [hard_weight, lambda dtype: random_weight((N, K), dtype)], ids=["hard", "random"])
 def test_quantize_is_the_reference_to_the_byte(make: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
     weight = make(dtype)
-    for actual, expected in zip(flat.nf4_quantize(weight), formats.encode(weight), strict=True):
+    for actual, expected in zip(flat.nf4_quantize(weight), formats.quantize_blocks(weight), strict=True):
         assert_same_bits(actual, expected)
 
 
@@ -88,7 +88,7 @@ def test_quantize_is_the_reference_to_the_byte(make: Callable[[torch.dtype], Ten
 @every_packing
 def test_dequantize_is_the_reference_to_the_bit(packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     packed = packing()
-    assert_same_bits(flat.nf4_dequantize(*packed, dtype=dtype), decoded(packed, dtype))
+    assert_same_bits(flat.nf4_dequantize(*packed, dtype=dtype), dequantized(packed, dtype))
 
 
 def test_dequantize_is_bf16_unless_told() -> None:
@@ -101,7 +101,7 @@ def test_dequantize_is_bf16_unless_told() -> None:
 @every_packing
 def test_identity_activations_give_the_weight_bit_for_bit(packing: Callable[[], Packed], dtype: torch.dtype) -> None:
     packed = packing()
-    weight = decoded(packed, dtype)
+    weight = dequantized(packed, dtype)
     assert torch.equal(flat.nf4_linear(torch.eye(K, dtype=dtype), *packed), weight.t())
     assert torch.equal(Q.nf4_linear_input_grad(torch.eye(N, dtype=dtype), *packed), weight)
 
@@ -123,7 +123,7 @@ def test_output_and_gradients_are_those_of_a_dense_layer(
     (flat.nf4_linear(x, *packed, bias) * weights).sum().backward()
 
     dense_x, dense_bias = (t.detach().double().requires_grad_() for t in (x, bias))
-    dense = F.linear(dense_x, decoded(packed, dtype).double(), dense_bias)
+    dense = F.linear(dense_x, dequantized(packed, dtype).double(), dense_bias)
     (dense * weights.double()).sum().backward()
     scale = K**0.5  # the output's size: sqrt(K) products of size 1
     actual = flat.nf4_linear(x, *packed, bias).detach()
@@ -140,7 +140,7 @@ def test_output_of_other_sizes(rows: int, columns: int, M: int) -> None:
     weight = formats.quantize(random_weight((rows, columns), torch.float32))
     packed = weight.codes, weight.absmax_codes, weight.absmax_scales, weight.absmax_offset
     x = random(M, columns)
-    expected = x.double() @ decoded(packed, torch.float32).double().T
+    expected = x.double() @ dequantized(packed, torch.float32).double().T
     scale = columns**0.5
     actual = flat.nf4_linear(x, *packed).double()
     torch.testing.assert_close(actual / scale, expected / scale, **TOLERANCES[torch.float32])
@@ -154,7 +154,7 @@ def test_only_the_gradient_asked_for_is_made(wanted: str) -> None:
     assert (bias.grad is not None) == (wanted == "bias")
 
 
-def test_backward_keeps_the_packed_weight_and_nothing_decoded() -> None:
+def test_backward_keeps_the_packed_weight_and_nothing_dequantized() -> None:
     packed = double()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -170,7 +170,7 @@ def test_the_gradient_has_a_gradient() -> None:
     (gradient,) = torch.autograd.grad(flat.nf4_linear(x, *packed), x, upstream, create_graph=True)
     probe = random(3, K) + 1
     (gradient * probe).sum().backward()
-    torch.testing.assert_close(upstream.grad, probe @ decoded(packed, torch.float32).t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(upstream.grad, probe @ dequantized(packed, torch.float32).t(), rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_and_their_gradients_by_finite_differences() -> None:
@@ -185,7 +185,7 @@ def test_gradients_and_their_gradients_by_finite_differences() -> None:
 @every_packing
 def test_fp64_holds_the_fp32_weight(packing: Callable[[], Packed]) -> None:
     packed = packing()
-    assert_same_bits(flat.nf4_dequantize(*packed, dtype=torch.float64), decoded(packed, torch.float32).double())
+    assert_same_bits(flat.nf4_dequantize(*packed, dtype=torch.float64), dequantized(packed, torch.float32).double())
 
 
 # --- FP4, and other blocks ---
@@ -208,7 +208,7 @@ def packed_weight(
 
 @other_kinds
 @nested_or_not
-def test_other_kinds_are_computed_with_their_decoded_weight(
+def test_other_kinds_are_computed_with_their_dequantized_weight(
     quant_type: str, block_size: int, blocks: int, double_quant: bool
 ) -> None:
     expected, packed = packed_weight(quant_type, block_size, blocks, double_quant)
@@ -216,7 +216,7 @@ def test_other_kinds_are_computed_with_their_decoded_weight(
     weight = random_weight((N, size), torch.float32)
     codes, absmax = flat.nf4_quantize(weight, quant_type, block_size)
     assert_same_bits(codes, expected.codes)
-    assert_same_bits(absmax, formats.encode(weight, expected.quant_format)[1])
+    assert_same_bits(absmax, formats.quantize_blocks(weight, expected.quant_format)[1])
     dense = expected.dequantize(torch.bfloat16)
     assert_same_bits(flat.nf4_dequantize(*packed, torch.bfloat16, quant_type, block_size), dense)
     bias = random(N, dtype=torch.bfloat16, requires_grad=True)

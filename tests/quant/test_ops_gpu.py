@@ -1,4 +1,4 @@
-"""The operations on a GPU, fused or decoding first: values, PyTorch's checks, graphs and memory. ``-m gpu`` runs them.
+"""The operations on a GPU, fused or not: values, PyTorch's checks, graphs and memory. ``-m gpu`` runs them.
 
 Axes: N = out_features, K = in_features, G = K/64 blocks in a row, M = rows of x.
 """
@@ -38,10 +38,10 @@ def packed_weight(rows: int = N, columns: int = K) -> Packed:
     return codes, F.pad(absmax, (0, 1), value=255)[:, :-1], scales, offset
 
 
-def decoded(packed: Packed, dtype: torch.dtype) -> Tensor:
+def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
     """By the reference on the CPU."""
     codes, absmax, scales, offset = (tensor.cpu() for tensor in packed)
-    return formats.decode(codes, formats.decode_absmax(absmax, scales, offset), dtype).cuda()
+    return formats.dequantize_blocks(codes, formats.dequantize_absmax(absmax, scales, offset), dtype).cuda()
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = False) -> Tensor:
@@ -86,7 +86,7 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("M", [1, 16, 300])
 def test_identity_activations_give_the_weight_bit_for_bit(M: int, dtype: torch.dtype) -> None:
     packed = packed_weight()
-    weight = decoded(packed, dtype)
+    weight = dequantized(packed, dtype)
     identity = torch.eye(K, dtype=dtype, device="cuda")
     columns = [flat.nf4_linear(rows, *packed).T for rows in identity.split(M)]
     assert torch.equal(torch.cat(columns, dim=1), weight)  # by value: a sum that starts at 0 has no -0
@@ -99,7 +99,7 @@ def test_identity_activations_give_the_weight_bit_for_bit(M: int, dtype: torch.d
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2880), (7, 576), (1000, 2880)])
 def test_output_and_gradient(rows: int, columns: int, M: int, dtype: torch.dtype) -> None:
     packed = packed_weight(rows, columns)
-    weight = decoded(packed, dtype)
+    weight = dequantized(packed, dtype)
     x, grad = random(M, columns, dtype=dtype, requires_grad=True), random(M, rows, dtype=dtype)
     y = flat.nf4_linear(x, *packed)
     y.backward(grad)
@@ -119,7 +119,7 @@ def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: boo
     expected = formats.quantize(dense, **kind, double_quant=double_quant)
     codes, absmax = flat.nf4_quantize(dense.cuda(), **kind)
     assert_same_bits(codes.cpu(), expected.codes)
-    assert_same_bits(absmax.cpu(), formats.encode(dense, expected.quant_format)[1])
+    assert_same_bits(absmax.cpu(), formats.quantize_blocks(dense, expected.quant_format)[1])
     second_level = expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
     packed = (codes, *(t.cuda() for t in second_level)) if double_quant else (codes, absmax, None, None)
     weight = expected.dequantize(torch.bfloat16).cuda()
@@ -182,8 +182,8 @@ def test_a_captured_step_replays(M: int) -> None:
         assert_same_bits(replayed, eager)
 
 
-def test_side_streams_share_no_decoded_weight() -> None:
-    """Two streams that decode side by side: each result is its own weight's."""
+def test_side_streams_share_no_dequantized_weight() -> None:
+    """Two streams that dequantize side by side: each result is its own weight's."""
     weights = [packed_weight(N, K), packed_weight(N + 8, K)]
     x = random(MANY, K)
     expected = [flat.nf4_linear(x, *packed) for packed in weights]
@@ -200,9 +200,9 @@ def test_side_streams_share_no_decoded_weight() -> None:
 
 
 @pytest.mark.parametrize("run", [lambda x, p: flat.nf4_linear(x, *p), lambda x, p: Q.nf4_linear_input_grad(x, *p)])
-def test_one_decoded_weight_at_a_time(run: Callable[[Tensor, Packed], Tensor]) -> None:
-    """A chain of layers takes the memory of one decoded weight, and the allocator takes no more from the device."""
-    size = 2 * MANY  # so that a second decoded weight outweighs what the bound leaves for outputs
+def test_one_dequantized_weight_at_a_time(run: Callable[[Tensor, Packed], Tensor]) -> None:
+    """A chain of layers takes the memory of one dequantized weight, and the allocator takes no more from the device."""
+    size = 2 * MANY  # so that a second dequantized weight outweighs what the bound leaves for outputs
     layers = [packed_weight(size, size)] * 4
 
     def chain(x: Tensor) -> Tensor:

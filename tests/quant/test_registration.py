@@ -27,7 +27,7 @@ class UniformKernels(Kernels):
 
     def quantize(self, weight: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
         self._asked.append("quantize")
-        return formats.encode(weight, quant_format)
+        return formats.quantize_blocks(weight, quant_format)
 
     def dequantizes(self, quant_format: QuantFormat, dtype: torch.dtype) -> bool:
         return self.quantizes(quant_format)

@@ -23,6 +23,6 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     own["reference"] = partial(backends.dequantize_by_reference, packed.packed(), torch.bfloat16)
     contenders = [Contender(name, function, TOLERANCE) for name, function in own.items()]
     for peer in run.peers:
-        decode = partial(peer.dequantize, peer.quantize(packed.weight))
-        contenders.append(Contender(peer.name, decode, peers.TOLERANCE))
+        dequantize = partial(peer.dequantize, peer.quantize(packed.weight))
+        contenders.append(Contender(peer.name, dequantize, peers.TOLERANCE))
     yield packed.conversion("dequantize", contenders)

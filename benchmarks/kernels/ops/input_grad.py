@@ -18,8 +18,8 @@ BASELINE = "bf16"
 def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     """A case for each number of rows."""
     packed = context.pack(shape, run.device)
-    decoded = packed.decoded()
-    bf16_weight = decoded.bfloat16()
+    dequantized = packed.dequantized()
+    bf16_weight = dequantized.bfloat16()
     for M in run.rows_of(ROWS, SHORT_ROWS):
         grad = torch.randn(M, shape[0], device=run.device).bfloat16()
         ours = partial(torch.ops.qsharded.nf4_linear_input_grad, grad, *packed.arguments())
@@ -27,4 +27,4 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
             Contender("qsharded", ours, TOLERANCE),
             Contender(BASELINE, partial(torch.matmul, grad, bf16_weight), TOLERANCE),
         ]
-        yield packed.product("input_grad", grad.double() @ decoded, contenders, BASELINE)
+        yield packed.product("input_grad", grad.double() @ dequantized, contenders, BASELINE)

@@ -20,8 +20,8 @@ BASELINE = "bf16"
 def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
     """A case for each number of rows."""
     packed = context.pack(shape, run.device)
-    decoded = packed.decoded()
-    bf16_weight = decoded.bfloat16()  # the gate holds everyone to one weight
+    dequantized = packed.dequantized()
+    bf16_weight = dequantized.bfloat16()  # the gate holds everyone to one weight
     theirs = [(peer, peer.quantize(packed.weight)) for peer in run.peers]
     for M in run.rows_of(ROWS, SHORT_ROWS):
         x = torch.randn(M, shape[1], device=run.device).bfloat16()
@@ -30,4 +30,4 @@ def cases(run: context.Context, shape: tuple[int, int]) -> Iterator[Case]:
             Contender(BASELINE, partial(F.linear, x, bf16_weight), TOLERANCE),
             *(Contender(peer.name, partial(peer.linear, x, weight), peers.TOLERANCE) for peer, weight in theirs),
         ]
-        yield packed.product("linear", x.double() @ decoded.T, contenders, BASELINE)
+        yield packed.product("linear", x.double() @ dequantized.T, contenders, BASELINE)

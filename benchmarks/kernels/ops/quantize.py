@@ -38,7 +38,7 @@ def by_kernels(kernels: Kernels, weight: Tensor) -> Encoding:
 
 
 def by_reference(weight: Tensor) -> Encoding:
-    codes, absmax = formats.encode(weight)
+    codes, absmax = formats.quantize_blocks(weight)
     return codes, *formats.double_quantize(absmax)
 
 
@@ -48,7 +48,7 @@ def own(name: str, encode: Callable[[Tensor], Encoding], packed: context.Packed)
     def result() -> Tensor:
         encoding = encode(packed.weight)
         same = all(torch.equal(mine, theirs) for mine, theirs in zip(encoding, packed.arguments(), strict=True))
-        return packed.decoded() if same else torch.full(packed.weight.shape, torch.nan)
+        return packed.dequantized() if same else torch.full(packed.weight.shape, torch.nan)
 
     return Contender(name, partial(encode, packed.weight), 0.0, result)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qsharded.fused import pieces
+from qsharded.fused.norm_rotary_swiglu import Rotary, rms_norm, rms_norm_backward, swiglu, swiglu_backward_
 from qsharded.fused.projections import Group, Projection, is_projection
 from qsharded.models.attention import Attention, Saved, choose_attention
 from qsharded.models.attention_inputs import AttentionInputs
@@ -101,7 +101,7 @@ class _Weights:
     norm_1: Tensor
     norm_2: Tensor
     eps: float
-    rotary: pieces.Rotary
+    rotary: Rotary
     attention: Attention
 
     @classmethod
@@ -126,15 +126,15 @@ class _Weights:
         return (tensor for group in self.groups() for tensor in group.trained())
 
 
-def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> pieces.Rotary:
+def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
     a = layer.self_attn
     cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSE, inputs.sin_BSE))
     q_norm, k_norm = a.q_norm, a.k_norm
     heads, kv_heads = (p.out_features // a.head_dim for p in (_base(a.q_proj), _base(a.k_proj)))
     if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
         norms = q_norm.weight, k_norm.weight
-        return pieces.Rotary(cos_ME, sin_ME, heads, kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
-    return pieces.Rotary(cos_ME, sin_ME, heads, kv_heads)
+        return Rotary(cos_ME, sin_ME, heads, kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
+    return Rotary(cos_ME, sin_ME, heads, kv_heads)
 
 
 def _base(projection: nn.Module) -> Any:
@@ -208,7 +208,7 @@ class _Layer:
         x2_MD, _ = self._mlp_input(results)
         gate_up = self._gate_up(results, x2_MD)
         del x2_MD
-        act = pieces.swiglu(gate_up, self.weights.down.room(gate_up.shape[0], gate_up))
+        act = swiglu(gate_up, self.weights.down.room(gate_up.shape[0], gate_up))
         return self._product("down", act, results).add_(_there(results.h_MD))
 
     def gradients(self, results: _Results, grad_MD: Tensor, wants_x: bool) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -228,7 +228,7 @@ class _Layer:
         if results.normed is None:
             x_MD = _there(results.x_MD)
             room = self.weights.qkv.room(x_MD.shape[0], x_MD)
-            y_MD, rstd_M, _ = pieces.rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)
+            y_MD, rstd_M, _ = rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)
             results.normed = y_MD, rstd_M
         return results.normed
 
@@ -253,10 +253,10 @@ class _Layer:
         norm, eps, x_MD = self.weights.norm_2, self.weights.eps, _there(results.x_MD)
         if results.h_MD is not None:
             room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
-            return pieces.rms_norm(results.h_MD, norm, eps, out=room)[:2]
+            return rms_norm(results.h_MD, norm, eps, out=room)[:2]
         added = self._product("o", self._attended(results), results)
         room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
-        x2_MD, rstd_M, results.h_MD = pieces.rms_norm(x_MD, norm, eps, added, out=room)
+        x2_MD, rstd_M, results.h_MD = rms_norm(x_MD, norm, eps, added, out=room)
         return x2_MD, rstd_M
 
     def _gate_up(self, results: _Results, x2_MD: Tensor) -> Tensor:
@@ -271,14 +271,12 @@ class _Layer:
         grad_gate_up = self._gate_up(results, x2_MD)
         results.gate_up = None
         act, grad_narrow = down.input_gradients(grad_MD)
-        pieces.swiglu_backward_(act, grad_gate_up)
+        swiglu_backward_(act, grad_gate_up)
         of_down = down.adapter_gradients(grad_MD, act, results.narrow["down"], grad_narrow)
         del act
         of_gate_up = gate_up.backward(grad_gate_up, x2_MD, results.narrow["gate_up"])
         del grad_gate_up
-        grad_h_MD = pieces.rms_norm_backward(
-            _there(of_gate_up.x), _there(results.h_MD), self.weights.norm_2, rstd_M, grad_MD
-        )
+        grad_h_MD = rms_norm_backward(_there(of_gate_up.x), _there(results.h_MD), self.weights.norm_2, rstd_M, grad_MD)
         return grad_h_MD, of_gate_up.adapters + of_down
 
     def _attention_gradients(
@@ -298,7 +296,7 @@ class _Layer:
         if of_qkv.x is None:
             return None, trained
         norm = self.weights.norm_1
-        return pieces.rms_norm_backward(of_qkv.x, _there(results.x_MD), norm, rstd_M, grad_h_MD), trained
+        return rms_norm_backward(of_qkv.x, _there(results.x_MD), norm, rstd_M, grad_h_MD), trained
 
 
 def _there(tensor: Tensor | None) -> Tensor:

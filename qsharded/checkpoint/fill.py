@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.row_chunks import RowChunk, WeightSource, row_chunks_of
-from qsharded.distributed import collectives
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.linear import NF4Linear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
 from qsharded.quant.packed_weight import pad_absmax
+from qsharded.utils import collectives
 from qsharded.utils.sharding import RowRange, local, own_rows
 
 

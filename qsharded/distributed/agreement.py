@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qsharded.distributed import collectives
 from qsharded.distributed.fsdp import World
+from qsharded.utils import collectives
 
 _T = TypeVar("_T")
 Groups = Sequence[dist.ProcessGroup]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded.distributed import collectives
 from qsharded.distributed.vocab_parallel import shard_rows
+from qsharded.utils import collectives
 from qsharded.utils.sharding import local, own_rows, rows_per_rank
 
 Place = tuple[nn.Module, str]

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qsharded.distributed import collectives
+from qsharded.utils import collectives
 
 _T = TypeVar("_T")
 _LONG_TIMEOUT = timedelta(days=7)  # for downloads and the like; collectives of training have PyTorch's own time-outs

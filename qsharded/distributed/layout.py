@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qsharded.distributed import collectives, vocab_parallel
+from qsharded.distributed import vocab_parallel
 from qsharded.distributed.fsdp import World
 from qsharded.models import CausalLM
-from qsharded.utils import hardware
+from qsharded.utils import collectives, hardware
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsharded.distributed import collectives, fsdp
+from qsharded.distributed import fsdp
+from qsharded.utils import collectives
 
 # Every bf16 pattern once: what any two bytes of packed weights can look like.
 _WORDS_RC = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(1024, 128)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.distributed import collectives
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
+from qsharded.utils import collectives
 from qsharded.utils.documents import IGNORE
 from qsharded.utils.sharding import RowRange, rows_per_rank
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from qsharded.data import Prompt, Step, Tokenizer
-from qsharded.distributed import collectives
 from qsharded.distributed.fsdp import World
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
 from qsharded.training import objective
+from qsharded.utils import collectives
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from qsharded.distributed import collectives
 from qsharded.distributed.fsdp import World
-from qsharded.utils import signals
+from qsharded.utils import collectives, signals
 
 _T = TypeVar("_T")
 _TIMEOUT = timedelta(minutes=10)  # NCCL's own: ranks that are further apart would not meet in the next collective

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.distributed import collectives, vocab_parallel_autograd
+from qsharded.distributed import vocab_parallel_autograd
+from qsharded.utils import collectives
 from qsharded.utils.sharding import RowRange, rows_of_rank
 from tests.distributed.harness import run_ranks
 

@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded.utils import signals
+from qsharded.utils import collectives, signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
@@ -141,10 +140,8 @@ def _read_prompts(prompts: Sequence[str], world: World) -> list[str]:
 
 def _standard_input(world: World) -> str:
     """Its text, on every rank: they share one input, so the main rank reads."""
-    text = [sys.stdin.read() if world.is_main else ""]
-    if world.mesh is not None:
-        dist.broadcast_object_list(text)
-    return text[0].removesuffix("\n")
+    text = sys.stdin.read() if world.is_main else ""
+    return collectives.broadcast_object(text, world.long_timeout_group).removesuffix("\n")
 
 
 def _eos_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:

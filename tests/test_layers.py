@@ -116,3 +116,18 @@ def test_no_modules_import_each_other() -> None:
 def test_an_import_that_points_up_is_seen(source: str) -> None:
     (found,) = imports("qsharded.data.batches", ast.parse(source))
     assert not points_down(found, RANKS)
+
+
+COLLECTIVE = re.compile(r"(all_|reduce|gather|broadcast|scatter|barrier|send|recv|batch_isend)")
+
+
+def test_collectives_have_one_home() -> None:
+    """One that takes None for a process alone, so that no caller has to ask whether there are other ranks."""
+    calling = {
+        module
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("dist", "torch.distributed")
+        if COLLECTIVE.match(node.attr)
+    }
+    assert calling == {"qsharded.utils.collectives"}

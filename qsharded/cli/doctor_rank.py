@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.distributed.fsdp import DamagedGather, World, start_world, stop_world
 from qsharded.distributed.self_test import check_gather
+from qsharded.utils import collectives
 
 _ROUNDS = 5
 _BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}  # a layer of a large model; on a CPU less, so that nobody waits
@@ -69,15 +70,16 @@ def _damage(world: World) -> str:
 
 
 def _bandwidth(world: World) -> float:
-    """Bytes a second that a rank receives in an all-gather, the median of some."""
+    """Bytes a second that a rank receives in an all-gather, as FSDP2's are sent; the median of some."""
     own = torch.zeros(_BYTES[world.device.type] // world.size, dtype=torch.uint8, device=world.device)
-    parts = [torch.empty_like(own) for _ in range(world.size)]
+    whole = own.new_empty(own.numel() * world.size)
     seconds = []
     for _ in range(_ROUNDS + 1):
         world.barrier()
         _wait(world.device)
         start = time.perf_counter()
-        dist.all_gather(parts, own)
+        if world.group is not None:
+            collectives.all_gather_into(whole, own, world.group)
         _wait(world.device)
         seconds.append(time.perf_counter() - start)
     return own.nbytes * (world.size - 1) / statistics.median(seconds[1:])  # the first builds connections

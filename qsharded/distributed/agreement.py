@@ -59,9 +59,7 @@ def _first(own: ValueError | OSError | None, groups: Groups) -> ValueError | OSE
         return own
     errors = [own and (isinstance(own, OSError), str(own))]
     for group in groups:
-        gathered: list[list[tuple[bool, str] | None]] = [[]] * group.size()
-        dist.all_gather_object(gathered, errors, group=group)
-        errors = [error for part in gathered for error in part]
+        errors = [error for part in collectives.all_gather_objects(errors, group) for error in part]
     is_of_system, sentence = next(error for error in errors if error)
     return OSError(sentence) if is_of_system else ValueError(sentence)
 
@@ -72,10 +70,7 @@ def found_by_main(world: World, look: Callable[[], _T]) -> _T:
     Raises:
         ValueError: ``look`` raised one, or an OSError; on every rank with its message.
     """
-    outcome = [_outcome(look) if world.is_main else None]
-    if world.mesh is not None:
-        dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group)
-    found = outcome[0]
+    found = collectives.broadcast_object(_outcome(look) if world.is_main else None, world.long_timeout_group)
     if isinstance(found, _Complaint):
         raise ValueError(found.message)
     return cast(_T, found)
@@ -98,8 +93,5 @@ def first_error(world: World, error: Exception | None) -> str | None:
 
     Every rank calls this, and waits however long it takes: for errors that ranks met apart, beside collectives.
     """
-    said: list[str | None] = [None if error is None else str(error)]
-    if world.mesh is not None:
-        said = [None] * world.size
-        dist.all_gather_object(said, None if error is None else str(error), group=world.long_timeout_group)
+    said = collectives.all_gather_objects(None if error is None else str(error), world.long_timeout_group)
     return next((text for text in said if text is not None), None)

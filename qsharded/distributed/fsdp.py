@@ -79,7 +79,7 @@ class World:
     """Where this process stands: its rank among ``size``, its device, and the mesh (None for a single process).
 
     ``local_rank`` is its number on its node; ``long_timeout_group`` the group of all ranks in which they
-    wait for what one of them prepares, such as a download.
+    wait for what one of them prepares, such as a download: where none is given, that of all collectives.
     """
 
     rank: int
@@ -88,6 +88,10 @@ class World:
     mesh: DeviceMesh | None
     local_rank: int = 0
     long_timeout_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.long_timeout_group is None:
+            object.__setattr__(self, "long_timeout_group", self.group)
 
     @classmethod
     def single_process(cls, device: torch.device) -> "World":
@@ -105,8 +109,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks, however long one prepares what it does next."""
-        if self.mesh is not None:
-            dist.barrier(self.long_timeout_group)
+        collectives.barrier(self.long_timeout_group)
 
     def first_on_node(self, prepare: Callable[[], _T]) -> _T:
         """What ``prepare`` returns, called by one rank of each node before the others, which find what it downloaded.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as peft_layer
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from qsharded.checkpoint.adapter import STARTS_ON_BASE
 from qsharded.quant.linear import NF4Linear
+from qsharded.utils import collectives
 from qsharded.utils.sharding import whole
 
 _HOOK = "_maybe_include_all_linear_layers"
@@ -202,7 +202,7 @@ def save_adapter(model: PeftModel, folder: Path | str) -> None:
 
     Every rank calls this: one parameter after the other is gathered, and rank 0 writes.
     """
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    is_main = collectives.rank(collectives.every_rank()) == 0
     gathered: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qsharded.models.decoder import CausalLM
 from qsharded.models.kv_cache import KVCache
+from qsharded.utils import collectives
 from qsharded.utils.documents import PADDING
 
 
@@ -153,11 +154,11 @@ def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
 
 def _all_ranks(done: bool, device: torch.device) -> bool:
     """Whether `done` holds on every rank."""
-    if not dist.is_initialized():
-        return done
+    group = collectives.every_rank()
+    if group is None:
+        return done  # no flag that the GPU has to be waited for
     flag = torch.tensor(int(done), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+    return bool(collectives.all_reduce(flag, dist.ReduceOp.MIN, group).item())
 
 
 @contextmanager

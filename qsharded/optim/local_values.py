@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from qsharded.utils import collectives
 from qsharded.utils.sharding import rows_of_rank
 
 
@@ -37,4 +38,4 @@ def agree_on_maximum(flag: Tensor, parameters: list[Tensor]) -> None:
     meshes = [parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)]
     # each once, and in the same order on all ranks
     for group in dict.fromkeys(mesh.get_group(dim) for mesh in dict.fromkeys(meshes) for dim in range(mesh.ndim)):
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+        collectives.all_reduce(flag, dist.ReduceOp.MAX, group)

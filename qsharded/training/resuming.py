@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell
 from qsharded.checkpoint.manifest import read_manifest
 from qsharded.checkpoint.resume import ADAPTER, Progress, read_progress, refuse_other
@@ -23,6 +21,7 @@ from qsharded.data import Mixture, Tokenizer
 from qsharded.data.fingerprint import RowsFingerprint
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
+from qsharded.utils import collectives
 
 _DERIVED = ("rows_per_step", "moments")
 
@@ -123,10 +122,7 @@ class Made:
 
 def _refuse_other_rows_by_rank(rows: RowsFingerprint, world: World) -> None:
     """Each rank reads the dataset by itself: a copy on a node's own disk may be another."""
-    if world.mesh is None:
-        return
-    found = [(rows.ids, rows.masks)] * world.size
-    dist.all_gather_object(found, found[world.rank], group=world.long_timeout_group)
+    found = collectives.all_gather_objects((rows.ids, rows.masks), world.long_timeout_group)
     others = [rank for rank, read in enumerate(found) if read != found[0]]
     if others:
         raise ValueError(

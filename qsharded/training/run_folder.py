@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-import torch.distributed as dist
-
 from qsharded.checkpoint.intact import UNREADABLE, agreed_step, newest_sound, read_sound
 from qsharded.checkpoint.resume import checkpoints, step_of
 from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkpoints, set_aside
@@ -19,6 +17,7 @@ from qsharded.distributed.fsdp import World
 from qsharded.training.disk_room import Sizes, refuse_full_disk
 from qsharded.training.finished import FINISHED_FILE, is_marked
 from qsharded.training.writable_output import refuse_unwritable
+from qsharded.utils import collectives
 from qsharded.utils.durable_files import folder_bytes, write_whole
 
 _ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
@@ -135,16 +134,14 @@ def rank_without_sight(folder: Path, world: World, patience_s: float) -> int | N
     """The first rank that does not see what the main one writes to ``folder``, or None. Every rank calls this."""
     if world.mesh is None:
         return None
-    name = [f".seen-by-all-{uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0, group=world.long_timeout_group)
+    file = folder / collectives.broadcast_object(f".seen-by-all-{uuid4().hex}", world.long_timeout_group)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name[0]).touch()
+        file.touch()
     world.barrier()
-    seen = [True] * world.size
-    dist.all_gather_object(seen, _appears(folder / name[0], patience_s), group=world.long_timeout_group)
+    seen = collectives.all_gather_objects(_appears(file, patience_s), world.long_timeout_group)
     if world.is_main:
-        (folder / name[0]).unlink()
+        file.unlink()
     return None if all(seen) else seen.index(False)
 
 

@@ -1,12 +1,24 @@
-"""Collectives on a group of ranks, or on this process alone where ``group`` is None. Axis: W ranks of the group."""
+"""Collectives on a group of ranks, or on this process alone where ``group`` is None. Axis: W ranks of the group.
+
+Nothing else in qsharded calls those of ``torch.distributed`` (a test looks).
+"""
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_T = TypeVar("_T")
+
 # 2.13 renames both and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def every_rank() -> dist.ProcessGroup | None:
+    """The group of all ranks; None where no process group was started."""
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def size(group: dist.ProcessGroup | None) -> int:
@@ -64,3 +76,26 @@ def largest(count: int, device: torch.device, group: dist.ProcessGroup | None) -
         return count
     asked_on = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else device
     return int(all_reduce(torch.tensor(count, device=asked_on), dist.ReduceOp.MAX, group))
+
+
+def barrier(group: dist.ProcessGroup | None) -> None:
+    """Wait for the other ranks."""
+    if group is not None:
+        dist.barrier(group)
+
+
+def all_gather_objects(own: _T, group: dist.ProcessGroup | None) -> list[_T]:
+    """Every rank's ``own``, pickled on its way: for what ranks tell each other, not for tensors."""
+    gathered = [own] * size(group)
+    if group is not None:
+        dist.all_gather_object(gathered, own, group=group)
+    return gathered
+
+
+def broadcast_object(own: _T, group: dist.ProcessGroup | None) -> _T:
+    """The ``own`` of the group's first rank; what the others give does not matter."""
+    if group is None:
+        return own
+    values = [own]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0), group=group)
+    return values[0]

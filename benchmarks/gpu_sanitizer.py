@@ -77,8 +77,8 @@ def run(sanitizer: str, tool: str, share: str, pytest_arguments: list[str]) -> d
 @pytest.hookimpl(trylast=True)  # when the tests are chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the processes started above, where pytest takes this module for a plugin: keep this one's share."""
-    share, of = map(int, os.environ[SHARE].split("/"))
-    items[:] = items[share::of]
+    share, shares = map(int, os.environ[SHARE].split("/"))
+    items[:] = items[share::shares]
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def _found(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:
-        what = check.__name__.removeprefix("check_").replace("_", " ")
-        yield Finding(f"{what}: {type(error).__name__}: {error}", "read the message; report it if it is ours", True)
+        subject = check.__name__.removeprefix("check_").replace("_", " ")
+        yield Finding(f"{subject}: {type(error).__name__}: {error}", "read the message; report it if it is ours", True)
 
 
 def _text(finding: Finding) -> str:
@@ -253,10 +253,10 @@ def _hung(said: dict[str, Any], where: str, wire: str) -> Finding:
 
 
 def _failed(said: dict[str, Any], where: str, wire: str) -> Finding:
-    what = f"{where} failed in {said['step']}: {said['failed']}"
+    failure = f"{where} failed in {said['step']}: {said['failed']}"
     if "out of memory" in said["failed"]:
-        return Finding(what, "other programs hold the memory of the GPU: nvidia-smi names them", True)
-    return Finding(what, _remedy_for(wire) if said["is_connection"] else _REPORT, True)
+        return Finding(failure, "other programs hold the memory of the GPU: nvidia-smi names them", True)
+    return Finding(failure, _remedy_for(wire) if said["is_connection"] else _REPORT, True)
 
 
 def _findings_of_ranks(result: "subprocess.CompletedProcess[str]", where: str, wire: str) -> Iterator[Finding]:

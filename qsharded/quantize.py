@@ -35,7 +35,7 @@ class QuantizeConfig:
     """Quantize a checkpoint to 4 bits once, so that later runs read a quarter of the bytes and quantize nothing.
 
     Every linear layer but the head is packed, by default with the bytes that training and generating would make of it;
-    all else keeps its type. It works on the GPU if there is one, a piece of a tensor at a time, so a model of any size
+    all else keeps its type. It works on the GPU if there is one, a chunk of a tensor at a time, so a model of any size
     fits.
     """
 

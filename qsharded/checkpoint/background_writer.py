@@ -173,7 +173,8 @@ class CheckpointWriter:
 
     def _copied(self, kind: str, tensors: RankTensors) -> RankTensors:
         copy = self._copies.copy
-        return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in tensors.of.items()})
+        held = tensors.parameters.items()
+        return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in held})
 
     def check(self, progress: Progress | None = None) -> None:
         """Raise the error of a checkpoint that could not be written meanwhile.

@@ -18,7 +18,7 @@ from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.linear import NF4Linear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
-from qsharded.quant.packed_weight import pad_absmax
+from qsharded.quant.packed_weight import QuantizedAbsmax, pad_absmax
 from qsharded.utils import collectives
 from qsharded.utils.sharding import RowRange, local, own_rows
 
@@ -102,8 +102,8 @@ class PackedSink(Protocol):
     def put_codes(self, first: int, codes_NP: Tensor) -> None:
         """Codes of the rows from ``first`` on, counted in the whole weight."""
 
-    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
-        """The second level of all of this rank's rows."""
+    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
+        """That of all of this rank's rows."""
 
 
 class QuantizingFill:
@@ -136,7 +136,7 @@ class QuantizingFill:
     def finish(self, device: torch.device) -> None:
         absmax, self._absmax = self._absmax, []
         empty = torch.empty(0, self._K // self._quant_format.block_size, dtype=torch.float32, device=device)
-        self._sink.put_absmax(*double_quantize(torch.cat([empty, *absmax]), shared(self._rows)))
+        self._sink.put_absmax(double_quantize(torch.cat([empty, *absmax]), shared(self._rows)))
 
 
 class LayerSink:
@@ -151,13 +151,13 @@ class LayerSink:
         first -= self._first
         self._codes_NP[first : first + codes_NP.shape[0]].copy_(codes_NP)
 
-    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
         layer = self._layer
         assert layer.weight_absmax_scales is not None
         assert layer.weight_absmax_offset is not None
-        local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(codes_NG))
-        layer.weight_absmax_scales.copy_(scales)
-        layer.weight_absmax_offset.copy_(offset)
+        local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(absmax.codes))
+        layer.weight_absmax_scales.copy_(absmax.scales)
+        layer.weight_absmax_offset.copy_(absmax.offset)
 
 
 def shared(rows: RowRange) -> SharedRows:

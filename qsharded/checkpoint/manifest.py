@@ -103,9 +103,9 @@ def _manifest(said: dict[str, Any], path: Path) -> Manifest:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from None
     counts = {"step": manifest.step, "world_size": manifest.world_size}
     counts |= {f"the size of {name}": record.size for name, record in files.items()}
-    for what, count in counts.items():
+    for name, count in counts.items():
         if type(count) is not int or count < 0:
-            raise DamagedCheckpoint(f"{path} is damaged: {what} is {count!r}")
+            raise DamagedCheckpoint(f"{path} is damaged: {name} is {count!r}")
     for name, record in files.items():
         if not _is_inside(name) or not isinstance(record.sha256, str):
             raise DamagedCheckpoint(f"{path} is damaged: it lists {name!r} with SHA-256 {record.sha256!r}")

@@ -26,6 +26,7 @@ from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import NF4Linear
+from qsharded.quant.packed_weight import QuantizedAbsmax
 from qsharded.utils.sharding import RowRange
 
 logger = logging.getLogger(__name__)
@@ -142,21 +143,21 @@ class _FileSink:
     def put_codes(self, first: int, codes_NP: Tensor) -> None:
         self.file.write(self.name, codes_NP, first * self.K // 2)
 
-    def put_absmax(self, codes_NG: Tensor, scales: Tensor, offset: Tensor) -> None:
+    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
         if self.form == "qsharded":
-            self.file.write(self.name + packed_format.ABSMAX, codes_NG)
-            self.file.write(self.name + packed_format.SCALES, scales)
-            self.file.write(self.name + packed_format.OFFSET, offset)
+            self.file.write(self.name + packed_format.ABSMAX, absmax.codes)
+            self.file.write(self.name + packed_format.SCALES, absmax.scales)
+            self.file.write(self.name + packed_format.OFFSET, absmax.offset)
             return
         parts = {
-            packed_format.BNB_ABSMAX: codes_NG,
-            packed_format.BNB_NESTED: scales,
+            packed_format.BNB_ABSMAX: absmax.codes,
+            packed_format.BNB_NESTED: absmax.scales,
             packed_format.BNB_MAP: formats.codebook(quant_type=self.quant_format.quant_type),
             packed_format.BNB_NESTED_MAP: blockwise8.dynamic_map(),
         }
         for ending, part in parts.items():
             self.file.write(self.name + ending, part)
-        state = packed_format.bitsandbytes_state(self.quant_format, self.N, self.K, self.dtype, offset.item())
+        state = packed_format.bitsandbytes_state(self.quant_format, self.N, self.K, self.dtype, absmax.offset.item())
         self.file.append(self.name + packed_format.BNB_STATE + self.quant_format.quant_type, state)
 
 

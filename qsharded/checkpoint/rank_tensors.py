@@ -52,18 +52,20 @@ class WritesItsState(Protocol):
 class RankTensors:
     """What one rank writes into one file: for each parameter that it holds, some of its rows and tensors of these."""
 
-    of: dict[str, Rows] = field(default_factory=dict)
+    parameters: dict[str, Rows] = field(default_factory=dict)
 
     def write(self, path: Path) -> FileRecord:
         """Write all of it to ``path``; the tensors must be on the CPU."""
-        tensors = {_key(name, what): value for name, rows in self.of.items() for what, value in rows.tensors.items()}
-        ranges = {name: [rows.start, rows.stop] for name, rows in self.of.items()}
+        held = self.parameters.items()
+        tensors = {_key(name, label): value for name, rows in held for label, value in rows.tensors.items()}
+        ranges = {name: [rows.start, rows.stop] for name, rows in held}
         parts = {key: TensorParts(value.dtype, tuple(value.shape), [value]) for key, value in tensors.items()}
         return write_tensors(path, parts, {_ROWS: json.dumps(ranges)})
 
 
-def _key(name: str, what: str) -> str:
-    return f"{name}:{what}"
+def _key(name: str, label: str) -> str:
+    """Of the tensor of parameter ``name`` that is its "weight", or is called ``label`` in the optimizer's state."""
+    return f"{name}:{label}"
 
 
 def own_weights(model: nn.Module, rank: int) -> RankTensors:
@@ -86,7 +88,7 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
         return optimizer.parameter_state(parameter)
     state = optimizer.state.get(parameter, {})
     assert all(isinstance(value, Tensor) for value in state.values()), f"{type(optimizer)} keeps more than tensors"
-    return {what: local(value) for what, value in state.items()}
+    return {label: local(value) for label, value in state.items()}
 
 
 def _written_by(rank: int, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -105,30 +107,30 @@ def _is_written_by(rank: int, parameter: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows [start, stop) of parameter ``name``, and the open file that holds the tensors called ``whats`` of them."""
+    """Rows [start, stop) of parameter ``name``, and the open file that holds the tensors called ``labels`` of them."""
 
     name: str
     start: int
     stop: int
     file: Any
-    whats: list[str]
+    labels: list[str]
 
-    def read(self, what: str) -> Tensor:
-        return self.file.get_tensor(_key(self.name, what))
+    def read(self, label: str) -> Tensor:
+        return self.file.get_tensor(_key(self.name, label))
 
-    def slice(self, what: str) -> Any:
+    def slice(self, label: str) -> Any:
         """An object that reads no more than is asked of it."""
-        return self.file.get_slice(_key(self.name, what))
+        return self.file.get_slice(_key(self.name, label))
 
-    def shape(self, what: str) -> tuple[int, ...]:
-        return tuple(self.slice(what).get_shape())
+    def shape(self, label: str) -> tuple[int, ...]:
+        return tuple(self.slice(label).get_shape())
 
-    def dtype(self, what: str) -> torch.dtype:
+    def dtype(self, label: str) -> torch.dtype:
         """Of a tensor that has rows."""
-        return self.slice(what)[:0].dtype
+        return self.slice(label)[:0].dtype
 
     def all(self) -> Rows:
-        return Rows(self.start, self.stop, {what: self.read(what) for what in self.whats})
+        return Rows(self.start, self.stop, {label: self.read(label) for label in self.labels})
 
 
 class WrittenTensors:
@@ -143,21 +145,21 @@ class WrittenTensors:
             runs.sort(key=lambda run: (run.start, run.stop))
 
     def _add(self, file: Any) -> None:
-        whats: dict[str, list[str]] = {}
+        labels: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118  not a dict
-            name, _, what = key.rpartition(":")
-            whats.setdefault(name, []).append(what)
+            name, _, label = key.rpartition(":")
+            labels.setdefault(name, []).append(label)
         for name, (start, stop) in json.loads(file.metadata()[_ROWS]).items():
-            self._runs.setdefault(name, []).append(_Run(name, start, stop, file, whats.get(name, [])))
+            self._runs.setdefault(name, []).append(_Run(name, start, stop, file, labels.get(name, [])))
 
-    def whole_tensors(self, what: str) -> dict[str, TensorParts]:
+    def whole_tensors(self, label: str) -> dict[str, TensorParts]:
         """Each parameter's tensor of that name in whole, to be written to a file."""
-        return {name: self._whole(runs, what) for name, runs in self._runs.items()}
+        return {name: self._whole(runs, label) for name, runs in self._runs.items()}
 
-    def _whole(self, runs: list[_Run], what: str) -> TensorParts:
+    def _whole(self, runs: list[_Run], label: str) -> TensorParts:
         rows = runs[-1].stop
         _check_cover(runs, rows, self._folder)
-        return TensorParts(runs[0].dtype(what), (rows, *runs[0].shape(what)[1:]), (run.read(what) for run in runs))
+        return TensorParts(runs[0].dtype(label), (rows, *runs[0].shape(label)[1:]), (run.read(label) for run in runs))
 
     def runs(self, name: str, rows: int) -> list[_Run]:
         """All that make up the ``rows`` rows of a parameter, in order.
@@ -197,12 +199,12 @@ def load_state(model: nn.Module, optimizer: Optimizer, written: WrittenTensors) 
     """
     for name, parameter in trainable(model):
         runs = written.runs(name, parameter.shape[0])
-        if not runs[0].whats:
+        if not runs[0].labels:
             continue  # no step has been taken
         if isinstance(optimizer, WritesItsState):
             optimizer.set_parameter_state(parameter, [run.all() for run in _needed(runs, parameter)])
         else:
-            optimizer.state[parameter] = {what: _own_value(what, parameter, runs) for what in runs[0].whats}
+            optimizer.state[parameter] = {label: _own_value(label, parameter, runs) for label in runs[0].labels}
 
 
 def _needed(runs: Sequence[_Run], parameter: Tensor) -> Sequence[_Run]:
@@ -211,15 +213,15 @@ def _needed(runs: Sequence[_Run], parameter: Tensor) -> Sequence[_Run]:
     return holding_all or runs
 
 
-def _own_value(what: str, parameter: Tensor, runs: Sequence[_Run]) -> Tensor:
+def _own_value(label: str, parameter: Tensor, runs: Sequence[_Run]) -> Tensor:
     """A tensor of the parameter's shape, sharded like it; anything else (a step count) is whole on every rank."""
     first = runs[0]
-    if first.shape(what) != (first.stop - first.start, *parameter.shape[1:]):
-        return first.read(what)
-    value = torch.empty_like(parameter, dtype=first.dtype(what), requires_grad=False)
+    if first.shape(label) != (first.stop - first.start, *parameter.shape[1:]):
+        return first.read(label)
+    value = torch.empty_like(parameter, dtype=first.dtype(label), requires_grad=False)
     own, mine = own_rows(parameter), local(value)
     for run in runs:
         start, stop = max(run.start, own.start), min(run.stop, own.stop)
         if start < stop:
-            mine[start - own.start : stop - own.start] = run.slice(what)[start - run.start : stop - run.start]
+            mine[start - own.start : stop - own.start] = run.slice(label)[start - run.start : stop - run.start]
     return value

@@ -73,8 +73,8 @@ def inspect_path(path: Path) -> Report:
         return _model(path)
     inside = [name for name in ("adapter", "checkpoints") if (path / name).is_dir()]
     hint = f"; did you mean {' or '.join(str(path / name) for name in inside)}?" if inside else ""
-    what = "holds no model, adapter or checkpoint" if path.exists() else "does not exist"
-    raise ValueError(f"{path} {what}{hint}")
+    fault = "holds no model, adapter or checkpoint" if path.exists() else "does not exist"
+    raise ValueError(f"{path} {fault}{hint}")
 
 
 def _safetensors_file(path: Path) -> Report:
@@ -263,8 +263,8 @@ def _check_adapter(report: Report, folder: Path, adapter: Path) -> None:
         report.notes.append(f"ranks were not checked: {error}")
         return
     for pair in _PAIRS:
-        of = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in pair if name.endswith(end)}
-        for layer in sorted(of):
+        ends = [(name.removeprefix(PREFIX), end) for name in tensors for end in pair if name.endswith(end)]
+        for layer in sorted({name.removesuffix(end) for name, end in ends}):
             report.problems += _pair_faults(layer, lora.rank(layer), pair, tensors)
 
 

@@ -42,8 +42,8 @@ def _failure_told(step: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        print(json.dumps({"failed": what, "step": step, "is_connection": _is_connection(error, step)}), flush=True)
+        message = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(json.dumps({"failed": message, "step": step, "is_connection": _is_connection(error, step)}), flush=True)
         raise
 
 

@@ -61,13 +61,13 @@ def _fitted_call(call: Call, where: str, form: CallForm) -> Call:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
+def _object(text: str, name: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{what} are not JSON, and the chat template needs an object: {error}") from None
+        raise ValueError(f"{name} are not JSON, and the chat template needs an object: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, got {text!r:.80}")
+        raise ValueError(f"{name} must be a JSON object, got {text!r:.80}")
     return value
 
 

@@ -62,10 +62,10 @@ class RowsFingerprint:
         """In words, where ``now``, which has runs as long as this, holds other rows; None where it does not."""
         assert now.run == self.run
         counts = [] if self.rows == now.rows else [f"{now.rows:,} rows, there were {self.rows:,}"]
-        for what, then, there in (("ids", self.ids, now.ids), ("loss masks", self.masks, now.masks)):
+        for name, then, there in (("ids", self.ids, now.ids), ("loss masks", self.masks, now.masks)):
             first = next((n for n, (a, b) in enumerate(zip(then, there, strict=False)) if a != b), None)
             if first is not None:
-                return "; ".join([*counts, f"the first whose {what} differ is {self._place(first)}"])
+                return "; ".join([*counts, f"the first whose {name} differ is {self._place(first)}"])
         return f"{counts[0]}; those in both are the same" if counts else None
 
     def _place(self, number: int) -> str:

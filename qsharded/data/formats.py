@@ -216,7 +216,7 @@ def _content(value: Any, where: str) -> str:
     return _text_of(value, f"content of {where}")
 
 
-def _text_of(value: Any, what: str) -> str:
+def _text_of(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, got {type(value).__name__}: {value!r:.80}")
+        raise ValueError(f"{name} must be text, got {type(value).__name__}: {value!r:.80}")
     return value

@@ -87,9 +87,9 @@ class StepLoader:
             raise ValueError("there are no examples to make steps of")
         longest = max(grouped(self.examples), key=_tokens)
         if _tokens(longest) > self.max_length:
-            what = "an example" if len(longest) == 1 else f"a group of {len(longest)} examples"
+            unit = "an example" if len(longest) == 1 else f"a group of {len(longest)} examples"
             tokens = f"{_tokens(longest)} tokens"
-            raise ValueError(f"{what} of {tokens} does not fit into rows of max_length {self.max_length}")
+            raise ValueError(f"{unit} of {tokens} does not fit into rows of max_length {self.max_length}")
         if self.draw is not None and any(example.group is not None for example in self.examples):
             raise ValueError("weights draw single examples, which would part groups: give the datasets no weights")
 

@@ -72,11 +72,11 @@ class Mixture:
         return Mixture(kept, self.weights), Dataset(held_out)
 
 
-def _rows_of_epoch(what: str, epoch: int, size: int, count: int) -> list[int]:
+def _rows_of_epoch(purpose: str, epoch: int, size: int, count: int) -> list[int]:
     """``count`` of ``size`` rows. Epoch after epoch takes the next of one shuffled order, and a new order follows when
     fewer than ``count`` are left of it: no row comes twice in an epoch, and all come about equally often."""
     a_pass, place = divmod(epoch, size // count)
-    order = Random(f"{what} {a_pass}").sample(range(size), size)
+    order = Random(f"{purpose} {a_pass}").sample(range(size), size)
     return order[place * count : (place + 1) * count]
 
 

@@ -20,8 +20,8 @@ def check_gather(world: fsdp.World) -> None:
     if world.mesh is None:
         return  # nothing is gathered
     # As models of the two dtypes are sharded; fp32 beside bytes without a policy would be gathered as uint8, unharmed.
-    modes = ((None, torch.bfloat16), (torch.bfloat16, torch.float32))
-    changed = sum(changed_bytes(world, param_dtype, adapter_dtype) for param_dtype, adapter_dtype in modes)
+    dtypes = ((None, torch.bfloat16), (torch.bfloat16, torch.float32))
+    changed = sum(changed_bytes(world, param_dtype, adapter_dtype) for param_dtype, adapter_dtype in dtypes)
     total = collectives.all_reduce(torch.tensor(changed, device=world.device), dist.ReduceOp.SUM, world.group)
     if total.item():
         raise fsdp.DamagedGather(

@@ -169,7 +169,7 @@ class Arena:
         """What is paged, in buckets of at most so many blocks."""
         return list(self._cut(self.resident, _total(self.slots), most_blocks))
 
-    def pieces(self, bucket: Bucket) -> Iterator[tuple[int, BucketSlice]]:
+    def slices(self, bucket: Bucket) -> Iterator[tuple[int, BucketSlice]]:
         """The parameters of a bucket by number, with what it holds of each."""
         for number, slot in enumerate(self.slots):
             first, end = max(slot.first_block, bucket.first_block), min(slot.end, bucket.end)

@@ -30,7 +30,7 @@ class PagedAdamW8bit(Optimizer):
         params, lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``; ``lr`` may be a tensor.
         page_budget: how much 8-bit state stays on the device. "auto" keeps all of it while there is room in the first
             step, the rest is paged; "none" pages nothing, "max" everything; a number is the bytes that may stay.
-        bucket_bytes: paged state moves in pieces of this size. Two are on the device beside the budget, and with "max"
+        bucket_bytes: paged state moves in buckets of this size. Two are on the device beside the budget, and with "max"
             256 MiB more of them.
 
     Raises:

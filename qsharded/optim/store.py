@@ -136,14 +136,12 @@ class Store:
 
     def _update_by_reference(self, gradients: Sequence[Tensor | None], coefficients: Tensor) -> None:
         for section, bucket, blocks in self._buckets():
-            for number, piece in section.arena.pieces(bucket):
+            for number, part in section.arena.slices(bucket):
                 row = section.first_row + number
-                gradient, values = gradients[row], slice(piece.first_value, piece.first_value + piece.count)
+                gradient, values = gradients[row], slice(part.first_value, part.first_value + part.count)
                 if gradient is None:
                     continue
-                moments = blocks.part(piece.first_block - bucket.first_block, piece.blocks).moments(
-                    piece.lead, piece.count
-                )
+                moments = blocks.part(part.first_block - bucket.first_block, part.blocks).moments(part.lead, part.count)
                 parameter = local(self.parameters[row]).view(-1)
                 reference.adamw_(parameter[values], gradient.view(-1)[values], moments, coefficients[row])
 

@@ -23,7 +23,7 @@ from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes of a piece of the model: ``kept`` from its forward to its backward, ``passing`` beside them at the worst
+    """Bytes of a part of the model: ``kept`` from its forward to its backward, ``passing`` beside them at the worst
     moment."""
 
     kept: int

@@ -116,7 +116,11 @@ NF4_64 = QuantFormat()
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A quantized weight of shape [N, K]. Without double quantization ``absmax_codes`` and its fellows are None.
+    """What the reference quantizer makes of a weight [N, K]: all that is stored, and the absmax that dequantizing uses.
+
+    It computes in plain PyTorch, on its own, and so is what kernels and packed layers are held to. What the stack
+    passes is :class:`qsharded.quant.packed_weight.PackedWeight`: stored tensors alone, served by kernels, sharded.
+    Without double quantization ``absmax_codes`` and its fellows are None.
 
     Attributes:
         codes: uint8 [N, K/2].

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsharded.quant import backends, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,15 @@ def pack_weight(
     return PackedWeight(codes, *double_quantize(absmax, rows), quant_format)
 
 
-def double_quantize(absmax_NG: Tensor, rows: SharedRows | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [N, G] of a whole weight's absmax or of ``rows`` of it, and the whole weight's scales and offset.
-
-    The bytes are those of ``formats.double_quantize`` for any number of ranks.
-    """
+def double_quantize(absmax_NG: Tensor, rows: SharedRows | None = None) -> QuantizedAbsmax:
+    """A whole weight's absmax, or ``rows`` of it, in 8 bits: the bytes of ``formats.double_quantize`` on any number of ranks."""
     if rows is None:
-        return backends.double_quantize(absmax_NG)
+        return QuantizedAbsmax(*backends.double_quantize(absmax_NG))
     offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
     rows.all_reduce(scales, dist.ReduceOp.MAX)
-    return backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start), scales, offset
+    codes = backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start)
+    return QuantizedAbsmax(codes, scales, offset)
 
 
 def _agreed_offset(absmax_NG: Tensor, rows: SharedRows) -> Tensor:

@@ -4,6 +4,7 @@ Axes: N = out_features, K = in_features, P = K/2 code bytes, B = block_size, G =
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,24 @@ from qsharded.quant import formats
 from qsharded.quant.formats import QuantFormat
 
 
+class QuantizedAbsmax(NamedTuple):
+    """Absmax after double quantization, of a whole weight or of the rows of one rank.
+
+    Attributes:
+        codes: uint8 [N, G].
+        scales: fp32 [ceil(N*G/256)] of the whole weight.
+        offset: fp32 [], of the whole weight.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offset: Tensor
+
+
 @dataclass(frozen=True)
 class PackedWeight:
-    """A quantized weight [N, K].
+    """A quantized weight [N, K] as it is stored, sharded, and given to operations and kernels: what all of the stack
+    passes. (``formats.NF4Weight`` is what the reference quantizer returns, for those who look into the numbers.)
 
     Attributes:
         codes: uint8 [N, P].

@@ -46,9 +46,9 @@ def refuse_full_disk(config: TrainConfig, sizes: Sizes, *, freed: int, resumed: 
     is_checkpoint_needed = config.save_steps > 0 and not resumed
     needed = sizes.adapter + (sizes.unfinished_checkpoint if is_checkpoint_needed else 0)
     if free is not None and free + freed < needed:
-        what = "an adapter and a checkpoint" if is_checkpoint_needed else "the adapter"
+        writes = "an adapter and a checkpoint" if is_checkpoint_needed else "the adapter"
         raise ValueError(
-            f"--output-dir {config.output_dir} has {free + freed:,} bytes free, {what} of this run take {needed:,}: "
+            f"--output-dir {config.output_dir} has {free + freed:,} bytes free, {writes} of this run take {needed:,}: "
             "make room or choose another folder" + ("; --save-steps 0 writes no checkpoints" * is_checkpoint_needed)
         )
 

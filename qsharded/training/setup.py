@@ -294,5 +294,5 @@ def _data_lines(data: Mixture, config: TrainConfig) -> list[str]:
 
 def _counts(data: Dataset, max_length: int) -> str:
     others = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
-    listed = "".join(f", {count:,} {what}" for what, count in others.items() if count)
+    listed = "".join(f", {count:,} {label}" for label, count in others.items() if count)
     return f"{len(data.examples):,} rows of up to {max_length} tokens{listed}"

@@ -82,7 +82,7 @@ class Replacement:
 
 
 class AppendedFile:
-    """A file that grows by whole pieces: what a full disk keeps out is taken back, and written with the next piece."""
+    """A file that grows by whole writes: what a full disk keeps out is taken back, and written with the next one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

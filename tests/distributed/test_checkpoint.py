@@ -28,14 +28,14 @@ LORA = LoRAConfig(r=3, rank_pattern={"q_proj": 1}, target_modules=["q_proj", "do
 WRITERS = ("fsdp1", "fsdp2", "hsdp2")
 
 
-def whole(shape: Sequence[int], *what: str) -> Tensor:
+def whole(shape: Sequence[int], *seed: str) -> Tensor:
     """The values that a tensor of a checkpoint has, whoever holds which rows of it."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(derived_seed(*what)))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(derived_seed(*seed)))
 
 
-def own(parameter: Tensor, *what: str) -> Tensor:
+def own(parameter: Tensor, *seed: str) -> Tensor:
     rows = own_rows(parameter)
-    return whole(parameter.shape, *what)[rows.start : rows.stop]
+    return whole(parameter.shape, *seed)[rows.start : rows.stop]
 
 
 class CodedOptimizer(Optimizer):

@@ -33,15 +33,15 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Any:
 def stop_in_call(monkeypatch: pytest.MonkeyPatch, listener: Any) -> Callable[[object, str, int], None]:
     """Have SIGTERM noted in the n-th call, from 1, of a function."""
 
-    def arrange(of: object, name: str, number: int) -> None:
-        function, calls = getattr(of, name), iter(range(1, 10**6))
+    def arrange(module: object, name: str, number: int) -> None:
+        function, calls = getattr(module, name), iter(range(1, 10**6))
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             if next(calls) == number:
                 listener.noted = signal.SIGTERM
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(of, name, noting)
+        monkeypatch.setattr(module, name, noting)
 
     return arrange
 

@@ -32,7 +32,7 @@ def pretrain(model: CausalLM, examples: list[Example], pad_id: int, *, steps: in
         rate = learning_rate(number, peak=PEAK_RATE, total_steps=steps, warmup_steps=WARMUP_STEPS, kind="cosine")
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = sum(batch_loss(model, batch) for batch in step.micro_batches) / step.supervised_tokens
+        loss = sum(batch_loss(model, batch) for batch in step.micro_batches) / step.trained_tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()

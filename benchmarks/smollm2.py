@@ -201,10 +201,10 @@ def give_dequantized_weights(ours: Any, base: Any, dtype: torch.dtype) -> None:
 
 
 def packed_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    from qsharded.nn import NF4Linear
+    from qsharded.nn import PackedLinear
 
     for name, module in model.named_modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, PackedLinear):
             yield name.removesuffix(".base_layer"), module
 
 

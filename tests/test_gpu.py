@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsharded.checkpoint import load_model
-from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 
@@ -27,7 +27,7 @@ def weight(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     linear.weight.data = weight(*shape, dtype)
-    on_cpu, on_gpu = NF4Linear.from_linear(linear), NF4Linear.from_linear(linear.cuda())
+    on_cpu, on_gpu = PackedLinear.from_linear(linear), PackedLinear.from_linear(linear.cuda())
     for found, expected in zip(on_gpu.packed().tensors, on_cpu.packed().tensors, strict=True):
         assert torch.equal(found.cpu(), expected)
     for out in formats.FLOAT_DTYPES:
@@ -37,8 +37,8 @@ def test_quantized_bytes_are_those_of_the_cpu(shape: tuple[int, int], dtype: tor
 
 def test_forward_and_gradient_are_those_of_the_cpu() -> None:
     linear = torch.nn.Linear(576, 1000, bias=True)
-    on_cpu = NF4Linear.from_linear(linear)
-    on_gpu = NF4Linear.from_linear(linear.cuda())
+    on_cpu = PackedLinear.from_linear(linear)
+    on_gpu = PackedLinear.from_linear(linear.cuda())
     x = torch.randn(3, 5, 576)
     results = []
     for layer, device in ((on_cpu, "cpu"), (on_gpu, "cuda")):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import qsharded
+from qsharded.quant import formats
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +59,11 @@ def test_every_direct_dependency_is_pinned(project: dict[str, Any]) -> None:
     extras = project["optional-dependencies"].values()
     asked = {name_of(entry) for entries in (project["dependencies"], *extras) for entry in entries}
     assert asked == pinned
+
+
+def test_the_packed_layer_has_both_of_its_public_names() -> None:
+    from qsharded import nn
+
+    layer = nn.NF4Linear(64, 4)
+    assert type(layer) is nn.PackedLinear
+    assert layer.quant_format == formats.NF4_64

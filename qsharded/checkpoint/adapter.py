@@ -13,7 +13,7 @@ from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
 from qsharded.lora.layer import lora_layers
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import local, own_rows, whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -195,7 +195,7 @@ def own_base(layer: str) -> str:
 def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in an adapter file, frozen weight in 16 or 32 bits) of every adapted layer that has one."""
     for name, layer in lora_layers(model):
-        if not isinstance(layer.base_layer, NF4Linear):
+        if not isinstance(layer.base_layer, PackedLinear):
             yield PREFIX + own_base(name), layer.base_layer.get_parameter("weight")
 
 

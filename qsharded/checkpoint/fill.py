@@ -16,7 +16,7 @@ from qsharded.checkpoint.row_chunks import RowChunk, WeightSource, row_chunks_of
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
 from qsharded.quant.packed_weight import QuantizedAbsmax, pad_absmax
 from qsharded.utils import collectives
@@ -142,7 +142,7 @@ class QuantizingFill:
 class LayerSink:
     """A packed layer, sharded or whole."""
 
-    def __init__(self, layer: NF4Linear) -> None:
+    def __init__(self, layer: PackedLinear) -> None:
         self._layer = layer
         self._first = own_rows(layer.weight).start
         self._codes_NP = local(layer.weight).view(torch.uint8)

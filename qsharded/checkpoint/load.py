@@ -23,7 +23,7 @@ from qsharded.lora.layer import add_lora, reset_adapters
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
 
@@ -173,7 +173,7 @@ def _quantize(model: nn.Module, quant_format: QuantFormat, double_quant: bool, f
 
 def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, NF4Linear) and lora.is_saved(name):
+        if isinstance(module, PackedLinear) and lora.is_saved(name):
             raise ValueError(
                 f"{name} is packed in this checkpoint, so --lora-modules-to-save cannot train it; give the 16-bit "
                 "checkpoint"
@@ -207,7 +207,7 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill.Fill]:
     return packed + _plain_fills(model, source)
 
 
-def _quantizing_fill(source: WeightSource, name: str, layer: NF4Linear) -> fill.Fill:
+def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill.Fill:
     rows = own_rows(layer.weight)
     return fill.QuantizingFill(source, name, layer.in_features, rows, layer.quant_format, fill.LayerSink(layer))
 
@@ -221,7 +221,7 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
     return fills + _plain_fills(model, packed.source)
 
 
-def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Iterator[fill.Fill]:
+def _bytes_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill.Fill]:
     parts = packed.storage_format.parts(packed.source, name, layer.out_features, layer.in_features)
     first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
@@ -237,9 +237,9 @@ def _bytes_fills(packed: PackedCheckpoint, name: str, layer: NF4Linear) -> Itera
     layer.weight_absmax_offset.fill_(parts.offset)
 
 
-def packed_layers(model: nn.Module) -> dict[str, NF4Linear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers, by the names of their weights in a checkpoint."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear))
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
 
 
@@ -260,7 +260,8 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if ".lora_embedding_" in name:
                 continue
-            if not (isinstance(module, NF4Linear) and parameter is not module.bias) and not _is_tied_head(model, name):
+            is_packed = isinstance(module, PackedLinear) and parameter is not module.bias
+            if not is_packed and not _is_tied_head(model, name):
                 yield name, parameter
 
 

@@ -31,7 +31,7 @@ from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, o
 from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant import formats, ops
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.utils.durable_files import Replacement
 
@@ -134,7 +134,7 @@ class _Merge:
     def of(cls, model: CausalLM, quant_format: formats.QuantFormat | None, file: Any, path: Path) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
-        packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+        packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
         bases = {tensor: PREFIX + own_base(name) for tensor, (name, _) in adapted.items()}
         if model.config.tie_word_embeddings and EMBEDDING in bases:

@@ -25,7 +25,7 @@ from qsharded.checkpoint.tied_embeddings import described_as, open_tied
 from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_weight import QuantizedAbsmax
 from qsharded.utils.sharding import RowRange
 
@@ -71,7 +71,7 @@ class _Writer:
     """Writes the tensors of ``source``, those of ``layers`` packed."""
 
     source: SafetensorsFolder
-    layers: Mapping[str, NF4Linear]
+    layers: Mapping[str, PackedLinear]
     form: Form
     quant_format: QuantFormat
     device: torch.device

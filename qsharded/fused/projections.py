@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsharded.lora.layer import LoRALinear
 from qsharded.quant import backends
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_weight import PackedWeight
 
 _T = TypeVar("_T")
@@ -52,7 +52,7 @@ class Projection:
     def of(cls, layer: nn.Module) -> "Projection":
         """Of a layer that :func:`is_projection` accepts."""
         base: Any = layer.base_layer if isinstance(layer, LoRALinear) else layer
-        packed, plain = (base.packed(), None) if isinstance(base, NF4Linear) else (None, base.weight)
+        packed, plain = (base.packed(), None) if isinstance(base, PackedLinear) else (None, base.weight)
         frozen = base.in_features, base.out_features, packed, plain, base.bias
         adapter: tuple[Any, ...] = ()
         if isinstance(layer, LoRALinear) and layer.enabled:
@@ -90,7 +90,7 @@ def is_projection(layer: nn.Module) -> bool:
 
 def _is_frozen_base(base: nn.Module) -> bool:
     # a subclass may compute something else
-    known = type(base) in (NF4Linear, nn.Linear)
+    known = type(base) in (PackedLinear, nn.Linear)
     return known and not any(parameter.requires_grad for parameter in base.parameters())
 
 

@@ -1,6 +1,6 @@
 """bitsandbytes: its 4-bit models made ours in place and back, and our kernels behind its operations.
 
-convert_bitsandbytes(model)  # every Linear4bit becomes an NF4Linear that shares its bytes
+convert_bitsandbytes(model)  # every Linear4bit becomes a PackedLinear that shares its bytes
 to_bitsandbytes(model)  # and back
 
 install()  # bitsandbytes' own layers and functions run on our kernels, until uninstall()
@@ -18,11 +18,11 @@ from qsharded.integrations.bitsandbytes_format import check_map, quant_format_of
 from qsharded.integrations.bitsandbytes_kernels import install as install
 from qsharded.integrations.bitsandbytes_kernels import uninstall as uninstall
 from qsharded.quant import blockwise8, formats
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 
 
 def convert_bitsandbytes(model: nn.Module) -> nn.Module:
-    """Replace every ``bitsandbytes.nn.Linear4bit`` of ``model`` by an NF4Linear with its bytes, in place.
+    """Replace every ``bitsandbytes.nn.Linear4bit`` of ``model`` by a PackedLinear with its bytes, in place.
 
     The bytes are shared, but for the scales of rows with an odd number of blocks, which are padded. A layer then
     computes in the dtype of its input; bitsandbytes' compute_dtype is given up.
@@ -40,7 +40,7 @@ def convert_bitsandbytes(model: nn.Module) -> nn.Module:
     return model
 
 
-def _ours(layer: Any, name: str) -> NF4Linear:
+def _ours(layer: Any, name: str) -> PackedLinear:
     codes, state = _plain_order(layer, name)
     nested = state.state2 if state.nested else None
     quant_format = quant_format_of(state.quant_type, state.blocksize, nested.blocksize if nested else None, name)
@@ -48,7 +48,7 @@ def _ours(layer: Any, name: str) -> NF4Linear:
     if nested is not None:
         check_map(nested.code, blockwise8.dynamic_map(True, "cpu"), name)
     rows = rows_as_parameters(codes, state.absmax, state.shape, quant_format, name)
-    new = NF4Linear(
+    new = PackedLinear(
         layer.in_features,
         layer.out_features,
         False,
@@ -80,24 +80,24 @@ def _plain_order(layer: Any, name: str) -> tuple[Tensor, Any]:
 
 
 def to_bitsandbytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Replace every NF4Linear of ``model`` by a ``bitsandbytes.nn.Linear4bit`` with its bytes, in place.
+    """Replace every PackedLinear of ``model`` by a ``bitsandbytes.nn.Linear4bit`` with its bytes, in place.
 
     Args:
         model: whole, not sharded.
         dtype: what the layers compute in, and what bitsandbytes dequantizes to.
 
     Raises:
-        ValueError: the model has no NF4Linear.
+        ValueError: the model has no PackedLinear.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     if not layers:
-        raise ValueError("the model has no NF4Linear layer")
+        raise ValueError("the model has no PackedLinear layer")
     for name, layer in layers:
         model.set_submodule(name, _theirs(layer, dtype))
     return model
 
 
-def _theirs(layer: NF4Linear, dtype: torch.dtype) -> Any:
+def _theirs(layer: PackedLinear, dtype: torch.dtype) -> Any:
     packed = layer.packed()
     scales, quant_type = packed.absmax_scales, layer.quant_type
     nested = scales is not None

@@ -1,4 +1,4 @@
-"""How bitsandbytes stores a 4-bit weight, read into the tensors of an NF4Linear. bitsandbytes itself is not needed.
+"""How bitsandbytes stores a 4-bit weight, read into the tensors of a PackedLinear. bitsandbytes itself is not needed.
 
 A checkpoint holds, beside ``weight`` (the codes, in any storage type, flat): ``weight.absmax``, ``weight.quant_map``
 and ``weight.quant_state.bitsandbytes__nf4`` or ``__fp4`` (JSON as uint8), and with double quantization ("nested") also
@@ -95,7 +95,7 @@ def _described(state: Tensor) -> dict[str, Any]:
 def packed_tensors(
     stored: Mapping[str, Tensor], quant_format: QuantFormat, name: str
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(weight, absmax, scales, offset) as an NF4Linear holds them: the first two bytes seen as bf16.
+    """(weight, absmax, scales, offset) as a PackedLinear holds them: the first two bytes seen as bf16.
 
     Args:
         stored: "weight" and its companions, by their names without "weight.".
@@ -126,7 +126,7 @@ def packed_tensors(
 def rows_as_parameters(
     codes: Tensor, absmax: Tensor, shape: Sequence[int], quant_format: QuantFormat, name: str
 ) -> tuple[Tensor, Tensor]:
-    """The flat codes (of any dtype) and absmax (uint8 or fp32) of a weight [N, K] as the bf16 rows of an NF4Linear.
+    """The flat codes (of any dtype) and absmax (uint8 or fp32) of a weight [N, K] as the bf16 rows of a PackedLinear.
 
     Raises:
         ValueError: K is no multiple of the block size, there are not as many bytes as the shape asks for, or the absmax
@@ -162,7 +162,7 @@ def quant_format_of(quant_type: str, block_size: int, nested_block_size: int | N
     """The format of the weight ``name``.
 
     Raises:
-        ValueError: NF4Linear cannot hold it.
+        ValueError: PackedLinear cannot hold it.
     """
     if nested_block_size not in (None, blockwise8.BLOCK):
         raise ValueError(f"{name} has its absmax in blocks of {nested_block_size}; only {blockwise8.BLOCK} is read")

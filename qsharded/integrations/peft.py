@@ -1,4 +1,4 @@
-"""PEFT: LoRA on NF4Linear layers.
+"""PEFT: LoRA on PackedLinear layers.
 
     install()
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qsharded.checkpoint.adapter import STARTS_ON_BASE
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.utils import collectives
 from qsharded.utils.sharding import whole
 
@@ -32,7 +32,7 @@ _ALL_LINEAR = "all-linear"
 
 
 def install() -> None:
-    """Have PEFT adapt NF4Linear layers, by name and by "all-linear", until :func:`uninstall`. Twice is as once.
+    """Have PEFT adapt PackedLinear layers, by name and by "all-linear", until :func:`uninstall`. Twice is as once.
 
     Raises:
         RuntimeError: this version of PEFT has another inside; register each configuration instead.
@@ -55,8 +55,8 @@ def uninstall() -> None:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Tell one configuration how to adapt NF4Linear layers, which it must name: "all-linear" needs :func:`install`."""
-    config._register_custom_module({NF4Linear: NF4LoraLinear})
+    """Tell one configuration how to adapt PackedLinear, which it must name: "all-linear" needs :func:`install`."""
+    config._register_custom_module({PackedLinear: PackedLoraLinear})
     return config
 
 
@@ -82,17 +82,17 @@ def _free_linears(model: nn.Module) -> Iterator[str]:
     adapted = [name for name, module in model.named_modules() if isinstance(module, tuners_utils.BaseTunerLayer)]
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
-        if isinstance(module, NF4Linear) and module is not head and not name.startswith(inside):
+        if isinstance(module, PackedLinear) and module is not head and not name.startswith(inside):
             yield name
 
 
 class _DoraLayer(DoraLinearLayer):
     """DoRA's magnitudes beside a packed layer: whatever asks for its weight gets the dequantized one."""
 
-    def update_layer(self, *, base_layer: NF4Linear, **kwargs: Any) -> None:
+    def update_layer(self, *, base_layer: PackedLinear, **kwargs: Any) -> None:
         super().update_layer(base_layer=_dequantized(base_layer, torch.float32), **kwargs)
 
-    def forward(self, x: Tensor, *, base_layer: NF4Linear, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *, base_layer: PackedLinear, **kwargs: Any) -> Tensor:
         return super().forward(x, base_layer=_dequantized(base_layer, x.dtype), **kwargs)
 
 
@@ -110,7 +110,7 @@ class _DoraVariant(DoraLinearVariant):
         module.lora_magnitude_vector[adapter_name] = layer
 
 
-def _dequantized(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
+def _dequantized(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     """A linear layer with the dequantized weight and the same bias, for as long as it is held."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
@@ -118,13 +118,13 @@ def _dequantized(layer: NF4Linear, dtype: torch.dtype) -> nn.Linear:
     return linear.train(layer.training)
 
 
-class NF4LoraLinear(peft_layer.Linear):
-    """PEFT's LoRA layer around an NF4Linear: LoRA, rsLoRA and DoRA; a merge dequantizes, adds and quantizes again.
+class PackedLoraLinear(peft_layer.Linear):
+    """PEFT's LoRA layer around a PackedLinear: LoRA, rsLoRA and DoRA; a merge dequantizes, adds and quantizes again.
 
     Unmerging gives back the very bytes from before merging.
     """
 
-    _before_merging: tuple[NF4Linear, ...] = ()  # in a tuple: as an attribute it would become a part of this module
+    _before_merging: tuple[PackedLinear, ...] = ()  # in a tuple: as an attribute it would become a part of this module
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -152,7 +152,7 @@ class NF4LoraLinear(peft_layer.Linear):
         Raises:
             ValueError: the layer is sharded.
         """
-        if not isinstance(self.base_layer, NF4Linear):  # PEFT merging several DoRA adapters in turn
+        if not isinstance(self.base_layer, PackedLinear):  # PEFT merging several DoRA adapters in turn
             super().merge(safe_merge, adapter_names)
             return
         adapter_names = tuners_utils.check_adapters_to_merge(self, adapter_names)
@@ -173,7 +173,7 @@ class NF4LoraLinear(peft_layer.Linear):
 
     def unmerge(self) -> None:
         """Put back the layer from before merging."""
-        if not self.merged or not isinstance(self.base_layer, NF4Linear):
+        if not self.merged or not isinstance(self.base_layer, PackedLinear):
             super().unmerge()
             return
         [self.base_layer] = self._before_merging
@@ -181,7 +181,7 @@ class NF4LoraLinear(peft_layer.Linear):
         self._caches.clear()
 
 
-def _to_merge_into(packed: NF4Linear) -> nn.Linear:
+def _to_merge_into(packed: PackedLinear) -> nn.Linear:
     if isinstance(packed.weight, DTensor):
         raise ValueError("a sharded layer cannot be merged: save the adapter and merge it in one process")
     linear = _dequantized(packed, torch.float32)
@@ -190,9 +190,9 @@ def _to_merge_into(packed: NF4Linear) -> nn.Linear:
     return linear
 
 
-def _packed_again(linear: nn.Linear, like: NF4Linear) -> NF4Linear:
+def _packed_again(linear: nn.Linear, like: PackedLinear) -> PackedLinear:
     double_quant = like.weight_absmax_scales is not None
-    return NF4Linear.from_linear(
+    return PackedLinear.from_linear(
         linear, quant_type=like.quant_type, block_size=like.block_size, double_quant=double_quant
     )
 

@@ -1,4 +1,4 @@
-"""transformers: ``from_pretrained(..., quantization_config=QShardedConfig())`` gives a model of NF4Linear layers.
+"""transformers: ``from_pretrained(..., quantization_config=QShardedConfig())`` gives a model of PackedLinear layers.
 
 Importing this module registers the configuration and its quantizer under "qsharded", which is also what transformers
 needs to read such a model again.
@@ -30,7 +30,7 @@ from qsharded.distributed.agreement import refused_by_all
 from qsharded.integrations import bitsandbytes_format
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import pad_absmax
 from qsharded.utils.sharding import own_rows
@@ -136,7 +136,7 @@ class QShardedQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         prefix, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(prefix), NF4Linear)
+        return name == "weight" and isinstance(model.get_submodule(prefix), PackedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -153,7 +153,7 @@ class QShardedQuantizer(HfQuantizer):
         self.quantization_config.stored_as = METHOD
         _save_in_our_form(model)
         for module in model.modules():
-            if isinstance(module, NF4Linear):
+            if isinstance(module, PackedLinear):
                 module.requires_grad_(False)
         fsdp.use_exact_gather(model)
         return model
@@ -211,7 +211,7 @@ def _is_ours(conversion: Any) -> bool:
 
 
 class _Quantize(ConversionOps):
-    """A 16-bit weight, or this rank's rows of it, becomes what its NF4Linear holds."""
+    """A 16-bit weight, or this rank's rows of it, becomes what its PackedLinear holds."""
 
     def __init__(self, quantizer: QShardedQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -233,7 +233,7 @@ class _Quantize(ConversionOps):
 
 
 class _AsParameter(ConversionOps):
-    """Rows of bytes, as they are stored, become the bf16 rows of an NF4Linear; other weights pass."""
+    """Rows of bytes, as they are stored, become the bf16 rows of a PackedLinear; other weights pass."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -276,7 +276,7 @@ def _stored_row(model: PreTrainedModel, name: str) -> int | None:
     """Bytes of a stored row of the parameter ``name`` if it is a packed layer's codes or absmax, else None."""
     prefix, _, own = name.rpartition(".")
     layer = model.get_submodule(prefix)
-    if not isinstance(layer, NF4Linear) or own not in ("weight", _ABSMAX):
+    if not isinstance(layer, PackedLinear) or own not in ("weight", _ABSMAX):
         return None
     if own == "weight":
         return layer.in_features // 2
@@ -284,7 +284,7 @@ def _stored_row(model: PreTrainedModel, name: str) -> int | None:
 
 
 class _TakeOver(ConversionOps):
-    """The tensors of bitsandbytes become those of an NF4Linear; other weights pass."""
+    """The tensors of bitsandbytes become those of a PackedLinear; other weights pass."""
 
     def __init__(self, quantizer: QShardedQuantizer) -> None:
         self.hf_quantizer = quantizer  # under this name, transformers leaves the stored dtypes alone

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.embedding import LoRAEmbedding
 from qsharded.lora.targets import modules_to_save, targets
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.unquantized import AdaptedLayer
 from qsharded.utils.seeds import derived_seed
 from qsharded.utils.sharding import local, own_rows
@@ -35,7 +35,7 @@ class LoRALinear(AdaptedLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Linear | NF4Linear, r: int, scaling: float, dropout: float, dtype: torch.dtype
+        self, base_layer: nn.Linear | PackedLinear, r: int, scaling: float, dropout: float, dtype: torch.dtype
     ) -> None:
         super().__init__()
         in_features, out_features = base_layer.in_features, base_layer.out_features

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from torch import nn
 
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches_pattern
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 
 
 def adaptable(module: nn.Module) -> bool:
     """Whether there is an adapter for layers of this type. A subclass of nn.Embedding may compute something else."""
-    return isinstance(module, nn.Linear | NF4Linear) or type(module) is nn.Embedding
+    return isinstance(module, nn.Linear | PackedLinear) or type(module) is nn.Embedding
 
 
 def targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -50,7 +50,7 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
             )
         chosen |= found
     for name, module in chosen.items():
-        if any(isinstance(part, NF4Linear) for part in module.modules()):
+        if any(isinstance(part, PackedLinear) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
     return chosen
 

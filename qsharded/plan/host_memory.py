@@ -13,7 +13,7 @@ from qsharded.models.config import declared_dtype
 from qsharded.plan.gpu_memory import Plan
 from qsharded.plan.optimizer import state_bytes
 from qsharded.plan.parameters import ADAPTERS, parameters
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.utils.hardware import GIB
 
 # An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
@@ -66,7 +66,7 @@ def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> in
     return plain * width + sum(_packed(layer) for layer in layers)
 
 
-def _packed(layer: NF4Linear) -> int:
+def _packed(layer: PackedLinear) -> int:
     """Bytes of a packed weight in a checkpoint: codes and their scales, without the padding of rows in memory."""
     blocks = layer.out_features * layer.in_features // layer.block_size
     if layer.weight_absmax_scales is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qsharded.distributed import fsdp
 from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.models import CausalLM
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import rows_of_rank
 
 CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS = "codes", "scales", "embedding and head", "norms and others", "adapters"
@@ -130,7 +130,7 @@ def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 def _class_of(module: nn.Module, name: str, tensor: Tensor) -> str:
     if tensor.requires_grad:
         return ADAPTERS
-    if isinstance(module, NF4Linear) and tensor is not module.bias:
+    if isinstance(module, PackedLinear) and tensor is not module.bias:
         return CODES if tensor is module.weight else SCALES
     return EMBEDDING if name.startswith(("model.embed_tokens.", "lm_head.")) else OTHERS
 

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 
 from qsharded.quant import formats, unquantized
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 
 Filter = Callable[[str, nn.Linear], bool]
 
@@ -19,7 +19,7 @@ def quantize_(
     block_size: int = formats.BLOCK,
     double_quant: bool = True,
 ) -> nn.Module:
-    """Replace the ``nn.Linear`` layers of ``model`` by :class:`NF4Linear`; on the meta device, by empty ones.
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`; on the meta device, by empty ones.
 
     Args:
         model: changed in place, and returned.
@@ -36,7 +36,7 @@ def quantize_(
         ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such format.
     """
     block_size = formats.QuantFormat(quant_type, block_size).block_size
-    pack = partial(NF4Linear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    pack = partial(PackedLinear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head
     adapters = unquantized.adapters_in(model)
     candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)

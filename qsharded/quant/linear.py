@@ -11,13 +11,14 @@ from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import PackedWeight
 
 
-class NF4Linear(nn.Module):
-    """``y = x W^T + b`` with a frozen NF4 weight, double-quantized unless it is made with ``double_quant=False``.
+class PackedLinear(nn.Module):
+    """``y = x W^T + b`` with a frozen weight in 4 bits, double-quantized unless it is made with ``double_quant=False``.
 
     The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
     arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
-    It holds the other formats of bitsandbytes too, FP4 and blocks of 32 to 4096; the fast kernels are for blocks of 64.
+    The usual format is NF4 in blocks of 64, and the fast kernels are for it. Of any other it holds the bytes as well:
+    FP4, blocks of 32 to 4096, and what ``formats.register_format`` adds.
 
     Attributes:
         weight: bf16 [N, K/4], the bytes of the codes uint8 [N, K/2].
@@ -70,7 +71,7 @@ class NF4Linear(nn.Module):
         quant_type: str = "nf4",
         block_size: int = formats.BLOCK,
         double_quant: bool = True,
-    ) -> "NF4Linear":
+    ) -> "PackedLinear":
         """Quantize ``linear`` on its device; on the meta device only the shapes are taken. The bias is shared.
 
         Raises:
@@ -112,7 +113,7 @@ class NF4Linear(nn.Module):
         if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
             name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
             raise TypeError(
-                f"packed NF4 bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
+                f"packed bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
                 "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
             )
         second_level = self.weight_absmax_scales, self.weight_absmax_offset
@@ -129,11 +130,11 @@ class NF4Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return ops.nf4_linear(x, self.packed(), bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
         if fn(torch.empty(0, dtype=torch.bfloat16, device=self.weight.device)).dtype != torch.bfloat16:
             raise TypeError(
-                "an NF4Linear cannot be cast: its packed bytes are stored as bfloat16 and a cast would destroy them. "
+                "a PackedLinear cannot be cast: its packed bytes are stored as bfloat16 and a cast would destroy them. "
                 "Cast the other modules, or choose the dtype when the model is made"
             )
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -48,7 +48,7 @@ def pack_weight(
 
 
 def double_quantize(absmax_NG: Tensor, rows: SharedRows | None = None) -> QuantizedAbsmax:
-    """A whole weight's absmax, or ``rows`` of it, in 8 bits: the bytes of ``formats.double_quantize`` on any number of ranks."""
+    """A whole weight's absmax, or ``rows`` of it, in 8 bits: on any number of ranks to the same bytes."""
     if rows is None:
         return QuantizedAbsmax(*backends.double_quantize(absmax_NG))
     offset = _agreed_offset(absmax_NG, rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _of_other_modules(model: nn.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     adapters = adapters_in(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear) or module in adapters:
+        if isinstance(module, nn.Linear | nn.Embedding | PackedLinear) or module in adapters:
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() >= 2 and parameter.is_floating_point():

@@ -16,7 +16,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.packed_format import own_config
 from qsharded.models import CausalLM
-from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 
@@ -221,7 +221,7 @@ def test_their_checkpoints_keep_their_bytes(
     model, stored = load_model(folder, dtype=torch.float32), tensors(folder)
     for name, weight in dequantized_by_bitsandbytes(folder).items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, NF4Linear)
+        assert isinstance(layer, PackedLinear)
         codes, absmax, scales, _ = layer.packed().tensors
         assert torch.equal(codes.reshape(-1), stored[f"{name}.weight"].reshape(-1).view(torch.uint8))
         assert torch.equal(absmax.reshape(-1), stored[f"{name}.weight.absmax"])
@@ -232,7 +232,7 @@ def test_their_checkpoints_keep_their_bytes(
 def with_plain_weights(model: CausalLM) -> CausalLM:
     """The same model with its packed layers dequantized, a plain one each."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, PackedLinear):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             plain.weight.data, plain.bias = layer.dequantize(torch.float32), layer.bias
             model.set_submodule(name, plain)
@@ -250,7 +250,7 @@ def test_layers_that_they_left_out_stay_plain(original: Path, tmp_path: Path) ->
     skipped = ["lm_head", "model.layers.1.mlp"]
     folder = by_bitsandbytes(original, tmp_path, llm_int8_skip_modules=skipped, bnb_4bit_use_double_quant=True)
     model = load_model(folder)
-    packed = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert len(packed) == 14 - 3
     up = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(model.get_parameter(up), tensors(original)[up])

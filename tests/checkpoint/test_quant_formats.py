@@ -14,7 +14,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.report import inspect_path
 from qsharded.models import CausalLM
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.checkpoint.test_packed_format import with_plain_weights
 from tests.checkpoints import pack_by_bitsandbytes, packed_by_bitsandbytes, write_checkpoint
@@ -35,8 +35,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {is_wide: write_checkpoint(folder, **(wide if is_wide else small)) for is_wide, folder in folders.items()}
 
 
-def layers(model: CausalLM) -> dict[str, NF4Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+def layers(model: CausalLM) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 @every_kind

@@ -15,7 +15,7 @@ from qsharded.checkpoint import load_model, read_ahead
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.distributed.layout import SHARDED, Layout
-from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.quant import formats
 from qsharded.utils.sharding import local, own_rows, whole
 from tests.checkpoints import write_checkpoint
@@ -136,7 +136,7 @@ def test_a_packed_checkpoint_has_the_same_bytes_on_three_ranks(folder: Path, tmp
 def test_loaded_bytes_are_those_of_the_format(folder: Path) -> None:
     model = load_model(folder, dtype=torch.bfloat16)
     source = SafetensorsFolder(folder)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert len(packed) == 2 * 7
     for name, layer in packed.items():
         weight = source.rows(f"{name}.weight", 0, layer.out_features)

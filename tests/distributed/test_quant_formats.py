@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.checkpoint import load_model
-from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.utils.sharding import local
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -39,7 +39,7 @@ def of_model(model: nn.Module) -> Found:
     state = {name: whole_bytes(tensor).clone() for name, tensor in model.named_parameters()}
     state |= {name: buffer.reshape(-1).view(torch.uint8) for name, buffer in model.named_buffers()}
     k_proj = model.get_submodule("model.layers.0.self_attn.k_proj.base_layer")
-    assert isinstance(k_proj, NF4Linear)
+    assert isinstance(k_proj, PackedLinear)
     rows = local(k_proj.weight).shape[0]
     return Found(state, two_steps(model), k_proj.quant_type, k_proj.block_size, rows)
 

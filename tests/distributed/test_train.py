@@ -518,7 +518,7 @@ def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, 
 
     from qsharded.checkpoint import load_model
     from qsharded.checkpoint.adapter import load_adapter, read_lora_config
-    from qsharded.nn import NF4Linear
+    from qsharded.nn import PackedLinear
 
     train.main([*arguments(model, dataset, tmp_path, max_steps=3), "--use-rslora", "--lora-alpha-pattern", "q_proj=3"])
     adapter = tmp_path / "adapter"
@@ -526,7 +526,7 @@ def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, 
     load_adapter(ours, adapter)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for name, module in ours.named_modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, PackedLinear):
             theirs.get_submodule(name.removesuffix(".base_layer")).weight.data = module.dequantize(torch.float32)
     ids = torch.arange(30).view(2, 15)
     with torch.no_grad():

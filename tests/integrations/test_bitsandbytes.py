@@ -19,7 +19,7 @@ from qsharded.distributed import fsdp
 from qsharded.integrations import bitsandbytes_kernels, entry
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
 from qsharded.integrations.bitsandbytes_format import rows_as_parameters
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats, ops
 from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -56,7 +56,7 @@ def test_a_model_is_converted_and_back_with_its_bytes(nested: bool, storage: tor
     before, weight = dequantized(model[0]), model[0].weight
     convert_bitsandbytes(model)
     ours = model[0]
-    assert isinstance(ours, NF4Linear)
+    assert isinstance(ours, PackedLinear)
     assert ours.weight.data_ptr() == weight.data_ptr()
     shared_absmax = ours.weight_absmax.data_ptr() == weight.quant_state.absmax.data_ptr()
     assert shared_absmax == (not nested or columns == 128)  # an odd number of bytes a row is padded
@@ -174,7 +174,7 @@ def test_what_cannot_be_held_is_refused_and_the_model_left_as_it_was() -> None:
         convert_bitsandbytes(nn.Sequential(bnb.nn.Linear4bit(64, 8, quant_type="nf4")))
     with pytest.raises(ValueError, match="no layer of bitsandbytes in 4 bits"):
         convert_bitsandbytes(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="no NF4Linear"):
+    with pytest.raises(ValueError, match="no PackedLinear"):
         to_bitsandbytes(nn.Sequential(nn.Linear(2, 2)))
 
 

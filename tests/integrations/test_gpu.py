@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qsharded.integrations.transformers import QShardedConfig
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
 
@@ -44,7 +44,7 @@ def test_a_model_is_quantized_on_the_gpu_to_the_bytes_of_the_cpu(tmp_path: Path)
 def test_generating_compiled_with_a_static_cache_keeps_the_bytes_and_the_tokens(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, hidden_size=256, intermediate_size=512)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QShardedConfig())
-    packed = {n: m.weight.view(torch.uint8).clone() for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    packed = {n: m.weight.view(torch.uint8).clone() for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     ids = torch.arange(8, device="cuda").view(1, 8)
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     static = model.generate(ids, max_new_tokens=8, do_sample=False, cache_implementation="static")

@@ -1,4 +1,4 @@
-"""PEFT adapts models of NF4Linear layers; the reference is PEFT itself on the dequantized weights in plain layers."""
+"""PEFT adapts models of PackedLinear layers; the reference is PEFT on the dequantized weights in plain layers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +17,9 @@ from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.adapter import save_adapter as native_save
 from qsharded.distributed import fsdp
 from qsharded.integrations import peft as integration
-from qsharded.integrations.peft import NF4LoraLinear, save_adapter
+from qsharded.integrations.peft import PackedLoraLinear, save_adapter
 from qsharded.integrations.transformers import QShardedConfig
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.adapters import round_to_nf4, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
@@ -58,12 +58,12 @@ def plain_model(checkpoint: Path) -> PreTrainedModel:
     return round_to_nf4(transformers_model(checkpoint, torch.float32))
 
 
-def layers(model: nn.Module) -> list[NF4LoraLinear]:
-    return [module for module in model.modules() if isinstance(module, NF4LoraLinear)]
+def layers(model: nn.Module) -> list[PackedLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLoraLinear)]
 
 
 def packed_bytes(model: nn.Module) -> list[list[Tensor]]:
-    return [[t.clone() for t in m.packed().tensors] for m in model.modules() if isinstance(m, NF4Linear)]
+    return [[t.clone() for t in m.packed().tensors] for m in model.modules() if isinstance(m, PackedLinear)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -105,7 +105,7 @@ def test_merging_quantizes_the_sum_and_unmerging_gives_back_the_bytes(
     for name, merged in sums.items():
         for found, expected in zip(
             model.get_submodule(name).base_layer.packed().tensors,
-            NF4Linear.from_linear(merged).packed().tensors,
+            PackedLinear.from_linear(merged).packed().tensors,
             strict=True,
         ):
             assert torch.equal(found, expected)
@@ -120,7 +120,7 @@ def test_merging_keeps_the_kind(checkpoint: Path, tmp_path: Path) -> None:
     config = QShardedConfig(format="fp4", block_size=32, double_quant=False)
     base = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder)
-    [name, *_] = [name for name, module in model.named_modules() if isinstance(module, NF4LoraLinear)]
+    [name, *_] = [name for name, module in model.named_modules() if isinstance(module, PackedLoraLinear)]
     layer = model.get_submodule(name)
     expected = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
     merged = model.merge_and_unload().get_submodule(name.removeprefix("base_model.model."))
@@ -174,7 +174,7 @@ def test_installing_twice_is_as_once_and_can_be_undone(checkpoint: Path) -> None
     integration.uninstall()
     assert tuners_utils._maybe_include_all_linear_layers.__module__ == tuners_utils.__name__
     config = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="Target module NF4Linear"):
+    with pytest.raises(ValueError, match="Target module PackedLinear"):
         get_peft_model(packed_model(checkpoint), config)
     assert len(layers(get_peft_model(packed_model(checkpoint), integration.register(config)))) == 2
 

@@ -1,4 +1,4 @@
-"""transformers reads, writes and shards models of NF4Linear layers."""
+"""transformers reads, writes and shards models of PackedLinear layers."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.integrations.transformers import QShardedConfig, from_bitsandbytes
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -45,7 +45,7 @@ def as_bytes(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
 def test_its_bytes_are_those_of_the_native_loader(checkpoint: Path) -> None:
     model = quantized(checkpoint)
     assert as_bytes(model.state_dict()) == as_bytes(load_model(checkpoint, device="cpu").state_dict())
-    assert not any(p.requires_grad for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters())
+    assert not any(p.requires_grad for m in model.modules() if isinstance(m, PackedLinear) for p in m.parameters())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -53,7 +53,7 @@ def test_a_saved_model_is_read_bit_for_bit(checkpoint: Path, tmp_path: Path, dou
     model = quantized(checkpoint, double_quant=double_quant)
     model.save_pretrained(tmp_path)
     again = read(tmp_path)
-    assert isinstance(again.model.layers[0].mlp.up_proj, NF4Linear)
+    assert isinstance(again.model.layers[0].mlp.up_proj, PackedLinear)
     assert as_bytes(again.state_dict()) == as_bytes(model.state_dict())
     tokens = [m.generate(IDS, max_new_tokens=4, do_sample=False) for m in (model, again)]
     assert torch.equal(*tokens)
@@ -65,7 +65,7 @@ def test_it_saves_what_the_quantize_command_writes(checkpoint: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     for name, layer in model.named_modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, PackedLinear):
             endings = ("", "_absmax", "_absmax_scales", "_absmax_offset")
             for ending, tensor in zip(endings, layer.packed().tensors, strict=True):
                 found = stored.pop(f"{name}.weight{ending}")

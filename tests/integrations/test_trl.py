@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer trains adapters on NF4Linear layers, where it is installed."""
+"""TRL's SFTTrainer trains adapters on PackedLinear layers, where it is installed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qsharded
 from qsharded.integrations import peft as integration
-from qsharded.integrations.peft import NF4LoraLinear
+from qsharded.integrations.peft import PackedLoraLinear
 from qsharded.integrations.transformers import QShardedConfig
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -29,7 +29,7 @@ def installed() -> Iterator[None]:
 
 def test_two_steps_of_sft_train_the_adapters_alone(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, quantization_config=QShardedConfig())
-    packed = {name: m.packed().tensors[0].clone() for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    packed = {name: m.packed().tensors[0].clone() for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     rows = [{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "T-A-C"}]}] * 4
     trainer = trl.SFTTrainer(
         model=model,
@@ -46,7 +46,9 @@ def test_two_steps_of_sft_train_the_adapters_alone(tmp_path: Path) -> None:
     assert len(losses) == 2
     assert losses[1] < losses[0]  # both steps see the same row
     adapted = {
-        n.removeprefix("base_model.model."): m for n, m in trainer.model.named_modules() if isinstance(m, NF4LoraLinear)
+        n.removeprefix("base_model.model."): m
+        for n, m in trainer.model.named_modules()
+        if isinstance(m, PackedLoraLinear)
     }
     assert adapted.keys() == packed.keys()
     for name, layer in adapted.items():

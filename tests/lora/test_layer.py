@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.lora.layer import initial_A, lora_layers, reset_adapters
-from qsharded.nn import LoRAConfig, LoRALinear, NF4Linear, add_lora, quantize_
+from qsharded.nn import LoRAConfig, LoRALinear, PackedLinear, add_lora, quantize_
 from tests.kernels.cases import assert_same_bits
 
 N, K, R = 48, 192, 4
@@ -382,7 +382,7 @@ def test_the_base_layer_is_the_layer_itself() -> None:
     model = packed()
     base = model[0]
     assert add_lora(model, LoRAConfig(r=R)) is model
-    assert isinstance(base, NF4Linear)
+    assert isinstance(base, PackedLinear)
     assert model[0].base_layer is base
 
 

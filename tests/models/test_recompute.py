@@ -14,7 +14,7 @@ from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.fused.projections import Projection
 from qsharded.models import CausalLM
 from qsharded.models.recompute import Mode, recomputed
-from qsharded.nn import LoRAConfig, NF4Linear
+from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.plan.simulation import LiveBytes
 from qsharded.quant import backends
 from qsharded.quant.formats import NF4_64, QuantFormat
@@ -41,7 +41,7 @@ def test_what_a_fused_block_computes_again(
 ) -> None:
     """Each product dequantizes its weight, so that is counted. Nothing reads what down_proj puts out."""
     model = packed_model(tmp_path, kind, mode, dropout=0.0)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     names = {layer.packed().codes.data_ptr(): name for name, layer in layers.items()}
     put_weight, dequantized = Projection.put_weight, Counter()
 

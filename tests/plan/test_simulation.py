@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.plan.simulation import LiveBytes, as_on_gpu
 from qsharded.quant import formats
 
@@ -42,7 +42,7 @@ def test_backward_lets_go_of_what_it_has_used() -> None:
 
 
 def test_a_packed_weight_is_dequantized_inside_its_product() -> None:
-    layer = NF4Linear(128, 320, bias=False, device="meta")
+    layer = PackedLinear(128, 320, bias=False, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with LiveBytes([x, *layer.parameters(), *layer.buffers()]) as live:
         y = layer(x)
@@ -54,9 +54,11 @@ def test_a_packed_weight_is_dequantized_inside_its_product() -> None:
 
 
 def test_other_blocks_are_dequantized_by_plain_pytorch_in_chunks() -> None:
-    layer = NF4Linear(128, 320, bias=False, block_size=32, device="meta")
+    layer = PackedLinear(128, 320, bias=False, block_size=32, device="meta")
     x = torch.empty(7, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    codes, absmax, _, _ = NF4Linear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed().tensors
+    codes, absmax, _, _ = (
+        PackedLinear.from_linear(nn.Linear(128, 320), block_size=32, double_quant=False).packed().tensors
+    )
     formats.dequantize_blocks(codes, absmax, torch.bfloat16, layer.quant_format)  # its table is made once, and stays
     with LiveBytes([codes, absmax]) as real:
         formats.dequantize_blocks(codes, absmax, torch.bfloat16, layer.quant_format)
@@ -64,11 +66,11 @@ def test_other_blocks_are_dequantized_by_plain_pytorch_in_chunks() -> None:
         layer(x)
     output = 7 * 320 * 2
     assert live.peak == output + real.peak
-    fp4 = NF4Linear(128, 320, bias=False, quant_type="fp4", device="meta")
+    fp4 = PackedLinear(128, 320, bias=False, quant_type="fp4", device="meta")
     with LiveBytes([x, *fp4.parameters(), *fp4.buffers()]) as live:
         fp4(x)  # the kernels dequantize it
     assert live.peak == output + 320 * 128 * 2
-    wide = NF4Linear(2**13, 2**12, bias=False, block_size=128, device="meta")
+    wide = PackedLinear(2**13, 2**12, bias=False, block_size=128, device="meta")
     x = torch.empty(1, 2**13, dtype=torch.bfloat16, device="meta")
     with LiveBytes([x, *wide.parameters(), *wide.buffers()]) as live:
         wide(x)

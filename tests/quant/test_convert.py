@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import qsharded
-from qsharded.nn import NF4Linear, quantize_
+from qsharded.nn import PackedLinear, quantize_
 from qsharded.quant import formats
 from tests.kernels.cases import assert_same_bits
 
@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
-    return {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear)}
+    return {name: type(m) for name, m in model.named_modules() if isinstance(m, nn.Linear | PackedLinear)}
 
 
 BLOCK_LINEARS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
@@ -43,7 +43,7 @@ BLOCK_LINEARS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
 def test_every_linear_but_the_head_and_misfits_is_replaced_in_place() -> None:
     model = Model()
     assert quantize_(model) is model
-    assert kinds(model) == dict.fromkeys(BLOCK_LINEARS, NF4Linear) | dict.fromkeys(["odd", "lm_head"], nn.Linear)
+    assert kinds(model) == dict.fromkeys(BLOCK_LINEARS, PackedLinear) | dict.fromkeys(["odd", "lm_head"], nn.Linear)
     assert isinstance(model.layers[0].norm, nn.LayerNorm)
 
 
@@ -53,7 +53,7 @@ def test_the_head_is_left_out_wherever_it_is(head: str) -> None:
     model["lm_head"] = nn.Linear(64, 8)
     quantize_(model)
     assert kinds(model)[head] is nn.Linear
-    assert kinds(model)["text.not_lm_head"] is NF4Linear
+    assert kinds(model)["text.not_lm_head"] is PackedLinear
 
 
 def test_a_layer_whose_width_does_not_fit_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +122,7 @@ def test_the_filter_sees_each_linear_and_decides() -> None:
     expected = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     quantize_(model, chosen)
     assert seen == expected
-    assert {name for name, kind in kinds(model).items() if kind is NF4Linear} == {"layers.1.down", "lm_head"}
+    assert {name for name, kind in kinds(model).items() if kind is PackedLinear} == {"layers.1.down", "lm_head"}
 
 
 def test_a_quantized_model_computes_with_the_dequantized_weights() -> None:
@@ -180,7 +180,7 @@ def test_on_the_meta_device_layers_come_empty() -> None:
     with torch.device("meta"):
         model = quantize_(Model())
     assert all(p.is_meta for p in model.parameters())
-    assert [name for name, kind in kinds(model).items() if kind is NF4Linear] == BLOCK_LINEARS
+    assert [name for name, kind in kinds(model).items() if kind is PackedLinear] == BLOCK_LINEARS
 
 
 def test_it_is_public() -> None:

@@ -1,4 +1,4 @@
-"""NF4Linear goes through torch.export and ahead-of-time compilation, its bytes and results unchanged."""
+"""PackedLinear goes through torch.export and ahead-of-time compilation, its bytes and results unchanged."""
 
 import io
 import itertools

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from qsharded.nn import NF4Linear
+from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.kernels.cases import assert_same_bits, random_weight
 
@@ -35,9 +35,9 @@ def activations(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def all_patterns() -> NF4Linear:
+def all_patterns() -> PackedLinear:
     """Each of the 65,536 bf16 patterns stands in the weight once, and every kind of NaN in the absmax."""
-    layer = NF4Linear.from_linear(linear(512, 512))
+    layer = PackedLinear.from_linear(linear(512, 512))
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     layer.weight.data.view(torch.int16).copy_(patterns.view(512, 128))
     nans = patterns.view(torch.bfloat16).isnan()
@@ -46,13 +46,13 @@ def all_patterns() -> NF4Linear:
     return layer
 
 
-def bytes_of(layer: NF4Linear) -> dict[str, Tensor]:
+def bytes_of(layer: PackedLinear) -> dict[str, Tensor]:
     """Copies of every bit that a forward reads; ``torch.equal`` is False on NaN patterns."""
     named = [*layer.named_parameters(), *layer.named_buffers()]
     return {name: tensor.detach().clone().view(-1).view(torch.uint8) for name, tensor in named}
 
 
-def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
+def assert_same_bytes(layer: PackedLinear, expected: dict[str, Tensor]) -> None:
     actual = bytes_of(layer)
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
@@ -68,7 +68,7 @@ def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("K", [64, 128, 576])
 def test_it_holds_what_nf4_quantize_gives(K: int, dtype: torch.dtype) -> None:
     dense = linear(K, dtype=dtype)
-    layer, packed = NF4Linear.from_linear(dense), formats.quantize(dense.weight)
+    layer, packed = PackedLinear.from_linear(dense), formats.quantize(dense.weight)
     for actual, expected in zip(layer.packed().tensors, (packed.codes, packed.absmax_codes), strict=False):
         assert_same_bits(actual.contiguous(), expected)
     assert_same_bits(layer.weight_absmax_scales, packed.absmax_scales)
@@ -81,7 +81,10 @@ def test_it_holds_what_nf4_quantize_gives(K: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("K", [64, 128, 576])
 def test_without_double_quantization_it_holds_fp32_absmax(K: int) -> None:
     dense = linear(K)
-    layer, packed = NF4Linear.from_linear(dense, double_quant=False), formats.quantize(dense.weight, double_quant=False)
+    layer, packed = (
+        PackedLinear.from_linear(dense, double_quant=False),
+        formats.quantize(dense.weight, double_quant=False),
+    )
     codes, absmax, scales, offset = layer.packed().tensors
     assert_same_bits(codes, packed.codes)
     assert_same_bits(absmax, packed.absmax)
@@ -93,10 +96,10 @@ def test_without_double_quantization_it_holds_fp32_absmax(K: int) -> None:
 
 
 def test_without_double_quantization_moves_casts_and_saves_keep_the_bytes() -> None:
-    layer = NF4Linear.from_linear(linear(), double_quant=False)
+    layer = PackedLinear.from_linear(linear(), double_quant=False)
     before = bytes_of(layer)
     assert before.keys() == {*PACKED, "bias"}
-    empty = NF4Linear(576, 40, double_quant=False, device="meta").to_empty(device="cpu")
+    empty = PackedLinear(576, 40, double_quant=False, device="meta").to_empty(device="cpu")
     empty.load_state_dict(load(save(layer.state_dict())))
     for other in (layer.bfloat16().cpu(), copy.deepcopy(layer), empty):
         for name, wanted in before.items():
@@ -107,7 +110,7 @@ def test_without_double_quantization_moves_casts_and_saves_keep_the_bytes() -> N
 
 @pytest.mark.parametrize(("K", "words"), [(64, 1), (128, 1), (192, 2), (576, 5)])
 def test_storage_is_bf16_words_in_whole_rows_and_an_odd_row_of_absmax_ends_in_zero(K: int, words: int) -> None:
-    layer = NF4Linear.from_linear(linear(K, 7))
+    layer = PackedLinear.from_linear(linear(K, 7))
     assert (layer.weight.shape, layer.weight_absmax.shape) == ((7, K // 4), (7, words))
     if K // 64 % 2:
         assert (layer.weight_absmax.view(torch.uint8)[:, -1] == 0).all()
@@ -122,7 +125,7 @@ def test_other_kinds_are_stored_in_whole_rows_too(
     K: int, block_size: int, words: int, fp32_words: int, quant_type: str
 ) -> None:
     dense, kind = linear(K, 7), {"quant_type": quant_type, "block_size": block_size}
-    layer, expected = NF4Linear.from_linear(dense, **kind), formats.quantize(dense.weight, **kind)
+    layer, expected = PackedLinear.from_linear(dense, **kind), formats.quantize(dense.weight, **kind)
     assert (layer.weight.shape, layer.weight_absmax.shape) == ((7, K // 4), (7, words))
     parts = expected.codes, expected.absmax_codes, expected.absmax_scales, expected.absmax_offset
     for actual, wanted in zip(layer.packed().tensors, parts, strict=True):
@@ -130,7 +133,7 @@ def test_other_kinds_are_stored_in_whole_rows_too(
     if K // block_size % 2:
         assert (layer.weight_absmax.view(torch.uint8)[:, -1] == 0).all()
     assert f"quant_type={quant_type}, block_size={block_size}" in repr(layer)
-    plain = NF4Linear.from_linear(dense, double_quant=False, **kind)
+    plain = PackedLinear.from_linear(dense, double_quant=False, **kind)
     assert plain.weight_absmax.shape == (7, fp32_words)
     assert_same_bits(plain.packed().tensors[1], formats.quantize_blocks(dense.weight, layer.quant_format)[1])
     assert copy.deepcopy(layer).quant_format == layer.quant_format == formats.QuantFormat(**kind)
@@ -138,13 +141,13 @@ def test_other_kinds_are_stored_in_whole_rows_too(
 
 def test_rows_of_no_whole_blocks_and_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="in_features must be a multiple of 128, got 192"):
-        NF4Linear(192, 8, block_size=128)
+        PackedLinear(192, 8, block_size=128)
     with pytest.raises(ValueError, match="quant_type must be one of"):
-        NF4Linear(192, 8, quant_type="int4")
+        PackedLinear(192, 8, quant_type="int4")
 
 
 def test_packed_are_views() -> None:
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     codes, absmax, scales, offset = layer.packed().tensors
     assert codes.data_ptr() == layer.weight.data_ptr()
     assert absmax.data_ptr() == layer.weight_absmax.data_ptr()
@@ -153,16 +156,16 @@ def test_packed_are_views() -> None:
 
 
 def test_nothing_of_it_trains_and_all_of_it_is_saved() -> None:
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     assert not any(p.requires_grad for p in layer.parameters())
     assert set(layer.state_dict()) == {*PACKED, *BUFFERS, "bias"}
-    assert set(NF4Linear.from_linear(linear(bias=False)).state_dict()) == {*PACKED, *BUFFERS}
+    assert set(PackedLinear.from_linear(linear(bias=False)).state_dict()) == {*PACKED, *BUFFERS}
 
 
 def test_the_bias_is_shared_and_the_weight_is_not_touched() -> None:
     dense = linear(dtype=torch.float32)
     before = dense.weight.detach().clone()
-    layer = NF4Linear.from_linear(dense)
+    layer = PackedLinear.from_linear(dense)
     assert layer.bias.data_ptr() == dense.bias.data_ptr()
     assert_same_bits(dense.weight.detach(), before)
     assert dense.bias.requires_grad
@@ -170,12 +173,12 @@ def test_the_bias_is_shared_and_the_weight_is_not_touched() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_it_trains_or_not_as_the_layer_that_it_replaces(training: bool) -> None:
-    assert NF4Linear.from_linear(linear().train(training)).training is training
+    assert PackedLinear.from_linear(linear().train(training)).training is training
 
 
 def test_on_the_meta_device_shapes_alone_are_taken() -> None:
-    layer = NF4Linear.from_linear(linear().to("meta"))
-    filled = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear().to("meta"))
+    filled = PackedLinear.from_linear(linear())
     assert all(t.is_meta for t in layer.state_dict().values())
     shapes = [{k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (layer, filled)]
     assert shapes[0] == shapes[1]
@@ -192,7 +195,7 @@ def test_on_the_meta_device_shapes_alone_are_taken() -> None:
 def test_forward_and_backward_are_a_dense_layer_with_the_dequantized_weight(
     K: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    layer = NF4Linear.from_linear(linear(K, bias=bias))
+    layer = PackedLinear.from_linear(linear(K, bias=bias))
     x, dense_x = (activations(2, 5, K, dtype=dtype).requires_grad_() for _ in range(2))
     y = layer(x)
     dense = F.linear(dense_x, layer.dequantize(dtype), layer.bias.to(dtype) if bias else None)
@@ -207,7 +210,7 @@ def test_forward_and_backward_are_a_dense_layer_with_the_dequantized_weight(
 
 
 def test_a_bias_in_fp32_serves_bf16_activations() -> None:
-    layer = NF4Linear.from_linear(linear(dtype=torch.float32))
+    layer = PackedLinear.from_linear(linear(dtype=torch.float32))
     x = activations(3, 576)
     assert layer.bias.dtype == torch.float32
     assert_same_bits(layer(x), F.linear(x, layer.dequantize(), layer.bias.bfloat16()))
@@ -215,7 +218,7 @@ def test_a_bias_in_fp32_serves_bf16_activations() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_it_compiles_whole_and_gives_the_same(dtype: torch.dtype) -> None:
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = []
     for module in (layer, compiled):
@@ -230,45 +233,45 @@ def test_it_compiles_whole_and_gives_the_same(dtype: torch.dtype) -> None:
 # --- what bytes survive ---
 
 
-def through_load_state_dict(layer: NF4Linear) -> NF4Linear:
-    other = NF4Linear(512, 512)
+def through_load_state_dict(layer: PackedLinear) -> PackedLinear:
+    other = PackedLinear(512, 512)
     other.load_state_dict(layer.state_dict())
     return other
 
 
-def through_an_assigning_load_onto_meta(layer: NF4Linear) -> NF4Linear:
-    other = NF4Linear(512, 512, device="meta")
+def through_an_assigning_load_onto_meta(layer: PackedLinear) -> PackedLinear:
+    other = PackedLinear(512, 512, device="meta")
     other.load_state_dict(layer.state_dict(), assign=True)
     return other
 
 
-def through_torch_save(layer: NF4Linear) -> NF4Linear:
+def through_torch_save(layer: PackedLinear) -> PackedLinear:
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    other = NF4Linear(512, 512)
+    other = PackedLinear(512, 512)
     other.load_state_dict(torch.load(file))
     return other
 
 
-def through_safetensors(layer: NF4Linear) -> NF4Linear:
-    other = NF4Linear(512, 512)
+def through_safetensors(layer: PackedLinear) -> PackedLinear:
+    other = PackedLinear(512, 512)
     other.load_state_dict(load(save(layer.state_dict())))
     return other
 
 
-def through_compiled_reading(layer: NF4Linear) -> NF4Linear:
+def through_compiled_reading(layer: PackedLinear) -> PackedLinear:
     torch.compile(layer, fullgraph=True, backend="aot_eager")(activations(2, 512))
     return layer
 
 
-def through_to_empty_and_back(layer: NF4Linear) -> NF4Linear:
+def through_to_empty_and_back(layer: PackedLinear) -> PackedLinear:
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.to("meta").to_empty(device="cpu").load_state_dict(state)
     return layer
 
 
-JOURNEYS: list[Callable[[NF4Linear], nn.Module]] = [
+JOURNEYS: list[Callable[[PackedLinear], nn.Module]] = [
     through_load_state_dict,
     through_an_assigning_load_onto_meta,
     through_torch_save,
@@ -288,7 +291,7 @@ JOURNEYS: list[Callable[[NF4Linear], nn.Module]] = [
 
 
 @pytest.mark.parametrize("journey", JOURNEYS)
-def test_all_65536_patterns_survive(journey: Callable[[NF4Linear], NF4Linear]) -> None:
+def test_all_65536_patterns_survive(journey: Callable[[PackedLinear], PackedLinear]) -> None:
     layer = all_patterns()
     expected = bytes_of(layer)
     assert expected["weight"].view(torch.int16).unique().numel() == 65536
@@ -296,14 +299,14 @@ def test_all_65536_patterns_survive(journey: Callable[[NF4Linear], NF4Linear]) -
 
 
 def test_moving_to_meta_moves_everything_and_keeps_dtypes() -> None:
-    layer = NF4Linear.from_linear(linear()).to("meta")
+    layer = PackedLinear.from_linear(linear()).to("meta")
     assert all(t.is_meta for t in layer.state_dict().values())
     assert {layer.get_buffer(name).dtype for name in BUFFERS} == {torch.float32}
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
 def test_a_cast_to_bf16_casts_the_bias_and_no_buffer(cast: Callable[[nn.Module], nn.Module]) -> None:
-    layer = NF4Linear.from_linear(linear(dtype=torch.float32))
+    layer = PackedLinear.from_linear(linear(dtype=torch.float32))
     before = bytes_of(layer)
     scales = layer.weight_absmax_scales.clone()
     assert not torch.equal(scales.bfloat16().float(), scales)  # a detour through bf16 would show
@@ -333,7 +336,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_other_casts_raise_and_leave_every_byte(cast: str, inside: bool) -> None:
     layer = all_patterns()
     expected = bytes_of(layer)
-    with pytest.raises(TypeError, match="an NF4Linear cannot be cast: its packed bytes"):
+    with pytest.raises(TypeError, match="a PackedLinear cannot be cast: its packed bytes"):
         CASTS[cast](nn.Sequential(layer, nn.Linear(4, 4)) if inside else layer)
     assert_same_bytes(layer, expected)
     assert layer.bias.dtype == torch.bfloat16
@@ -342,7 +345,7 @@ def test_other_casts_raise_and_leave_every_byte(cast: str, inside: bool) -> None
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8], ids=str)
 def test_forward_refuses_bytes_that_were_cast_behind_its_back_and_names_them(dtype: torch.dtype, name: str) -> None:
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     cast = nn.Parameter(layer.get_parameter(name).to(dtype), requires_grad=False)
     setattr(layer, name, cast)  # as FSDP2's param_dtype, or a load with assign=True, would
     with pytest.raises(TypeError, match=rf"stored as bfloat16, but {name} arrived as {dtype}: they are destroyed"):
@@ -353,7 +356,7 @@ def test_forward_refuses_bytes_that_were_cast_behind_its_back_and_names_them(dty
 
 @pytest.mark.parametrize("name", BUFFERS)
 def test_forward_refuses_buffers_that_were_cast_behind_its_back(name: str) -> None:
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     setattr(layer, name, layer.get_buffer(name).bfloat16())
     with pytest.raises(ValueError, match=rf"{name.removeprefix('weight_')} must be .*float32"):
         layer(activations(2, 576))
@@ -363,7 +366,7 @@ def test_forward_refuses_buffers_that_were_cast_behind_its_back(name: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_state_dict_whose_bytes_were_cast_is_refused(dtype: torch.dtype, name: str) -> None:
     """Copied back into bf16, its NaN patterns are others."""
-    layer = NF4Linear.from_linear(linear())
+    layer = PackedLinear.from_linear(linear())
     state = layer.state_dict()
     with pytest.raises((TypeError, RuntimeError), match=rf"{name} .*{dtype}"):
         layer.load_state_dict(state | {name: state[name].to(dtype)})
@@ -371,7 +374,7 @@ def test_a_state_dict_whose_bytes_were_cast_is_refused(dtype: torch.dtype, name:
 
 def test_a_state_dict_of_a_dense_layer_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for weight"):
-        NF4Linear(576, 40).load_state_dict(linear().state_dict())
+        PackedLinear(576, 40).load_state_dict(linear().state_dict())
 
 
 # --- errors ---
@@ -380,9 +383,9 @@ def test_a_state_dict_of_a_dense_layer_is_refused() -> None:
 @pytest.mark.parametrize("K", [1, 63, 100, 96])
 def test_in_features_must_be_a_multiple_of_64(K: int) -> None:
     with pytest.raises(ValueError, match=f"in_features must be a multiple of 64, got {K}"):
-        NF4Linear(K, 8)
+        PackedLinear(K, 8)
     with pytest.raises(ValueError, match=f"in_features must be a multiple of 64, got {K}"):
-        NF4Linear.from_linear(nn.Linear(K, 8))
+        PackedLinear.from_linear(nn.Linear(K, 8))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -390,14 +393,14 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     dense = linear()
     dense.weight.data[3, 5] = value
     with pytest.raises(ValueError, match=r"^model\.x\.weight holds NaN or infinity"):
-        NF4Linear.from_linear(dense, "model.x.weight")
+        PackedLinear.from_linear(dense, "model.x.weight")
 
 
 def test_a_weight_of_another_dtype_is_named() -> None:
     with pytest.raises(ValueError, match=r"^up\.weight must be bfloat16, float16 or float32 .* got torch.float64"):
-        NF4Linear.from_linear(linear(dtype=torch.float64), "up.weight")
+        PackedLinear.from_linear(linear(dtype=torch.float64), "up.weight")
 
 
 def test_an_input_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x's last axis must be 576, got torch\.bfloat16"):
-        NF4Linear.from_linear(linear())(activations(2, 512))
+        PackedLinear.from_linear(linear())(activations(2, 512))

@@ -41,7 +41,7 @@ def double() -> Packed:
 
 
 def strided() -> Packed:
-    """As NF4Linear stores it: rows of 9 absmax codes, 10 bytes apart."""
+    """As PackedLinear stores it: rows of 9 absmax codes, 10 bytes apart."""
     codes, absmax, scales, offset = double()
     return codes, F.pad(absmax, (0, 1), value=255)[:, :9], scales, offset
 
@@ -190,7 +190,7 @@ def test_fp64_holds_the_fp32_weight(packing: Callable[[], Packed]) -> None:
 
 # --- FP4, and other blocks ---
 
-# rows of 3 blocks, whose absmax NF4Linear pads, and of 1
+# rows of 3 blocks, whose absmax PackedLinear pads, and of 1
 OTHER_KINDS = [("fp4", 64, 3), ("nf4", 32, 3), ("fp4", 128, 1), ("nf4", 4096, 1)]
 other_kinds = pytest.mark.parametrize(("quant_type", "block_size", "blocks"), OTHER_KINDS)
 nested_or_not = pytest.mark.parametrize("double_quant", [True, False])

@@ -29,7 +29,7 @@ Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def packed_weight(rows: int = N, columns: int = K) -> Packed:
-    """Rows of absmax codes with a byte between them, as NF4Linear stores an odd number."""
+    """Rows of absmax codes with a byte between them, as PackedLinear stores an odd number."""
     weight = formats.quantize(random_weight((rows, columns), torch.float32))
     assert weight.absmax_codes is not None
     codes, absmax, scales, offset = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qsharded.quant import backends, formats, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.kernels import Kernels
-from qsharded.quant.linear import NF4Linear
+from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import PackedWeight
 
@@ -68,7 +68,7 @@ def uniform_weight(codes: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 def test_a_format_from_outside_is_quantized_and_multiplied_without_kernels_of_its_own(block_size: int) -> None:
     formats.register_format("uniform", UNIFORM)
     linear = nn.Linear(256, 7)
-    layer = NF4Linear.from_linear(linear, quant_type="uniform", block_size=block_size, double_quant=False)
+    layer = PackedLinear.from_linear(linear, quant_type="uniform", block_size=block_size, double_quant=False)
     packed = layer.packed()
     expected = uniform_weight(packed.codes, packed.absmax, block_size)
     assert torch.equal(layer.dequantize(torch.float32), expected)
@@ -82,10 +82,10 @@ def test_kernels_from_outside_serve_their_format_and_no_other() -> None:
     asked: list[str] = []
     formats.register_format("uniform", UNIFORM)
     backends.register_kernels("cpu", "uniform", lambda device: UniformKernels(asked))
-    plain, linear = NF4Linear.from_linear(nn.Linear(128, 7)), nn.Linear(128, 7)
+    plain, linear = PackedLinear.from_linear(nn.Linear(128, 7)), nn.Linear(128, 7)
     plain(torch.randn(2, 128))
     assert asked == []
-    layer = NF4Linear.from_linear(linear, quant_type="uniform")
+    layer = PackedLinear.from_linear(linear, quant_type="uniform")
     expected = layer.dequantize(torch.float32)
     assert asked == ["quantize", "dequantize"]
     for M, more in ((1, "linear"), (2, "dequantize")):

@@ -124,6 +124,8 @@ def compare(
 def measure(ranks: int, options: dict[str, Any], trainer_flags: list[str]) -> dict[str, Any]:
     settings = options | {"logging_steps": 1, "save_steps": 0, "lora_r": 16}
     settings |= {"random_init": True} if "model" in options else {}
+    if "--activation-checkpointing" in trainer_flags:
+        settings.pop("activation_checkpointing", None)
     subprocess.run(torchrun(ranks, "benchmarks.gpu_training_rank", [*flags_of(settings), *trainer_flags]), check=True)
     rows = [row for row in read_metrics(options["output_dir"] / "metrics.jsonl") if "loss" in row]
     assert not rows[-1]["skipped_steps"], "a step was skipped: its loss, and so the run, is no measure"

@@ -30,18 +30,21 @@ from qsharded.plan.run import plan
 LARGEST_GAP = 0.10
 LLAMA3_8B, LLAMA3_70B = SHAPES["llama3-8b"], SHAPES["llama3-70b"]
 TINY = LLAMA3_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 4}
+CHECKPOINTING = "--activation-checkpointing"
+FULL = [CHECKPOINTING, "full"]
 # name: (shape, GPUs, rows of a micro-batch, tokens of a row, further flags)
 CASES: dict[str, tuple[dict[str, Any], int, int, int, list[str]]] = {
-    "1b-keeping": (TINY, 1, 4, 2048, ["--activation-checkpointing", "none"]),
-    "8b": (LLAMA3_8B, 1, 4, 2048, []),
-    "8b-long": (LLAMA3_8B, 1, 1, 16384, []),
-    "8b-keeping": (LLAMA3_8B, 1, 1, 2048, ["--activation-checkpointing", "none"]),
-    "8b-bf16-adapters": (LLAMA3_8B, 1, 2, 2048, ["--lora-dtype", "bfloat16", "--lora-r", "64"]),
-    "8b-selective": (LLAMA3_8B, 1, 4, 2048, ["--activation-checkpointing", "selective"]),
-    "8b-offloaded": (LLAMA3_8B, 1, 4, 2048, ["--activation-checkpointing", "offloaded"]),
-    "8b-adamw": (LLAMA3_8B, 1, 1, 2048, ["--optim", "adamw", "--lora-r", "128"]),
-    "70b-from-host": (LLAMA3_70B, 1, 1, 2048, ["--cpu-offload", "--activation-checkpointing", "offloaded"]),
-    "8b-replicated": (LLAMA3_8B, 2, 4, 2048, ["--sharding", "replicate"]),
+    "1b-keeping": (TINY, 1, 4, 2048, [CHECKPOINTING, "none"]),
+    "8b": (LLAMA3_8B, 1, 4, 2048, FULL),
+    "8b-long": (LLAMA3_8B, 1, 1, 16384, FULL),
+    "8b-keeping": (LLAMA3_8B, 1, 1, 2048, [CHECKPOINTING, "none"]),
+    "8b-bf16-adapters": (LLAMA3_8B, 1, 2, 2048, [*FULL, "--lora-dtype", "bfloat16", "--lora-r", "64"]),
+    "8b-selective": (LLAMA3_8B, 1, 4, 2048, [CHECKPOINTING, "selective"]),
+    "8b-offloaded": (LLAMA3_8B, 1, 4, 2048, [CHECKPOINTING, "offloaded"]),
+    "8b-mixed": (LLAMA3_8B, 1, 4, 2048, [*FULL, "--checkpointed-layers", "20"]),
+    "8b-adamw": (LLAMA3_8B, 1, 1, 2048, [*FULL, "--optim", "adamw", "--lora-r", "128"]),
+    "70b-from-host": (LLAMA3_70B, 1, 1, 2048, ["--cpu-offload", CHECKPOINTING, "offloaded"]),
+    "8b-replicated": (LLAMA3_8B, 2, 4, 2048, [*FULL, "--sharding", "replicate"]),
 }
 
 
@@ -106,7 +109,6 @@ def options(folder: Path, shape: dict[str, Any], rows: int, length: int) -> list
         "max-length": length,
         "overlong": "truncate",
         "per-device-train-batch-size": rows,
-        "activation-checkpointing": "full",
         "gradient-accumulation-steps": 2,
         "max-steps": 3,
         "save-steps": 0,

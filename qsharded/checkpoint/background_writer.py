@@ -176,21 +176,22 @@ class CheckpointWriter:
         held = tensors.parameters.items()
         return RankTensors({n: Rows(r.start, r.stop, copy(f"{kind} {n}", r.tensors)) for n, r in held})
 
-    def check(self, progress: Progress | None = None) -> None:
+    def check(self, applied_steps: int | None = None) -> None:
         """Raise the error of a checkpoint that could not be written meanwhile.
 
-        Where ``progress`` proves the newest checkpoint, the older one that was kept in its stead goes.
+        Where steps that changed the weights, so many since the run's start, prove the newest checkpoint, the older one
+        that was kept in its stead goes.
         """
         if self._pending is not None and self._pending.done():
             self.settle()
-        if self._pending is None and progress and self._unproved is not None:
-            self._drop_if_proved(progress)
+        if self._pending is None and applied_steps is not None:
+            self._drop_if_proved(applied_steps)
 
-    def _drop_if_proved(self, progress: Progress) -> None:
-        if self._unproved is not None and progress.applied_steps > self._unproved:
+    def _drop_if_proved(self, applied_steps: int) -> None:
+        if self._unproved is not None and applied_steps > self._unproved:
             self._unproved = None
             if self._world.is_main:
-                self._pending = self._thread.submit(self._drop_old, progress.applied_steps)
+                self._pending = self._thread.submit(self._drop_old, applied_steps)
 
     def keep_newest(self) -> None:
         """At a run's good end: no more checkpoints stay than were asked for, proved or not."""

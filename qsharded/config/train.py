@@ -172,6 +172,13 @@ class TrainConfig:
     )
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
+    profile: str | None = _output(
+        "Steps to record, as 12 or 12-14: OUTPUT_DIR/profile has a trace of each rank then, for chrome://tracing or "
+        "ui.perfetto.dev.",
+        None,
+        metavar="STEP|FIRST-LAST",
+        unset="none",
+    )
     save_steps: int = _output(
         "Steps from one checkpoint to the next; the last step has one too. 0 writes none, save where a "
         "signal stops the run.",
@@ -253,8 +260,15 @@ class TrainConfig:
         assert self.activation_checkpointing != "auto", "auto is chosen by the plan first"
         return Checkpointing(self.activation_checkpointing, self.checkpointed_layers)
 
+    @property
+    def profiled_steps(self) -> tuple[int, int]:
+        """The first and the last step of --profile."""
+        first, _, last = (self.profile or "").partition("-")
+        return int(first), int(last or first)
+
     def __post_init__(self) -> None:
         check_values(self)
+        _check_profile(self)
         if not self.datasets:
             raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
@@ -278,6 +292,16 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_profile(config: TrainConfig) -> None:
+    if config.profile is None:
+        return
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", config.profile):
+        raise ValueError(f"--profile must be a step (12) or the first and the last (12-14), got {config.profile!r}")
+    first, last = config.profiled_steps
+    if first > last:
+        raise ValueError(f"--profile must name the first step before the last, got {config.profile}")
 
 
 def _check_checkpointing(config: TrainConfig) -> None:

@@ -42,6 +42,12 @@ class Batch:
         parts: dict[str, Any] = {field.name: _moved(getattr(self, field.name), device) for field in fields(self)}
         return Batch(**parts)
 
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from where a GPU copies it beside its work."""
+        parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        pinned: dict[str, Any] = {name: None if part is None else part.pin_memory() for name, part in parts}
+        return Batch(**pinned)
+
 
 def make_batch(rows: Sequence[Sequence[Example]], *, pad_id: int, max_length: int) -> Batch:
     """A batch of ``rows``, padded to the longest and then to a multiple of 8 or ``max_length``, whichever is less.

@@ -1,7 +1,7 @@
 """Steps of training: which rows each optimizer step takes, and each rank's share of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from random import Random
 
 from qsharded.data.batches import Batch, make_batch
@@ -36,6 +36,10 @@ class Step:
     tokens: int
     groups: int
     cursor: Cursor
+
+    def pin_memory(self) -> "Step":
+        """The step with its batches in page-locked memory."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
 @dataclass
@@ -125,9 +129,10 @@ class StepLoader:
         return self._row_counts[epoch]
 
     def _rows(self, epoch: int) -> list[Row]:
-        if self._rows_of is None or self._rows_of[0] != epoch:
-            self._rows_of = (epoch, self._make_rows(epoch))
-        return self._rows_of[1]
+        found = self._rows_of  # read once: another thread may be an epoch ahead
+        if found is None or found[0] != epoch:
+            found = self._rows_of = (epoch, self._make_rows(epoch))
+        return found[1]
 
     def _make_rows(self, epoch: int) -> list[Row]:
         # Python's own generator: its shuffle is the same in all versions, as resuming elsewhere needs.

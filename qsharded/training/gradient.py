@@ -57,18 +57,19 @@ def accumulate_gradient(
     return result
 
 
-def apply_gradient(model: CausalLM, optimizer: ScaledOptimizer, rate: float, max_norm: float) -> float:
-    """Clip and step at the learning rate ``rate``; returns the gradient's norm before clipping.
+def apply_gradient(model: CausalLM, optimizer: ScaledOptimizer, rate: float, max_norm: float) -> torch.Tensor:
+    """Clip and step at the learning rate ``rate``; returns the gradient's norm before clipping, [] on the device.
 
-    Where that is not finite the step changes nothing. It is the norm over all ranks, so all decide alike.
+    Where that is not finite the step changes nothing. It is the norm over all ranks, so all decide alike. 8-bit AdamW
+    does not wait for the device here.
     """
     gradients = [parameter.grad for _, parameter in trainable(model) if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm: torch.Tensor = whole(torch.nn.utils.get_total_norm(gradients))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step(grad_scale=clipping_scale(norm, max_norm))
     optimizer.zero_grad()
-    return norm.item()  # the first wait of 8-bit AdamW for the device, once the step is queued
+    return norm
 
 
 def was_skipped(grad_norm: float) -> bool:

@@ -1,30 +1,14 @@
 """What happened since the last log line, and the line that is made of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
 
 import torch
 
 from qsharded.checkpoint.resume import Progress
 from qsharded.training.metrics import TrainRow
+from qsharded.training.running_step import RunningStep, StepResult
 
 _METRIC = "metric: "  # before the names of an objective's own
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """An optimizer step, over all ranks.
-
-    Attributes:
-        count: what the loss and the metrics are a mean over.
-        grad_norm: before clipping.
-        metrics: the objective's own, by name.
-    """
-
-    loss: float
-    count: int
-    grad_norm: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class LogWindow:
@@ -33,27 +17,34 @@ class LogWindow:
     def __init__(self, progress: Progress) -> None:
         self._sums = progress.window
         self._seconds, self._tokens = 0.0, 0
+        self.restart_clock()
 
-    def add(self, result: StepResult, tokens: int, seconds: float) -> None:
-        """Count a step of so many tokens that took so many seconds."""
+    def restart_clock(self) -> None:
+        """What happened since the last step is no training: it does not count in the speed."""
+        self._since = time.perf_counter()
+
+    def add(self, result: StepResult, tokens: int) -> None:
+        """Count a step of so many tokens that has just been found done."""
         self._sums["loss"] = self._sums.get("loss", 0.0) + result.loss * result.count
         self._sums["count"] = self._sums.get("count", 0) + result.count
         for name, value in result.metrics.items():
             self._sums[_METRIC + name] = self._sums.get(_METRIC + name, 0.0) + value * result.count
+        now = time.perf_counter()
         self._tokens += tokens
-        self._seconds += seconds
+        self._seconds += now - self._since
+        self._since = now
 
-    def close(self, progress: Progress, epoch: float, grad_norm: float, rate: float, device: torch.device) -> TrainRow:
-        """The log line of this window; the next begins. The norm is the last step's, before clipping."""
+    def close(self, last: RunningStep, grad_norm: float, skipped_steps: int, device: torch.device) -> TrainRow:
+        """The log line of this window, whose ``last`` step had a gradient of that norm; the next window begins."""
         row = TrainRow(
-            step=progress.step,
-            epoch=epoch,
+            step=last.number,
+            epoch=last.epoch,
             loss=self._sums["loss"] / self._sums["count"],
             grad_norm=grad_norm,
-            learning_rate=rate,
+            learning_rate=last.rate,
             tokens_per_second=self._tokens / self._seconds,
             memory_gib=peak_memory_gib(device),
-            skipped_steps=progress.skipped_steps,
+            skipped_steps=skipped_steps,
             metrics=self._metrics(),
         )
         self._sums.clear()

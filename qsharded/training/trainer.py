@@ -1,7 +1,6 @@
 """A run from its set-up to its end. Read :meth:`Trainer.run` from the top."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +13,17 @@ from qsharded.checkpoint.background_writer import CheckpointNotWritten, Checkpoi
 from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
 from qsharded.data import Cursor, Step
+from qsharded.data.ahead import one_ahead
 from qsharded.distributed.fsdp import World
 from qsharded.optim.schedule import learning_rate
 from qsharded.training import evaluation, results
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
-from qsharded.training.gradient import GradientSums, accumulate_gradient, apply_gradient, was_skipped
-from qsharded.training.log_window import LogWindow, StepResult
+from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
+from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
 from qsharded.training.objective import SUPERVISED, Objective
+from qsharded.training.profiling import profiled
+from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
 from qsharded.utils import signals
@@ -97,42 +99,82 @@ class Trainer:
             SkippedTooOften: the run has diverged.
             StopRequested: a signal asks to stop; the progress is that of the last complete step.
         """
-        progress = self.setup.progress
-        window = LogWindow(progress)
-        for step in self.setup.loader.steps(Cursor(progress.epoch, progress.row)):
-            if progress.step >= self.setup.total_steps:
-                break
-            rate, start = self._learning_rate(), time.perf_counter()
-            result = self.train_step(step, rate)
-            progress.step += 1
-            progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
-            window.add(result, step.tokens, time.perf_counter() - start)
-            self.log.advance(progress.step)
-            if progress.step % self.config.logging_steps == 0 or progress.step == self.setup.total_steps:
-                self._log_training(window, result.grad_norm, rate)
-            self._evaluate_and_save()
+        progress, window = self.setup.progress, LogWindow(self.setup.progress)
+        unread: RunningStep | None = None  # the device may be at work on it
+        with profiled(self.config, self.world, progress.step) as profiler:
+            try:
+                for step in one_ahead(self._steps()):
+                    if progress.step >= self.setup.total_steps:
+                        break
+                    running = self.train_step(step, self._learning_rate())
+                    profiler.step()
+                    read_before, unread = unread, running
+                    if read_before is not None:
+                        self._read(read_before, window)
+                    self.log.advance(progress.step)
+                    if running.is_done() or self._is_looked_at(progress.step):
+                        unread = None
+                        self._read(running, window)
+                    self._evaluate_and_save(window)
+            except BaseException as error:
+                if unread is not None and (isinstance(error, StopRequested) or unread.is_done()):
+                    self._read(unread, window)
+                raise
 
-    def train_step(self, step: Step, rate: float) -> StepResult:
-        """One optimizer step."""
-        setup = self.setup
+    def _steps(self) -> Iterator[Step]:
+        """From where the run stands on; in page-locked memory for a GPU."""
+        progress = self.setup.progress
+        steps = self.setup.loader.steps(Cursor(progress.epoch, progress.row))
+        return map(Step.pin_memory, steps) if self.world.device.type == "cuda" else steps
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether something after that step needs its figures, or to find it done."""
+        config = self.config
+        intervals = (config.eval_steps, config.save_steps)
+        return step >= self.setup.total_steps or any(every and step % every == 0 for every in intervals)
+
+    def train_step(self, step: Step, rate: float) -> RunningStep:
+        """One optimizer step, which the device may still be at work on."""
+        setup, progress = self.setup, self.setup.progress
         setup.optimizer.prefetch()  # hidden behind the passes
         sums = accumulate_gradient(
             setup.model,
             step,
             self.world,
             seed=self.config.seed,
-            step_number=setup.progress.step,
+            step_number=progress.step,
             objective=self.objective,
             before_each=setup.stopping.check,
         )
         grad_norm = apply_gradient(setup.model, setup.optimizer, rate, self.config.max_grad_norm)
-        setup.progress.skipped_steps += was_skipped(grad_norm)
-        return self._over_ranks(sums, self.objective.count(step), grad_norm)
+        progress.step += 1
+        progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
+        return RunningStep.queued(
+            sums,
+            grad_norm,
+            self.world,
+            number=progress.step,
+            epoch=setup.epochs_done(),
+            rate=rate,
+            tokens=step.tokens,
+            count=self.objective.count(step),
+        )
 
-    def _over_ranks(self, sums: GradientSums, count: int, grad_norm: float) -> StepResult:
-        loss = evaluation.global_sum(sums.loss, self.world) / count
-        metrics = {name: evaluation.global_sum(sums.metrics[name], self.world) / count for name in sorted(sums.metrics)}
-        return StepResult(loss, count, grad_norm, metrics)
+    def _read(self, running: RunningStep, window: LogWindow) -> None:
+        """Count a step, and log it where its turn has come.
+
+        Raises:
+            SkippedTooOften: the run has diverged.
+            CheckpointNotWritten: one that was being written meanwhile.
+        """
+        result, progress = running.result(), self.setup.progress
+        progress.skipped_steps += was_skipped(result.grad_norm)
+        window.add(result, running.tokens)
+        if running.number % self.config.logging_steps == 0 or running.number == self.setup.total_steps:
+            self.log.train(window.close(running, result.grad_norm, progress.skipped_steps, self.world.device))
+            if has_diverged(self.config, progress):
+                raise SkippedTooOften(skipped_more_than_allowed(self.config, progress))
+        self.writer.check(running.number - progress.skipped_steps)
 
     def _learning_rate(self) -> float:
         """Of the next step."""
@@ -146,20 +188,16 @@ class Trainer:
             kind=config.lr_scheduler_type,
         )
 
-    def _log_training(self, window: LogWindow, grad_norm: float, rate: float) -> None:
-        progress = self.setup.progress
-        self.log.train(window.close(progress, self.setup.epochs_done(), grad_norm, rate, self.world.device))
-        if has_diverged(self.config, progress):
-            raise SkippedTooOften(skipped_more_than_allowed(self.config, progress))
-
-    def _evaluate_and_save(self) -> None:
+    def _evaluate_and_save(self, window: LogWindow) -> None:
         config, step = self.config, self.setup.progress.step
-        is_last = step >= self.setup.total_steps
-        if config.eval_steps and step % config.eval_steps == 0 and not is_last:
+        if step >= self.setup.total_steps:  # what follows the last step is not the loop's
+            return
+        if config.eval_steps and step % config.eval_steps == 0:
             self._log_validation()
-        self.writer.check(self.setup.progress)
-        if config.save_steps and step % config.save_steps == 0 and not is_last:  # that of the last: results
+            window.restart_clock()
+        if config.save_steps and step % config.save_steps == 0:
             self._save()
+            window.restart_clock()
 
     def _save(self) -> None:
         refusal = self.results.save()

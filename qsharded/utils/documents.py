@@ -46,3 +46,7 @@ class Boundaries:
     def to(self, device: torch.device | str) -> "Boundaries":
         """The same on ``device``."""
         return Boundaries(self.starts.to(device, non_blocking=True), self.longest)
+
+    def pin_memory(self) -> "Boundaries":
+        """The same in page-locked memory."""
+        return Boundaries(self.starts.pin_memory(), self.longest)

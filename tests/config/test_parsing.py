@@ -320,6 +320,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "dtype": "float32",
         "activation_checkpointing": "offloaded",
         "checkpointed_layers": 3,
+        "profile": "3-4",
         "cpu_offload": False,  # it takes all layers
         "sharding": "auto",
         "max_steps": 12,

@@ -27,7 +27,7 @@ def config(**values: Any) -> TrainConfig:
         ),
         (
             {"cpu_offload": True, "activation_checkpointing": "none"},
-            "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a block again "
+            "--cpu-offload goes with --activation-checkpointing full or offloaded, which compute a layer again "
             "when its weights are back, not with none",
         ),
         (

@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="in each row")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="full")
     parser.add_argument("--lora-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--memory-gib", type=float, help="of the GPU that --checkpointing auto is to fit")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="of the suite, these")
     parser.add_argument("--suite", choices=("h200",), help="the cases that the README cites, in place of one")
     parser.add_argument("--peers", nargs="*", choices=peers.NAMES, default=[])
     parser.add_argument("--record", type=Path)
@@ -38,10 +40,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here, and these shapes are for one")
     shape = SHAPES[given.shape]
-    names = ("rows", "length", "documents", "checkpointing", "lora_dtype")
+    names = ("rows", "length", "documents", "checkpointing", "lora_dtype", "memory_gib")
     one = Case(given.shape, shape, **{name: getattr(given, name) for name in names})
+    cases = [case for case in suite(shape) if case.name in given.cases or not given.cases] if given.suite else [one]
     rows = []
-    for case in suite(shape) if given.suite else [one]:
+    for case in cases:
         for who in ("qsharded", *given.peers):
             rows.append({"case": case.name, "who": who} | figures(case, run(who, case)))
             print(json.dumps(rows[-1]), flush=True)
@@ -71,8 +74,10 @@ def figures(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
     """With tokens/s, MFU, and the share of the time in which the GPU was busy."""
     if "failed" in measured:
         return measured
-    seconds = measured["step_ms"] / 1e3
-    added = {"tokens_per_second": case.tokens / seconds, "mfu": case.flops() / seconds / PEAK_BF16_FLOPS}
+    seconds, tokens = measured["step_ms"] / 1e3, measured.get("tokens", case.tokens)
+    added = {"tokens_per_second": tokens / seconds}
+    if tokens == case.tokens:
+        added["mfu"] = case.flops() / seconds / PEAK_BF16_FLOPS
     if "busy_ms" in measured:
         added["busy_share"] = min(1.0, measured["busy_ms"] / measured["step_ms"])
     return measured | added

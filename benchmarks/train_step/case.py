@@ -4,10 +4,11 @@ Axes: M tokens of a step, S tokens of a row, D hidden size, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
+from random import Random
 from typing import Any
 
 PEAK_BF16_FLOPS = 989e12  # of an H100 or H200, dense, by the data sheet
-CHECKPOINTING = ("none", "selective", "full", "offloaded")
+CHECKPOINTING = ("none", "selective", "full", "offloaded", "auto")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Case:
     Attributes:
         shape: a model's config.json, without what does not matter.
         rows, length: of the batch.
-        checkpointing: one of ``CHECKPOINTING``.
+        shortest: of each step's batch, where every step has another length: its longest row has from ``shortest`` to
+            ``length`` tokens, drawn as the longest of ``rows`` rows.
+        checkpointing: one of ``CHECKPOINTING``; of "auto", what fits a GPU of ``memory_gib``.
         documents: in each row, of lengths drawn at random; 1 is a plain row.
         rank: of the adapters, on all linear layers.
         lora_dtype: of the adapters.
@@ -33,11 +36,21 @@ class Case:
     rank: int = 16
     lora_dtype: str = "bfloat16"
     steps: int = 8
+    shortest: int | None = None
+    memory_gib: float | None = None
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Of a step; of the longest where they differ."""
         return self.rows * self.length
+
+    def lengths(self) -> list[int]:
+        """Of the steps' rows, padded as the trainer pads them: one for all steps, or one for each."""
+        if self.shortest is None:
+            return [self.length]
+        random = Random(0)
+        drawn = [max(random.randint(self.shortest, self.length) for _ in range(self.rows)) for _ in range(self.steps)]
+        return [-(-longest // 8) * 8 for longest in drawn]
 
     def to_json(self) -> dict[str, Any]:
         """For a process of its own."""
@@ -58,12 +71,22 @@ class Case:
 
 def suite(shape: dict[str, Any]) -> list[Case]:
     """The runs that the README's table cites."""
+    ragged = Case("4 x 50 to 500, every step another length, full", shape, length=500, shortest=50, steps=60)
+    mean = round(sum(ragged.lengths()) / len(ragged.lengths()) / 8) * 8
+    windows = shape | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    windows |= {"vocab_size": 32768, "max_position_embeddings": 32768}
     return [
         Case("4x2048 offloaded", shape, checkpointing="offloaded"),
         Case("4x2048 full", shape),
         Case("4x2048 none", shape, checkpointing="none"),
+        Case("4x2048 in 16 GiB", shape, checkpointing="auto", memory_gib=16),
+        Case("4x2048 in 24 GiB", shape, checkpointing="auto", memory_gib=24),
         Case("4x512 full", shape, length=512),
         Case("4x512 none", shape, length=512, checkpointing="none"),
+        ragged,
+        Case(f"4x{mean} full", shape, length=mean),
         Case("1x8192 full", shape, rows=1, length=8192),
         Case("1x8192 of 27 documents, full", shape, rows=1, length=8192, documents=27),
+        Case("4x4096, window 4096, full", windows, length=4096),
+        Case("1x16384, window 4096, full", windows, rows=1, length=16384),
     ]

@@ -1,6 +1,7 @@
 """The step benchmark's own logic, and that it runs through a small case; figures are taken on a GPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from benchmarks.train_step import plot
 from benchmarks.train_step.__main__ import figures, run
 from benchmarks.train_step.case import PEAK_BF16_FLOPS, Case, suite
 from benchmarks.train_step.gpu_activity import phase_of, union
-from benchmarks.train_step.ours import random_batch
+from benchmarks.train_step.ours import checkpointing, random_batch
+from qsharded.nn import LoRAConfig
+from qsharded.utils.checkpointing_modes import KEEP_ALL
 from tests.checkpoints import LLAMA
 
 SMALL = Case("small", LLAMA, rows=2, length=16, documents=3, steps=1)
@@ -22,6 +25,24 @@ def test_a_small_case_runs_through() -> None:
     row = figures(SMALL, measured)
     assert row["tokens_per_second"] == pytest.approx(32 / measured["step_ms"] * 1e3)
     assert 0 < row["mfu"] == pytest.approx(SMALL.flops() / (measured["step_ms"] / 1e3) / PEAK_BF16_FLOPS)
+
+
+def test_rows_of_ever_other_lengths_run_through() -> None:
+    ragged = Case("ragged", LLAMA, rows=2, length=24, shortest=3, steps=30)
+    lengths = ragged.lengths()
+    assert len(lengths) == 30
+    assert set(lengths) == {16, 24}
+    measured = run("qsharded", ragged)
+    tokens = [2 * length for length in (lengths + lengths[:3])[20:]]
+    assert measured["tokens"] == pytest.approx(sum(tokens) / len(tokens))
+    assert "mfu" not in figures(ragged, measured)
+
+
+def test_auto_is_the_trainers_choice_for_that_memory() -> None:
+    shape = LLAMA | {"num_hidden_layers": 4}
+    case = Case("auto", shape, length=512, checkpointing="auto", memory_gib=1000)
+    assert checkpointing(case, LoRAConfig()) == KEEP_ALL
+    assert checkpointing(replace(case, memory_gib=0.7), LoRAConfig()).mode == "full"
 
 
 def test_a_peer_runs_through_a_small_case() -> None:
@@ -37,7 +58,7 @@ def test_a_case_that_fails_says_why() -> None:
 
 
 def test_rows_hold_their_documents() -> None:
-    batch = random_batch(SMALL)
+    batch = random_batch(SMALL, 16)
     assert batch.document_ids is not None
     assert batch.document_ids.unique().tolist() == [0, 1, 2]
     assert batch.boundaries is not None

@@ -280,7 +280,10 @@ def _stored_row(model: PreTrainedModel, name: str) -> int | None:
         return None
     if own == "weight":
         return layer.in_features // 2
-    return layer.in_features // layer.block_size * (4 if layer.weight_absmax_scales is None else 1)
+    is_nested = layer.weight_absmax_scales is not None
+    return (
+        layer.in_features // layer.block_size * (1 if is_nested else layer.quant_format.scale_encoding.dtype.itemsize)
+    )
 
 
 class _TakeOver(ConversionOps):

@@ -3,6 +3,7 @@
 Axes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,29 +47,39 @@ def _tokens_per_chunk(weight_VD: Tensor) -> int:
     return max(1, LOGITS_PER_CHUNK // weight_VD.shape[0])
 
 
+class _InputGradients:
+    """Those of hidden states and weight, where they are wanted, from the logits' gradients, chunk by chunk."""
+
+    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor, wanted: Sequence[bool], precise: torch.dtype) -> None:
+        self._hidden_TD, self._weight_VD = hidden_TD, weight_VD
+        self.hidden_TD = torch.empty_like(hidden_TD) if wanted[0] else None
+        # Chunks add up in fp32: in bf16 the sum over thousands of tokens would swallow the late ones.
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wanted[1] else None
+
+    def add(self, chunk: slice, grad_CV: Tensor) -> None:
+        """Take in the gradient of a chunk's logits."""
+        if self.hidden_TD is not None:
+            torch.mm(grad_CV, self._weight_VD, out=self.hidden_TD[chunk])
+        if self.weight_VD is not None:
+            self.weight_VD += grad_CV.T @ self._hidden_TD[chunk]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_size: int, with_grad: bool
     ) -> Tensor:
-        wants_hidden, wants_weight = (with_grad and wanted for wanted in ctx.needs_input_grad[:2])
         precise = torch.promote_types(hidden_TD.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=hidden_TD.device)
-        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        # Chunks add up in fp32: in bf16 the sum over thousands of tokens would swallow the late ones.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=precise) if wants_weight else None
+        gradients = _InputGradients(hidden_TD, weight_VD, [with_grad and n for n in ctx.needs_input_grad[:2]], precise)
         for start in range(0, hidden_TD.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
-            hidden_CD, targets_C = hidden_TD[chunk], targets_T[chunk]
-            losses_C, grad_CV = _losses_and_gradient(hidden_CD @ weight_VD.T, targets_C, precise)
+            losses_C, grad_CV = _losses_and_gradient(hidden_TD[chunk] @ weight_VD.T, targets_T[chunk], precise)
             loss += losses_C.sum()
-            if grad_hidden_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
-            if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_CD
+            gradients.add(chunk, grad_CV)
             del grad_CV  # or it would live on beside the next chunk's logits
         ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        ctx.save_for_backward(gradients.hidden_TD, gradients.weight_VD)
         return loss
 
     @staticmethod
@@ -101,20 +112,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_T = grad.flatten()
         hidden_TD, weight_VD, targets_T = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=ctx.precise) if wants_weight else None
+        gradients = _InputGradients(hidden_TD, weight_VD, ctx.needs_input_grad[:2], ctx.precise)
         for start in range(0, hidden_TD.shape[0], ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
-            hidden_CD = hidden_TD[chunk]
-            _, grad_CV = _losses_and_gradient(hidden_CD @ weight_VD.T, targets_T[chunk], ctx.precise)
+            _, grad_CV = _losses_and_gradient(hidden_TD[chunk] @ weight_VD.T, targets_T[chunk], ctx.precise)
             grad_CV *= -grad_T[chunk, None]
-            if grad_hidden_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[chunk])
-            if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_CD
+            gradients.add(chunk, grad_CV)
             del grad_CV
-        return grad_hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
+        grad_weight_VD = gradients.weight_VD
+        return gradients.hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
 
 
 def _losses_and_gradient(logits_CV: Tensor, targets_C: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:

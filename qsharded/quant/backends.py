@@ -86,7 +86,7 @@ def dequantize_adapted(weights: list[AdaptedWeight], out: Tensor, tail: int) -> 
 def _is_simulated(packed: PackedWeight) -> bool:
     """Whether a plan runs a layer on the meta device, which stands for a GPU there: its kernels take no memory but
     their output's. What has none runs as it is written, and shows what it takes."""
-    return packed.codes.is_meta and packed.quant_format.block_size == formats.BLOCK
+    return packed.codes.is_meta and own_kernels.dequantizes(packed.quant_format)
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -107,6 +107,8 @@ def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     absmax = packed.absmax
     if packed.absmax_scales is not None and packed.absmax_offset is not None:
         absmax = formats.dequantize_absmax(absmax, packed.absmax_scales, packed.absmax_offset)
+    else:
+        absmax = packed.quant_format.scale_encoding.decode(absmax)
     return formats.dequantize_blocks(packed.codes, absmax, dtype, packed.quant_format)
 
 

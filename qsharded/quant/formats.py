@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qsharded.quant import blockwise8
+from qsharded.quant.scale_encoding import ABSMAX, ScaleEncoding
 
 BLOCK = 64
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -47,6 +48,7 @@ _NF4 = (
 _FP4 = tuple(twelfths / 12 for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3))
 QuantType = Literal["nf4", "fp4"]
 CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": _NF4, "fp4": _FP4}
+SCALE_ENCODINGS: dict[str, ScaleEncoding] = {"nf4": ABSMAX, "fp4": ABSMAX}
 _CODES = 16
 Size = tuple[int, ...]
 
@@ -56,7 +58,7 @@ _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How a weight is quantized: to which codebook, in blocks of which size, and so what is stored of it.
+    """How a weight is quantized: to which codebook, in blocks of which size, with scales stored how.
 
     Attributes:
         quant_type: its name: "nf4", "fp4" or one of :func:`register_format`.
@@ -81,25 +83,35 @@ class QuantFormat:
 
     @property
     def codebook(self) -> tuple[float, ...]:
-        """The 16 values of the codes, in units of a block's absmax."""
+        """The 16 values of the codes, in units of a block's scale."""
         return CODEBOOKS[self.quant_type]
 
+    @property
+    def scale_encoding(self) -> ScaleEncoding:
+        """How a block's scale is stored."""
+        return SCALE_ENCODINGS[self.quant_type]
+
     def stored_tensors(self, N: int, K: int, *, double_quant: bool = True) -> dict[str, tuple[torch.dtype, Size]]:
-        """Dtype and shape of each tensor of a weight [N, K], by the attributes of :class:`PackedWeight`."""
+        """Dtype and shape of each tensor of a weight [N, K], by the attributes of :class:`PackedWeight`.
+
+        ``double_quant`` is for scales that nest; others are stored as their encoding says.
+        """
         G = K // self.block_size
         codes: dict[str, tuple[torch.dtype, Size]] = {"codes": (torch.uint8, (N, K // 2))}
-        if not double_quant:
-            return codes | {"absmax": (torch.float32, (N, G))}
+        if not (double_quant and self.scale_encoding.nests):
+            return codes | {"absmax": (self.scale_encoding.dtype, (N, G))}
         scales = torch.float32, (second_level_blocks(N, G),)
         return codes | {"absmax": (torch.uint8, (N, G)), "absmax_scales": scales, "absmax_offset": (torch.float32, ())}
 
 
-def register_format(quant_type: str, codebook: Sequence[float]) -> None:
+def register_format(quant_type: str, codebook: Sequence[float], scale_encoding: ScaleEncoding = ABSMAX) -> None:
     """Add a format to those that :class:`QuantFormat` names. The reference serves it, and kernels that are registered
-    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, dequantize its blocks of 64.
+    for it (``qsharded.quant.backends.register_kernels``); ours, written for any codebook, dequantize its blocks of 64
+    where scales are absmax. Packed checkpoints are written and read in NF4 and FP4 alone.
 
     Args:
         codebook: 16 values from -1 to 1, in the order of their codes; a tie goes to the smaller value.
+        scale_encoding: how a block's scale is stored.
 
     Raises:
         ValueError: the name is taken, or the codebook is another.
@@ -108,7 +120,7 @@ def register_format(quant_type: str, codebook: Sequence[float]) -> None:
         raise ValueError(f"quant_type {quant_type!r} is registered already: choose another name")
     if len(codebook) != _CODES or not all(-1 <= value <= 1 for value in codebook):
         raise ValueError(f"the codebook of {quant_type!r} must be {_CODES} values from -1 to 1, got {list(codebook)}")
-    CODEBOOKS[quant_type] = tuple(codebook)
+    CODEBOOKS[quant_type], SCALE_ENCODINGS[quant_type] = tuple(codebook), scale_encoding
 
 
 NF4_64 = QuantFormat()
@@ -155,8 +167,8 @@ def quantize(
     quant_format = QuantFormat(quant_type, block_size)
     check_weight(weight, quant_format)
     codes, absmax = quantize_blocks(weight, quant_format)
-    if not double_quant:
-        return NF4Weight(codes, absmax, None, None, None, quant_format)
+    if not (double_quant and quant_format.scale_encoding.nests):
+        return NF4Weight(codes, quant_format.scale_encoding.decode(absmax), None, None, None, quant_format)
     absmax_codes, scales, offset = double_quantize(absmax)
     dequantized = dequantize_absmax(absmax_codes, scales, offset)
     return NF4Weight(codes, dequantized, absmax_codes, scales, offset, quant_format)
@@ -216,10 +228,12 @@ def _codebook_pairs(device: torch.device, quant_type: str) -> Tensor:
 
 @torch.no_grad()
 def quantize_blocks(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, K/2] and absmax fp32 [N, G]; the reference that every quantize kernel equals byte for byte."""
+    """Codes uint8 [N, K/2] and the scales [N, G] as they are stored, fp32 absmax for NF4; the reference that every
+    quantize kernel equals byte for byte."""
     N, K = weight_NK.shape
     codes_NP = torch.empty(N, K // 2, dtype=torch.uint8, device=weight_NK.device)
-    absmax_NG = torch.empty(N, K // quant_format.block_size, dtype=torch.float32, device=weight_NK.device)
+    G, dtype = K // quant_format.block_size, quant_format.scale_encoding.dtype
+    absmax_NG = torch.empty(N, G, dtype=dtype, device=weight_NK.device)
     for rows in _row_chunks(N, K):
         codes_NP[rows], absmax_NG[rows] = _quantize_rows(weight_NK[rows], quant_format)
     return codes_NP, absmax_NG
@@ -227,8 +241,8 @@ def quantize_blocks(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tu
 
 def _quantize_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
     blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, quant_format.block_size))
-    absmax_NG = blocks_NGB.abs().amax(-1)
-    reciprocal = 1 / absmax_NG.clamp(min=_SMALLEST_ABSMAX)
+    absmax_NG = quant_format.scale_encoding.encode(blocks_NGB.abs().amax(-1))
+    reciprocal = 1 / quant_format.scale_encoding.decode(absmax_NG).clamp(min=_SMALLEST_ABSMAX)
     scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
     codes = _nearest_codes(scaled, quant_format.quant_type).flatten(1)
     return codes[:, ::2] << 4 | codes[:, 1::2], absmax_NG
@@ -245,7 +259,8 @@ def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
 def dequantize_blocks(
     codes_NP: Tensor, absmax_NG: Tensor, dtype: torch.dtype, quant_format: QuantFormat = NF4_64
 ) -> Tensor:
-    """The weight [N, K]: value times absmax in fp32, rounded to ``dtype``; every dequantize kernel equals it."""
+    """The weight [N, K]: value times scale (fp32, as its encoding decodes it: absmax for NF4) in fp32, rounded to
+    ``dtype``; every dequantize kernel equals it."""
     N, P = codes_NP.shape
     out_NK = torch.empty(N, P * 2, dtype=dtype, device=codes_NP.device)
     for rows in _row_chunks(N, P * 2):

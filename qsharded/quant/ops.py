@@ -39,7 +39,7 @@ _quant_format = cache(QuantFormat)
 
 
 def nf4_quantize(weight: Tensor, quant_format: QuantFormat = NF4_64) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, K/2] and absmax fp32 [N, K/B] of ``weight`` [N, K] (bfloat16, float16 or float32).
+    """Codes uint8 [N, K/2] and scales [N, K/B] (for NF4 absmax, fp32) of ``weight`` [N, K] in 16 or 32 bits.
 
     Raises:
         ValueError: as ``formats.check_weight``, but for NaN and infinity, which only the caller can look for cheaply.
@@ -163,7 +163,7 @@ def _check_quantize(weight: Tensor, quant_format: QuantFormat) -> None:
 def _quantize_output(weight: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     codes = weight.new_empty((N, K // 2), dtype=torch.uint8)
-    return codes, weight.new_empty((N, K // quant_format.block_size), dtype=torch.float32)
+    return codes, weight.new_empty((N, K // quant_format.block_size), dtype=quant_format.scale_encoding.dtype)
 
 
 def _dequantize_values(*arguments: Any) -> tuple[PackedWeight, torch.dtype]:

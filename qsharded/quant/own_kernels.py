@@ -12,6 +12,7 @@ from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.kernels import AdaptedWeight, Kernels
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.scale_encoding import ABSMAX
 from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
 
@@ -28,7 +29,7 @@ class CodebookKernels(Kernels):
         return self._nf4.quantize(weight, formats.thresholds(weight.device))
 
     def dequantizes(self, quant_format: QuantFormat, dtype: torch.dtype) -> bool:
-        return quant_format.block_size == formats.BLOCK and dtype in formats.FLOAT_DTYPES
+        return dequantizes(quant_format) and dtype in formats.FLOAT_DTYPES
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         if out is not None and not self._writes_to(out):
@@ -59,12 +60,17 @@ class CompiledCuda(CodebookKernels):
 
     def multiplies(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:
         N, K = packed.shape
-        if K == 0 or packed.quant_format.block_size != formats.BLOCK or dtype not in cuda_linear.DTYPES:
+        if K == 0 or not dequantizes(packed.quant_format) or dtype not in cuda_linear.DTYPES:
             return False
         return 0 < M <= fused_rows.most_rows(N, K, packed.device)
 
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         return cuda_linear.linear(x_MK, *packed.tensors, *tables(packed), bias)
+
+
+def dequantizes(quant_format: QuantFormat) -> bool:
+    """Whether the kernels are written for blocks of this size whose scales are stored so."""
+    return quant_format.block_size == formats.BLOCK and quant_format.scale_encoding is ABSMAX
 
 
 def tables(packed: PackedWeight) -> tuple[Tensor, Tensor]:

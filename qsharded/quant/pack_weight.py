@@ -42,7 +42,7 @@ def pack_weight(
         ValueError: as ``ops.nf4_quantize``. NaN and infinity are the caller's to look for.
     """
     codes, absmax = ops.nf4_quantize(weight_NK, quant_format)
-    if not double_quant:
+    if not (double_quant and quant_format.scale_encoding.nests):
         return PackedWeight(codes, absmax, None, None, quant_format)
     return PackedWeight(codes, *double_quantize(absmax, rows), quant_format)
 

@@ -34,7 +34,8 @@ class PackedWeight:
 
     Attributes:
         codes: uint8 [N, P].
-        absmax: uint8 codes [N, G] with double quantization, fp32 [N, G] without it. Its rows may be strided.
+        absmax: uint8 codes [N, G] with double quantization; without it [N, G] as the format's scale encoding stores it,
+            fp32 for NF4. Its rows may be strided.
         absmax_scales: fp32 [ceil(N*G/256)] of the whole weight; None without double quantization.
         absmax_offset: fp32 [], likewise.
         quant_format: what it was quantized to.
@@ -66,7 +67,7 @@ class PackedWeight:
         Raises:
             RuntimeError: the tensors are not contiguous.
         """
-        absmax = self.absmax if self.absmax.dtype == torch.float32 else pad_absmax(self.absmax)
+        absmax = pad_absmax(self.absmax) if self.absmax.dtype == torch.uint8 else self.absmax
         return self.codes.view(torch.bfloat16), absmax.view(torch.bfloat16)
 
     @classmethod
@@ -80,10 +81,11 @@ class PackedWeight:
     ) -> "PackedWeight":
         """Of such rows: views, nothing is copied."""
         codes = codes.view(torch.uint8)
+        dtype, G = torch.uint8, codes.shape[1] * 2 // quant_format.block_size
         if absmax_scales is None:
-            return cls(codes, absmax.view(torch.float32), None, None, quant_format)
-        absmax, G = absmax.view(torch.uint8), codes.shape[1] * 2 // quant_format.block_size
-        if G % 2:
+            dtype = quant_format.scale_encoding.dtype
+        absmax = absmax.view(dtype)
+        if dtype == torch.uint8 and G % 2:
             absmax = absmax[:, :G]
         return cls(codes, absmax, absmax_scales, absmax_offset, quant_format)
 
@@ -98,8 +100,10 @@ class PackedWeight:
         if (self.absmax_scales is None) != (self.absmax_offset is None):
             raise ValueError("absmax_scales and absmax_offset come together (double quantization) or not at all")
         if self.absmax_scales is None or self.absmax_offset is None:
-            if absmax.dtype != torch.float32:
-                raise ValueError(f"absmax without absmax_scales must be float32, got {absmax.dtype}")
+            if absmax.dtype != (dtype := self.quant_format.scale_encoding.dtype):
+                raise ValueError(
+                    f"absmax without absmax_scales must be {str(dtype).removeprefix('torch.')}, got {absmax.dtype}"
+                )
             return
         if absmax.dtype != torch.uint8:
             raise ValueError(f"absmax with absmax_scales must be uint8 codes, got {absmax.dtype}")

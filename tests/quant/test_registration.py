@@ -12,8 +12,16 @@ from qsharded.quant.kernels import Kernels
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.scale_encoding import ScaleEncoding
 
 UNIFORM = tuple(step / 8 for step in range(-8, 8))
+# MXFP4: elements in E2M1 (here in units of 8, which exceeds the largest by a third), a power of two for each 32
+E2M1 = tuple(sign * value / 8 for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+E8M0 = ScaleEncoding(
+    torch.uint8,
+    encode=lambda absmax: (torch.frexp(absmax).exponent + 127).clamp(0, 254).to(torch.uint8),
+    decode=lambda stored: torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127),
+)
 
 
 class UniformKernels(Kernels):
@@ -49,6 +57,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing stays registered, and QSHARDED_BACKEND is asked anew."""
     caches = backends.wanted_backend, backends._kernels
     monkeypatch.setattr(formats, "CODEBOOKS", dict(formats.CODEBOOKS))
+    monkeypatch.setattr(formats, "SCALE_ENCODINGS", dict(formats.SCALE_ENCODINGS))
     monkeypatch.setattr(backends, "_registered", {device: dict(f) for device, f in backends._registered.items()})
     for cached in caches:
         cached.cache_clear()
@@ -92,6 +101,51 @@ def test_kernels_from_outside_serve_their_format_and_no_other() -> None:
         x = torch.randn(M, 128)
         assert torch.equal(layer(x), nn.functional.linear(x, expected, linear.bias))
         assert asked.pop() == more
+
+
+def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scales [N, K/32]) by the definition (OCP Microscaling Formats 1.0, 6.3), in fp64: each block is divided
+    by 2^(floor(log2(absmax)) - 2), 2 being the largest exponent of an element; then the nearest element is taken."""
+    blocks = weight.double().unflatten(1, (-1, 32))
+    scale = 2.0 ** (blocks.abs().amax(-1, keepdim=True).log2().floor() - 2)
+    elements = torch.tensor(E2M1, dtype=torch.float64) * 8
+    nearest = ((blocks / scale).unsqueeze(-1) - elements).abs().argmin(-1)
+    return (elements[nearest] * scale).flatten(1), scale.squeeze(-1)
+
+
+@pytest.mark.parametrize("K", [96, 256])
+def test_a_format_whose_scales_are_powers_of_two_needs_no_stack_of_its_own(K: int) -> None:
+    """Packed, kept in a layer's rows (odd ones are padded), multiplied and differentiated, without double quantization
+    though that is the default."""
+    formats.register_format("mxfp4", E2M1, E8M0)
+    linear = nn.Linear(K, 7)
+    layer = PackedLinear.from_linear(linear, quant_type="mxfp4", block_size=32)
+    packed = layer.packed()
+    expected, scales = mxfp4(linear.weight)
+    assert (packed.absmax.dtype, packed.absmax_scales, packed.absmax_offset) == (torch.uint8, None, None)
+    assert torch.equal(2.0 ** (packed.absmax.double() - 127), scales * 8)
+    assert torch.equal(layer.dequantize(torch.float32).double(), expected)
+    by_reference = formats.quantize(linear.weight, quant_type="mxfp4", block_size=32)
+    assert torch.equal(by_reference.dequantize(torch.float32), expected.float())
+    x = torch.randn(3, K, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, nn.functional.linear(x, expected.float(), linear.bias))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, expected.float().sum(0).expand(3, K), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_are_registered_for_a_format_with_other_scales() -> None:
+    """Ours, which are written for absmax, are not asked even in blocks of 64."""
+    asked: list[str] = []
+    formats.register_format("uniform", UNIFORM, E8M0)
+    linear = nn.Linear(128, 7)
+    by_reference = PackedLinear.from_linear(linear, quant_type="uniform")
+    expected = by_reference.dequantize(torch.float32)
+    assert ((expected - linear.weight).abs() <= linear.weight.abs().max() / 4).all()
+    backends.register_kernels("cpu", "uniform", lambda device: UniformKernels(asked))
+    layer = PackedLinear.from_linear(linear, quant_type="uniform")
+    assert torch.equal(layer.dequantize(torch.float32), expected)
+    assert asked == ["quantize", "dequantize"]
 
 
 def test_a_backend_from_outside_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

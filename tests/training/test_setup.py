@@ -14,7 +14,7 @@ from qsharded.distributed.fsdp import World
 from qsharded.distributed.layout import Layout, frozen_bytes
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
-from qsharded.training import setup
+from qsharded.training import datasets, setup
 from qsharded.utils.checkpointing_modes import Checkpointing
 from tests.checkpoints import LLAMA, write_checkpoint
 from tests.data.folders import chat, make_folder, write_rows
@@ -36,11 +36,11 @@ def test_the_summary_says_what_the_chat_template_leaves_out(tmp_path: Path, kept
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=THINKING))
     rows = write_rows(tmp_path / "rows.jsonl", {"messages": chat("a", "<think>\nwhy\n</think>\n\nb", "c", "d")})
     config = TrainConfig(model="m", dataset=str(rows), eval_dataset=str(rows), one_example_per_answer=kept)
-    train_data, eval_data = setup._datasets(config, tokenizer)
-    assert len(train_data.examples) == (2 if kept else 1)
     parts: Any = SimpleNamespace(model=skeleton(MODEL, LORA, torch.float32), lora=LORA)
-    world = World(0, 2, torch.device("cpu"), object())
-    notes = [line for line in setup._summary(config, world, parts, train_data, eval_data, None) if "leaves" in line]
+    world = World.single_process(torch.device("cpu"))
+    data = datasets.read_data(config, world, tokenizer, 10**6, None)
+    assert len(data.train.examples) == (2 if kept else 1)
+    notes = [line for line in setup._summary(config, world, parts, data, None) if "leaves" in line]
     assert [f"{rows}:1, message 1: 'why'" in note for note in notes] == ([] if kept else [True, True])
 
 

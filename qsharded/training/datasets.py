@@ -1,0 +1,133 @@
+"""What a run trains on and evaluates: datasets read, checked against the model, and cut into steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qsharded.config import TrainConfig
+from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
+from qsharded.data.omissions import omission_notes
+from qsharded.distributed.fsdp import World
+from qsharded.training.resuming import Resumed, kept_accumulation
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is trained on and evaluated, and a line on the steps that it makes, where there is something to say."""
+
+    train: Mixture
+    evaluation: Dataset | None
+    prompts: Sequence[Prompt]
+    loader: StepLoader
+    note: str
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """What of all this the run's summary tells."""
+        lines = _data_lines(self.train, config)
+        if self.evaluation is not None:
+            lines.append(f"evaluation: {_counts(self.evaluation, config.max_length)}")
+            lines += omission_notes(self.evaluation, config.one_example_per_answer)
+        return lines
+
+
+def read_data(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, vocab_size: int, resumed: Resumed | None
+) -> RunData:
+    """Read and tokenize all of it, on this rank alone.
+
+    Raises:
+        ValueError: a row that cannot be read, or whose ids are beyond ``vocab_size``, that of the model.
+    """
+    train, evaluation = _datasets(config, tokenizer)
+    prompts = _prompts(config, tokenizer)
+    _check_vocabulary(vocab_size, train, evaluation, prompts)
+    accumulation, note = kept_accumulation(config, world.size, resumed)
+    batches = replace(config, gradient_accumulation_steps=accumulation)
+    loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
+    return RunData(train, evaluation, prompts, loader, note)
+
+
+def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Mixture, Dataset | None]:
+    def load(source: str, split: str) -> Dataset:
+        return load_examples(
+            source,
+            tokenizer,
+            format=config.dataset_format,
+            max_length=config.max_length,
+            overlong=config.overlong,
+            train_on=config.train_on,
+            one_example_per_answer=config.one_example_per_answer,
+            split=split,
+        )
+
+    parts = {dataset: load(dataset, config.dataset_split) for dataset in config.datasets}
+    train_data = Mixture(parts, config.dataset_weights or None)
+    if config.eval_dataset:
+        return train_data, load(config.eval_dataset, eval_dataset_split(config))
+    if config.eval_split:
+        return train_data.split(config.eval_split, config.seed)
+    return train_data, None
+
+
+def eval_dataset_split(config: TrainConfig) -> str:
+    """Of the dataset that is for evaluation alone."""
+    return config.eval_dataset_split or config.dataset_split
+
+
+def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
+    if config.exact_match_dataset is None:
+        return []
+    return load_prompts(config.exact_match_dataset, tokenizer, format=config.dataset_format)
+
+
+def _check_vocabulary(
+    vocab_size: int, train_data: Mixture, eval_data: Dataset | None, prompts: Sequence[Prompt]
+) -> None:
+    """An id beyond the embedding would stop a GPU with no word of the row at fault."""
+    examples = train_data.examples + (eval_data.examples if eval_data else [])
+    largest = max(max(int(example.ids.max()) for example in examples), *(max(prompt.ids) for prompt in prompts), 0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "
+            "config.json are of different models, or tokens were added without resizing the embedding"
+        )
+
+
+def _loader(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset | Mixture, batch_size: int, *, shuffle: bool
+) -> StepLoader:
+    return StepLoader(
+        data.examples,
+        max_length=config.max_length,
+        packing=config.packing,
+        batch_size=batch_size,
+        accumulation=config.gradient_accumulation_steps if shuffle else 1,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
+        shuffle=shuffle,
+        draw=data.draw(config.seed) if isinstance(data, Mixture) else None,
+    )
+
+
+def eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset | None) -> StepLoader | None:
+    """In the order of the rows, each once."""
+    if data is None:
+        return None
+    return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
+
+
+def _data_lines(data: Mixture, config: TrainConfig) -> list[str]:
+    """A line for each dataset; of several, with what an epoch takes of it; and what the chat template leaves out."""
+    taken, lines = data.rows_an_epoch(), []
+    for (name, part), rows in zip(data.parts.items(), taken, strict=True):
+        share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
+        lines += [f"data {name}: {_counts(part, config.max_length)}{share}"]
+        lines += omission_notes(part, config.one_example_per_answer)
+    return lines
+
+
+def _counts(data: Dataset, max_length: int) -> str:
+    others = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
+    listed = "".join(f", {count:,} {label}" for label, count in others.items() if count)
+    return f"{len(data.examples):,} rows of up to {max_length} tokens{listed}"

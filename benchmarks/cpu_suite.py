@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_suite [--minutes 4] [--workers 16] [--record FILE] [PYTEST_ARGUMENT ...]
 
 For the oldest torch that is supported, which no CI machine has. Its Triton, 3.6, interprets kernels only with NumPy
-below 2.5, from which on an array of one element is no integer. What has not run when the time is over is missing in the
+below 2.4, from which on an array of one element is no integer. What has not run when the time is over is missing in the
 counts, and the record says that the suite is incomplete. Files whose packages are not here count as not collected.
 """
 

@@ -151,7 +151,7 @@ def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     assert [line["name"] for line in record["lines"]] == ["one-gpu", "full", "70b-1x2048"]
     assert record["lines"][1]["came"]["largest_loss_gap"] < 1e-5  # fp32 on a CPU
     assert len(record["lines"][2]["came"]["losses"]) == 5
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # the former may name its build
     assert record["command"].startswith("python -m benchmarks.two_gpus --short")
 
 

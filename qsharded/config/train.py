@@ -64,7 +64,7 @@ class TrainConfig:
         unset="each row once an epoch",
     )
     dataset_format: Literal["auto", "messages", "conversations", "alpaca", "prompt-completion", "text"] = _data(
-        "Shape of the rows; auto detects it.", "auto"
+        "Format of the datasets; auto detects it.", "auto"
     )
     dataset_split: str = _data("Split to read of a Hub dataset.", "train")
     train_on: Literal["assistant", "all"] = _data(

@@ -1,4 +1,4 @@
-"""The shapes of rows that people have, and what each says: a conversation, a prompt with its completion, or text."""
+"""The formats of datasets, and what a row says in each: a conversation, a prompt with its completion, or text."""
 
 import json
 from collections.abc import Callable
@@ -49,39 +49,39 @@ class Text:
     text: str
 
 
-Shape = Conversation | PromptCompletion | Text
+Record = Conversation | PromptCompletion | Text
 
 
-def parse_row(row: dict[str, Any], format: str = "auto") -> Shape:
+def parse_row(row: dict[str, Any], format: str = "auto") -> Record:
     """What ``row`` says.
 
     Args:
-        row: fields of one of the shapes; others are left alone.
-        format: one of ``FORMATS``; "auto" tells the shape by the fields that are there and not null, and takes ``text``
-            only where no other shape is there.
+        row: fields of one of the formats; others are left alone.
+        format: one of ``FORMATS``; "auto" tells the format by the fields that are there and not null, and takes
+            ``text`` only where no other format is there.
 
     Raises:
-        ValueError: fields missing, of a wrong type or empty, an unknown role, or fields of several shapes.
+        ValueError: fields missing, of a wrong type or empty, an unknown role, or fields of several formats.
     """
     if format not in FORMATS:
         raise ValueError(f"the dataset format must be one of {', '.join(FORMATS)}, got {format!r}")
     present = {key: value for key, value in row.items() if value is not None}
     name = _detect(present) if format == "auto" else format
-    fields, parse = _SHAPES[name]
+    fields, parse = _PARSERS[name]
     if missing := [field for field in fields if field not in present]:
         raise ValueError(f"format {name!r} needs {' and '.join(missing)}; the row has {_listing(present)}")
     return parse(present)
 
 
 def _detect(row: dict[str, Any]) -> str:
-    names = [name for name, (fields, _) in _SHAPES.items() if all(field in row for field in fields)]
+    names = [name for name, (fields, _) in _PARSERS.items() if all(field in row for field in fields)]
     if len(names) > 1 and "text" in names:
         names.remove("text")  # a rendering of the other fields, as in the original Alpaca: they say more
     if len(names) == 1:
         return names[0]
     if names:
         raise ValueError(f"the fields fit several formats ({', '.join(names)}): choose one with --dataset-format")
-    known = "; ".join(" + ".join(fields) for fields, _ in _SHAPES.values())
+    known = "; ".join(" + ".join(fields) for fields, _ in _PARSERS.values())
     raise ValueError(f"the fields fit no known format ({known}); the row has {_listing(row)}")
 
 
@@ -106,7 +106,7 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
     )
 
 
-def _prompt_completion(row: dict[str, Any]) -> Shape:
+def _prompt_completion(row: dict[str, Any]) -> Record:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return PromptCompletion(_text_of(prompt, "prompt"), _text_of(completion, "completion"))
@@ -121,14 +121,14 @@ def _text(row: dict[str, Any]) -> Text:
     return Text(_text_of(row["text"], "text"))
 
 
-_SHAPES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Shape]]] = {
+_PARSERS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]]] = {
     "messages": (("messages",), _messages),
     "conversations": (("conversations",), _conversations),
     "alpaca": (("instruction", "output"), _alpaca),
     "prompt-completion": (("prompt", "completion"), _prompt_completion),
     "text": (("text",), _text),
 }
-FORMATS = ("auto", *_SHAPES)
+FORMATS = ("auto", *_PARSERS)
 
 
 def _conversation(row: dict[str, Any], messages: list[Message], given: int = 0) -> Conversation:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from qsharded.data.encode import encode
 from qsharded.data.examples import Dataset, Example
-from qsharded.data.formats import Shape, parse_row
+from qsharded.data.formats import Record, parse_row
 from qsharded.data.omissions import Omission
 from qsharded.data.records import Rows, read_rows
 from qsharded.data.render import Rendered, TrainOn, render
@@ -75,7 +75,7 @@ def _check(max_length: int, overlong: str, train_on: str) -> None:
 
 
 def _rendered_rows(
-    dataset: Dataset, rows: Rows, format: str, how: Callable[[Shape], list[Rendered]]
+    dataset: Dataset, rows: Rows, format: str, how: Callable[[Record], list[Rendered]]
 ) -> Iterator[tuple[str, Rendered]]:
     """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
     for origin, row in rows:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsharded.data.call_form import fit_calls
-from qsharded.data.formats import Conversation, PromptCompletion, Shape, parse_row
+from qsharded.data.formats import Conversation, PromptCompletion, Record, parse_row
 from qsharded.data.omissions import omissions
 from qsharded.data.records import read_rows
 from qsharded.data.tokenizer import Tokenizer
@@ -48,11 +48,11 @@ def load_prompts(
     return prompts
 
 
-def _prompt(shape: Shape, tokenizer: Tokenizer) -> Prompt:
-    match shape:
+def _prompt(record: Record, tokenizer: Tokenizer) -> Prompt:
+    match record:
         case Conversation(messages, trained, tools) if trained[-1] and len(messages) > 1:
             template = tokenizer.template_for(tools)
-            given = fit_calls(template, replace(shape, messages=messages[:-1], trained=[False] * (len(messages) - 1)))
+            given = fit_calls(template, replace(record, messages=messages[:-1], trained=[False] * (len(messages) - 1)))
             text = tokenizer.render(given.messages, add_generation_prompt=True, tools=tools)
             omissions(template, given, tokenizer.render(given.messages, tools=tools))
             return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))

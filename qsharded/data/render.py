@@ -7,7 +7,7 @@ from typing import Literal
 from qsharded.data.answers import prompt_and_answer
 from qsharded.data.call_form import fit_calls
 from qsharded.data.chat import Span
-from qsharded.data.formats import Conversation, PromptCompletion, Shape, Text
+from qsharded.data.formats import Conversation, PromptCompletion, Record, Text
 from qsharded.data.omissions import Omission, find_omissions, judged, omissions
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.data.turns import TurnUnclear, check_ending
@@ -35,21 +35,21 @@ class Rendered:
     omissions: Sequence[Omission] = ()
 
 
-def render(shape: Shape, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
+def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
     """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained on.
 
     Raises:
         ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says or calls,
             no message of the assistant to learn, or text that no tokenizer takes.
     """
-    match shape:
+    match record:
         case Conversation():
-            rendered = _render_chat(shape, tokenizer, train_on, per_answer)
+            rendered = _render_chat(record, tokenizer, train_on, per_answer)
         case PromptCompletion():
-            prompt = shape.prompt if train_on != "all" else ""
-            rendered = [Rendered(shape.prompt + shape.completion, prompt=prompt)]
+            prompt = record.prompt if train_on != "all" else ""
+            rendered = [Rendered(record.prompt + record.completion, prompt=prompt)]
         case Text():
-            rendered = [Rendered(shape.text)]
+            rendered = [Rendered(record.text)]
     for one in rendered:
         _check_encodable(one.text)
     return rendered

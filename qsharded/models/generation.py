@@ -39,7 +39,7 @@ def generate(
 
     temperature 0 takes the likeliest token. Otherwise tokens are sampled with `seed` from the `top_k` likeliest (0:
     all), and of these from the likeliest that together reach probability `top_p` (https://arxiv.org/abs/1904.09751).
-    on_token(row, token) is called for every token as it comes, before_forward() as often on every rank.
+    on_token(prompt's number, token) is called for every token as it comes, before_forward() as often on every rank.
 
     Where torch.distributed is initialised, every rank must call this: ranks stop together, so that a sharded model
     sees the same number of forwards on each. Dropout is off meanwhile.
@@ -51,7 +51,7 @@ def generate(
     ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
     cache = KVCache(model.config.num_hidden_layers, ids_BS.shape[1] + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
-    rows = [_Row(eos_ids) for _ in prompts]
+    answers = [_Answer(eos_ids) for _ in prompts]
 
     with _evaluating(model):
         for _ in range(max_new_tokens):
@@ -62,14 +62,14 @@ def generate(
             _refuse_not_finite(logits_BV)
             next_B = _choose(logits_BV, temperature, top_k, top_p, generator)
             for index, token in enumerate(next_B.tolist()):
-                if rows[index].take(token) and on_token is not None:
+                if answers[index].take(token) and on_token is not None:
                     on_token(index, token)
-            if _all_ranks(all(row.stopped for row in rows), device):
+            if _all_ranks(all(answer.stopped for answer in answers), device):
                 break
             ids_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
             if documents_BS is not None:
                 documents_BS = documents_BS[:, -1:]  # the last position is never padding
-    return [row.tokens for row in rows]
+    return [answer.tokens for answer in answers]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -77,7 +77,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(chain(model.buffers(), model.parameters())).device
 
 
-class _Row:
+class _Answer:
     """The tokens of one prompt's continuation, up to the first end-of-sequence token."""
 
     def __init__(self, eos_ids: Collection[int]) -> None:

@@ -25,6 +25,28 @@ _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
 
+# How multimodal models prefix their text part's tensors -> the names in a model of text: as transformers writes files,
+# and as its modules are called since 4.52.
+_TEXT_PREFIXES = (
+    (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")),
+    (("model.language_model.", "model."), ("lm_head.", "lm_head.")),
+)
+
+
+def _of_style(stored: str) -> tuple[tuple[str, str], ...]:
+    return next((style for style in _TEXT_PREFIXES if any(stored.startswith(prefix) for prefix, _ in style)), ())
+
+
+def is_of_text(stored: str) -> bool:
+    """Whether a tensor of a multimodal model's files is its text part's."""
+    return bool(_of_style(stored))
+
+
+def text_name(stored: str) -> str:
+    """What a text part's tensor is called in a model of text."""
+    return next(ours + stored.removeprefix(theirs) for theirs, ours in _of_style(stored) if stored.startswith(theirs))
+
+
 def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's snapshot, downloaded if need be.
 
@@ -110,14 +132,19 @@ class SafetensorsFolder:
 
     Attributes:
         renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
+        is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
+            they have in a model of text.
     """
 
     folder: Path
     renamed: tuple[str, str] | None = None
+    is_wrapped: bool = False
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
         stored = self._in_files()
+        if self.is_wrapped:
+            stored = {text_name(name): of_one for name, of_one in stored.items() if is_of_text(name)}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
@@ -156,6 +183,21 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._stored)
+
+    def files(self) -> list[Path]:
+        """Every file that holds tensors, sorted; of a multimodal model those of its other parts too."""
+        return sorted({stored.path for stored in self._in_files().values()})
+
+    def name_here(self, stored: str) -> str:
+        """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
+        return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
+
+    def name_beside(self, name: str, beside: str) -> str:
+        """How a new tensor, here called ``name``, is to be called in the files, given one that is there."""
+        if not self.is_wrapped:
+            return name
+        [stored] = [stored for stored in self._in_files() if is_of_text(stored) and text_name(stored) == beside]
+        return next(theirs + name.removeprefix(ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""

@@ -21,6 +21,7 @@ from qsharded.fused.norm_rotary_swiglu import Rotary, rms_norm, rms_norm_backwar
 from qsharded.fused.projections import Group, Projection, is_projection
 from qsharded.models.attention import Attention, Saved, choose_attention
 from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.models.config import PRE_NORMS, ModelConfig
 from qsharded.models.decoder import DecoderLayer
 
 EVERYTHING = frozenset({"qkv", "attention", "h", "gate_up"})
@@ -54,15 +55,36 @@ class Policy:
     weights_present: Callable[[torch.device], AbstractContextManager[None]] | None = None
 
 
+def beyond_fused(config: ModelConfig) -> str | None:
+    """What of a family's mathematics :func:`fused_forward` does not compute, in words; None where it computes all.
+
+    It knows Llama's layer, also with q and k normalised by head, with fused projections, with windows, with a rotary
+    embedding of each layer's own or none, and with scores scaled otherwise.
+    """
+    ropes = [rope for rope in config.rope_of_layer if rope is not None]
+    missing = {
+        "norms after attention or MLP": config.norms != PRE_NORMS,
+        "norms of 1 + weight": config.norm_offset,
+        f"the activation {config.activation}": config.activation != "silu",
+        "an MLP without a gate": config.mlp == "ungated",
+        "norms of q and k other than of each head before it is rotated": config.qk_norm_place != "head",
+        "rotary embedding of neighbours": config.rope_interleaved,
+        "rotary embedding of a part of each head": any(rope.rotary_fraction != 1 for rope in ropes),
+        "a residual multiplier": config.residual_multiplier != 1,
+        "soft-capped scores": config.score_softcap is not None,
+    }
+    return next((what for what, is_there in missing.items() if is_there), None)
+
+
 def can_fuse(layer: nn.Module) -> bool:
     """Whether :func:`fused_forward` computes what ``layer`` does."""
-    if not isinstance(layer, DecoderLayer):  # FSDP2 makes a subclass of it
+    if not isinstance(layer, DecoderLayer) or beyond_fused(layer.config):  # FSDP2 makes a subclass of it
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    projections = (*attention.input_projections(), attention.o_proj, *mlp.input_projections(), mlp.down_proj)
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
     frozen = not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
-    return frozen and all(map(is_projection, (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+    return frozen and all(map(is_projection, projections))
 
 
 def fused_forward(layer: DecoderLayer, x_BSD: Tensor, inputs: AttentionInputs, policy: Policy = Policy()) -> Tensor:
@@ -108,9 +130,9 @@ class _Weights:
     def of(cls, layer: DecoderLayer, like: Tensor, shape: torch.Size, inputs: AttentionInputs) -> "_Weights":
         a, mlp = layer.self_attn, layer.mlp
         return cls(
-            qkv=Group([Projection.of(p) for p in (a.q_proj, a.k_proj, a.v_proj)]),
+            qkv=Group([Projection.of(p) for p in a.input_projections()]),
             o=Group([Projection.of(a.o_proj)]),
-            gate_up=Group([Projection.of(p) for p in (mlp.gate_proj, mlp.up_proj)]),
+            gate_up=Group([Projection.of(p) for p in mlp.input_projections()]),
             down=Group([Projection.of(mlp.down_proj)]),
             norm_1=layer.input_layernorm.weight,
             norm_2=layer.post_attention_layernorm.weight,
@@ -128,17 +150,12 @@ class _Weights:
 
 def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
     a = layer.self_attn
-    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSE, inputs.sin_BSE))
+    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSR, inputs.sin_BSR))
     q_norm, k_norm = a.q_norm, a.k_norm
-    heads, kv_heads = (p.out_features // a.head_dim for p in (_base(a.q_proj), _base(a.k_proj)))
     if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
         norms = q_norm.weight, k_norm.weight
-        return Rotary(cos_ME, sin_ME, heads, kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
-    return Rotary(cos_ME, sin_ME, heads, kv_heads)
-
-
-def _base(projection: nn.Module) -> Any:
-    return getattr(projection, "base_layer", projection)
+        return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
+    return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads)
 
 
 @dataclass

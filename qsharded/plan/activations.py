@@ -57,7 +57,7 @@ def step_work(
     A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
     and add to gradients that are there (counted as the gradients' own class). ``quant_format``: of its packed weights.
     """
-    one_layer = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
+    one_layer = config.of_layers(0)
     # a layer may lack what the configuration names in others
     of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
     model = skeleton(one_layer, of_one, dtype, quant_format=quant_format).train()
@@ -71,12 +71,12 @@ def step_work(
         positions_BS = torch.zeros(rows, length, dtype=torch.int64)
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
         inputs = _packed_rows(config, positions_BS, dtype)
-    layer = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
-    shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs.values())
+    layer = _simulate(model, lambda x: one(x, inputs[0]), x_BSD)
+    shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs)
     return StepWork(layer, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)
 
 
-def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> dict[int | None, AttentionInputs]:
+def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> tuple[AttentionInputs, ...]:
     """Of rows that may hold several documents, which takes a mask where no kernel knows of documents."""
     rows, length = positions_BS.shape
     boundaries = Boundaries.of_rows(rows, length, positions_BS.device)
@@ -87,10 +87,9 @@ def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) 
 
 
 def _bytes(inputs: Iterable[AttentionInputs]) -> int:
-    """Rotary tables, which all layers share, and a mask for each window that needs one."""
-    made = list(inputs)
-    masks = [of_window.mask_BST for of_window in made if of_window.mask_BST is not None]
-    return sum(tensor.nbytes for tensor in (made[0].cos_BSE, made[0].sin_BSE, *masks))
+    """Rotary tables and masks, each once for all the layers that share it."""
+    tensors = {tensor for made in inputs for tensor in (made.cos_BSR, made.sin_BSR, made.mask_BST)}
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _give_gradients(model: nn.Module) -> None:

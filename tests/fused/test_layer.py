@@ -58,7 +58,7 @@ def layer_of(config: ModelConfig, lora: LoRAConfig | None = None, *, packed: boo
 
 def inputs_of(config: ModelConfig, documents: Tensor | None = None) -> AttentionInputs:
     positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
-    return attention_inputs(config, positions, torch.float64, documents_BT=documents)[config.layer_windows[0]]
+    return attention_inputs(config, positions, torch.float64, documents_BT=documents)[0]
 
 
 def activations(seed: int = 1) -> Tensor:

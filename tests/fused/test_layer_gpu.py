@@ -73,7 +73,7 @@ def inputs_of(
 ) -> AttentionInputs:
     documents = None if documents is None else documents.cuda()
     made = attention_inputs(config, positions.cuda(), dtype, documents_BT=documents)
-    return made[config.layer_windows[0]]
+    return made[0]
 
 
 def random(seed: int, length: int = LENGTH) -> Tensor:

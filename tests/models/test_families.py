@@ -1,0 +1,124 @@
+"""Every family and variant against transformers and PEFT, on one process; on two in tests/distributed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from qsharded.config import TrainConfig
+from qsharded.fused import forwards
+from qsharded.fused.layer import beyond_fused
+from qsharded.merge import MergeConfig, run
+from qsharded.models import ModelConfig
+from qsharded.models.families import FAMILIES, WRAPPERS
+from qsharded.models.generation import generate
+from qsharded.nn import LoRAConfig
+from qsharded.plan.gpu_memory import plan
+from tests.models.parity import LENGTH, assert_close, case, ids, load, results
+from tests.models.variants import VARIANTS, VOCAB, model_type_of
+
+SHORT = LENGTH // 3
+# What of a family or a variant the fused layer does not compute. All others are fused.
+COMPOSED = {
+    "gemma2": "norms after attention or MLP",
+    "gemma3": "norms after attention or MLP",
+    "gemma3_text": "norms after attention or MLP",
+    "phi3-longrope": "rotary embedding of a part of each head",
+    "phi3-longrope-v4": "rotary embedding of a part of each head",
+    "olmo2": "norms after attention or MLP",
+    "olmo3": "norms after attention or MLP",
+    "granite": "a residual multiplier",
+    "arcee": "the activation relu2",
+    "glm4": "norms after attention or MLP",
+    "exaone4": "norms after attention or MLP",
+    "ernie4_5": "rotary embedding of neighbours",
+    "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",
+}
+# Rows beyond their original context, where q is scaled by position; shorter ones are fused ("ministral3-short").
+COMPOSED_FOR_ITS_LENGTH = {"ministral3", "mistral3"}
+
+
+def test_every_family_has_a_variant() -> None:
+    assert {model_type_of(variant) for variant in VARIANTS} == FAMILIES.keys() | WRAPPERS.keys()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_loss_and_gradients_are_those_of_peft(variant: str) -> None:
+    assert_close(results(load(variant)), case(variant).expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_installed_transformers_spells_the_same_model(variant: str) -> None:
+    assert ModelConfig.from_hf(case(variant).rewritten) == ModelConfig.from_hf(VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_are_as_each_alone(variant: str) -> None:
+    model, row = load(variant), ids()[:1]
+    positions = torch.cat((torch.arange(SHORT), torch.arange(LENGTH - SHORT)))[None]
+    documents = (torch.arange(LENGTH) >= SHORT).long()[None]
+    with torch.no_grad():
+        packed = model(row, positions_BS=positions, document_ids_BS=documents)
+        alone = torch.cat((model(row[:, :SHORT]), model(row[:, SHORT:])), dim=1)
+        together = model(row)
+    assert_close({"logits": packed}, {"logits": alone})
+    assert (together - alone)[:, SHORT:].abs().max() > 1e-3, "the second document saw the first: nothing was shown"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_with_a_cache_is_as_without(variant: str) -> None:
+    """Ragged prompts, longer than the windows; longrope's on either side of the original length."""
+    model, row = load(variant).eval(), ids()[0].tolist()
+    prompts = [row[:13], row[13:15]]
+    made = generate(model, prompts, max_new_tokens=5, eos_ids=())
+    for prompt, tokens in zip(prompts, made, strict=True):
+        text = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        assert tokens == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merge_is_that_of_peft(variant: str, tmp_path: Path) -> None:
+    """Merged into the 16-bit weights, and every other tensor as it was."""
+    folders = case(variant)
+    kind = AutoModelForImageTextToText if "text_config" in VARIANTS[variant] else AutoModelForCausalLM
+    base = kind.from_pretrained(folders.checkpoint, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, folders.adapter).merge_and_unload()
+    merge = MergeConfig(model=str(folders.checkpoint), adapter=str(folders.adapter), output=str(tmp_path / "merged"))
+    run(merge)
+    merged = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert_close(dict(merged.named_parameters()), dict(expected.named_parameters()))
+    before, after = (load_file(path / "model.safetensors") for path in (folders.checkpoint, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    for name, stored in before.items():
+        is_adapted = ".layers." in name and name.endswith("_proj.weight") and "vision" not in name
+        assert torch.equal(after[name], stored) != is_adapted, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_which_layers_are_fused(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    fused = forwards.fused_forward
+    monkeypatch.setattr(forwards, "fused_forward", lambda *args: calls.append(args) or fused(*args))
+    model = load(variant)
+    reason = COMPOSED.get(variant, COMPOSED.get(model_type_of(variant)))
+    assert beyond_fused(model.config) == reason
+    model(ids(), targets_BS=ids())
+    is_composed = reason is not None or variant in COMPOSED_FOR_ITS_LENGTH
+    assert len(calls) == (0 if is_composed else model.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_plan_is_made(variant: str) -> None:
+    config = ModelConfig.from_hf(VARIANTS[variant])
+    run = TrainConfig(model="m", dataset="d", max_length=64, per_device_train_batch_size=2)
+    planned = plan(config, run, 1, lora=LoRAConfig(r=4))
+    rows = {row.name: row.bytes for row in planned.rows}
+    assert rows["activations"] > config.num_hidden_layers * 2 * 64 * config.hidden_size * 2
+    assert rows["logits and loss"] > 2 * 64 * VOCAB * 2

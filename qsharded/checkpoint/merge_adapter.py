@@ -91,9 +91,8 @@ def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> 
     their names in the files."""
     if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
         return {}
-    if source.renamed:
-        return {source.name_beside(EMBEDDING, HEAD): source.name_beside(HEAD, HEAD)}
-    return {source.name_beside(HEAD, EMBEDDING): source.name_beside(EMBEDDING, EMBEDDING)}
+    embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
+    return {embedding: head} if source.renamed else {head: embedding}
 
 
 def _changed_json(

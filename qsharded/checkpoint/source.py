@@ -192,12 +192,21 @@ class SafetensorsFolder:
         """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
         return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
 
-    def name_beside(self, name: str, beside: str) -> str:
-        """How a new tensor, here called ``name``, is to be called in the files, given one that is there."""
+    def name_in_files(self, name: str) -> str:
+        """What the files call what is called ``name`` here, whether it is there or to be added."""
         if not self.is_wrapped:
             return name
-        [stored] = [stored for stored in self._in_files() if is_of_text(stored) and text_name(stored) == beside]
-        return next(theirs + name.removeprefix(ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
+        stored = next(filter(is_of_text, self._in_files()))
+        prefixes = next((theirs, ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
+        return prefixes[0] + name.removeprefix(prefixes[1])
+
+    def all_parts(self) -> "SafetensorsFolder":
+        """The folder with all of a multimodal model's tensors, by their names in the files."""
+        return SafetensorsFolder(self.folder) if self.is_wrapped else self
+
+    def other_parts(self) -> list[str]:
+        """The tensors of a multimodal model that are not its text part's, by their names in the files."""
+        return sorted(name for name in self._in_files() if not is_of_text(name)) if self.is_wrapped else []
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""

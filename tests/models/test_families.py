@@ -1,5 +1,6 @@
 """Every family and variant against transformers and PEFT, on one process; on two in tests/distributed."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from qsharded import quantize
+from qsharded.checkpoint import load_model
+from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.config import TrainConfig
 from qsharded.fused import forwards
 from qsharded.fused.layer import beyond_fused
@@ -18,7 +22,7 @@ from qsharded.models.families import FAMILIES, WRAPPERS
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
 from qsharded.plan.gpu_memory import plan
-from tests.models.parity import LENGTH, assert_close, case, ids, load, results
+from tests.models.parity import LENGTH, assert_close, case, ids, load, load_folders, results
 from tests.models.variants import VARIANTS, VOCAB, model_type_of
 
 SHORT = LENGTH // 3
@@ -122,3 +126,51 @@ def test_a_plan_is_made(variant: str) -> None:
     rows = {row.name: row.bytes for row in planned.rows}
     assert rows["activations"] > config.num_hidden_layers * 2 * 64 * config.hidden_size * 2
     assert rows["logits and loss"] > 2 * 64 * VOCAB * 2
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "mistral3"])
+def test_a_packed_multimodal_checkpoint_trains_as_the_original_and_keeps_the_other_parts(
+    variant: str, tmp_path: Path
+) -> None:
+    folders = case(variant)
+    quantize.run(
+        quantize.QuantizeConfig(model=str(folders.checkpoint), output=str(tmp_path / "p")), torch.device("cpu")
+    )
+    assert_close(results(load_folders(tmp_path / "p", folders.adapter)), results(load(variant)))
+    before, after = (load_file(path / "model.safetensors") for path in (folders.checkpoint, tmp_path / "p"))
+    others = [name for name in before if "language_model" not in name and "lm_head" not in name]
+    assert others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_an_adapter_on_a_tied_embedding_unties_a_multimodal_model_as_peft_does(tmp_path: Path) -> None:
+    """The head is written beside the embedding, in the names of the files."""
+    checkpoint = case("gemma3").checkpoint
+    model = load_model(checkpoint, lora=LoRAConfig(r=4, target_modules=["embed_tokens"]), dtype=torch.float32)
+    torch.manual_seed(5)
+    for _, parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_adapter(model, LoRAConfig(r=4, target_modules=["embed_tokens"]), tmp_path / "a", base_model=str(checkpoint))
+    run(MergeConfig(model=str(checkpoint), adapter=str(tmp_path / "a"), output=str(tmp_path / "m")))
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, tmp_path / "a")(input_ids=ids()).logits
+        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "m", dtype=torch.float32)(
+            input_ids=ids()
+        ).logits
+    assert_close({"logits": merged}, {"logits": expected})
+
+
+def test_peft_reads_a_multimodal_models_adapter_of_all_linear_layers(tmp_path: Path, caplog: Any) -> None:
+    """It adapts no layer of another part, though their names end alike."""
+    checkpoint = case("gemma3").checkpoint
+    caplog.set_level("INFO")
+    model = load_model(checkpoint, lora=LoRAConfig(r=4), dtype=torch.float32)
+    assert "its text part alone is loaded" in caplog.text
+    save_adapter(model, LoRAConfig(r=4), tmp_path, base_model=str(checkpoint))
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that it misses
+        peft = PeftModel.from_pretrained(base, tmp_path)
+    ours = {name for name, _ in trainable(model)}
+    assert ours == {name.replace(".default.", ".") for name, _ in peft.named_parameters() if "lora_" in name}

@@ -56,14 +56,15 @@ def test_rms_norm_and_its_gradient(dtype: torch.dtype, width: int, residual: boo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [72, 2056])
-def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int, activation: str) -> None:
     gate_up, grad = random(3, 2 * width, dtype=dtype), random(3, width, dtype=dtype, seed=1)
     wide = leaf(gate_up)
     gate, up = wide.chunk(2, dim=-1)
-    act = F.silu(gate) * up
-    assert_close(triton_swiglu.forward(gate_up), act)
+    act = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    assert_close(triton_swiglu.forward(gate_up, activation=activation), act)
     (expected,) = gradients(act, grad, wide)
-    triton_swiglu.backward_(grad, gate_up)
+    triton_swiglu.backward_(grad, gate_up, activation)
     assert_close(gate_up, expected)
     assert_close(grad, act)
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +31,9 @@ _TEXT_PREFIXES = (
     (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")),
     (("model.language_model.", "model."), ("lm_head.", "lm_head.")),
 )
+
+
+_FURTHER = "mtp."  # layers that predict further tokens, which transformers ignores too
 
 
 def _of_style(stored: str) -> tuple[tuple[str, str], ...]:
@@ -134,17 +137,19 @@ class SafetensorsFolder:
         renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
         is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
             they have in a model of text.
+        has_others: what is not the decoder's is seen too: other parts, layers that predict further tokens.
     """
 
     folder: Path
     renamed: tuple[str, str] | None = None
     is_wrapped: bool = False
+    has_others: bool = False
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        stored = self._in_files()
+        stored = {name: of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
         if self.is_wrapped:
-            stored = {text_name(name): of_one for name, of_one in stored.items() if is_of_text(name)}
+            stored = {text_name(name): of_one for name, of_one in stored.items()}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
@@ -201,12 +206,17 @@ class SafetensorsFolder:
         return prefixes[0] + name.removeprefix(prefixes[1])
 
     def all_parts(self) -> "SafetensorsFolder":
-        """The folder with all of a multimodal model's tensors, by their names in the files."""
-        return SafetensorsFolder(self.folder) if self.is_wrapped else self
+        """The folder with all tensors, by their names in the files."""
+        return replace(self, is_wrapped=False, has_others=True) if self.other_parts() else self
 
     def other_parts(self) -> list[str]:
-        """The tensors of a multimodal model that are not its text part's, by their names in the files."""
-        return sorted(name for name in self._in_files() if not is_of_text(name)) if self.is_wrapped else []
+        """The tensors that are not the decoder's, by their names in the files."""
+        return sorted(filter(self._is_other, self._in_files()))
+
+    def _is_other(self, stored: str) -> bool:
+        if self.has_others:
+            return False
+        return stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""

@@ -67,6 +67,8 @@ def beyond_fused(config: ModelConfig) -> str | None:
     """
     ropes = [rope for rope in config.rope_of_layer if rope is not None]
     missing = {
+        "gated delta-net layers": config.linear is not None,
+        "a gate on attention's output": config.attention_gate,
         "an MLP without a gate": config.mlp == "ungated",
         "norms of q and k other than of each head before it is rotated": config.qk_norm_place != "head",
         "rotary embedding of neighbours": config.rope_interleaved,

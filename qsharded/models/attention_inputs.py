@@ -37,6 +37,7 @@ class AttentionInputs:
         scale: of the scores; None: 1 / sqrt(E).
         softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
         query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
+        documents_BT: each key's document, for layers that attend by a state; None: one, or no such layer.
     """
 
     cos_BSR: Tensor
@@ -47,6 +48,7 @@ class AttentionInputs:
     scale: float | None = None
     softcap: float | None = None
     query_scale_BS: Tensor | None = None
+    documents_BT: Tensor | None = None
 
 
 def attention_inputs(
@@ -89,6 +91,7 @@ def attention_inputs(
             scale=config.attention_scale,
             softcap=config.score_softcap,
             query_scale_BS=query_scale_BS,
+            documents_BT=None if config.linear is None else documents_BT,
         )
         if not uses_kernel:
             mask_BST = masks[window]

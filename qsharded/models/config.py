@@ -26,6 +26,17 @@ PRE_NORMS = NormNames()
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """The shape of gated delta-net layers: heads and their dims, and the taps of the convolution before them."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder's shape and mathematics, under Hugging Face's names where these exist. The defaults are Llama's.
 
@@ -45,6 +56,8 @@ class ModelConfig:
         embedding_multiplier, residual_multiplier, logit_multiplier: of the embedding's output, of what a layer adds
             to the residual stream, and of the logits.
         embedding_multiplier_rounded: the first is rounded to the activations' dtype.
+        attention_gate: q_proj puts out q and a gate, by whose sigmoid attention's output is multiplied.
+        linear, linear_layers: gated delta-net layers, and which layers are such in attention's place.
         wrapper: model_type of the multimodal model of which this is the text part, or "".
     """
 
@@ -81,6 +94,9 @@ class ModelConfig:
     embedding_multiplier_rounded: bool = False
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    attention_gate: bool = False
+    linear: LinearAttention | None = None
+    linear_layers: tuple[bool, ...] = ()
     wrapper: str = ""
 
     def __post_init__(self) -> None:
@@ -96,7 +112,7 @@ class ModelConfig:
                              f"head_dim {self.head_dim}")  # fmt: skip
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
-        for name in ("layer_windows", "layer_ropes"):
+        for name in ("layer_windows", "layer_ropes", "linear_layers"):
             entries = getattr(self, name)
             if entries and len(entries) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(entries)} entries for {self.num_hidden_layers} layers")
@@ -106,6 +122,11 @@ class ModelConfig:
         """Each layer's rotary embedding."""
         return self.layer_ropes or (self.rope,) * self.num_hidden_layers
 
+    @property
+    def is_linear(self) -> tuple[bool, ...]:
+        """Whether each layer is a gated delta-net."""
+        return self.linear_layers or (False,) * self.num_hidden_layers
+
     def of_layers(self, *layers: int) -> "ModelConfig":
         """The same decoder with these of its layers alone."""
         return replace(
@@ -113,6 +134,7 @@ class ModelConfig:
             num_hidden_layers=len(layers),
             layer_windows=tuple(self.layer_windows[layer] for layer in layers),
             layer_ropes=tuple(self.layer_ropes[layer] for layer in layers) if self.layer_ropes else (),
+            linear_layers=tuple(self.is_linear[layer] for layer in layers),
         )
 
     @classmethod

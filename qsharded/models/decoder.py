@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.chunked_loss import capped, chunked_cross_entropy, chunked_log_probs
 from qsharded.models.config import ModelConfig
+from qsharded.models.gated_delta_net import GatedDeltaNet
 from qsharded.models.kv_cache import KVCache
 from qsharded.models.mlp import make_mlp
 from qsharded.models.norm import rms_norm
@@ -34,7 +35,10 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
-        self.self_attn = self_attention(config, layer)
+        if config.is_linear[layer]:
+            self.linear_attn = GatedDeltaNet(config, layer)
+        else:
+            self.self_attn = self_attention(config, layer)
         self.mlp = make_mlp(config)
         for name in config.norms.names():
             self.add_module(name, rms_norm(config, config.hidden_size))
@@ -42,7 +46,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> Tensor:
         """One layer: x [B, S, D] -> [B, S, D]."""
         norms = self.config.norms
-        attended_BSD = self.self_attn(self._norm(norms.before_attention, x_BSD), inputs, cache)
+        attends = getattr(self, "self_attn", None) or self.linear_attn
+        attended_BSD = attends(self._norm(norms.before_attention, x_BSD), inputs, cache)
         x_BSD = x_BSD + self._scaled(self._norm(norms.after_attention, attended_BSD))
         y_BSD = self.mlp(self._norm(norms.before_mlp, x_BSD))
         return x_BSD + self._scaled(self._norm(norms.after_mlp, y_BSD))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qsharded.models import layer_patterns
-from qsharded.models.config import NormNames
+from qsharded.models.config import LinearAttention, NormNames
 from qsharded.models.config_keys import SHAPE_KEYS, check_keys
 from qsharded.models.rope import RopeConfig
 
@@ -599,7 +599,84 @@ FAMILIES |= {
     ),
 }
 
+# Qwen3.5
+
+
+def _linear_types(values: Values) -> list[str]:
+    interval, layers = values["full_attention_interval"], values["num_hidden_layers"]
+    otherwise = [_LINEAR if (layer + 1) % interval else layer_patterns.FULL for layer in range(layers)]
+    types = layer_patterns.types(values, otherwise)
+    for unknown in sorted(set(types) - {_LINEAR, layer_patterns.FULL}):
+        raise ValueError(f"layer_types: {unknown!r} is not supported ({_LINEAR} and {layer_patterns.FULL} are)")
+    return types
+
+
+def _qwen3_5(values: Values) -> Settings:
+    linear = LinearAttention(
+        key_heads=values["linear_num_key_heads"],
+        value_heads=values["linear_num_value_heads"],
+        key_dim=values["linear_key_head_dim"],
+        value_dim=values["linear_value_head_dim"],
+        taps=values["linear_conv_kernel_dim"],
+    )
+    return _biases(values) | {
+        "qk_norm": True,
+        "norm_offset": True,
+        "attention_gate": True,
+        "linear": linear,
+        "linear_layers": tuple(kind == _LINEAR for kind in _linear_types(values)),
+    }
+
+
+def _qwen3_5_rope(values: Values) -> Settings:
+    """The three positions of a text's token are one, so that what mixes them changes nothing."""
+    given = _rope_parameters(values)
+    return {"rope": RopeConfig.of({key: given[key] for key in given if not key.startswith("mrope_")}, values)}
+
+
+_LINEAR = "linear_attention"
+FAMILIES |= {
+    "qwen3_5_text": Family(
+        "Qwen3.5 (dense)",
+        "Qwen3_5ForCausalLM",
+        "gated delta-net layers beside gated attention; a quarter of each head is rotated; norms of 1 + weight",
+        defaults={
+            "vocab_size": 248_320,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "layer_types": None,
+            "full_attention_interval": 4,
+            # of layers that predict further tokens, which are not trained
+            "mtp_num_hidden_layers": None,
+            "mtp_use_dedicated_embeddings": None,
+        },
+        settings=_qwen3_5,
+        ropes=_qwen3_5_rope,
+        neutral={"attn_output_gate": (True,), "mlp_only_layers": ([],), "mamba_ssm_dtype": ("float32",)},
+        partial_rotary=True,
+    ),
+}
+
 WRAPPERS: dict[str, Wrapper] = {
+    "qwen3_5": Wrapper(
+        "Qwen3.5, multimodal",
+        "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_text",
+        tied=False,
+        keys=frozenset({"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}),
+    ),
     "mistral3": Wrapper(
         "Mistral Small 3.1 and Ministral 3, multimodal",
         "Mistral3ForConditionalGeneration",

@@ -16,6 +16,8 @@ from qsharded.models.rope import rotate
 
 def self_attention(config: ModelConfig, layer: int) -> "Attention":
     """The attention that ``config`` describes."""
+    if config.attention_gate:
+        return GatedAttention(config, layer)
     if config.fused_qkv:
         return FusedQKVAttention(config, layer)
     return _BY_NORM[config.qk_norm_place](config, layer)
@@ -53,15 +55,19 @@ class Attention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
-        q_BSHE, k_BSGE, v_BSGE = self.project(x_BSD)
+        return self.o_proj(self.attend(*self.project(x_BSD), inputs, cache).flatten(2))
+
+    def attend(
+        self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, inputs: AttentionInputs, cache: KVCache | None
+    ) -> Tensor:
+        """The output [B, S, H, E] of what the projections put out."""
         q_BHSE, k_BGTE = self.turn(q_BSHE, inputs), self.turn(k_BSGE, inputs, is_key=True)
         if inputs.query_scale_BS is not None:
             q_BHSE = q_BHSE * inputs.query_scale_BS[:, None, :, None]
         v_BGTE = v_BSGE.transpose(1, 2)
         if cache is not None:
             k_BGTE, v_BGTE = cache.update(self.layer, k_BGTE, v_BGTE)
-        y_BSHE = attend(q_BHSE.transpose(1, 2), k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), inputs)
-        return self.o_proj(y_BSHE.flatten(2))
+        return attend(q_BHSE.transpose(1, 2), k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), inputs)
 
     def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, H, E], k and v [B, S, G, E] as the projections put them out."""
@@ -76,6 +82,20 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+class GatedAttention(Attention):
+    """q_proj puts out q and a gate, head by head; the sigmoid of the gate multiplies the output: Qwen3.5's."""
+
+    def _make_projections(self, config: ModelConfig) -> None:
+        super()._make_projections(config)
+        self.q_proj = nn.Linear(config.hidden_size, 2 * self.heads * self.head_dim, bias=config.qkv_bias)
+
+    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        q_BSHE, gate_BSHE = self.q_proj(x_BSD).unflatten(-1, (self.heads, 2, self.head_dim)).unbind(3)
+        k_BSGE, v_BSGE = self._heads(self.k_proj(x_BSD)), self._heads(self.v_proj(x_BSD))
+        y_BSHE = self.attend(q_BSHE, k_BSGE, v_BSGE, inputs, cache)
+        return self.o_proj((y_BSHE * gate_BSHE.sigmoid()).flatten(2))
 
 
 class FusedQKVAttention(Attention):

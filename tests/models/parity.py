@@ -75,21 +75,30 @@ def write_checkpoint(folder: Path, described: dict[str, Any]) -> tuple[PreTraine
 
 def is_offset(model: nn.Module, name: str) -> bool:
     """Whether a norm's weight is an offset from 1."""
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm")
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__ in (
+        "Gemma2RMSNorm",
+        "Gemma3RMSNorm",
+        "Qwen3_5RMSNorm",
+    )
+
+
+def is_of_decoder(name: str) -> bool:
+    """Whether a module or tensor is of the decoder's layers."""
+    return ".layers." in name and "vision" not in name and "visual" not in name
 
 
 def round_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     """With the weights that the decoder's linear layers have in NF4."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and ".layers." in name and "vision" not in name:
+        if isinstance(layer, nn.Linear) and is_of_decoder(name):
             layer.weight.data = formats.quantize(layer.weight.data).dequantize(torch.float32)
     return model
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """By PEFT, on every linear layer of the decoder."""
-    last = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
-    targets: str | list[str] = sorted(name for name in last if name.endswith("_proj"))
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_of_decoder(name)]
+    targets: str | list[str] = sorted({name.rpartition(".")[2] for name in linears})
     if any("language_model" in name for name, _ in model.named_modules()):
         targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")

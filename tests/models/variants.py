@@ -43,6 +43,13 @@ _LONG = {
     "long_factor": [1.5 + 0.7 * i for i in range(8)],
 }
 _PHI4_LONG = {name: factors[:6] for name, factors in _LONG.items()}
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -220,6 +227,29 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5": {"head_dim": 32, "rope_parameters": _DEFAULT_ROPE, "use_bias": True},
     "ernie4_5-v4": {"head_dim": 16, "rope_theta": 500000.0, "use_bias": False, "tie_word_embeddings": True},
+    "qwen3_5_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", FULL, "linear_attention"],
+        "head_dim": 32,
+        "rope_parameters": {
+            **_DEFAULT_ROPE,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+        **_DELTA_NET,
+    },
+    "qwen3_5_text-interval": {
+        "full_attention_interval": 2,
+        "head_dim": 16,
+        "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "attn_output_gate": True,
+        "mtp_num_hidden_layers": 1,
+        "mamba_ssm_dtype": "float32",
+        **_DELTA_NET,
+    },
     "hunyuan_v1_dense": {"head_dim": 16, "rope_parameters": _DEFAULT_ROPE, "attention_bias": True},
     "hunyuan_v1_dense-alpha-v4": {
         "head_dim": 32,
@@ -263,6 +293,17 @@ _GEMMA3_V4_OF_TEXT = {**_SHAPE, **_SETTINGS["gemma3_text-v4"], "tie_word_embeddi
     "final_logit_softcapping": None
 }
 
+_QWEN_VISION = {
+    "model_type": "qwen3_5_vision",
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
 # Multimodal models, of which the text part is trained.
 _WRAPPED: dict[str, dict[str, Any]] = {
     "gemma3": {
@@ -272,6 +313,14 @@ _WRAPPED: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 1,
     },
     "gemma3-v4": {"text_config": _GEMMA3_V4_OF_TEXT, "vision_config": _SIGLIP, "image_token_index": 60},
+    "qwen3_5": {
+        "text_config": {"model_type": "qwen3_5_text", **_SHAPE, **_SETTINGS["qwen3_5_text"]},
+        "vision_config": _QWEN_VISION,
+        "image_token_id": 58,
+        "video_token_id": 59,
+        "vision_start_token_id": 57,
+        "vision_end_token_id": 60,
+    },
     "mistral3": {
         "text_config": {"model_type": "ministral3", **_SHAPE, **_SETTINGS["ministral3"]},
         "vision_config": _PIXTRAL,

@@ -1,0 +1,83 @@
+"""The chunked delta rule and the convolution against their definitions, token by token and document by document."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsharded.models import gated_delta_net
+from qsharded.models.gated_delta_net import Documents, causal_conv, gated_delta_rule
+
+B, S, G, H, KEY, VALUE, TAPS, CHANNELS = 2, 23, 2, 4, 6, 5, 4, 7
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14, [-1] * 3 + [0] * 1 + [1] * 4 + [2] * 15])
+TOLERANCE = 1e-12  # fp64 in another order
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def tensors() -> list[Tensor]:
+    q, k, v = random(B, S, G, KEY), random(B, S, G, KEY, seed=1), random(B, S, H, VALUE, seed=2)
+    return [q, k, v, random(B, S, H, seed=3), random(B, S, H, seed=4)]
+
+
+def rule(tensors: list[Tensor], documents: Documents, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    q, k, v, kept, beta = tensors
+    return gated_delta_rule(q, k, v, -F.softplus(kept), beta.sigmoid(), documents, state)
+
+
+def by_definition(tensors: list[Tensor], documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v, kept, beta = tensors
+    q, k = (F.normalize(t, dim=-1, eps=0).repeat_interleave(H // G, dim=2) for t in (q, k))
+    state, out = torch.zeros(B, H, KEY, VALUE, dtype=torch.float64), []
+    for t in range(S):
+        if documents is not None and t:
+            state = state * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
+        state = state * torch.exp(-F.softplus(kept[:, t]))[..., None, None]
+        read = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t].sigmoid()[..., None] * (v[:, t] - read))
+        out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * KEY**-0.5)
+    return torch.stack(out, dim=1), state
+
+
+@pytest.mark.parametrize("ids", [None, DOCUMENTS], ids=["rows", "documents"])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_chunks_compute_what_tokens_in_turn_do(chunk: int, ids: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_net, "_CHUNK", chunk)
+    monkeypatch.setattr(gated_delta_net, "_unit", lambda x: F.normalize(x, dim=-1, eps=0))
+    given = tensors()
+    found, expected = rule(given, Documents.of(ids, S)), by_definition(given, ids)
+    for got, want in zip(found, expected, strict=True):
+        assert (got - want).abs().max() <= TOLERANCE
+    grad = random(B, S, H, VALUE, seed=5).detach()
+    gradients = (torch.autograd.grad(out, given, grad) for out, _ in (found, expected))
+    for got, want in zip(*gradients, strict=True):
+        assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
+
+
+@pytest.mark.parametrize("ids", [None, DOCUMENTS], ids=["rows", "documents"])
+@pytest.mark.parametrize("first", [1, 2, 11])
+def test_a_state_goes_on_where_it_was_left(first: int, ids: Tensor | None) -> None:
+    given, (whole, last) = tensors(), rule(tensors(), Documents.of(ids, S))
+    known = None if ids is None else ids[:, :first]
+    begun, state = rule([t[:, :first] for t in given], Documents.of(known, first))
+    rest, state = rule([t[:, first:] for t in given], Documents.of(ids, S - first), state)
+    assert (torch.cat((begun, rest), dim=1) - whole).abs().max() <= TOLERANCE
+    assert (state - last).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("ids", [None, DOCUMENTS], ids=["rows", "documents"])
+@pytest.mark.parametrize("first", [1, 2, 11, S])
+def test_a_convolution_sees_its_document_alone(first: int, ids: Tensor | None) -> None:
+    x, weight = random(B, S, CHANNELS), random(CHANNELS, 1, TAPS, seed=1)
+    expected = torch.zeros(B, S, CHANNELS, dtype=torch.float64)
+    for row in range(B):
+        for t in range(S):
+            for lag in range(min(TAPS, t + 1)):
+                if ids is None or ids[row, t] == ids[row, t - lag]:
+                    expected[row, t] += x[row, t - lag] * weight[:, 0, TAPS - 1 - lag]
+    known = None if ids is None else ids[:, :first]
+    begun, before = causal_conv(x[:, :first], weight, Documents.of(known, first))
+    rest, _ = causal_conv(x[:, first:], weight, Documents.of(ids, S - first), before)
+    assert (torch.cat((begun, rest), dim=1) - expected).abs().max() <= TOLERANCE

@@ -26,6 +26,10 @@ alone is rotated (Phi-4-mini); Ministral 3 is, in rows up to its original contex
 Of a multimodal model the text part is trained: a line says so, rows that hold images are refused, and `merge` carries
 the other parts' tensors through unchanged. PEFT reads the adapter on the whole model.
 
+Qwen3.5's gated delta-net layers run through flash-linear-attention's kernel where that is installed (on GPUs, in
+16 bits), else in plain PyTorch. Layers that predict further tokens (`mtp.*`) are not trained; `merge` carries them
+through.
+
 Dropout that a config.json asks for (Seed-OSS's) is not applied; a line says so.
 """
 

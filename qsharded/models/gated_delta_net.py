@@ -1,4 +1,5 @@
-"""Gated delta-net layers, in place of attention in three of four layers of Qwen3.5: in plain PyTorch, for any device.
+"""Gated delta-net layers, in place of attention in three of four layers of Qwen3.5: in plain PyTorch, for any device,
+and by flash-linear-attention's kernel where that is installed.
 
 A state S [Ek, Ev] a head is read and rewritten by each token, and so stands for all keys and values before it:
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.config import ModelConfig
+from qsharded.models.fla import fla_rule, run_rule
 from qsharded.models.kv_cache import KVCache
 
 _CHUNK = 64
@@ -57,9 +59,14 @@ class GatedDeltaNet(nn.Module):
         beta_BSH = self.in_proj_b(x_BSD).sigmoid()
         keeps = F.softplus(self.in_proj_a(x_BSD).float() + self.dt_bias.float())
         log_kept_BSH = -self.A_log.float().exp() * keeps
-        out_BSHE, state = gated_delta_rule(q_BSHE, k_BSHE, v_BSHE, log_kept_BSH, beta_BSH, documents, state)
-        if cache is not None:
-            cache.set_state(self.layer, (taps_before, state))
+        rule = fla_rule(x_BSD) if cache is None else None
+        given = q_BSHE, k_BSHE, v_BSHE, log_kept_BSH, beta_BSH
+        if rule is not None and (inputs.documents_BT is None or inputs.boundaries is not None):
+            out_BSHE = run_rule(rule, *given, inputs.boundaries)
+        else:
+            out_BSHE, state = gated_delta_rule(*given, documents, state)
+            if cache is not None:
+                cache.set_state(self.layer, (taps_before, state))
         gate_BSHE = self._heads(self.in_proj_z(x_BSD), self.value_dim)
         gated_BSHE = (self.norm(out_BSHE).float() * F.silu(gate_BSHE.float())).to(x_BSD.dtype)
         return self.out_proj(gated_BSHE.flatten(2))

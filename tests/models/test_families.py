@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from qsharded import quantize
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import save_adapter, trainable
+from qsharded.checkpoint.report import inspect_path
 from qsharded.config import TrainConfig
 from qsharded.fused import forwards
 from qsharded.fused.layer import beyond_fused
@@ -203,3 +204,8 @@ def test_layers_that_predict_further_tokens_are_passed_over_and_carried_through(
         written = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(written[name], tensor) for name, tensor in further.items())
     assert_close(results(load_folders(tmp_path / "packed", folders.adapter)), results(load("qwen3_5_text")))
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "qwen3_5", "phi3", "qwen3_5_text"])
+def test_inspect_finds_such_checkpoints_sound(variant: str) -> None:
+    assert inspect_path(case(variant).checkpoint).problems == []

@@ -1,12 +1,17 @@
 """The chunked delta rule and the convolution against their definitions, token by token and document by document."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.models import gated_delta_net
-from qsharded.models.gated_delta_net import Documents, causal_conv, gated_delta_rule
+from qsharded.models.attention_inputs import attention_inputs
+from qsharded.models.config import LinearAttention, ModelConfig
+from qsharded.models.gated_delta_net import Documents, GatedDeltaNet, causal_conv, gated_delta_rule
+from qsharded.utils.documents import Boundaries
 
 B, S, G, H, KEY, VALUE, TAPS, CHANNELS = 2, 23, 2, 4, 6, 5, 4, 7
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14, [-1] * 3 + [0] * 1 + [1] * 4 + [2] * 15])
@@ -81,3 +86,30 @@ def test_a_convolution_sees_its_document_alone(first: int, ids: Tensor | None) -
     begun, before = causal_conv(x[:, :first], weight, Documents.of(known, first))
     rest, _ = causal_conv(x[:, first:], weight, Documents.of(ids, S - first), before)
     assert (torch.cat((begun, rest), dim=1) - expected).abs().max() <= TOLERANCE
+
+
+def test_flash_linear_attention_gets_documents_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function as it is called, in place of the kernel, which needs a GPU."""
+    config = ModelConfig(
+        61, 24, 32, 1, 2, 1, 12, 64, linear=LinearAttention(G, H, KEY, VALUE, TAPS), linear_layers=(True,)
+    )
+    torch.manual_seed(0)
+    layer = GatedDeltaNet(config, 0).double()
+    positions = torch.arange(S).expand(B, S)
+    (plain,) = attention_inputs(config, positions, torch.float64, documents_BT=DOCUMENTS)
+    x, calls = random(B, S, 24), []
+
+    def chunk_gated_delta_rule(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, use_qk_l2norm_in_kernel: bool, cu_seqlens: Tensor
+    ) -> tuple[Tensor, None]:
+        assert use_qk_l2norm_in_kernel
+        assert q.shape[:3] == v.shape[:3] == g.shape == beta.shape == (1, B * S, H)
+        calls.append(cu_seqlens.tolist())
+        ids = torch.bucketize(torch.arange(B * S), cu_seqlens, right=True)[None]
+        return gated_delta_rule(q, k, v, g, beta, Documents.of(ids, B * S))[0], None
+
+    expected = layer(x, plain, None)
+    monkeypatch.setattr(gated_delta_net, "fla_rule", lambda x: chunk_gated_delta_rule)
+    found = layer(x, dataclasses.replace(plain, mask_BST=None, boundaries=Boundaries.of(DOCUMENTS)), None)
+    assert calls == [[0, 9, 23, 26, 27, 31, 46]]
+    assert (found - expected).abs().max() <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Write docs/: one page for each command, made from its dataclass."""
+"""Write docs/: one page for each command, made from its dataclass, and the list of models, which README has too."""
 
 from pathlib import Path
 
@@ -9,8 +9,10 @@ from qsharded.generate import GenerateConfig
 from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
 from qsharded.quantize import QuantizeConfig
+from tools import families
 
 DOCS = Path(__file__).parent.parent / "docs"
+README = DOCS.parent / "README.md"
 PAGES = {
     "train.md": TrainConfig,
     "generate.md": GenerateConfig,
@@ -25,6 +27,8 @@ def main() -> None:
     DOCS.mkdir(exist_ok=True)
     for name, command in PAGES.items():
         (DOCS / name).write_text(markdown(command), encoding="utf-8")
+    (DOCS / "models.md").write_text(families.page(), encoding="utf-8")
+    README.write_text(families.in_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     loss = log(sum_v exp(l_v)) - l_target,  d l_v = softmax(l)_v - [v = target]
 
+With a soft-cap c, l = c tanh(x / c) of the logits x, and d x_v = d l_v (1 - (l_v / c)^2).
+
 A program takes a token: it reads the row for the maximum and the sum, and once more to write the gradient over it.
 Computed in fp32.
 
@@ -16,7 +18,7 @@ from torch import Tensor
 _BLOCK, _WARPS = 8192, 16  # 16 values a thread
 
 
-def forward_(logits_CV: Tensor, targets_C: Tensor, ignore: int) -> Tensor:
+def forward_(logits_CV: Tensor, targets_C: Tensor, ignore: int, softcap: float | None = None) -> Tensor:
     """fp32 [C] losses; ``logits`` [C, V] become their gradient, in place. ``targets``: int64 [C]; those that equal
     ``ignore`` have no loss and no gradient, and one that is outside of [0, V) otherwise has a loss of NaN."""
     C, V = logits_CV.shape
@@ -29,6 +31,8 @@ def forward_(logits_CV: Tensor, targets_C: Tensor, ignore: int) -> Tensor:
             loss_C,
             V,
             ignore,
+            softcap or 1.0,
+            CAPS=softcap is not None,
             BLOCK=min(_BLOCK, triton.next_power_of_2(V)),
             num_warps=_WARPS,
         )
@@ -36,19 +40,29 @@ def forward_(logits_CV: Tensor, targets_C: Tensor, ignore: int) -> Tensor:
 
 
 @triton.jit
-def _kernel(logits_ptr, targets_ptr, loss_ptr, V, ignore, BLOCK: tl.constexpr):
+def _capped(x, cap, CAPS: tl.constexpr):
+    if CAPS:
+        # tanh(u) = 1 - 2 / (1 + exp(2u)), which is right at both ends of exp
+        x = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / cap)))
+    return x
+
+
+@triton.jit
+def _kernel(logits_ptr, targets_ptr, loss_ptr, V, ignore, cap, CAPS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     logits_ptr += token * V
     target = tl.load(targets_ptr + token)
     counts = target != ignore
     exists = (target >= 0) & (target < V)
     # Read ahead of the sums, which all warps wait for: no warp has written the gradient over it then.
-    chosen = tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
+    chosen = _capped(tl.load(logits_ptr + target, mask=exists, other=float("nan")).to(tl.float32), cap, CAPS)
     column = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        logit = tl.load(logits_ptr + start + column, mask=start + column < V, other=-float("inf")).to(tl.float32)
+        inside = start + column < V
+        logit = tl.load(logits_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+        logit = tl.where(inside, _capped(logit, cap, CAPS), -float("inf"))
         new = tl.maximum(largest, logit)
         # a lane that has seen nothing yet holds -inf, whose difference to itself is not a number
         total = tl.where(new == -float("inf"), 0.0, total * tl.exp(largest - new) + tl.exp(logit - new))
@@ -58,7 +72,9 @@ def _kernel(logits_ptr, targets_ptr, loss_ptr, V, ignore, BLOCK: tl.constexpr):
     tl.store(loss_ptr + token, tl.where(counts, log_sum - chosen, 0.0))
     for start in range(0, V, BLOCK):
         inside = start + column < V
-        logit = tl.load(logits_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        logit = _capped(tl.load(logits_ptr + start + column, mask=inside, other=0.0).to(tl.float32), cap, CAPS)
         grad = tl.exp(logit - log_sum) - tl.where(start + column == target, 1.0, 0.0)
+        if CAPS:
+            grad *= 1.0 - (logit / cap) * (logit / cap)
         grad = tl.where(counts, grad, 0.0)
         tl.store(logits_ptr + start + column, grad.to(logits_ptr.dtype.element_ty), mask=inside)

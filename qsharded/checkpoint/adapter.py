@@ -13,6 +13,7 @@ from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
 from qsharded.lora.layer import lora_layers
+from qsharded.lora.targets import peft_name
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import local, own_rows, whole
 
@@ -35,7 +36,12 @@ STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in an adapter file, parameter) of everything that trains, in the model's order."""
-    return ((PREFIX + name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return ((stored_name(model, name), p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def stored_name(model: nn.Module, name: str) -> str:
+    """What an adapter file calls what ``model`` calls ``name``."""
+    return PREFIX + peft_name(model, name)
 
 
 def save_adapter(
@@ -95,9 +101,12 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
 def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
     """ "all-linear" is written out as the layers' own names: each library understands another set by it. A name that
     adapts nothing, as an adapter that was read may have it, is not written again."""
-    names = [name for name, _ in lora_layers(model)]
+    names = [peft_name(model, name) for name, _ in lora_layers(model)]
     if config.target_modules == ALL_LINEAR:
-        return sorted({name.rpartition(".")[2] for name in names})
+        last = sorted({name.rpartition(".")[2] for name in names})
+        nested = any(peft_name(model, name) != name for name, _ in lora_layers(model))
+        # in a multimodal model other parts' layers have these names too
+        return rf".*\.language_model\..*\.({'|'.join(last)})" if nested else last
     if isinstance(config.target_modules, str):
         return config.target_modules
     return [target for target in config.target_modules if any(ends_with(name, target) for name in names)]
@@ -106,7 +115,8 @@ def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
 def _written_saved(model: nn.Module, config: LoRAConfig) -> list[str] | None:
     """Whole names: PEFT takes an ending without its dot too, and "norm" would be every layer norm there."""
     endings = tuple(f".{target}" for target in config.modules_to_save)
-    return [name for name, _ in model.named_modules() if f".{name}".endswith(endings)] if endings else None
+    names = (name for name, _ in model.named_modules() if f".{name}".endswith(endings)) if endings else ()
+    return [peft_name(model, name) for name in names] or None
 
 
 def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRAConfig:
@@ -196,7 +206,7 @@ def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in an adapter file, frozen weight in 16 or 32 bits) of every adapted layer that has one."""
     for name, layer in lora_layers(model):
         if not isinstance(layer.base_layer, PackedLinear):
-            yield PREFIX + own_base(name), layer.base_layer.get_parameter("weight")
+            yield stored_name(model, own_base(name)), layer.base_layer.get_parameter("weight")
 
 
 def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -122,8 +122,9 @@ def _mathematics(folder: Path) -> dict[str, Any]:
     config = asdict(ModelConfig.from_hf(read_json(folder / "config.json")))
     del config["max_position_embeddings"]  # a limit; where rotations depend on it, it is rope's original_length
     rope = config.pop("rope")
-    if rope["rope_type"] in ("default", "linear"):
-        del rope["original_length"]
+    for one in (rope, *config["layer_ropes"]):
+        if one and one["rope_type"] in ("default", "linear", "ntk-alpha"):
+            one.pop("original_length", None)
     flat: dict[str, Any] = json.loads(json.dumps(config | {f"rope.{key}": value for key, value in rope.items()}))
     return flat
 

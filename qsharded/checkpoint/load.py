@@ -1,5 +1,6 @@
 """Build a model and fill it: meta init, quantize, adapt, shard, then each rank reads its own rows and packs them."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -100,6 +103,8 @@ class Outline:
         """
         described = read_json(folder / "config.json")
         config, storage_format = ModelConfig.from_hf(described), read_storage_format(described)
+        if config.wrapper:
+            logger.info("%s is a multimodal model (%s): its text part alone is loaded", folder, config.wrapper)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
         config, source = open_tied(folder, config)

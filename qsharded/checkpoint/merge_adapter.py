@@ -6,6 +6,7 @@ Axes: N = out_features, K = in_features.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +16,13 @@ from torch import Tensor
 
 from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.adapter import (
-    PREFIX,
     WEIGHTS_FILE,
     copy_rows,
     load_adapter,
     open_weights,
     own_base,
     read_lora_config,
-    trainable,
+    stored_name,
 )
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_storage_format
@@ -75,9 +75,9 @@ def merge_weights(
     source.check(expected_shapes(model))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
-        merge = _Merge.of(model, quant_format, file, adapter / WEIGHTS_FILE)
+        merge = _Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE)
         added = _untied(config, source, merge)
-        for path in sorted({source.file_of(name) for name in source.names()}):
+        for path in source.files():
             logger.info("merging %s", path.name)
             copies = added if path == source.file_of(EMBEDDING) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
@@ -87,10 +87,12 @@ def merge_weights(
 
 
 def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
-    """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing."""
+    """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
+    their names in the files."""
     if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
         return {}
-    return {EMBEDDING: HEAD} if source.renamed else {HEAD: EMBEDDING}
+    embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
+    return {embedding: head} if source.renamed else {head: embedding}
 
 
 def _changed_json(
@@ -111,7 +113,7 @@ def _changed_json(
 
 @dataclass(frozen=True)
 class _Merge:
-    """What becomes of each tensor of a checkpoint; the tensors are called by their names there.
+    """What becomes of each tensor of a checkpoint; the tensors are called as in a model of text.
 
     Attributes:
         adapted: tensor -> (name, layer on the meta device) of the layer that holds it and its update.
@@ -119,6 +121,8 @@ class _Merge:
         brought: tensors of which the adapter holds the frozen weight too, which counts -> that one's name in its file.
         rounded: tensors to quantize and dequantize first.
         quant_format: to which, or None.
+        name_here: what a tensor of the checkpoint's files is called here.
+        name_in_adapter: what the adapter's file calls what is called so here.
         file, path: the adapter's, open.
     """
 
@@ -127,25 +131,36 @@ class _Merge:
     brought: dict[str, str]
     rounded: set[str]
     quant_format: formats.QuantFormat | None
+    name_here: Callable[[str], str]
+    name_in_adapter: Callable[[str], str]
     file: Any
     path: Path
 
     @classmethod
-    def of(cls, model: CausalLM, quant_format: formats.QuantFormat | None, file: Any, path: Path) -> "_Merge":
+    def of(
+        cls,
+        model: CausalLM,
+        source: SafetensorsFolder,
+        quant_format: formats.QuantFormat | None,
+        file: Any,
+        path: Path,
+    ) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
-        bases = {tensor: PREFIX + own_base(name) for tensor, (name, _) in adapted.items()}
+        bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
         if model.config.tie_word_embeddings and EMBEDDING in bases:
             bases[HEAD] = bases[EMBEDDING]
         held = set(file.keys())
         return cls(
             adapted=adapted,
-            replaced={name.removeprefix(PREFIX) for name, p in trainable(model) if p not in updates},
+            replaced={name for name, p in model.named_parameters() if p.requires_grad and p not in updates},
             brought={tensor: name for tensor, name in bases.items() if name in held},
             rounded=packed if quant_format else set(),
             quant_format=quant_format,
+            name_here=source.name_here,
+            name_in_adapter=partial(stored_name, model),
             file=file,
             path=path,
         )
@@ -156,6 +171,7 @@ class _Merge:
 
     def tensor(self, name: str, stored: Tensor) -> Tensor:
         """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
+        name = self.name_here(name)
         if not self.changes(name):
             return stored
         new = self._new(name, stored).to(stored.dtype)
@@ -165,7 +181,7 @@ class _Merge:
 
     def _new(self, name: str, stored: Tensor) -> Tensor:
         if name in self.replaced:
-            return self.file.get_tensor(PREFIX + name)
+            return self.file.get_tensor(self.name_in_adapter(name))
         base = stored
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
@@ -177,7 +193,7 @@ class _Merge:
         """The update in fp32, of the weight's shape. The adapter's parameters are in memory for this long alone."""
         values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
         for part, value in values.items():
-            copy_rows(self.file, f"{PREFIX}{name}.{part}", value, self.path)
+            copy_rows(self.file, self.name_in_adapter(f"{name}.{part}"), value, self.path)
         with torch.no_grad():
             return layer.product(*values.values())
 

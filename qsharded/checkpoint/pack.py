@@ -5,7 +5,7 @@ Axes: N = out_features, K = in_features, P = K/2, G = blocks in a row.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,16 @@ def quantize_checkpoint(
     if packed_format.read_storage_format(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
     config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    if config.wrapper and form != packed_format.QUANT_METHOD:
+        raise ValueError(
+            f"{checkpoint} is a multimodal model ({config.wrapper}), whose other parts stay in 16 bits: of such, "
+            "--format qsharded alone is written"
+        )
     model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
-    writer = _Writer(source, packed_layers(model), form, quant_format, device)
-    names_of = writer.names_by_file(expected_shapes(model))
+    source.check(expected_shapes(model))
+    layers = {source.name_in_files(name): layer for name, layer in packed_layers(model).items()}
+    writer = _Writer(source.all_parts(), layers, form, quant_format, device)
+    names_of = writer.names_by_file([*map(source.name_in_files, expected_shapes(model)), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if (checkpoint / INDEX).exists():
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
@@ -76,11 +83,10 @@ class _Writer:
     quant_format: QuantFormat
     device: torch.device
 
-    def names_by_file(self, shapes: dict[str, tuple[int, ...]]) -> dict[Path, list[str]]:
-        """The tensors to write, by the file that holds them, once all are found sound."""
-        self.source.check(shapes)
+    def names_by_file(self, to_write: Iterable[str]) -> dict[Path, list[str]]:
+        """The tensors to write, by the file that holds them."""
         names: dict[Path, list[str]] = {}
-        for name in shapes:
+        for name in to_write:
             names.setdefault(self.source.file_of(name).relative_to(self.source.folder), []).append(name)
         return names
 

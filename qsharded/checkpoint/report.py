@@ -213,10 +213,18 @@ def _check_against_config(
     shapes = _shapes(report, folder, config)
     expected = expected_tensors(shapes, tensors, quant_format.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith(RECOMPUTED))
+    others = _other_parts(folder, config)
+    surplus = sorted(name for name in tensors.keys() - expected.keys() - others if not name.endswith(RECOMPUTED))
     report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
     for name in sorted(expected.keys() & tensors.keys()):
         report.problems += [f"{name} {fault}" for fault in expected[name].faults(tensors[name])]
+
+
+def _other_parts(folder: Path, config: ModelConfig) -> set[str]:
+    """Tensors that are not the decoder's, such as a multimodal model's vision tower."""
+    with suppress(ValueError):
+        return set(SafetensorsFolder(folder, is_wrapped=bool(config.wrapper)).other_parts())
+    return set()
 
 
 def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -228,7 +236,8 @@ def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tupl
                 f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: it is used as stored"
             )
         shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, quant_format=None))
-        return {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}
+        held = {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}
+        return {source.name_in_files(name): shape for name, shape in held.items()}
     return expected_shapes(skeleton(config, None, torch.bfloat16, quant_format=None))
 
 

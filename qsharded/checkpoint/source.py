@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,31 @@ _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weight
 RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+# How multimodal models prefix their text part's tensors -> the names in a model of text: as transformers writes files,
+# and as its modules are called since 4.52.
+_TEXT_PREFIXES = (
+    (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")),
+    (("model.language_model.", "model."), ("lm_head.", "lm_head.")),
+)
+
+
+_FURTHER = "mtp."  # layers that predict further tokens, which transformers ignores too
+
+
+def _of_style(stored: str) -> tuple[tuple[str, str], ...]:
+    return next((style for style in _TEXT_PREFIXES if any(stored.startswith(prefix) for prefix, _ in style)), ())
+
+
+def is_of_text(stored: str) -> bool:
+    """Whether a tensor of a multimodal model's files is its text part's."""
+    return bool(_of_style(stored))
+
+
+def text_name(stored: str) -> str:
+    """What a text part's tensor is called in a model of text."""
+    return next(ours + stored.removeprefix(theirs) for theirs, ours in _of_style(stored) if stored.startswith(theirs))
 
 
 def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -110,14 +135,21 @@ class SafetensorsFolder:
 
     Attributes:
         renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
+        is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
+            they have in a model of text.
+        has_others: what is not the decoder's is seen too: other parts, layers that predict further tokens.
     """
 
     folder: Path
     renamed: tuple[str, str] | None = None
+    is_wrapped: bool = False
+    has_others: bool = False
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        stored = self._in_files()
+        stored = {name: of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
+        if self.is_wrapped:
+            stored = {text_name(name): of_one for name, of_one in stored.items()}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
@@ -156,6 +188,35 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._stored)
+
+    def files(self) -> list[Path]:
+        """Every file that holds tensors, sorted; of a multimodal model those of its other parts too."""
+        return sorted({stored.path for stored in self._in_files().values()})
+
+    def name_here(self, stored: str) -> str:
+        """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
+        return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
+
+    def name_in_files(self, name: str) -> str:
+        """What the files call what is called ``name`` here, whether it is there or to be added."""
+        if not self.is_wrapped:
+            return name
+        stored = next(filter(is_of_text, self._in_files()))
+        prefixes = next((theirs, ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
+        return prefixes[0] + name.removeprefix(prefixes[1])
+
+    def all_parts(self) -> "SafetensorsFolder":
+        """The folder with all tensors, by their names in the files."""
+        return replace(self, is_wrapped=False, has_others=True) if self.other_parts() else self
+
+    def other_parts(self) -> list[str]:
+        """The tensors that are not the decoder's, by their names in the files."""
+        return sorted(filter(self._is_other, self._in_files()))
+
+    def _is_other(self, stored: str) -> bool:
+        if self.has_others:
+            return False
+        return stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""

@@ -25,7 +25,7 @@ def open_tied(folder: Path, config: ModelConfig) -> tuple[ModelConfig, Safetenso
     Raises:
         ValueError: the files are missing or damaged.
     """
-    source = SafetensorsFolder(folder)
+    source = SafetensorsFolder(folder, is_wrapped=bool(config.wrapper))
     if not config.tie_word_embeddings:
         return config, source
     names = set(source.names())
@@ -38,7 +38,7 @@ def open_tied(folder: Path, config: ModelConfig) -> tuple[ModelConfig, Safetenso
 
 def described_as(described: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The content of config.json for a checkpoint that is tied, or not, as ``config`` is."""
-    if bool(described.get(_KEY)) == config.tie_word_embeddings:
+    if ModelConfig.from_hf(described).tie_word_embeddings == config.tie_word_embeddings:
         return dict(described)
     return {**described, _KEY: config.tie_word_embeddings}
 

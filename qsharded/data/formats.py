@@ -61,16 +61,23 @@ def parse_row(row: dict[str, Any], format: str = "auto") -> Record:
             ``text`` only where no other format is there.
 
     Raises:
-        ValueError: fields missing, of a wrong type or empty, an unknown role, or fields of several formats.
+        ValueError: fields missing, of a wrong type or empty, an unknown role, fields of several formats, or images.
     """
     if format not in FORMATS:
         raise ValueError(f"the dataset format must be one of {', '.join(FORMATS)}, got {format!r}")
     present = {key: value for key, value in row.items() if value is not None}
+    _refuse_images(present)
     name = _detect(present) if format == "auto" else format
     fields, parse = _PARSERS[name]
     if missing := [field for field in fields if field not in present]:
         raise ValueError(f"format {name!r} needs {' and '.join(missing)}; the row has {_listing(present)}")
     return parse(present)
+
+
+def _refuse_images(row: dict[str, Any]) -> None:
+    for field in ("image", "images", "pixel_values", "video", "videos", "audio", "audios"):
+        if row.get(field):
+            raise ValueError(f"the row holds {field!r}; only text can be learned, so leave out such rows")
 
 
 def _detect(row: dict[str, Any]) -> str:

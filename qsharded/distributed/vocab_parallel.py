@@ -38,8 +38,8 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(Head):
     """The head over the ranks of the weight's mesh; logits are whole on the rank whose tokens they are of."""
 
-    def __init__(self, weight_VD: nn.Parameter) -> None:
-        super().__init__(weight_VD.shape[1], weight_VD.shape[0], bias=False, device="meta")
+    def __init__(self, weight_VD: nn.Parameter, softcap: float | None = None) -> None:
+        super().__init__(weight_VD.shape[1], weight_VD.shape[0], softcap, device="meta")
         self.weight = weight_VD
 
     @torch.compiler.disable
@@ -50,8 +50,10 @@ class VocabParallelHead(Head):
         if targets_BS is None:
             return vocab_parallel_autograd.logits(hidden_TD, weight_vD, rows).unflatten(0, hidden_BSD.shape[:2])
         if per_token:
-            return vocab_parallel_autograd.log_probs(hidden_TD, weight_vD, targets_BS, rows)
-        return vocab_parallel_autograd.cross_entropy(hidden_TD, weight_vD, targets_BS.flatten(), rows)
+            return vocab_parallel_autograd.log_probs(hidden_TD, weight_vD, targets_BS, rows, softcap=self.softcap)
+        return vocab_parallel_autograd.cross_entropy(
+            hidden_TD, weight_vD, targets_BS.flatten(), rows, softcap=self.softcap
+        )
 
 
 def can_split(model: Any) -> bool:
@@ -77,7 +79,7 @@ def parallelize_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parame
     split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
     place = "embed_tokens.base_layer" if hasattr(model.model.embed_tokens, "base_layer") else "embed_tokens"
     model.model.set_submodule(place, VocabParallelEmbedding(split[embedding]))
-    model.lm_head = VocabParallelHead(split[head])
+    model.lm_head = VocabParallelHead(split[head], model.lm_head.softcap)
     return set(split.values())
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
+from qsharded.models.chunked_loss import LOGITS_PER_CHUNK, capped, softcap_slope
 from qsharded.utils import collectives
 from qsharded.utils.documents import IGNORE
 from qsharded.utils.sharding import RowRange, rows_per_rank
@@ -90,7 +90,12 @@ class _Logits(torch.autograd.Function):
 
 
 def cross_entropy(
-    hidden_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, rows: RowRange, chunk_size: int | None = None
+    hidden_TD: Tensor,
+    weight_vD: Tensor,
+    targets_T: Tensor,
+    rows: RowRange,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum over this rank's tokens of -log softmax(hidden @ weight.T)[target], as ``chunked_cross_entropy``.
 
@@ -101,7 +106,8 @@ def cross_entropy(
     """
     if chunk_size is None:
         chunk_size = max(1, LOGITS_PER_CHUNK // rows.total)
-    loss: Tensor = _CrossEntropy.apply(hidden_TD, weight_vD, targets_T, rows, chunk_size, torch.is_grad_enabled())
+    with_grad = torch.is_grad_enabled()
+    loss: Tensor = _CrossEntropy.apply(hidden_TD, weight_vD, targets_T, rows, chunk_size, with_grad, softcap)
     return loss
 
 
@@ -117,6 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows: RowRange,
         chunk_size: int,
         with_grad: bool,
+        softcap: float | None,
     ) -> Tensor:
         T, M = hidden_TD.shape[0], _most(hidden_TD, rows)
         targets_WM = collectives.all_gather(_padded(targets_T, M, IGNORE), rows.group)
@@ -126,25 +133,31 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, M, chunk_size):
             stop = min(start + chunk_size, M)
             own_CD, targets_WC = hidden_TD[start:stop], targets_WM[:, start:stop]
-            chunk, loss_N, softmax_Nv = _chunk_losses(own_CD, weight_vD, targets_WC, rows)
+            chunk, loss_N, softmax_Nv = _chunk_losses(own_CD, weight_vD, targets_WC, rows, softcap)
             loss += loss_N.view(-1, stop - start)[collectives.rank(rows.group)].sum()
             if grad_hidden_TD is not None:
                 grad_Nv = chunk.gradient(softmax_Nv).to(hidden_TD.dtype)
                 grad_WCD = (grad_Nv @ weight_vD).unflatten(0, (-1, stop - start))
                 grad_hidden_TD[start:stop] = _summed(grad_WCD, rows)[: max(0, T - start)]
                 del grad_Nv
-            del softmax_Nv  # or it would live on beside the next chunk's logits
+            del chunk, softmax_Nv  # or it would live on beside the next chunk's logits
         ctx.save_for_backward(grad_hidden_TD)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden_TD,) = ctx.saved_tensors
-        return None if grad_hidden_TD is None else grad_hidden_TD * grad_loss, None, None, None, None, None
+        grad = None if grad_hidden_TD is None else grad_hidden_TD * grad_loss
+        return grad, None, None, None, None, None, None
 
 
 def log_probs(
-    hidden_TD: Tensor, weight_vD: Tensor, targets: Tensor, rows: RowRange, chunk_size: int | None = None
+    hidden_TD: Tensor,
+    weight_vD: Tensor,
+    targets: Tensor,
+    rows: RowRange,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each of this rank's tokens, as ``chunked_log_probs``.
 
@@ -152,14 +165,20 @@ def log_probs(
     """
     if chunk_size is None:
         chunk_size = max(1, LOGITS_PER_CHUNK // rows.total)
-    result: Tensor = _LogProbs.apply(hidden_TD, weight_vD, targets, rows, chunk_size)
+    result: Tensor = _LogProbs.apply(hidden_TD, weight_vD, targets, rows, chunk_size, softcap)
     return result
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_vD: Tensor, targets: Tensor, rows: RowRange, chunk_size: int
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_vD: Tensor,
+        targets: Tensor,
+        rows: RowRange,
+        chunk_size: int,
+        softcap: float | None,
     ) -> Tensor:
         T, M = hidden_TD.shape[0], _most(hidden_TD, rows)
         targets_WM = collectives.all_gather(_padded(targets.flatten(), M, IGNORE), rows.group)
@@ -167,12 +186,13 @@ class _LogProbs(torch.autograd.Function):
         log_probs_T = log_probs.view(-1)
         for start in range(0, M, chunk_size):
             stop = min(start + chunk_size, M)
-            _, losses_N, softmax_Nv = _chunk_losses(hidden_TD[start:stop], weight_vD, targets_WM[:, start:stop], rows)
+            own_CD, targets_WC = hidden_TD[start:stop], targets_WM[:, start:stop]
+            chunk, losses_N, softmax_Nv = _chunk_losses(own_CD, weight_vD, targets_WC, rows, softcap)
             own_C = losses_N.view(-1, stop - start)[collectives.rank(rows.group)]
             log_probs_T[start:stop] = -own_C[: max(0, T - start)]
-            del softmax_Nv
+            del chunk, softmax_Nv
         ctx.save_for_backward(hidden_TD, weight_vD, targets_WM)
-        ctx.rows, ctx.chunk_size = rows, chunk_size
+        ctx.rows, ctx.chunk_size, ctx.softcap = rows, chunk_size, softcap
         return log_probs
 
     @staticmethod
@@ -183,30 +203,38 @@ class _LogProbs(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD)
         for start in range(0, M, ctx.chunk_size):
             stop = min(start + ctx.chunk_size, M)
-            chunk, _, softmax_Nv = _chunk_losses(hidden_TD[start:stop], weight_vD, targets_WM[:, start:stop], rows)
+            own_CD, targets_WC = hidden_TD[start:stop], targets_WM[:, start:stop]
+            chunk, _, softmax_Nv = _chunk_losses(own_CD, weight_vD, targets_WC, rows, ctx.softcap)
             grad_Nv = chunk.gradient(softmax_Nv).mul_(-grad_WM[:, start:stop].reshape(-1, 1)).to(hidden_TD.dtype)
             grad_WCD = (grad_Nv @ weight_vD).unflatten(0, (-1, stop - start))
             grad_hidden_TD[start:stop] = _summed(grad_WCD, rows)[: max(0, T - start)]
-            del grad_Nv, softmax_Nv
-        return grad_hidden_TD, None, None, None, None
+            del chunk, grad_Nv, softmax_Nv
+        return grad_hidden_TD, None, None, None, None, None
 
 
 def _chunk_losses(
-    own_cD: Tensor, weight_vD: Tensor, targets_WC: Tensor, rows: RowRange
+    own_cD: Tensor, weight_vD: Tensor, targets_WC: Tensor, rows: RowRange, softcap: float | None
 ) -> tuple["_Chunk", Tensor, Tensor]:
     """A chunk of C tokens of every rank, c <= C of them this rank's; with its losses [N] and softmax [N, v]."""
     own_CD = _padded(own_cD, targets_WC.shape[1], 0)
     hidden_ND = collectives.all_gather(own_CD, rows.group).flatten(0, 1)
-    chunk = _Chunk(targets_WC.flatten(), rows)
-    return chunk, *chunk.losses_and_softmax_((hidden_ND @ weight_vD.T).to(_precise(own_cD)))
+    logits_Nv = capped((hidden_ND @ weight_vD.T).to(_precise(own_cD)), softcap)
+    slope_Nv = None if softcap is None else softcap_slope(logits_Nv, softcap)
+    chunk = _Chunk(targets_WC.flatten(), rows, slope_Nv)
+    return chunk, *chunk.losses_and_softmax_(logits_Nv)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The targets of a chunk's tokens, and which of them lie in this rank's rows of the vocabulary."""
+    """The targets of a chunk's tokens, and which of them lie in this rank's rows of the vocabulary.
+
+    Attributes:
+        slope_Nv: of the soft-cap at each logit, if there is one.
+    """
 
     targets_N: Tensor
     rows: RowRange
+    slope_Nv: Tensor | None = None
 
     def losses_and_softmax_(self, logits_Nv: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens' losses, and this rank's columns of their softmax, in the logits' memory."""
@@ -221,11 +249,12 @@ class _Chunk:
         return loss_N, exp_Nv.div_(sum_N[:, None])
 
     def gradient(self, softmax_Nv: Tensor) -> Tensor:
-        """softmax - one-hot, in place; 0 for tokens that are not trained on."""
+        """softmax - one-hot, in place, through the soft-cap; 0 for tokens that are not trained on."""
         if self.rows.count:
             here_N = self._is_here().to(softmax_Nv.dtype)
             softmax_Nv.scatter_add_(-1, self._column()[:, None], -here_N[:, None])
-        return softmax_Nv.masked_fill_((self.targets_N == IGNORE)[:, None], 0.0)
+        softmax_Nv.masked_fill_((self.targets_N == IGNORE)[:, None], 0.0)
+        return softmax_Nv if self.slope_Nv is None else softmax_Nv.mul_(self.slope_Nv)
 
     def _of_target(self, logits_Nv: Tensor) -> Tensor:
         """Each token's logit of its target; 0 where another rank has it."""

@@ -64,7 +64,8 @@ def _forward(
     inputs: AttentionInputs,
     cache: KVCache | None = None,
 ) -> Tensor:
-    if cache is None and _is_recorded(layer, x_BSD) and not _is_watched(x_BSD) and can_fuse(layer):
+    plain = cache is None and inputs.query_scale_BS is None
+    if plain and _is_recorded(layer, x_BSD) and not _is_watched(x_BSD) and can_fuse(layer):
         return fused_forward(layer, x_BSD, inputs, policy)
     return composed(x_BSD, inputs, cache)
 

@@ -1,8 +1,8 @@
 """A decoder layer as one autograd node. Read :meth:`_Layer.output` and :meth:`_Layer.gradients` side by side.
 
 A node of its own knows what PyTorch's checkpointing cannot: which of a layer's results its backward reads. What is not
-kept is computed again there, each by the function that made it, and what nobody reads (the down-projection's output)
-is not. Gradients go to the layer's input and to its adapters; everything else is frozen.
+kept is computed again there, each by the function that made it, and what nobody reads (the down-projection's output,
+unless a norm follows it) is not. Gradients go to the layer's input and to its adapters; everything else is frozen.
 
 Axes: B rows, S tokens of a row, M = B S, D hidden size, J intermediate size, H query heads, G key-value heads, E head
 dim, R ranks of a group of adapters together.
@@ -11,7 +11,7 @@ dim, R ranks of a group of adapters together.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from qsharded.fused.norm_rotary_swiglu import Rotary, rms_norm, rms_norm_backwar
 from qsharded.fused.projections import Group, Projection, is_projection
 from qsharded.models.attention import Attention, Saved, choose_attention
 from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.models.config import ModelConfig
 from qsharded.models.decoder import DecoderLayer
+from qsharded.models.norm import OffsetRMSNorm
+
+_T = TypeVar("_T")
 
 EVERYTHING = frozenset({"qkv", "attention", "h", "gate_up"})
 """What a layer can keep for its backward beside its input, in the order in which it is computed."""
@@ -54,15 +58,34 @@ class Policy:
     weights_present: Callable[[torch.device], AbstractContextManager[None]] | None = None
 
 
+def beyond_fused(config: ModelConfig) -> str | None:
+    """What of a family's mathematics :func:`fused_forward` does not compute, in words; None where it computes all.
+
+    It knows Llama's layer, also with norms before or after attention and MLP or both, of weight or 1 + weight; with q
+    and k normalised by head; with fused projections; with gelu; with a residual multiplier; with windows; with a
+    rotary embedding of each layer's own or none; with scores scaled otherwise or soft-capped.
+    """
+    ropes = [rope for rope in config.rope_of_layer if rope is not None]
+    missing = {
+        "gated delta-net layers": config.linear is not None,
+        "a gate on attention's output": config.attention_gate,
+        "an MLP without a gate": config.mlp == "ungated",
+        "norms of q and k other than of each head before it is rotated": config.qk_norm_place != "head",
+        "rotary embedding of neighbours": config.rope_interleaved,
+        "rotary embedding of a part of each head": any(rope.rotary_fraction != 1 for rope in ropes),
+    }
+    return next((what for what, is_there in missing.items() if is_there), None)
+
+
 def can_fuse(layer: nn.Module) -> bool:
     """Whether :func:`fused_forward` computes what ``layer`` does."""
-    if not isinstance(layer, DecoderLayer):  # FSDP2 makes a subclass of it
+    if not isinstance(layer, DecoderLayer) or beyond_fused(layer.config):  # FSDP2 makes a subclass of it
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
+    projections = (*attention.input_projections(), attention.o_proj, *mlp.input_projections(), mlp.down_proj)
+    norms = (*map(layer.get_submodule, layer.config.norms.names()), attention.q_norm, attention.k_norm)
     frozen = not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
-    return frozen and all(map(is_projection, (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+    return frozen and all(map(is_projection, projections))
 
 
 def fused_forward(layer: DecoderLayer, x_BSD: Tensor, inputs: AttentionInputs, policy: Policy = Policy()) -> Tensor:
@@ -92,30 +115,48 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The layer's weights as it holds them in this forward, and how its attention runs."""
+    """The layer's weights as it holds them in this forward, and how its attention runs.
+
+    Attributes:
+        norm_1, norm_2: what norms before attention and before the MLP multiply by; None: there is none.
+        after_1, after_2: the same behind them, times the residual multiplier.
+        multiplier: of what is added to the residual stream where no norm has it.
+    """
 
     qkv: Group
     o: Group
     gate_up: Group
     down: Group
-    norm_1: Tensor
-    norm_2: Tensor
+    norm_1: Tensor | None
+    norm_2: Tensor | None
+    after_1: Tensor | None
+    after_2: Tensor | None
+    multiplier: float
     eps: float
     rotary: Rotary
+    activation: str
     attention: Attention
 
     @classmethod
     def of(cls, layer: DecoderLayer, like: Tensor, shape: torch.Size, inputs: AttentionInputs) -> "_Weights":
-        a, mlp = layer.self_attn, layer.mlp
+        a, mlp, config = layer.self_attn, layer.mlp, layer.config
+        places = config.norms.before_attention, config.norms.before_mlp
+        behind = config.norms.after_attention, config.norms.after_mlp
+        norm_1, norm_2 = (_factor(layer, name) for name in places)
+        after_1, after_2 = (_factor(layer, name, config.residual_multiplier) for name in behind)
         return cls(
-            qkv=Group([Projection.of(p) for p in (a.q_proj, a.k_proj, a.v_proj)]),
+            qkv=Group([Projection.of(p) for p in a.input_projections()]),
             o=Group([Projection.of(a.o_proj)]),
-            gate_up=Group([Projection.of(p) for p in (mlp.gate_proj, mlp.up_proj)]),
+            gate_up=Group([Projection.of(p) for p in mlp.input_projections()]),
             down=Group([Projection.of(mlp.down_proj)]),
-            norm_1=layer.input_layernorm.weight,
-            norm_2=layer.post_attention_layernorm.weight,
-            eps=layer.input_layernorm.eps or torch.finfo(like.dtype).eps,
+            norm_1=norm_1,
+            norm_2=norm_2,
+            after_1=after_1,
+            after_2=after_2,
+            multiplier=config.residual_multiplier,
+            eps=config.rms_norm_eps,
             rotary=_rotary(layer, shape, inputs),
+            activation=config.activation,
             attention=choose_attention(like, inputs, a.head_dim),
         )
 
@@ -126,19 +167,26 @@ class _Weights:
         return (tensor for group in self.groups() for tensor in group.trained())
 
 
+def _factor(layer: DecoderLayer, name: str | None, multiplier: float = 1.0) -> Tensor | None:
+    """What the layer's norm of this name multiplies by, [D]."""
+    return None if name is None else _norm_factor(layer.get_submodule(name), multiplier)
+
+
+def _norm_factor(norm: nn.Module, multiplier: float = 1.0) -> Tensor:
+    weight: Tensor = norm.get_parameter("weight")
+    if isinstance(norm, OffsetRMSNorm):
+        weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight if multiplier == 1 else weight * multiplier
+
+
 def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
     a = layer.self_attn
-    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSE, inputs.sin_BSE))
+    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSR, inputs.sin_BSR))
     q_norm, k_norm = a.q_norm, a.k_norm
-    heads, kv_heads = (p.out_features // a.head_dim for p in (_base(a.q_proj), _base(a.k_proj)))
     if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
-        norms = q_norm.weight, k_norm.weight
-        return Rotary(cos_ME, sin_ME, heads, kv_heads, norms, q_norm.eps or torch.finfo(cos_ME.dtype).eps)
-    return Rotary(cos_ME, sin_ME, heads, kv_heads)
-
-
-def _base(projection: nn.Module) -> Any:
-    return getattr(projection, "base_layer", projection)
+        norms = _norm_factor(q_norm), _norm_factor(k_norm)
+        return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads, norms, layer.config.rms_norm_eps)
+    return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads)
 
 
 @dataclass
@@ -149,8 +197,10 @@ class _Results:
         x_MD: the layer's input.
         qkv: [M, (H + 2G) E]: turned, or as it was before the norms of q and k where a model has them.
         attention: its output [M, H E], and what its backward needs.
+        attended: o's output and the rstd of the norm behind it, if there is one.
         h_MD: the residual stream after attention.
         gate_up: [M, 2J].
+        mlp: the down-projection's output and the rstd of the norm behind it, if there is one.
         normed: the attention's normalised input and its rstd; not kept, as it takes as long to read as to make.
         narrow: each group's input times its adapters' A; it is small, and so always kept.
     """
@@ -158,18 +208,25 @@ class _Results:
     x_MD: Tensor | None = None
     qkv: Tensor | None = None
     attention: tuple[Tensor, Saved] | None = None
+    attended: tuple[Tensor, Tensor] | None = None
     h_MD: Tensor | None = None
     gate_up: Tensor | None = None
-    normed: tuple[Tensor, Tensor] | None = None
+    mlp: tuple[Tensor, Tensor] | None = None
+    normed: tuple[Tensor, Tensor | None] | None = None
     narrow: dict[str, Tensor | None] = field(default_factory=dict)
 
     def keep(self, names: frozenset[str]) -> "_Results":
         """Those of ``EVERYTHING`` that are named."""
-        kept = {attribute: getattr(self, attribute) for name, attribute in _ATTRIBUTES.items() if name in names}
+        kept = {attribute: getattr(self, attribute) for name in names for attribute in _ATTRIBUTES[name]}
         return _Results(**kept, narrow=self.narrow)
 
 
-_ATTRIBUTES = {"qkv": "qkv", "attention": "attention", "h": "h_MD", "gate_up": "gate_up"}
+_ATTRIBUTES = {
+    "qkv": ("qkv",),
+    "attention": ("attention",),
+    "h": ("h_MD", "attended"),
+    "gate_up": ("gate_up", "mlp"),
+}
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -208,8 +265,8 @@ class _Layer:
         x2_MD, _ = self._mlp_input(results)
         gate_up = self._gate_up(results, x2_MD)
         del x2_MD
-        act = swiglu(gate_up, self.weights.down.room(gate_up.shape[0], gate_up))
-        return self._product("down", act, results).add_(_there(results.h_MD))
+        added_MD, results.mlp = self._behind(self.weights.after_2, self._down(results, gate_up))
+        return added_MD.add_(_there(results.h_MD))
 
     def gradients(self, results: _Results, grad_MD: Tensor, wants_x: bool) -> tuple[Tensor | None, list[Tensor | None]]:
         """Those by the input (None unless it is wanted), and by A and B of all projections."""
@@ -223,13 +280,39 @@ class _Layer:
             results.narrow[group] = projections.narrow(x)
         return projections.forward(x, results.narrow[group])
 
-    def _attention_input(self, results: _Results) -> tuple[Tensor, Tensor]:
+    def _normed(self, x_MD: Tensor, norm: Tensor | None, group: Group) -> tuple[Tensor, Tensor | None]:
+        """(the normalised input of ``group``, rstd); as it is where there is no norm."""
+        room = group.room(x_MD.shape[0], x_MD)
+        if norm is None:
+            return room.copy_(x_MD), None
+        return rms_norm(x_MD, norm, self.weights.eps, out=room)[:2]
+
+    def _norm_gradient(
+        self, grad_MD: Tensor, x_MD: Tensor, norm: Tensor | None, rstd_M: Tensor | None, around_MD: Tensor
+    ) -> Tensor:
+        """By the norm's input, which also goes around it."""
+        if norm is None:
+            return grad_MD + around_MD
+        return rms_norm_backward(grad_MD, x_MD, norm, _there(rstd_M), around_MD)
+
+    def _behind(self, after: Tensor | None, y_MD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(what an output [M, D] adds to the residual stream, the output and its rstd if a norm follows it)."""
+        if after is None:
+            return y_MD if self.weights.multiplier == 1 else y_MD.mul_(self.weights.multiplier), None
+        added_MD, rstd_M, _ = rms_norm(y_MD, after, self.weights.eps)
+        return added_MD, (y_MD, rstd_M)
+
+    def _behind_gradient(self, after: Tensor | None, made: tuple[Tensor, Tensor] | None, grad_MD: Tensor) -> Tensor:
+        """By the output, of the gradient by what it adds."""
+        if after is None:
+            return grad_MD if self.weights.multiplier == 1 else grad_MD * self.weights.multiplier
+        y_MD, rstd_M = _there(made)
+        return rms_norm_backward(grad_MD, y_MD, after, rstd_M, None)
+
+    def _attention_input(self, results: _Results) -> tuple[Tensor, Tensor | None]:
         """(the normalised input, rstd)."""
         if results.normed is None:
-            x_MD = _there(results.x_MD)
-            room = self.weights.qkv.room(x_MD.shape[0], x_MD)
-            y_MD, rstd_M, _ = rms_norm(x_MD, self.weights.norm_1, self.weights.eps, out=room)
-            results.normed = y_MD, rstd_M
+            results.normed = self._normed(_there(results.x_MD), self.weights.norm_1, self.weights.qkv)
         return results.normed
 
     def _q_k_v(self, results: _Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,16 +331,25 @@ class _Layer:
             results.attention = out.flatten(2).flatten(0, 1), saved
         return results.attention[0]
 
-    def _mlp_input(self, results: _Results) -> tuple[Tensor, Tensor]:
+    def _mlp_input(self, results: _Results) -> tuple[Tensor, Tensor | None]:
         """(the normalised residual stream after attention, rstd)."""
-        norm, eps, x_MD = self.weights.norm_2, self.weights.eps, _there(results.x_MD)
+        norm, x_MD = self.weights.norm_2, _there(results.x_MD)
         if results.h_MD is not None:
-            room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
-            return rms_norm(results.h_MD, norm, eps, out=room)[:2]
-        added = self._product("o", self._attended(results), results)
+            return self._normed(results.h_MD, norm, self.weights.gate_up)
+        added, results.attended = self._behind(
+            self.weights.after_1, self._product("o", self._attended(results), results)
+        )
+        if norm is None:
+            results.h_MD = added.add_(x_MD)
+            return self._normed(results.h_MD, None, self.weights.gate_up)
         room = self.weights.gate_up.room(x_MD.shape[0], x_MD)
-        x2_MD, rstd_M, results.h_MD = rms_norm(x_MD, norm, eps, added, out=room)
+        x2_MD, rstd_M, results.h_MD = rms_norm(x_MD, norm, self.weights.eps, added, out=room)
         return x2_MD, rstd_M
+
+    def _down(self, results: _Results, gate_up: Tensor) -> Tensor:
+        """The MLP's output [M, D] of gate and up."""
+        act = swiglu(gate_up, self.weights.down.room(gate_up.shape[0], gate_up), self.weights.activation)
+        return self._product("down", act, results)
 
     def _gate_up(self, results: _Results, x2_MD: Tensor) -> Tensor:
         if results.gate_up is None:
@@ -269,14 +361,18 @@ class _Layer:
         down, gate_up = self.weights.down, self.weights.gate_up
         x2_MD, rstd_M = self._mlp_input(results)
         grad_gate_up = self._gate_up(results, x2_MD)
-        results.gate_up = None
-        act, grad_narrow = down.input_gradients(grad_MD)
-        swiglu_backward_(act, grad_gate_up)
-        of_down = down.adapter_gradients(grad_MD, act, results.narrow["down"], grad_narrow)
-        del act
+        if self.weights.after_2 is not None and results.mlp is None:
+            _, results.mlp = self._behind(self.weights.after_2, self._down(results, grad_gate_up))
+        grad_y_MD = self._behind_gradient(self.weights.after_2, results.mlp, grad_MD)
+        results.gate_up = results.mlp = None
+        act, grad_narrow = down.input_gradients(grad_y_MD)
+        swiglu_backward_(act, grad_gate_up, self.weights.activation)
+        of_down = down.adapter_gradients(grad_y_MD, act, results.narrow["down"], grad_narrow)
+        del act, grad_y_MD
         of_gate_up = gate_up.backward(grad_gate_up, x2_MD, results.narrow["gate_up"])
         del grad_gate_up
-        grad_h_MD = rms_norm_backward(_there(of_gate_up.x), _there(results.h_MD), self.weights.norm_2, rstd_M, grad_MD)
+        h_MD, norm = _there(results.h_MD), self.weights.norm_2
+        grad_h_MD = self._norm_gradient(_there(of_gate_up.x), h_MD, norm, rstd_M, grad_MD)
         return grad_h_MD, of_gate_up.adapters + of_down
 
     def _attention_gradients(
@@ -286,7 +382,10 @@ class _Layer:
         q_k_v = self._q_k_v(results)
         out_MD = self._attended(results)
         assert results.attention is not None
-        of_o = self.weights.o.backward(grad_h_MD, out_MD, results.narrow["o"])
+        grad_o_MD = self._behind_gradient(self.weights.after_1, results.attended, grad_h_MD)
+        of_o = self.weights.o.backward(grad_o_MD, out_MD, results.narrow["o"])
+        results.attended = None
+        del grad_o_MD
         by_head = (_there(of_o.x).view(q_k_v[0].shape), *q_k_v, out_MD.view(q_k_v[0].shape))
         grads = self.weights.attention.backward(*by_head, results.attention[1], self.inputs)
         grad_qkv = self.weights.rotary.backward(grads, _there(results.qkv))
@@ -295,10 +394,10 @@ class _Layer:
         trained = of_qkv.adapters + of_o.adapters
         if of_qkv.x is None:
             return None, trained
-        norm = self.weights.norm_1
-        return rms_norm_backward(of_qkv.x, _there(results.x_MD), norm, rstd_M, grad_h_MD), trained
+        x_MD, norm = _there(results.x_MD), self.weights.norm_1
+        return self._norm_gradient(of_qkv.x, x_MD, norm, rstd_M, grad_h_MD), trained
 
 
-def _there(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+def _there(value: _T | None) -> _T:
+    assert value is not None
+    return value

@@ -6,6 +6,7 @@ versions compute in fp32 at least and round once, as the kernels do.
 Axes: M tokens, D hidden size, J intermediate size, H query heads, G key-value heads, E head dim.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -52,11 +53,11 @@ class _NormShapes:
 
 class _SwiGLUShapes:
     @staticmethod
-    def forward(gate_up: Tensor, out: Tensor) -> Tensor:
+    def forward(gate_up: Tensor, out: Tensor, activation: str) -> Tensor:
         return out
 
     @staticmethod
-    def backward_(grad_act: Tensor, gate_up: Tensor) -> None:
+    def backward_(grad_act: Tensor, gate_up: Tensor, activation: str) -> None:
         pass
 
 
@@ -77,6 +78,11 @@ _SHAPES = {"rms_norm": _NormShapes, "swiglu": _SwiGLUShapes, "rotary": _RotarySh
 
 def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """PyTorch's, also with a weight that is wider than x."""
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def rms_norm(
@@ -103,25 +109,36 @@ def rms_norm_backward(
     return (grad_h if grad_residual_MD is None else grad_h + grad_residual_MD).to(h_MD.dtype)
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> Tensor:
-    """silu(gate) * up [M, J] of ``gate_up`` [M, 2J], in ``out``."""
+def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> Tensor:
+    """act(gate) * up [M, J] of ``gate_up`` [M, 2J], in ``out``; ``activation``: "silu" or "gelu_tanh"."""
     if kernels := _served("swiglu", gate_up):
-        return kernels.forward(gate_up, out)
+        return kernels.forward(gate_up, out, activation)
     gate, up = _precise(gate_up).chunk(2, dim=-1)
-    return out.copy_(F.silu(gate) * up)
+    return out.copy_(gate * _gate(gate, activation)[0].sigmoid() * up)
 
 
-def swiglu_backward_(grad_act: Tensor, gate_up: Tensor) -> None:
+def swiglu_backward_(grad_act: Tensor, gate_up: Tensor, activation: str = "silu") -> None:
     """In place: ``gate_up`` becomes its gradient, ``grad_act`` becomes the activation."""
     if kernels := _served("swiglu", gate_up):
-        kernels.backward_(grad_act, gate_up)
+        kernels.backward_(grad_act, gate_up, activation)
         return
     (gate, up), grad = _precise(gate_up).chunk(2, dim=-1), _precise(grad_act)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    grad_gate_up = torch.cat((grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * silu), dim=-1)
-    grad_act.copy_(silu * up)  # last, for what is read above may share its memory with it
+    z, slope = _gate(gate, activation)
+    sigmoid = z.sigmoid()
+    activated = gate * sigmoid
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid) * slope)
+    grad_gate_up = torch.cat((grad_gate, grad * activated), dim=-1)
+    grad_act.copy_(activated * up)  # last, for what is read above may share its memory with it
     gate_up.copy_(grad_gate_up)
+
+
+def _gate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor | float]:
+    """(z, dz/dg) of an activation g sigmoid(z(g)): z = g for silu; gelu's approximation by tanh is one too, for
+    (1 + tanh(u)) / 2 = sigmoid(2u)."""
+    if activation == "silu":
+        return gate, 1.0
+    root = 2 * (2 / math.pi) ** 0.5
+    return root * gate * (1 + 0.044715 * gate.square()), root * (1 + 3 * 0.044715 * gate.square())
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,7 @@ class Rotary:
         x = qkv.view(qkv.shape[0], -1, self.cos_ME.shape[1])
         q, k = x[:, : self.heads], x[:, self.heads : self.heads + self.kv_heads]
         if self.norms is not None:
-            q, k = (F.rms_norm(t, w.shape, w, self.eps) for t, w in zip((q, k), self.norms, strict=True))
+            q, k = (_rms_norm(t, w, self.eps) for t, w in zip((q, k), self.norms, strict=True))
         return self._turn(torch.cat((q, k), dim=1), 1.0).flatten(1)
 
     def _turn(self, x_MHE: Tensor, direction: float) -> Tensor:

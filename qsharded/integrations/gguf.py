@@ -81,7 +81,13 @@ def check_convertible(checkpoint: Path, tokenizer: Path) -> None:
         ValueError: something that llama.cpp would compute otherwise: sliding windows, a rotary embedding stretched in a
             way that is not written, a tokenizer that is not byte-level BPE, or one whose pre-tokenizer is unknown.
     """
-    config = ModelConfig.from_hf(read_json(checkpoint / "config.json"))
+    described = read_json(checkpoint / "config.json")
+    config = ModelConfig.from_hf(described)
+    if described["model_type"] not in _ARCHITECTURES:
+        raise ValueError(
+            f"model_type {described['model_type']!r} is not written to GGUF; {', '.join(_ARCHITECTURES)} are. Merge to "
+            "safetensors and use llama.cpp's convert_hf_to_gguf.py"
+        )
     _refuse_windows(config)
     if config.rope.rope_type not in _ROPES:
         raise ValueError(f"rope_type {config.rope.rope_type!r} is not written to GGUF; {', '.join(_ROPES)} are")

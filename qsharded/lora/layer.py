@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.embedding import LoRAEmbedding
-from qsharded.lora.targets import modules_to_save, targets
+from qsharded.lora.targets import modules_to_save, peft_name, targets
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.unquantized import AdaptedLayer
 from qsharded.utils.seeds import derived_seed
@@ -108,7 +108,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     _refuse_shared(model, linears, "target_modules cannot adapt")
     model.requires_grad_(False)
     for name, base in chosen.items():
-        model.set_submodule(name, _adapted(name, base, config).train(base.training))
+        model.set_submodule(name, _adapted(peft_name(model, name), base, config).train(base.training))
     for name, module in saved.items():
         _train_in_full(model, name, module.to(config.dtype))
     if not any(parameter.is_meta for parameter in model.parameters()):

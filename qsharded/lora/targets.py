@@ -16,6 +16,12 @@ def adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | PackedLinear) or type(module) is nn.Embedding
 
 
+def peft_name(model: nn.Module, name: str) -> str:
+    """What PEFT calls what ``model`` calls ``name``; a model says so where it is not the same (``adapter_name``)."""
+    rename = getattr(model, "adapter_name", None)
+    return name if rename is None else str(rename(name))
+
+
 def targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The layers of ``model`` that get an adapter, by name.
 
@@ -25,12 +31,13 @@ def targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             raised where ``config`` is not strict.
     """
     layers = {name: module for name, module in model.named_modules() if adaptable(module)}
+    called = {name: peft_name(model, name) for name in layers}
     if config.strict:
-        _refuse_idle_targets(config, {n: layer for n, layer in layers.items() if _may_mean(config, layer)})
+        _refuse_idle_targets(config, {called[n]: layer for n, layer in layers.items() if _may_mean(config, layer)})
         _refuse_other_modules(model, config)
-    chosen = {n: layer for n, layer in layers.items() if config.is_target(n) and _may_mean(config, layer)}
+    chosen = {n: layer for n, layer in layers.items() if config.is_target(called[n]) and _may_mean(config, layer)}
     if config.strict:
-        _refuse_idle_patterns(config, chosen)
+        _refuse_idle_patterns(config, {called[n]: layer for n, layer in chosen.items()})
     return chosen
 
 
@@ -86,7 +93,12 @@ def _refuse_other_modules(model: nn.Module, config: LoRAConfig) -> None:
         return
     for name, module in model.named_modules():
         # an Identity stands where other libraries' models of this kind have no module
-        if name and not adaptable(module) and not isinstance(module, nn.Identity) and config.is_target(name):
+        if (
+            name
+            and not adaptable(module)
+            and not isinstance(module, nn.Identity)
+            and config.is_target(peft_name(model, name))
+        ):
             raise ValueError(
                 f"target_modules = {config.target_modules!r} matches {name}, which is no linear layer and no embedding "
                 f"but {type(module).__name__}; PEFT refuses it too: name the layers in it"

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsharded.models.attention_inputs import AttentionInputs, has_flash_kernel
+from qsharded.models.softcap_attention import SoftcapAttention
 
 Saved = tuple[Any, ...]
 """What a backend keeps from its forward for its backward, beside q, k, v and the output."""
 
 
 class Attention(Protocol):
-    """softmax(q k^T / sqrt(E)) v for tokens that see what the inputs say."""
+    """softmax(cap(scale q k^T)) v for tokens that see what the inputs say; scale is 1 / sqrt(E) unless they say it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
         """q [B, S, H, E], k and v [B, T, G, E] -> the output [B, S, H, E], and what backward needs."""
@@ -60,6 +61,8 @@ def unregister_attention(find: FindAttention) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
     attention = _from_outside(q, inputs, q.shape[-1])
+    if attention is None and inputs.softcap is not None:
+        attention = SoftcapAttention()
     if attention is None and inputs.boundaries is None:
         return SdpaAttention().forward(q, k, v, inputs)[0]
     out: Tensor = _Attend.apply(q, k, v, inputs, attention or FlashAttention())
@@ -75,6 +78,8 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
     """The fastest backend for such rows on their device, or one from outside that wants them."""
     if attention := _from_outside(x_BSD, inputs, head_dim):
         return attention
+    if inputs.softcap is not None:
+        return SoftcapAttention()
     # the meta device stands for a GPU: plans run a layer there
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
@@ -95,7 +100,7 @@ class SdpaAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
         q_BHSE, k_BGTE, v_BGTE = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return _sdpa(q_BHSE, k_BGTE, v_BGTE, inputs.mask_BST).transpose(1, 2), ()
+        return _sdpa(q_BHSE, k_BGTE, v_BGTE, inputs.mask_BST, inputs.scale).transpose(1, 2), ()
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
@@ -108,14 +113,16 @@ class SdpaAttention:
         return grad_q, grad_k, grad_v
 
 
-def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None) -> Tensor:
+def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None, scale: float | None) -> Tensor:
     """On the meta device, where plans run a layer, by the kernels that PyTorch takes on a GPU, which hold no scores."""
     groups = q_BHSE.shape[1] // k_BGTE.shape[1]
     if q_BHSE.is_meta and mask_BST is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
     if mask_BST is None:
         causal = q_BHSE.shape[2] > 1
-        return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, is_causal=causal, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(
+            q_BHSE, k_BGTE, v_BGTE, is_causal=causal, scale=scale, enable_gqa=groups > 1
+        )
     # Of the fused GPU kernels only cuDNN's takes a mask and grouped heads at once, and it is not everywhere; the
     # fallback would hold all S x T scores. Repeating costs 5% where cuDNN would have served (H200, 4 x 2048 tokens).
     if groups > 1:
@@ -123,7 +130,7 @@ def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | Non
     if q_BHSE.is_meta:
         additive = mask_BST.to(q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]
-    return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST)
+    return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST, scale=scale)
 
 
 class FlashAttention:
@@ -136,7 +143,7 @@ class FlashAttention:
         rows = q.shape[:2]
         q, k, v = (_end_to_end(tensor, inputs) for tensor in (q, k, v))
         out, log_sum_exp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *_lengths(q, inputs), 0.0, True, False, **_window(inputs)
+            q, k, v, *_lengths(q, inputs), 0.0, True, False, scale=inputs.scale, **_window(inputs)
         )
         return out.view(*rows, *out.shape[-2:]), (log_sum_exp, seed, offset)
 
@@ -148,7 +155,7 @@ class FlashAttention:
         grad, q, k, v, out = (_end_to_end(tensor, inputs) for tensor in (grad, q, k, v, out))
         lengths = _lengths(q, inputs)
         grads = torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, log_sum_exp, *lengths, 0.0, True, seed, offset, **_window(inputs)
+            grad, q, k, v, out, log_sum_exp, *lengths, 0.0, True, seed, offset, scale=inputs.scale, **_window(inputs)
         )
         grad_q, grad_k, grad_v = (grad.view(shape) for grad, shape in zip(grads, shapes, strict=True))
         return grad_q, grad_k, grad_v
@@ -159,7 +166,9 @@ class CudnnAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        out, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+        out, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=inputs.scale
+        )
         return out.transpose(1, 2), tuple(saved)
 
     def backward(
@@ -169,7 +178,7 @@ class CudnnAttention:
         grad, q, k, v, out = (tensor.transpose(1, 2) for tensor in (grad, q, k, v, out))
         lengths = starts_q, starts_k, most_q, most_k
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, log_sum_exp, seed, offset, None, *lengths, 0.0, True
+            grad, q, k, v, out, log_sum_exp, seed, offset, None, *lengths, 0.0, True, scale=inputs.scale
         )
         grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
         return grad_q, grad_k, grad_v

@@ -1,15 +1,15 @@
 """What attention needs besides q, k and v, made once a step for all layers: rotary tables, and who may look at whom.
 
-Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim.
+Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim, R rotated dims of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qsharded.models.config import ModelConfig
-from qsharded.models.rope import rope_tables
+from qsharded.models.rope import RopeConfig, rope_tables
 from qsharded.utils.documents import Boundaries
 
 _LARGEST_HEAD_DIM = 256
@@ -23,23 +23,32 @@ def has_flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What a layer's attention takes beside q, k and v; layers with the same window share it.
+    """What a layer's attention takes beside q, k and v; layers of the same window and rotation share it.
 
     A query sees itself and earlier keys, of its own document alone. At most one of ``boundaries`` and ``mask_BST`` is
     there. Neither: causal among as many keys as queries, or one query that sees every key.
 
     Attributes:
-        cos_BSE, sin_BSE: rotary tables [B or 1, S, E] in the activations' dtype.
+        cos_BSR, sin_BSR: rotary tables [B or 1, S, R] in the activations' dtype; R is E, or less where only a part of
+            each head is rotated. Where a layer has no rotary embedding, they turn by nothing.
         window: how many latest keys a query sees, itself included; None: all.
         boundaries: of the documents, where a kernel takes them.
         mask_BST: boolean [B or 1, 1, S, T], True where a query sees a key; window and documents are in it.
+        scale: of the scores; None: 1 / sqrt(E).
+        softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
+        query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
+        documents_BT: each key's document, for layers that attend by a state; None: one, or no such layer.
     """
 
-    cos_BSE: Tensor
-    sin_BSE: Tensor
+    cos_BSR: Tensor
+    sin_BSR: Tensor
     window: int | None = None
     boundaries: Boundaries | None = None
     mask_BST: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    query_scale_BS: Tensor | None = None
+    documents_BT: Tensor | None = None
 
 
 def attention_inputs(
@@ -51,8 +60,8 @@ def attention_inputs(
     boundaries: Boundaries | None = None,
     keys: int | None = None,
     device: torch.device | None = None,
-) -> dict[int | None, AttentionInputs]:
-    """The inputs of every window that the model's layers have.
+) -> tuple[AttentionInputs, ...]:
+    """The inputs of each layer in turn.
 
     Args:
         positions_BS: each query's place in its document.
@@ -62,27 +71,88 @@ def attention_inputs(
         keys: T, where there are cached ones before the queries; else S.
         device: to choose for; by default the positions'. A plan asks for a GPU's inputs on the meta device.
     """
-    tables = rope_tables(config.rope, config.head_dim, positions_BS, dtype)
     device = device or positions_BS.device
     queries = positions_BS.shape[1]
     keys = queries if keys is None else keys
-    uses_kernel = keys == queries and has_flash_kernel(device, dtype, config.head_dim)
-    if not uses_kernel:
-        boundaries = None
-    elif boundaries is None and documents_BT is not None:
-        boundaries = Boundaries.of(documents_BT)
-    made: dict[int | None, AttentionInputs] = {}
-    for window in set(config.layer_windows):
-        narrow = None if window is None or window >= keys else window
+    # the soft-capped backend reads boundaries on any device
+    knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
+    if keys > queries or not knows_documents:
+        boundaries, uses_kernel = None, False
+    else:
+        boundaries = boundaries or (None if documents_BT is None else Boundaries.of(documents_BT))
+        uses_kernel = True
+    query_scale_BS = _query_scale(config, positions_BS, dtype, keys)
+
+    def of_window(window: int | None, cos_BSR: Tensor, sin_BSR: Tensor) -> AttentionInputs:
+        inputs = AttentionInputs(
+            cos_BSR,
+            sin_BSR,
+            window=None if window is None or window >= keys else window,
+            scale=config.attention_scale,
+            softcap=config.score_softcap,
+            query_scale_BS=query_scale_BS,
+            documents_BT=None if config.linear is None else documents_BT,
+        )
         if not uses_kernel:
-            mask_BST = attention_mask(queries, keys, documents_BT, narrow, positions_BS.device)
-            made[window] = AttentionInputs(*tables, narrow, None, mask_BST)
-        elif narrow is not None and boundaries is None:
+            mask_BST = masks[window]
+            return replace(inputs, mask_BST=mask_BST)
+        if inputs.window is not None and boundaries is None:
             rows = Boundaries.of_rows(positions_BS.shape[0], queries, positions_BS.device)
-            made[window] = AttentionInputs(*tables, narrow, rows)
-        else:
-            made[window] = AttentionInputs(*tables, narrow, boundaries)
-    return made
+            return replace(inputs, boundaries=rows)
+        return replace(inputs, boundaries=boundaries)
+
+    masks = (
+        {}
+        if uses_kernel
+        else {
+            window: attention_mask(queries, keys, documents_BT, window, positions_BS.device)
+            for window in set(config.layer_windows)
+        }
+    )
+    kinds = list(zip(config.layer_windows, config.rope_of_layer, strict=True))
+    ropes = set(config.rope_of_layer)
+    tables = {rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in ropes}
+    made = {(window, rope): of_window(window, *tables[rope]) for window, rope in set(kinds)}
+    return tuple(made[kind] for kind in kinds)
+
+
+def _tables(
+    config: ModelConfig,
+    rope: RopeConfig | None,
+    positions_BS: Tensor,
+    dtype: torch.dtype,
+    documents_BT: Tensor | None,
+    keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, S, R]; without rotary embedding those of an angle of 0."""
+    if rope is None:
+        cos_BSE = torch.ones(*positions_BS.shape, config.head_dim, dtype=dtype, device=positions_BS.device)
+        return cos_BSE, torch.zeros_like(cos_BSE)
+    is_long: bool | Tensor = False
+    if rope.rope_type == "longrope" and keys > rope.original_length:
+        is_long = True
+        if documents_BT is not None:
+            is_long = _document_lengths(positions_BS, documents_BT[:, keys - positions_BS.shape[1] :])
+            is_long = is_long > rope.original_length
+    return rope_tables(rope, config.head_dim, positions_BS, dtype, is_long)
+
+
+def _document_lengths(positions_BS: Tensor, documents_BS: Tensor) -> Tensor:
+    """[B, S]: of each token's document, found on its device: what its last token's position is."""
+    S = positions_BS.shape[1]
+    is_last_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    is_last_BS[:, :-1] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    index_BS = torch.arange(S, device=positions_BS.device).where(is_last_BS, S - 1)
+    last_BS = index_BS.flip(1).cummin(dim=1).values.flip(1)
+    return positions_BS.gather(1, last_BS) + 1
+
+
+def _query_scale(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype, keys: int) -> Tensor | None:
+    """Llama 4's: it is 1, and so None, up to ``query_scale_length`` tokens."""
+    if not config.query_scale_beta or keys <= config.query_scale_length:
+        return None
+    steps_BS = torch.floor(positions_BS / config.query_scale_length)
+    return (1 + config.query_scale_beta * torch.log(1 + steps_BS)).to(dtype)
 
 
 def attention_mask(

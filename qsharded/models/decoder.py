@@ -1,82 +1,63 @@
-"""The decoder of Llama, Mistral, Qwen2, Qwen3 and SmolLM2, under the module names of their checkpoints.
+"""The decoder of every family, under the module names of their checkpoints.
 
-Read from top to bottom: attention, MLP, layer, stack, head, model. Nothing here knows of sharding, quantization or
+Read from top to bottom: layer, stack, head, model; a layer's attention is in self_attention.py, its MLP in mlp.py.
+What a family has beyond Llama is in its configuration. Nothing here knows of sharding, quantization or
 adapters: those replace modules from outside, and any Linear may become another module that maps x to y.
 
 Axes: B batch, S sequence, T keys (S, and before them the cache's), D hidden size, H query heads, G key-value heads,
 E head dim, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.models.attention import attend
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
-from qsharded.models.chunked_loss import chunked_cross_entropy, chunked_log_probs
+from qsharded.models.chunked_loss import capped, chunked_cross_entropy, chunked_log_probs
 from qsharded.models.config import ModelConfig
+from qsharded.models.gated_delta_net import GatedDeltaNet
 from qsharded.models.kv_cache import KVCache
-from qsharded.models.rope import rotate
+from qsharded.models.mlp import make_mlp
+from qsharded.models.norm import rms_norm
+from qsharded.models.self_attention import self_attention
 from qsharded.utils.documents import IGNORE, Boundaries
 
 
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions, grouped key-value heads and, in Qwen3, normalised q and k."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        query_dim = config.num_attention_heads * config.head_dim
-        key_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.o_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
-        tables = inputs.cos_BSE, inputs.sin_BSE
-        q_BHSE = rotate(self.q_norm(self._heads(self.q_proj(x_BSD))).transpose(1, 2), *tables)
-        k_BGTE = rotate(self.k_norm(self._heads(self.k_proj(x_BSD))).transpose(1, 2), *tables)
-        v_BGTE = self._heads(self.v_proj(x_BSD)).transpose(1, 2)
-        if cache is not None:
-            k_BGTE, v_BGTE = cache.update(self.layer, k_BGTE, v_BGTE)
-        y_BSHE = attend(q_BHSE.transpose(1, 2), k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), inputs)
-        return self.o_proj(y_BSHE.flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-
-class MLP(nn.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
-
-
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on a normalised input and added to the residual stream. The unit that is sharded."""
+    """Attention and MLP, each added to the residual stream, with norms before or after them or both. The unit that is
+    sharded."""
+
+    input_layernorm: nn.RMSNorm  # these two and others, as ``config.norms`` says
+    post_attention_layernorm: nn.RMSNorm
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.config = config
+        if config.is_linear[layer]:
+            self.linear_attn = GatedDeltaNet(config, layer)
+        else:
+            self.self_attn = self_attention(config, layer)
+        self.mlp = make_mlp(config)
+        for name in config.norms.names():
+            self.add_module(name, rms_norm(config, config.hidden_size))
 
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None = None) -> Tensor:
         """One layer: x [B, S, D] -> [B, S, D]."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), inputs, cache)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        norms = self.config.norms
+        attends = getattr(self, "self_attn", None) or self.linear_attn
+        attended_BSD = attends(self._norm(norms.before_attention, x_BSD), inputs, cache)
+        x_BSD = x_BSD + self._scaled(self._norm(norms.after_attention, attended_BSD))
+        y_BSD = self.mlp(self._norm(norms.before_mlp, x_BSD))
+        return x_BSD + self._scaled(self._norm(norms.after_mlp, y_BSD))
+
+    def _norm(self, name: str | None, x_BSD: Tensor) -> Tensor:
+        return x_BSD if name is None else self.get_submodule(name)(x_BSD)
+
+    def _scaled(self, added_BSD: Tensor) -> Tensor:
+        multiplier = self.config.residual_multiplier
+        return added_BSD if multiplier == 1 else added_BSD * multiplier
 
 
 class Decoder(nn.Module):
@@ -88,7 +69,7 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = rms_norm(config, config.hidden_size)
 
     def forward(
         self,
@@ -100,13 +81,13 @@ class Decoder(nn.Module):
     ) -> Tensor:
         length = input_ids_BS.shape[1]
         past = 0 if cache is None else cache.length
-        self._check_length(past + length)
+        self._check_length(past, length)
         documents_BT = documents_BS if cache is None else cache.reserve(length, documents_BS)
         if positions_BS is None:
             positions_BS = torch.arange(past, past + length, device=input_ids_BS.device)[None]
 
-        x_BSD = self.embed_tokens(input_ids_BS).to(self.dtype)  # an embedding that is trained may be wider
-        # Nothing of these depends on the layer, but for its window.
+        x_BSD = self._embedded(input_ids_BS)
+        # Nothing of these depends on the layer, but for its window and its rotary embedding.
         inputs = attention_inputs(
             self.config,
             positions_BS.expand(input_ids_BS.shape),
@@ -115,34 +96,54 @@ class Decoder(nn.Module):
             boundaries=boundaries,
             keys=past + length,
         )
-        for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
-            x_BSD = layer(x_BSD, inputs[window], cache)
+        for layer, of_layer in zip(self.layers, inputs, strict=True):
+            x_BSD = layer(x_BSD, of_layer, cache)
         if cache is not None:
             cache.advance(length)
         return self.norm(x_BSD)
 
-    def _check_length(self, length: int) -> None:
-        limit = self.config.max_position_embeddings
-        if self.config.rope.rope_type == "dynamic" and length > limit:
+    def _embedded(self, input_ids_BS: Tensor) -> Tensor:
+        x_BSD = self.embed_tokens(input_ids_BS).to(self.dtype)  # an embedding that is trained may be wider
+        multiplier = self.config.embedding_multiplier
+        if multiplier == 1:
+            return x_BSD
+        if self.config.embedding_multiplier_rounded:
+            multiplier = torch.tensor(multiplier, dtype=x_BSD.dtype, device="cpu").item()
+        return x_BSD * multiplier
+
+    def _check_length(self, past: int, length: int) -> None:
+        rope, limit = self.config.rope, self.config.max_position_embeddings
+        if rope.rope_type == "dynamic" and past + length > limit:
             raise ValueError(
-                f"rows of {length} tokens: with rope_type 'dynamic' at most max_position_embeddings = {limit} are "
-                f"supported, as beyond it a token's rotation would depend on the longest row of its batch"
+                f"rows of {past + length} tokens: with rope_type 'dynamic' at most max_position_embeddings = {limit} "
+                "are supported, as beyond it a token's rotation would depend on the longest row of its batch"
+            )
+        if rope.rope_type == "longrope" and 0 < past <= rope.original_length < past + length:
+            raise ValueError(
+                f"with rope_type 'longrope' a text's rotation changes as it grows beyond {rope.original_length} "
+                "tokens, and the cached keys have the shorter one's: ask for fewer new tokens, or begin with a longer "
+                "prompt"
             )
 
 
 class Head(nn.Linear):
     """Hidden states to logits or, given targets, straight to the loss or the targets' log-probabilities.
 
-    Both live in this forward so that whatever gathers the weight around a module's call (FSDP) does so once.
+    Both live in this forward so that whatever gathers the weight around a module's call (FSDP) does so once. Losses are
+    of logits that are soft-capped; logits alone are not yet, since an adapter around the head adds to them.
     """
+
+    def __init__(self, in_features: int, out_features: int, softcap: float | None = None, **options: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **options)
+        self.softcap = softcap
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, *, per_token: bool = False) -> Tensor:
         weight_VD = self.weight.to(hidden_BSD.dtype)  # a head that is trained in full has a wider master
         if targets_BS is None:
             return F.linear(hidden_BSD, weight_VD)
         if per_token:
-            return chunked_log_probs(hidden_BSD.flatten(0, 1), weight_VD, targets_BS)
-        return chunked_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+            return chunked_log_probs(hidden_BSD.flatten(0, 1), weight_VD, targets_BS, softcap=self.softcap)
+        return chunked_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten(), softcap=self.softcap)
 
 
 class CausalLM(nn.Module):
@@ -152,7 +153,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, dtype)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, config.logit_softcap)
         self.to(dtype)
         self.tie_weights()
 
@@ -160,6 +161,12 @@ class CausalLM(nn.Module):
     def embedding_weight(self) -> nn.Parameter:
         """The embedding's, under what is wrapped around it."""
         return getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens).get_parameter("weight")
+
+    def adapter_name(self, name: str) -> str:
+        """What PEFT calls the module or parameter ``name`` in transformers' model of the same checkpoint: in a
+        multimodal model the text part lies one deeper."""
+        inside = name.removeprefix("model.")
+        return f"model.language_model.{inside}" if self.config.wrapper and inside != name else name
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter where the config ties them (again, after a replacement)."""
@@ -192,13 +199,16 @@ class CausalLM(nn.Module):
         hidden_BSD = self.model(input_ids_BS, positions_BS, document_ids_BS, boundaries, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
+        if self.config.logit_multiplier != 1:
+            hidden_BSD = hidden_BSD * self.config.logit_multiplier
         if targets_BS is None:
-            return self.lm_head(hidden_BSD)
+            return capped(self.lm_head(hidden_BSD), self.config.logit_softcap)
         if isinstance(self.lm_head, Head):
             return self.lm_head(hidden_BSD, targets_BS, per_token=per_token)
         # A head that was replaced (by LoRA, say) maps x to y and no more: the loss has to come from its logits.
         logits_BSV = self.lm_head(hidden_BSD)
         logits_TV, targets_T = logits_BSV.flatten(0, 1).float(), targets_BS.flatten()
+        logits_TV = capped(logits_TV, self.config.logit_softcap)
         if per_token:
             losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
             return -losses_T.view(targets_BS.shape)

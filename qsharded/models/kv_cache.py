@@ -12,7 +12,16 @@ class KVCache:
         self.length = 0
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
+        self._states: dict[int, tuple[Tensor, Tensor]] = {}
         self._documents_BT: Tensor | None = None
+
+    def state(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What a layer that keeps a state instead of keys and values put here last."""
+        return self._states.get(layer, (None, None))
+
+    def set_state(self, layer: int, state: tuple[Tensor, Tensor]) -> None:
+        """Put it here, in place of the one before."""
+        self._states[layer] = state
 
     def reserve(self, tokens: int, documents_BS: Tensor | None) -> Tensor | None:
         """Check that `tokens` more fit and return the document ids of all tokens, those included.

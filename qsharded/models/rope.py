@@ -1,6 +1,6 @@
 """Rotary position embedding (https://arxiv.org/abs/2104.09864) and the ways checkpoints stretch it.
 
-Axes: B batch, S sequence, H heads, E head dim.
+Axes: B batch, S sequence, H heads, E head dim, R rotated dims of a head (E, or fewer).
 """
 
 import math
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# rope_type -> (keys it must have, keys it may have), rope_theta aside
+# rope_type -> (keys it must have, keys it may have), rope_theta and rotary_fraction aside
 _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "default": (frozenset(), frozenset()),
     "linear": (frozenset({"factor"}), frozenset()),
     "dynamic": (frozenset({"factor"}), frozenset()),
+    "ntk-alpha": (frozenset({"alpha"}), frozenset()),
     "llama3": (frozenset({"factor", "low_freq_factor", "high_freq_factor"}), frozenset({"original_length"})),
     "yarn": (
         frozenset({"factor"}),
@@ -23,13 +24,26 @@ _KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
             {"original_length", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
         ),
     ),
+    "longrope": (
+        frozenset({"short_factor", "long_factor"}),
+        frozenset({"original_length", "attention_factor", "factor"}),
+    ),
 }
-_RENAMED = {"type": "rope_type", "original_max_position_embeddings": "original_length"}
+_RENAMED = {
+    "type": "rope_type",
+    "original_max_position_embeddings": "original_length",
+    "partial_rotary_factor": "rotary_fraction",
+}
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How positions become angles. `original_length` (tokens) is the context before stretching."""
+    """How positions become angles. `original_length` (tokens) is the context before stretching.
+
+    `rotary_fraction` of a head's dims, the first ones, are rotated. "longrope" divides frequencies by `short_factor`
+    in documents of up to `original_length` tokens and by `long_factor` in longer ones (arXiv:2402.13753); "ntk-alpha"
+    stretches `rope_theta` by a fixed `alpha`.
+    """
 
     rope_type: str = "default"
     rope_theta: float = 10_000.0
@@ -43,6 +57,10 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    rotary_fraction: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    alpha: float = 1.0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
@@ -50,18 +68,28 @@ class RopeConfig:
 
         Raises ValueError naming a rope type or key that is not known, or a key that is missing.
         """
-        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        return cls.of(config.get("rope_scaling") or config.get("rope_parameters") or {}, config)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], config: Mapping[str, Any]) -> "RopeConfig":
+        """Of one set of rope parameters; what it leaves out is the config.json's own. Errors as :meth:`from_hf`."""
         raw = {key: value for key, value in given.items() if value is not None}
         if "rope_type" in raw:
             raw.pop("type", None)  # its older spelling, which transformers reads only where the newer one is missing
         values = {_RENAMED.get(key, key): value for key, value in raw.items()}
         values.setdefault("rope_type", "default")
         values.setdefault("rope_theta", config.get("rope_theta") or cls.rope_theta)
-        if values.get("partial_rotary_factor", 1.0) == 1.0:
-            values.pop("partial_rotary_factor", None)
+        values.setdefault("rotary_fraction", config.get("partial_rotary_factor") or 1.0)
         _check_keys(values)
         values.setdefault("original_length", config["max_position_embeddings"])
+        if values["rope_type"] == "longrope":
+            values.setdefault("factor", config["max_position_embeddings"] / values["original_length"])
+            values |= {key: tuple(values[key]) for key in ("short_factor", "long_factor")}
         return cls(**values)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """R: how many dims of a head are rotated."""
+        return int(head_dim * self.rotary_fraction)
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:
@@ -69,44 +97,77 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     if rope_type not in _KEYS:
         raise ValueError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(_KEYS)}")
     required, optional = _KEYS[rope_type]
-    given = values.keys() - {"rope_type", "rope_theta"}
+    given = values.keys() - {"rope_type", "rope_theta", "rotary_fraction"}
     for key in sorted(required - given):
         raise ValueError(f"rope_type {rope_type!r} needs {key!r}, which the checkpoint's config does not give")
     for key in sorted(given - required - optional):
         raise ValueError(f"rope key {key!r} ({values[key]!r}) is not known for rope_type {rope_type!r}")
 
 
-def rope_tables(rope: RopeConfig, head_dim: int, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, S, E]` of every angle, computed in fp32 and returned in `dtype`."""
-    # The frequencies come from the CPU so that every device rotates by the same fp32 angles.
-    frequencies_E = _frequencies(rope, head_dim).to(positions_BS.device, non_blocking=True)
-    half_BSE = positions_BS[..., None].float() * frequencies_E
-    angles_BSE = torch.cat((half_BSE, half_BSE), dim=-1)
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions_BS: Tensor, dtype: torch.dtype, is_long: bool | Tensor = False
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, S, R]` of every angle, computed in fp32 and returned in `dtype`.
+
+    is_long: for "longrope", whether a token's document is longer than the original context: one for all, or `[B, S]`.
+    """
+    half_BSF = positions_BS[..., None].float() * _chosen_frequencies(rope, head_dim, positions_BS.device, is_long)
+    angles_BSR = torch.cat((half_BSF, half_BSF), dim=-1)
     scale = _attention_factor(rope)
-    return (angles_BSE.cos() * scale).to(dtype), (angles_BSE.sin() * scale).to(dtype)
+    return (angles_BSR.cos() * scale).to(dtype), (angles_BSR.sin() * scale).to(dtype)
 
 
-def rotate(x_BHSE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
-    """Rotate each pair (i, i + E/2) of a head by its position's angle: the pairing of Hugging Face checkpoints."""
-    low, high = x_BHSE.chunk(2, dim=-1)
-    return x_BHSE * cos_BSE[:, None] + torch.cat((-high, low), dim=-1) * sin_BSE[:, None]
+def _chosen_frequencies(rope: RopeConfig, head_dim: int, device: torch.device, is_long: bool | Tensor) -> Tensor:
+    """[R / 2], or [B, S, R / 2] where documents differ."""
+
+    def frequencies(is_long: bool) -> Tensor:
+        # They come from the CPU so that every device rotates by the same fp32 angles.
+        return _frequencies(rope, head_dim, is_long).to(device, non_blocking=True)
+
+    if isinstance(is_long, Tensor):
+        return torch.where(is_long[..., None], frequencies(True), frequencies(False))
+    return frequencies(is_long)
+
+
+def rotate(x_BHSE: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of a head's first R dims by their position's angle; the rest of the head stays.
+
+    Pairs are (i, i + R/2), as in most Hugging Face checkpoints, or neighbours (2i, 2i + 1) where `interleaved`.
+    """
+    R = cos_BSR.shape[-1]
+    if x_BHSE.shape[-1] > R:
+        turned = rotate(x_BHSE[..., :R], cos_BSR, sin_BSR, interleaved=interleaved)
+        return torch.cat((turned, x_BHSE[..., R:]), dim=-1)
+    if interleaved:
+        cos_BSR, sin_BSR = (table[..., : R // 2].repeat_interleave(2, dim=-1) for table in (cos_BSR, sin_BSR))
+        even, odd = x_BHSE[..., ::2], x_BHSE[..., 1::2]
+        crossed = torch.stack((-odd, even), dim=-1).flatten(-2)
+    else:
+        low, high = x_BHSE.chunk(2, dim=-1)
+        crossed = torch.cat((-high, low), dim=-1)
+    return x_BHSE * cos_BSR[:, None] + crossed * sin_BSR[:, None]
 
 
 def frequency_divisors(rope: RopeConfig, head_dim: int) -> Tensor:
-    """How many times slower each pair turns than without stretching, fp32 `[E / 2]`, on CPU."""
+    """How many times slower each pair turns than without stretching, fp32 `[R / 2]`, on CPU."""
     return _frequencies(replace(rope, rope_type="default"), head_dim) / _frequencies(rope, head_dim)
 
 
-def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position, fp32 `[E / 2]`, on CPU."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+def _frequencies(rope: RopeConfig, head_dim: int, is_long: bool = False) -> Tensor:
+    """Radians per position, fp32 `[R / 2]`, on CPU."""
+    R = rope.rotary_dim(head_dim)
+    exponents = torch.arange(0, R, 2, dtype=torch.float32, device="cpu") / R
+    if rope.rope_type == "ntk-alpha":
+        return 1.0 / (rope.rope_theta * rope.alpha ** (R / (R - 2))) ** exponents
     plain = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
         return plain / rope.factor
     if rope.rope_type == "llama3":
         return _llama3(rope, plain)
     if rope.rope_type == "yarn":
-        return _yarn(rope, head_dim, plain)
+        return _yarn(rope, R, plain)
+    if rope.rope_type == "longrope":
+        return plain / torch.tensor(rope.long_factor if is_long else rope.short_factor, device="cpu")
     # "dynamic" is plain up to max_position_embeddings; the decoder refuses longer rows.
     return plain
 
@@ -119,29 +180,31 @@ def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
     return (1 - blend) * plain / rope.factor + blend * plain
 
 
-def _yarn(rope: RopeConfig, head_dim: int, plain: Tensor) -> Tensor:
+def _yarn(rope: RopeConfig, rotary_dim: int, plain: Tensor) -> Tensor:
     """YaRN (https://arxiv.org/abs/2309.00071), section 3.2: a ramp over dimensions from kept to slowed."""
-    low = _yarn_dimension(rope, head_dim, rope.beta_fast)
-    high = _yarn_dimension(rope, head_dim, rope.beta_slow)
+    low = _yarn_dimension(rope, rotary_dim, rope.beta_fast)
+    high = _yarn_dimension(rope, rotary_dim, rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     width = high - low or 0.001  # a ramp of no width is a step
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
     return plain * (1 - ramp) + plain / rope.factor * ramp
 
 
-def _yarn_dimension(rope: RopeConfig, head_dim: int, turns: float) -> float:
+def _yarn_dimension(rope: RopeConfig, rotary_dim: int, turns: float) -> float:
     """The (fractional) pair that makes `turns` full turns over the original context."""
-    return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+    return rotary_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """YaRN's temperature, folded into cosines and sines; 1 for every other type."""
-    if rope.rope_type != "yarn":
+    """YaRN's and LongRoPE's temperature, folded into cosines and sines; 1 for every other type."""
+    if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.rope_type == "longrope":
+        return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length))
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_temperature(rope.factor, rope.mscale) / _yarn_temperature(rope.factor, rope.mscale_all_dim)
     return _yarn_temperature(rope.factor, 1.0)

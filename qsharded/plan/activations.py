@@ -6,6 +6,7 @@ Axes: B rows of a micro-batch, S tokens of a row, D hidden size, E head dim.
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class Work:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a micro-batch takes: in each layer, in head and loss, and ``shared`` by all (rotary tables, the embedding's
-    output, and masks where attention needs them). ``boundary``: what lies between two layers, among what each keeps."""
+    """What a micro-batch takes: in each layer (kept on average, passing at most), in head and loss, and ``shared`` by
+    all (rotary tables, the embedding's output, and masks where attention needs them). ``boundary``: what lies between
+    two layers, among what each keeps."""
 
     layer: Work
     loss: Work
@@ -52,31 +54,49 @@ def step_work(
     is_sharded: bool,
     quant_format: QuantFormat = NF4_64,
 ) -> StepWork:
-    """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first layer stands for all.
+    """Simulate a micro-batch of ``rows`` x ``length`` tokens on a GPU. The first layer of each kind stands for all.
 
     A sharded model's parameters arrive in ``dtype`` and their gradients are new; an unsharded one's stay in their own
     and add to gradients that are there (counted as the gradients' own class). ``quant_format``: of its packed weights.
     """
-    one_layer = dataclasses.replace(config, num_hidden_layers=1, layer_windows=config.layer_windows[:1])
-    # a layer may lack what the configuration names in others
-    of_one = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype, strict=False)
-    model = skeleton(one_layer, of_one, dtype, quant_format=quant_format).train()
-    one = model.model.layers[0]
-    for module in (one, model.model.norm):
-        as_on_gpu(module)
-    (one.forward,) = layer_forwards([one], [one.forward], Checkpointing(checkpointing))
-    if not is_sharded:
-        _give_gradients(model)
+    of_all = dataclasses.replace(lora, dtype=dtype if is_sharded else lora.dtype)
     with torch.device("meta"):
         positions_BS = torch.zeros(rows, length, dtype=torch.int64)
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
         inputs = _packed_rows(config, positions_BS, dtype)
-    layer = _simulate(model, lambda x: one(x, inputs[config.layer_windows[0]]), x_BSD)
-    shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs.values())
+    works: list[Work] = []
+    for first in sorted({config.is_linear.index(kind) for kind in config.is_linear}):
+        model = _one_layer(config.of_layers(first), of_all, dtype, checkpointing, quant_format)
+        if not is_sharded:
+            _give_gradients(model)
+        one, its_inputs = model.model.layers[0], inputs[first]
+        works += [_simulate(model, partial(_call, one, its_inputs), x_BSD)] * config.is_linear.count(
+            config.is_linear[first]
+        )
+    layer = Work(-(-sum(work.kept for work in works) // len(works)), max(work.passing for work in works))
+    shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs)
     return StepWork(layer, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)
 
 
-def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> dict[int | None, AttentionInputs]:
+def _one_layer(
+    config: ModelConfig, lora: LoRAConfig, dtype: torch.dtype, mode: Mode, quant_format: QuantFormat
+) -> CausalLM:
+    # a layer may lack what the configuration names in others
+    lora = dataclasses.replace(lora, strict=False)
+    model = skeleton(config, lora, dtype, quant_format=quant_format).train()
+    one = model.model.layers[0]
+    for module in (one, model.model.norm):
+        as_on_gpu(module)
+    (one.forward,) = layer_forwards([one], [one.forward], Checkpointing(mode))
+    return model
+
+
+def _call(layer: nn.Module, inputs: AttentionInputs, x_BSD: Tensor) -> Tensor:
+    y_BSD: Tensor = layer(x_BSD, inputs)
+    return y_BSD
+
+
+def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> tuple[AttentionInputs, ...]:
     """Of rows that may hold several documents, which takes a mask where no kernel knows of documents."""
     rows, length = positions_BS.shape
     boundaries = Boundaries.of_rows(rows, length, positions_BS.device)
@@ -87,10 +107,9 @@ def _packed_rows(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) 
 
 
 def _bytes(inputs: Iterable[AttentionInputs]) -> int:
-    """Rotary tables, which all layers share, and a mask for each window that needs one."""
-    made = list(inputs)
-    masks = [of_window.mask_BST for of_window in made if of_window.mask_BST is not None]
-    return sum(tensor.nbytes for tensor in (made[0].cos_BSE, made[0].sin_BSE, *masks))
+    """Rotary tables and masks, each once for all the layers that share it."""
+    tensors = {tensor for made in inputs for tensor in (made.cos_BSR, made.sin_BSR, made.mask_BST)}
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _give_gradients(model: nn.Module) -> None:

@@ -171,6 +171,8 @@ def test_parts_of_text_are_joined():
         ({"prompt": "a", "completion": ["b"]}, "prompt and completion must both be text or .*, got str and list"),
         ({"instruction": "a", "output": ["b"]}, r"output must be text, got list: \['b'\]"),
         ({"instruction": "a", "input": 1, "output": "b"}, "input must be text, got int: 1"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the row holds 'images'; only text can be learned"),
+        ({"text": "a", "image": {"bytes": "x"}}, "the row holds 'image'"),
         ({"messages": [USER], "tools": "{"}, "tools is not JSON"),
         ({"messages": [USER], "tools": [1]}, "tools must be a list of objects"),
     ],

@@ -78,33 +78,35 @@ def test_loss_and_gradient_equal_pytorchs(
         assert max(gaps) <= TOLERANCES[dtype]
 
 
-def log_prob_gaps(vocab: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[float, float]:
+def log_prob_gaps(vocab: int, dtype: torch.dtype, chunk_size: int | None, softcap: float | None) -> tuple[float, float]:
     """How far each token's log-probability and the gradient lie from PyTorch's of this rank's tokens alone."""
     hidden_TD, weight_VD, targets_T = inputs(vocab, dtype)
     targets_T[3] = -100
     factors_T = torch.linspace(-2, 3, len(targets_T), dtype=torch.float64) * (1 + dist.get_rank())
-    found_T = vocab_parallel_autograd.log_probs(hidden_TD, *_split(weight_VD, targets_T), chunk_size)
+    found_T = vocab_parallel_autograd.log_probs(hidden_TD, *_split(weight_VD, targets_T), chunk_size, softcap)
     (found_T * factors_T).sum().backward()
     exact_TD = hidden_TD.detach().double().requires_grad_()
-    expected_T = -F.cross_entropy(exact_TD @ weight_VD.double().T, targets_T, reduction="none")
+    logits_TV = exact_TD @ weight_VD.double().T
+    logits_TV = logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+    expected_T = -F.cross_entropy(logits_TV, targets_T, reduction="none")
     (expected_T * factors_T).sum().backward()
     assert found_T[3] == 0
     return relative_gap(found_T.detach(), expected_T.detach()), relative_gap(hidden_TD.grad, exact_TD.grad)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "vocab", "dtype", "chunk_size"),
+    ("world_size", "vocab", "dtype", "chunk_size", "softcap"),
     [
-        (1, 17, torch.float64, 4),
-        (2, 17, torch.float64, 3),
-        (2, 17, torch.bfloat16, None),
-        (4, 5, torch.float64, 1),
+        (1, 17, torch.float64, 4, None),
+        (2, 17, torch.float64, 3, 0.7),
+        (2, 17, torch.bfloat16, None, None),
+        (4, 5, torch.float64, 1, None),
     ],
 )
 def test_log_probabilities_and_their_gradient_equal_pytorchs(
-    world_size: int, vocab: int, dtype: torch.dtype, chunk_size: int | None
+    world_size: int, vocab: int, dtype: torch.dtype, chunk_size: int | None, softcap: float | None
 ) -> None:
-    for gaps in run_ranks(log_prob_gaps, world_size, vocab, dtype, chunk_size):
+    for gaps in run_ranks(log_prob_gaps, world_size, vocab, dtype, chunk_size, softcap):
         assert max(gaps) <= TOLERANCES[dtype]
 
 

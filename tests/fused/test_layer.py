@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsharded.fused.layer import EVERYTHING, Policy, can_fuse, fused_forward
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
-from qsharded.models.config import ModelConfig
+from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig, add_lora, quantize_
 
@@ -26,12 +26,29 @@ CONFIG = ModelConfig(
     head_dim=32,
     max_position_embeddings=128,
 )
+_AROUND = NormNames(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+_BEHIND = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "mistral": {"layer_windows": (5,)},
     "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "phi3": {"fused_qkv": True, "mlp": "fused"},
+    "gemma2": {
+        "norms": _AROUND,
+        "norm_offset": True,
+        "activation": "gelu_tanh",
+        "score_softcap": 2.0,
+        "attention_scale": 0.3,
+        "layer_windows": (5,),
+    },
+    "gemma3": {"norms": _AROUND, "norm_offset": True, "activation": "gelu_tanh", "qk_norm": True},
+    "exaone4": {"norms": _BEHIND, "qk_norm": True, "layer_ropes": (None,)},
+    "granite": {"residual_multiplier": 0.22, "attention_scale": 0.1},
+    "sandwich with a multiplier": {"norms": _AROUND, "residual_multiplier": 0.22},
 }
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 10, [0] * 9 + [1] * 5 + [-1] * 2])
 
@@ -58,7 +75,7 @@ def layer_of(config: ModelConfig, lora: LoRAConfig | None = None, *, packed: boo
 
 def inputs_of(config: ModelConfig, documents: Tensor | None = None) -> AttentionInputs:
     positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
-    return attention_inputs(config, positions, torch.float64, documents_BT=documents)[config.layer_windows[0]]
+    return attention_inputs(config, positions, torch.float64, documents_BT=documents)[0]
 
 
 def activations(seed: int = 1) -> Tensor:
@@ -81,7 +98,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_policy_computes_what_the_layer_does(family: str, documents: Tensor | None) -> None:
     config = dataclasses.replace(CONFIG, **FAMILIES[family])
-    layer = layer_of(config, LoRAConfig(r=4, rank_pattern={"up_proj": 8}, alpha_pattern={"k_proj": 7.0}))
+    layer = layer_of(config, LoRAConfig(r=4, rank_pattern={"up_proj": 8}, alpha_pattern={"k_proj": 7.0}, strict=False))
     inputs, x = inputs_of(config, documents), activations().requires_grad_()
     expected = results(layer(x, inputs), layer, x)
     for kept in (EVERYTHING, frozenset(), frozenset({"attention"}), frozenset({"qkv", "h"})):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsharded.fused.layer import Policy, fused_forward
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
-from qsharded.models.config import ModelConfig
+from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig, add_lora, quantize_
 
@@ -30,17 +30,36 @@ CONFIG = ModelConfig(
     head_dim=64,
     max_position_embeddings=2048,
 )
+_AROUND = NormNames(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "mistral": {"layer_windows": (50,)},
+    "phi3": {"fused_qkv": True, "mlp": "fused"},
+    "gemma2": {
+        "norms": _AROUND,
+        "norm_offset": True,
+        "activation": "gelu_tanh",
+        "score_softcap": 2.0,
+        "layer_windows": (50,),
+    },
+    "gemma3": {
+        "norms": _AROUND,
+        "norm_offset": True,
+        "activation": "gelu_tanh",
+        "qk_norm": True,
+        "attention_scale": 0.1,
+    },
+    "granite": {"residual_multiplier": 0.22, "attention_scale": 0.05},
 }
 # each row's documents by their lengths; the last one of the second row is padding
 LENGTHS = ((100, 156), (130, 70, 56))
 DOCUMENTS = torch.tensor([[0] * 100 + [1] * 156, [0] * 130 + [1] * 70 + [-1] * 56])
 POSITIONS = torch.cat([torch.arange(length) for row in LENGTHS for length in row]).view(ROWS, LENGTH)
-LORA = LoRAConfig(r=4, rank_pattern={"up_proj": 16}, alpha_pattern={"k_proj": 7.0})
+LORA = LoRAConfig(r=4, rank_pattern={"up_proj": 16}, alpha_pattern={"k_proj": 7.0}, strict=False)
 
 Results = dict[str, Tensor]
 
@@ -73,7 +92,7 @@ def inputs_of(
 ) -> AttentionInputs:
     documents = None if documents is None else documents.cuda()
     made = attention_inputs(config, positions.cuda(), dtype, documents_BT=documents)
-    return made[config.layer_windows[0]]
+    return made[0]
 
 
 def random(seed: int, length: int = LENGTH) -> Tensor:

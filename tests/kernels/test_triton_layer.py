@@ -56,14 +56,15 @@ def test_rms_norm_and_its_gradient(dtype: torch.dtype, width: int, residual: boo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [72, 2056])
-def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int, activation: str) -> None:
     gate_up, grad = random(3, 2 * width, dtype=dtype), random(3, width, dtype=dtype, seed=1)
     wide = leaf(gate_up)
     gate, up = wide.chunk(2, dim=-1)
-    act = F.silu(gate) * up
-    assert_close(triton_swiglu.forward(gate_up), act)
+    act = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    assert_close(triton_swiglu.forward(gate_up, activation=activation), act)
     (expected,) = gradients(act, grad, wide)
-    triton_swiglu.backward_(grad, gate_up)
+    triton_swiglu.backward_(grad, gate_up, activation)
     assert_close(gate_up, expected)
     assert_close(grad, act)
 
@@ -115,14 +116,15 @@ def test_rotary_in_place_leaves_v_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [50, 8192, 20000])
-def test_cross_entropy_and_its_gradient(dtype: torch.dtype, vocabulary: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "softcap"), [(50, None), (8192, None), (20000, None), (50, 4.0), (9000, 4.0)])
+def test_cross_entropy_and_its_gradient(dtype: torch.dtype, vocabulary: int, softcap: float | None) -> None:
     logits = random(5, vocabulary, dtype=dtype) * 3
     targets = torch.tensor([0, vocabulary - 1, -100, 7, 49], device=DEVICE)
     wide = leaf(logits)
-    expected = F.cross_entropy(wide, targets, ignore_index=-100, reduction="none")
+    capped = wide if softcap is None else softcap * torch.tanh(wide / softcap)
+    expected = F.cross_entropy(capped, targets, ignore_index=-100, reduction="none")
     (expected_grad,) = gradients(expected, torch.ones(5, device=DEVICE), wide)
-    losses = triton_cross_entropy.forward_(logits, targets, -100)
+    losses = triton_cross_entropy.forward_(logits, targets, -100, softcap)
     assert losses.dtype == torch.float32
     assert_close(losses, expected)
     assert_close(logits, expected_grad)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.fused.layer import fused_forward
-from qsharded.models import decoder
+from qsharded.models import self_attention
 from qsharded.models.attention import Attention, Saved, attend, register_attention, unregister_attention
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer
@@ -77,7 +77,7 @@ def layer_and_input() -> tuple[DecoderLayer, Tensor]:
 def by_definition(layer: DecoderLayer, x: Tensor, inputs: AttentionInputs) -> Tensor:
     """The layer with nothing but the capped attention and autograd."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "attend", lambda q, k, v, inputs: capped(q, k, v, inputs.mask_BST))
+        patch.setattr(self_attention, "attend", lambda q, k, v, inputs: capped(q, k, v, inputs.mask_BST))
         return layer(x, inputs)
 
 

@@ -21,39 +21,52 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, targets
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss / 3 and its gradients in fp64."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / 3
+    loss = F.cross_entropy(capped(hidden @ weight.T, softcap), targets, reduction="sum") / 3
     loss.backward()
     return loss, hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk_size", [1, 4, TOKENS - 1, TOKENS, 1000, None])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_value_and_gradients_equal_cross_entropy(dtype: torch.dtype, chunk_size: int | None) -> None:
+def test_value_and_gradients_equal_cross_entropy(
+    dtype: torch.dtype, chunk_size: int | None, softcap: float | None
+) -> None:
     hidden, weight, targets = inputs(dtype)
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk_size)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk_size, softcap)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (loss / 3).backward()
     assert hidden.grad.dtype == weight.grad.dtype == dtype
-    for got, expected in zip((loss / 3, hidden.grad, weight.grad), reference(hidden, weight, targets), strict=True):
+    exact = reference(hidden, weight, targets, softcap)
+    for got, expected in zip((loss / 3, hidden.grad, weight.grad), exact, strict=True):
         atol = TOLERANCES[dtype] * expected.abs().max().item()
         torch.testing.assert_close(got.double(), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk_size", [1, 4, TOKENS, None])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_log_probabilities_and_their_gradients_equal_log_softmax(dtype: torch.dtype, chunk_size: int | None) -> None:
+def test_log_probabilities_and_their_gradients_equal_log_softmax(
+    dtype: torch.dtype, chunk_size: int | None, softcap: float | None
+) -> None:
     """Each token with a weight of its own, as a preference loss has them."""
     hidden, weight, targets = inputs(dtype)
     factors = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
-    log_probs = chunked_log_probs(hidden, weight, targets, chunk_size)
+    log_probs = chunked_log_probs(hidden, weight, targets, chunk_size, softcap)
     assert log_probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (log_probs * factors).sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == dtype
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    expected = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    expected = capped(exact[0] @ exact[1].T, softcap).log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
     expected = expected * (targets != -100)
     (expected * factors).sum().backward()
     for got, want in zip((log_probs, hidden.grad, weight.grad), (expected, exact[0].grad, exact[1].grad), strict=True):

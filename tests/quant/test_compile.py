@@ -28,7 +28,7 @@ def test_a_block_compiles_with_fullgraph(tmp_path: Path, masked: bool) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.01)
     documents = torch.tensor([[0] * 4 + [1] * 6]) if masked else None
-    inputs = attention_inputs(model.config, torch.arange(10)[None], torch.float32, documents_BT=documents)[None]
+    inputs = attention_inputs(model.config, torch.arange(10)[None], torch.float32, documents_BT=documents)[0]
     x = torch.randn(2, 10, 192)
     composition = partial(DecoderLayer.forward, layer)
     compiled = torch.compile(composition, fullgraph=True, backend="aot_eager")

@@ -8,6 +8,7 @@ the next. MFU: the step's arithmetic without recomputation (``Case.flops``) over
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -44,9 +45,9 @@ def main() -> None:
     one = Case(given.shape, shape, **{name: getattr(given, name) for name in names})
     cases = [case for case in suite(shape) if case.name in given.cases or not given.cases] if given.suite else [one]
     rows = []
-    for case in cases:
-        for who in ("qsharded", *given.peers):
-            rows.append({"case": case.name, "who": who} | figures(case, run(who, case)))
+    with tempfile.TemporaryDirectory() as models:
+        for case, who in itertools.product(cases, ("qsharded", *given.peers)):
+            rows.append({"case": case.name, "who": who} | figures(case, run(who, case, models)))
             print(json.dumps(rows[-1]), flush=True)
     if given.record:
         record = environment() | {"command": command("benchmarks.train_step"), "shape": given.shape, "rows": rows}
@@ -54,15 +55,19 @@ def main() -> None:
         plot.save(rows, given.record.with_suffix(".png"))
 
 
-def run(who: str, case: Case) -> dict[str, Any]:
-    """What a process of its own measured; for one that fails, its last line."""
+def run(who: str, case: Case, models: str) -> dict[str, Any]:
+    """What a process of its own measured; for one that fails, its last line.
+
+    Args:
+        models: a folder for the peers' checkpoints, which serve several cases.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder, "case.json"), Path(folder, "result.json")
         given.write_text(json.dumps(case.to_json()))
         if who == "qsharded":
             line, place = [sys.executable, "-m", "benchmarks.train_step.ours", str(given), str(result)], None
         else:
-            line, place = [sys.executable, "-P", peers.__file__, who, str(given), str(result)], folder
+            line, place = [sys.executable, "-P", peers.__file__, who, str(given), str(result), models], folder
         ended = subprocess.run(line, cwd=place, capture_output=True, text=True, check=False)
         if ended.returncode:
             return {"failed": (ended.stderr.strip().splitlines() or ["no message"])[-1]}

@@ -1,16 +1,17 @@
 """Other libraries' QLoRA steps on the same case, where they are installed.
 
-python -P peers.py NAME CASE.json RESULT.json    # as a file, from a folder that holds no module called kernels
+python -P peers.py NAME CASE.json RESULT.json MODELS    # as a file, from a folder that holds no module called kernels
 
 They are started so since Hugging Face ships a package of that name, which transformers, bitsandbytes and Unsloth
-import; -P keeps the modules beside this one from hiding others.
+import; -P keeps the modules beside this one from hiding others. MODELS keeps a random checkpoint of each shape for the
+next case.
 """
 
+import hashlib
 import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ _WARM_UP = 3
 
 def main() -> None:
     name, case = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    Path(sys.argv[3]).write_text(json.dumps(measure({"unsloth": _unsloth, "transformers": _transformers}[name], case)))
+    build = {"unsloth": _unsloth, "transformers": _transformers}[name]
+    Path(sys.argv[3]).write_text(json.dumps(measure(build, case, Path(sys.argv[4]))))
 
 
-def measure(build: Any, case: dict[str, Any]) -> dict[str, Any]:
+def measure(build: Any, case: dict[str, Any], models: Path) -> dict[str, Any]:
     """As ``ours.measure``, without a profile."""
-    with tempfile.TemporaryDirectory() as folder:
+    folder = models / hashlib.sha256(json.dumps(case["shape"], sort_keys=True).encode()).hexdigest()[:16]
+    if not folder.exists():
         _write_random_model(case["shape"], folder)
-        model = build(case, folder)
+    model = build(case, str(folder))
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU shows that it runs, no more
@@ -65,7 +68,7 @@ def _optimizer(parameters: list[Any]) -> Any:
     return made(parameters, lr=1e-4)
 
 
-def _write_random_model(shape: dict[str, Any], folder: str) -> None:
+def _write_random_model(shape: dict[str, Any], folder: Path) -> None:
     """A checkpoint with a tokenizer of words, in a process of its own: what it leaves on the GPU goes with it."""
     if os.fork():
         assert os.wait()[1] == 0, "the random checkpoint could not be written"

@@ -20,7 +20,7 @@ SMALL = Case("small", LLAMA, rows=2, length=16, documents=3, steps=1)
 
 
 def test_a_small_case_runs_through() -> None:
-    measured = run("qsharded", SMALL)
+    measured = run("qsharded", SMALL, "")
     assert measured["step_ms"] >= measured["host_ms"] > 0, measured
     row = figures(SMALL, measured)
     assert row["tokens_per_second"] == pytest.approx(32 / measured["step_ms"] * 1e3)
@@ -32,7 +32,7 @@ def test_rows_of_ever_other_lengths_run_through() -> None:
     lengths = ragged.lengths()
     assert len(lengths) == 30
     assert set(lengths) == {16, 24}
-    measured = run("qsharded", ragged)
+    measured = run("qsharded", ragged, "")
     tokens = [2 * length for length in (lengths + lengths[:3])[20:]]
     assert measured["tokens"] == pytest.approx(sum(tokens) / len(tokens))
     assert "mfu" not in figures(ragged, measured)
@@ -45,14 +45,14 @@ def test_auto_is_the_trainers_choice_for_that_memory() -> None:
     assert checkpointing(replace(case, memory_gib=0.7), LoRAConfig()).mode == "full"
 
 
-def test_a_peer_runs_through_a_small_case() -> None:
+def test_a_peer_runs_through_a_small_case(tmp_path: Path) -> None:
     for package in ("transformers", "peft", "bitsandbytes"):
         pytest.importorskip(package)
-    assert run("transformers", Case("small", LLAMA, rows=2, length=16, steps=1)).get("step_ms", 0) > 0
+    assert run("transformers", Case("small", LLAMA, rows=2, length=16, steps=1), str(tmp_path)).get("step_ms", 0) > 0
 
 
 def test_a_case_that_fails_says_why() -> None:
-    failed = run("qsharded", Case("wrong", {**LLAMA, "model_type": "other"}))
+    failed = run("qsharded", Case("wrong", {**LLAMA, "model_type": "other"}), "")
     assert "model_type 'other' is not supported" in failed["failed"]
     assert figures(SMALL, failed) == failed
 

@@ -11,6 +11,7 @@ dim, R ranks of a group of adapters together.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,7 @@ class Policy:
     weights_present: Callable[[torch.device], AbstractContextManager[None]] | None = None
 
 
+@cache  # it is asked in every forward of every layer
 def beyond_fused(config: ModelConfig) -> str | None:
     """What of a family's mathematics :func:`fused_forward` does not compute, in words; None where it computes all.
 

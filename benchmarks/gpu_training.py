@@ -37,10 +37,43 @@ LLAMA3 = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+GEMMA3_27B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+    "sliding_window": 1024,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+PHI4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000.0,
+    "tie_word_embeddings": False,
+}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES = {
     "llama3-8b": LLAMA3 | dict(zip(_SIZES, (4096, 14336, 32, 32), strict=True)),
     "llama3-70b": LLAMA3 | dict(zip(_SIZES, (8192, 28672, 80, 64), strict=True)),
+    "gemma3-27b": GEMMA3_27B,
+    "phi4": PHI4,
     "llama3-405b": LLAMA3 | dict(zip(_SIZES, (16384, 53248, 126, 128), strict=True)),
 }
 LARGEST_LOSS_GAP = 2e-3  # relative, step by step: bf16 arithmetic in another order, carried on by training

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, list[str]]] = {
     "8b-offloaded": (LLAMA3_8B, 1, 4, 2048, [CHECKPOINTING, "offloaded"]),
     "8b-mixed": (LLAMA3_8B, 1, 4, 2048, [*FULL, "--checkpointed-layers", "20"]),
     "8b-adamw": (LLAMA3_8B, 1, 1, 2048, [*FULL, "--optim", "adamw", "--lora-r", "128"]),
+    "gemma3-27b": (SHAPES["gemma3-27b"], 1, 4, 2048, FULL),
+    "phi4": (SHAPES["phi4"], 1, 4, 2048, FULL),
     "70b-from-host": (LLAMA3_70B, 1, 1, 2048, ["--cpu-offload", CHECKPOINTING, "offloaded"]),
     "8b-replicated": (LLAMA3_8B, 2, 4, 2048, [*FULL, "--sharding", "replicate"]),
 }

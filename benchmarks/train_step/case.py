@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
+from qsharded.models import ModelConfig
+
 PEAK_BF16_FLOPS = 989e12  # of an H100 or H200, dense, by the data sheet
 CHECKPOINTING = ("none", "selective", "full", "offloaded", "auto")
 
@@ -58,15 +60,22 @@ class Case:
 
     def flops(self) -> float:
         """Of a step without recomputation: each frozen weight is multiplied with in forward and once in backward, for
-        the gradient of its input; causal attention takes two products in forward and five in backward, of half of all
-        pairs of tokens; adapters are left out."""
+        the gradient of its input; causal attention takes two products in forward and five in backward, of the pairs of
+        tokens of which one sees the other; adapters are left out."""
         s, layers = self.shape, self.shape["num_hidden_layers"]
         D, heads = s["hidden_size"], s["num_attention_heads"]
         head_dim = s.get("head_dim") or D // heads
         attention_weights = D * head_dim * (2 * heads + 2 * s["num_key_value_heads"])
         weights = layers * (attention_weights + 3 * D * s["intermediate_size"]) + D * s["vocab_size"]
-        pairs = self.tokens * self.length / self.documents / 2
-        return 4 * weights * self.tokens + 2 * (2 + 5) * layers * heads * head_dim * pairs
+        windows = ModelConfig.from_hf(s).layer_windows
+        pairs = sum(self.tokens * _keys_a_token(self.length / self.documents, window) for window in windows)
+        return 4 * weights * self.tokens + 2 * (2 + 5) * heads * head_dim * pairs
+
+
+def _keys_a_token(length: float, window: int | None) -> float:
+    """How many keys a token of a document sees on average; half of them where there is no window."""
+    seen = length if window is None else min(window, length)
+    return seen - seen**2 / length / 2
 
 
 def suite(shape: dict[str, Any]) -> list[Case]:

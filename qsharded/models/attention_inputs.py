@@ -3,7 +3,9 @@
 Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim, R rotated dims of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,48 +74,57 @@ def attention_inputs(
         device: to choose for; by default the positions'. A plan asks for a GPU's inputs on the meta device.
     """
     device = device or positions_BS.device
-    queries = positions_BS.shape[1]
-    keys = queries if keys is None else keys
+    keys = positions_BS.shape[1] if keys is None else keys
+    shared = partial(
+        AttentionInputs,
+        scale=config.attention_scale,
+        softcap=config.score_softcap,
+        query_scale_BS=_query_scale(config, positions_BS, dtype, keys),
+        documents_BT=None if config.linear is None else documents_BT,
+    )
     # the soft-capped backend reads boundaries on any device
     knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
-    if keys > queries or not knows_documents:
-        boundaries, uses_kernel = None, False
+    if keys == positions_BS.shape[1] and knows_documents:
+        sights = _by_boundaries(config, positions_BS, documents_BT, boundaries)
     else:
-        boundaries = boundaries or (None if documents_BT is None else Boundaries.of(documents_BT))
-        uses_kernel = True
-    query_scale_BS = _query_scale(config, positions_BS, dtype, keys)
-
-    def of_window(window: int | None, cos_BSR: Tensor, sin_BSR: Tensor) -> AttentionInputs:
-        inputs = AttentionInputs(
-            cos_BSR,
-            sin_BSR,
-            window=None if window is None or window >= keys else window,
-            scale=config.attention_scale,
-            softcap=config.score_softcap,
-            query_scale_BS=query_scale_BS,
-            documents_BT=None if config.linear is None else documents_BT,
-        )
-        if not uses_kernel:
-            mask_BST = masks[window]
-            return replace(inputs, mask_BST=mask_BST)
-        if inputs.window is not None and boundaries is None:
-            rows = Boundaries.of_rows(positions_BS.shape[0], queries, positions_BS.device)
-            return replace(inputs, boundaries=rows)
-        return replace(inputs, boundaries=boundaries)
-
-    masks = (
-        {}
-        if uses_kernel
-        else {
-            window: attention_mask(queries, keys, documents_BT, window, positions_BS.device)
-            for window in set(config.layer_windows)
-        }
-    )
-    kinds = list(zip(config.layer_windows, config.rope_of_layer, strict=True))
-    ropes = set(config.rope_of_layer)
+        sights = _by_masks(config, positions_BS, documents_BT, keys)
+    ropes, kinds = set(config.rope_of_layer), list(zip(config.layer_windows, config.rope_of_layer, strict=True))
     tables = {rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in ropes}
-    made = {(window, rope): of_window(window, *tables[rope]) for window, rope in set(kinds)}
+    made = {(window, rope): shared(*tables[rope], **sights[window]) for window, rope in set(kinds)}
     return tuple(made[kind] for kind in kinds)
+
+
+_Sights = dict[int | None, dict[str, Any]]
+"""What of the inputs says who sees whom, for each of the model's windows."""
+
+
+def _by_boundaries(
+    config: ModelConfig, positions_BS: Tensor, documents_BS: Tensor | None, boundaries: Boundaries | None
+) -> _Sights:
+    """For a kernel that takes documents and windows."""
+    rows, length = positions_BS.shape
+    if boundaries is None and documents_BS is not None:
+        boundaries = Boundaries.of(documents_BS)
+    of_windows = boundaries or Boundaries.of_rows(rows, length, positions_BS.device)
+    narrow = {window: _narrow(window, length) for window in config.layer_windows}
+    return {
+        window: {"window": seen, "boundaries": boundaries if seen is None else of_windows}
+        for window, seen in narrow.items()
+    }
+
+
+def _by_masks(config: ModelConfig, positions_BS: Tensor, documents_BT: Tensor | None, keys: int) -> _Sights:
+    queries, device = positions_BS.shape[1], positions_BS.device
+    narrow = {window: _narrow(window, keys) for window in config.layer_windows}
+    return {
+        window: {"window": seen, "mask_BST": attention_mask(queries, keys, documents_BT, seen, device)}
+        for window, seen in narrow.items()
+    }
+
+
+def _narrow(window: int | None, keys: int) -> int | None:
+    """The window, if it is narrower than what there is to see."""
+    return None if window is None or window >= keys else window
 
 
 def _tables(

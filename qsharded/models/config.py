@@ -23,6 +23,8 @@ class NormNames:
 
 
 PRE_NORMS = NormNames()
+POST_NORMS = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+"""OLMo 2's and EXAONE 4's."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class ModelConfig:
         Raises ValueError that names an unknown model type or architecture, a missing key, and any key that is unknown
         or holds a value this decoder does not compute.
         """
-        from qsharded.models.families import read_settings  # here: the families' table is made of this file's words
+        from qsharded.models.families.reading import (
+            read_settings,  # here: the families' table is made of this file's words
+        )
 
         return cls(**read_settings(config))
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_training import SHAPES
 from benchmarks.train_step import plot
 from benchmarks.train_step.__main__ import figures, run
 from benchmarks.train_step.case import PEAK_BF16_FLOPS, Case, suite
 from benchmarks.train_step.gpu_activity import phase_of, union
 from benchmarks.train_step.ours import checkpointing, random_batch
+from qsharded.fused.layer import beyond_fused
+from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.utils.checkpointing_modes import KEEP_ALL
 from tests.checkpoints import LLAMA
@@ -76,10 +79,26 @@ def test_arithmetic_by_hand() -> None:
         "num_key_value_heads": 1,
         "vocab_size": 32,
     }
-    case = Case("by hand", shape, rows=3, length=10)
+    case = Case("by hand", LLAMA | shape, rows=3, length=10)
     weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16) + 8 * 32
     attention = 2 * 7 * 2 * (3 * 10 * 10 / 2) * 8  # 7 products in 2 layers, 2 operations a pair and dimension
     assert case.flops() == 4 * weights * 30 + attention
+
+
+def test_a_window_leaves_out_the_pairs_beyond_it() -> None:
+    shape = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
+    pairs = 2 * 3 * (10 * 4 - 4 * 4 / 2)  # in 2 layers of 3 rows: 10 tokens see 4 keys, but for the first 4
+    without = Case("all", LLAMA, rows=3, length=10).flops()
+    per_pair = 2 * 7 * LLAMA["hidden_size"]
+    assert Case("window", shape, rows=3, length=10).flops() == pytest.approx(
+        without - per_pair * (2 * 3 * 10 * 10 / 2 - pairs)
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_one_that_is_trained(name: str) -> None:
+    assert Case(name, SHAPES[name]).flops() > 0
+    assert beyond_fused(ModelConfig.from_hf(SHAPES[name])) is None
 
 
 def test_overlapping_kernels_count_once() -> None:

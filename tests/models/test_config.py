@@ -312,7 +312,7 @@ def test_llama_derives_heads_and_head_dim() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LLAMA | {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral"),
+        (LLAMA | {"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, granite"),
         ({}, "model_type None"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         (LLAMA | {"logit_softcap": 30.0}, r"'logit_softcap' \(30\.0\) is not known"),

@@ -160,6 +160,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "type": "yarn",
         },
     },
+    "ministral3-no-rope-keys": {"head_dim": 16, "tie_word_embeddings": True},
     "ministral3-short": {
         "head_dim": 16,
         "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1},

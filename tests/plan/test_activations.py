@@ -30,6 +30,7 @@ OUTPUT = B * S * D * 2  # which is the next layer's input
 ADAPTER = B * S * 8 * 2 + 8 * D * 2
 ATTENTION = B * S * H * E * 2 + B * H * S * 4 + 2 * 8 + 8  # its output, log-sum-exp, seed and offset
 QKV = B * S * (H + 2 * H // 2) * E * 2
+BEFORE_A_NORM = B * S * D * 2 + B * S * 4  # and its rstd
 H_AFTER_ATTENTION, GATE_UP = B * S * D * 2, B * S * 2 * I * 2
 
 
@@ -66,6 +67,21 @@ def work(
 def test_a_fused_block_keeps_what_its_backward_reads(checkpointing: Mode, kept: int) -> None:
     """Beside its output, and what is small of its adapters."""
     assert work(checkpointing=checkpointing).layer.kept == OUTPUT + ADAPTER + kept
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"),
+    [
+        ("none", QKV + ATTENTION + H_AFTER_ATTENTION + GATE_UP + 2 * BEFORE_A_NORM),
+        ("selective", QKV + ATTENTION + H_AFTER_ATTENTION + BEFORE_A_NORM),
+        ("full", 0),
+    ],
+)
+def test_norms_behind_attention_and_mlp_keep_their_inputs_too(checkpointing: Mode, kept: int) -> None:
+    gemma = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+    found = work(checkpointing=checkpointing, head_dim=E, layer_types=["full_attention"] * 2, **gemma).layer.kept
+    factors = (4 * D + 2 * E) * 4  # 1 + weight of each norm, in fp32
+    assert found == OUTPUT + ADAPTER + factors + kept
 
 
 def test_a_composed_block_keeps_what_its_operations_save() -> None:

@@ -1,0 +1,99 @@
+"""Qwen2 to Qwen3.5."""
+
+from qsharded.models import layer_patterns
+from qsharded.models.config import LinearAttention
+from qsharded.models.families.family import Family, Settings, Values, biases, rope_parameters
+from qsharded.models.rope import RopeConfig
+
+
+def _qwen2(values: Values) -> Settings:
+    return {"qkv_bias": True, "layer_windows": layer_patterns.last_layers(values)}
+
+
+def _qwen3(values: Values) -> Settings:
+    return biases(values) | {"qk_norm": True, "layer_windows": layer_patterns.last_layers(values)}
+
+
+def _linear_types(values: Values) -> list[str]:
+    interval, layers = values["full_attention_interval"], values["num_hidden_layers"]
+    otherwise = [_LINEAR if (layer + 1) % interval else layer_patterns.FULL for layer in range(layers)]
+    types = layer_patterns.types(values, otherwise)
+    for unknown in sorted(set(types) - {_LINEAR, layer_patterns.FULL}):
+        raise ValueError(f"layer_types: {unknown!r} is not supported ({_LINEAR} and {layer_patterns.FULL} are)")
+    return types
+
+
+def _qwen3_5(values: Values) -> Settings:
+    linear = LinearAttention(
+        key_heads=values["linear_num_key_heads"],
+        value_heads=values["linear_num_value_heads"],
+        key_dim=values["linear_key_head_dim"],
+        value_dim=values["linear_value_head_dim"],
+        taps=values["linear_conv_kernel_dim"],
+    )
+    return biases(values) | {
+        "qk_norm": True,
+        "norm_offset": True,
+        "attention_gate": True,
+        "linear": linear,
+        "linear_layers": tuple(kind == _LINEAR for kind in _linear_types(values)),
+    }
+
+
+def _qwen3_5_rope(values: Values) -> Settings:
+    """The three positions of a text's token are one, so that what mixes them changes nothing."""
+    given = rope_parameters(values)
+    return {"rope": RopeConfig.of({key: given[key] for key in given if not key.startswith("mrope_")}, values)}
+
+
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_LINEAR = "linear_attention"
+
+
+FAMILIES = {
+    "qwen2": Family(
+        "Qwen2 and 2.5",
+        "Qwen2ForCausalLM",
+        "biases of q, k and v; sliding windows in some layers",
+        defaults={"num_key_value_heads": 32, **_QWEN_WINDOWS},
+        settings=_qwen2,
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        "Qwen3ForCausalLM",
+        "q and k normalised; sliding windows in some layers",
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_QWEN_WINDOWS},
+        settings=_qwen3,
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3.5 (dense)",
+        "Qwen3_5ForCausalLM",
+        "gated delta-net layers beside gated attention; a quarter of each head is rotated; norms of 1 + weight",
+        defaults={
+            "vocab_size": 248_320,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "layer_types": None,
+            "full_attention_interval": 4,
+            # of layers that predict further tokens, which are not trained
+            "mtp_num_hidden_layers": None,
+            "mtp_use_dedicated_embeddings": None,
+        },
+        settings=_qwen3_5,
+        ropes=_qwen3_5_rope,
+        neutral={"attn_output_gate": (True,), "mlp_only_layers": ([],), "mamba_ssm_dtype": ("float32",)},
+        partial_rotary=True,
+    ),
+}

@@ -1,0 +1,38 @@
+"""Multimodal models of which the text part is computed."""
+
+from qsharded.models.families.family import Wrapper
+
+WRAPPERS: dict[str, Wrapper] = {
+    "qwen3_5": Wrapper(
+        "Qwen3.5, multimodal",
+        "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_text",
+        tied=False,
+        keys=frozenset({"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}),
+    ),
+    "mistral3": Wrapper(
+        "Mistral Small 3.1 and Ministral 3, multimodal",
+        "Mistral3ForConditionalGeneration",
+        "mistral",
+        tied=True,
+        keys=frozenset(
+            {
+                "image_token_index",
+                "image_token_id",
+                "projector_hidden_act",
+                "vision_feature_layer",
+                "multimodal_projector_bias",
+                "spatial_merge_size",
+            }
+        ),
+    ),
+    "gemma3": Wrapper(
+        "Gemma 3, multimodal",
+        "Gemma3ForConditionalGeneration",
+        "gemma3_text",
+        tied=True,
+        keys=frozenset(
+            {"mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id"}
+        ),
+    ),
+}

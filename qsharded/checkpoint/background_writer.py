@@ -236,7 +236,8 @@ class CheckpointWriter:
     def _write_own_files(self, job: _Job) -> None:
         if job.copied is not None:
             job.copied.synchronize()
-        job.partial.mkdir(parents=True, exist_ok=True)
+        job.folder.parent.mkdir(exist_ok=True)  # without its parents: an output folder that was moved is not made anew
+        job.partial.mkdir(exist_ok=True)
         names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
         records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}
         # the main rank may read it from now on

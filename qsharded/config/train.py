@@ -168,7 +168,9 @@ class TrainConfig:
     )
 
     output_dir: str = _output(
-        "Folder to write adapter/, checkpoints/, metrics.jsonl and config.toml to.", "output", metavar="PATH"
+        "Folder to write adapter/, checkpoints/, metrics.jsonl, config.toml and run.json to; one run at a time.",
+        "output",
+        metavar="PATH",
     )
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)

@@ -16,11 +16,12 @@ from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
 from qsharded.training.disk_room import Sizes, refuse_full_disk
 from qsharded.training.finished import FINISHED_FILE, is_marked
+from qsharded.training.run_record import RECORD_FILE
 from qsharded.training.writable_output import refuse_unwritable
 from qsharded.utils import collectives
 from qsharded.utils.durable_files import folder_bytes, write_whole
 
-_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
+_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", RECORD_FILE, FINISHED_FILE)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
 

@@ -37,6 +37,7 @@ from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
+from qsharded.training.run_record import write_record
 from qsharded.training.stopping import Stopping
 from qsharded.utils.checkpointing_modes import Checkpointing
 
@@ -89,6 +90,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
     claim_output_dir(config, world, resume_from)
+    write_record(config, world, base.folder)
     setup.summary = _summary(config, world, setup, data, resume_from)
     setup.summary += [line for line in (*choices, data.note, *notes) if line]
     return setup

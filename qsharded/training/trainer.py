@@ -59,7 +59,9 @@ class Trainer:
             MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
-            yield cls(config, world, setup, log, writer, again, **others)
+            trainer = cls(config, world, setup, log, writer, again, **others)
+            with trainer.results.displacement_told():
+                yield trainer
 
     @property
     def results(self) -> results.Results:
@@ -200,6 +202,7 @@ class Trainer:
             window.restart_clock()
 
     def _save(self) -> None:
+        self.log.refuse_displaced()
         refusal = self.results.save()
         if refusal is not None and self.world.is_main:
             name = self.results.checkpoint.name
@@ -208,6 +211,7 @@ class Trainer:
     def _save_stopped(self, stop: StopRequested) -> int:
         """Save what the last complete step has left, and say so; returns the exit status."""
         step = self.setup.progress.step
+        self.log.refuse_displaced()
         if step == 0:
             self.log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
             return 128 + stop.signal

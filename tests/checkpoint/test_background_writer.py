@@ -231,6 +231,7 @@ def test_a_death_at_any_moment_leaves_a_valid_checkpoint_and_none_that_only_look
     found, moment, died = [], 0, True
     while died:
         run = tmp_path / str(moment)
+        run.mkdir()
         write(run, 1)
         died = dies_while_writing(run, moment)
         newest = newest_sound(run, print)

@@ -30,6 +30,7 @@ from qsharded.training.output_lock import output_locked
 from qsharded.training.rank_failures import one_cause
 from qsharded.training.restarting import after_restart
 from qsharded.training.trainer import Trainer
+from qsharded.training.watchdog import collective_timeout, watched
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
-    world = join_world(config.prog)
+    world = join_world(config.prog, collective_timeout(config))
     with one_cause(config.prog, world), ExitStack() as held:
         status = _prepare_and_run(config, world, argv, held)
     stop_world(world)  # not where an error is on its way: it could wait for ranks that wait for this one
@@ -54,6 +55,7 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], hel
     try:
         with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
             check_gather(world)
+            held.enter_context(watched(config, world))
             held.enter_context(output_locked(Path(config.output_dir), world))
             config = after_restart(config, world)
             prepared = setup.prepare(config, world)

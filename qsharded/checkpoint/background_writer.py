@@ -91,6 +91,7 @@ class CheckpointWriter:
     ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
         self._refusal = refusal
+        output_dir.mkdir(parents=True, exist_ok=True)
         self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -236,7 +237,7 @@ class CheckpointWriter:
     def _write_own_files(self, job: _Job) -> None:
         if job.copied is not None:
             job.copied.synchronize()
-        job.folder.parent.mkdir(exist_ok=True)  # without its parents: an output folder that was moved is not made anew
+        job.folder.parent.mkdir(exist_ok=True)  # not its parents: an output folder that was moved stays away
         job.partial.mkdir(exist_ok=True)
         names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
         records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qsharded.checkpoint import read_ahead, safetensors_header
 from qsharded.checkpoint.row_chunks import RowChunk
+from qsharded.utils import heartbeat
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
@@ -290,6 +291,7 @@ class SafetensorsFolder:
         with open(stored.path, "rb", buffering=0) as file:
             file.seek(stored.first + first)
             while left:
+                heartbeat.beat("reading weights")
                 count = file.readinto(left)
                 if not count:
                     raise ValueError(f"{stored.path} ends within {name}: it was changed while it was read")

@@ -210,6 +210,13 @@ class TrainConfig:
         0,
         check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
     )
+    hang_timeout: float = _output(
+        "Without progress of any rank for so long the run ends: every rank's stacks go to hang/ in --output-dir, and a "
+        "line names the ranks that do not answer or are behind. Loading and evaluating are progress. 0 never ends it.",
+        10,
+        unit="minutes",
+        check=AT_LEAST_0,
+    )
 
     eval_dataset: str | None = _eval(
         "Rows to measure loss and perplexity on, from one of the sources that --dataset takes.",

@@ -26,7 +26,7 @@ from qsharded.training.profiling import profiled
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
-from qsharded.utils import signals
+from qsharded.utils import heartbeat, signals
 from qsharded.utils.durable_files import NotWritten
 
 
@@ -108,6 +108,7 @@ class Trainer:
                 for step in one_ahead(self._steps()):
                     if progress.step >= self.setup.total_steps:
                         break
+                    heartbeat.beat(f"step {progress.step + 1}")
                     running = self.train_step(step, self._learning_rate())
                     profiler.step()
                     read_before, unread = unread, running

@@ -29,12 +29,12 @@ from qsharded.checkpoint.manifest import Manifest, write_manifest
 from qsharded.checkpoint.rank_tensors import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.checkpoint.resume import ADAPTER, OPTIMIZER, PARTIAL, STATE_FILE, Progress, checkpoint_folder
 from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
-from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import first_error, found_by_main
 from qsharded.distributed.fsdp import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.durable_files import sync_folder
 from qsharded.utils.strict_json import without_nan
+from qsharded.utils.untrusted_json import read_json
 
 _WEIGHTS = "weights"
 # For the slowest rank's disk, once the main rank's own files are written. All ranks write alike, so one that is minutes

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format
-from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli.base_model import find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
@@ -20,6 +20,7 @@ from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs
 from qsharded.utils import hardware
 from qsharded.utils.hardware import GIB
+from qsharded.utils.untrusted_json import read_json
 
 
 def dry_run(config: TrainConfig) -> int:

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from qsharded.checkpoint.resume import checkpoints
-from qsharded.checkpoint.source import read_json
 from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
 from qsharded.training.finished import is_marked
 from qsharded.training.run_record import RECORD_FILE, starter
 from qsharded.utils.process_identity import ProcessIdentity
+from qsharded.utils.untrusted_json import read_json
 
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from qsharded import __version__
 from qsharded.checkpoint.files import write_json
@@ -20,6 +19,7 @@ from qsharded.config import TrainConfig
 from qsharded.data.sources import find_files
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
+from qsharded.utils import collectives
 from qsharded.utils.process_identity import ProcessIdentity
 
 RECORD_FILE = "run.json"
@@ -31,9 +31,7 @@ def write_record(config: TrainConfig, world: World, model: Path) -> None:
     Raises:
         ValueError: the disk did not let it; on every rank.
     """
-    starters = [starter().to_json()] * world.size
-    if world.mesh is not None:
-        dist.all_gather_object(starters, starters[world.rank], group=world.long_timeout_group)
+    starters = collectives.all_gather_objects(starter().to_json(), world.long_timeout_group)
     found_by_main(world, partial(_write, config, world.size, model, starters))
 
 

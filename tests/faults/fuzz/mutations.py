@@ -52,8 +52,10 @@ def _nudge(container: Any, key: Any, random: Random) -> None:
     value = container[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         container[key] = [value] if random.random() < 0.5 else {"x": value}
-    else:
+    elif abs(value) < 1e300:
         container[key] = random.choice((-value, value + 1, value - 1, value * 2, str(value), float(value), value / 3))
+    else:
+        container[key] = -value
 
 
 def _rename(container: Any, key: Any, random: Random) -> None:

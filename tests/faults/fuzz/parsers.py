@@ -61,7 +61,7 @@ def _config(folder: Path) -> Parser:
         config = ModelConfig.from_hf(read_json(path))
         rope_tables(config.rope, config.head_dim, torch.zeros(1, 2, dtype=torch.long), torch.float32)
 
-    return Parser(case, r"config\.json( is|:) .")
+    return Parser(case, r"config\.json( is|:| must hold) .")
 
 
 def _index(folder: Path) -> Parser:
@@ -174,7 +174,7 @@ def _quantization_config(folder: Path) -> Parser:
         ModelConfig.from_hf(config)
         packed_format.read_storage_format(config)
 
-    return Parser(case, r"config\.json( is|:) .|quantization_config: .")
+    return Parser(case, r"config\.json( is|:| must hold) .|quantization_config: .")
 
 
 def _safetensors_header(folder: Path) -> Parser:

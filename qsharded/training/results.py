@@ -126,6 +126,7 @@ class Results:
     def after_divergence(self) -> str:
         """What happened to a run that has diverged, and the command that goes on."""
         self.writer.wait()  # what is being written may be what the advice is to go back to
+        self.world.barrier()  # each rank has written down its bad rows
         return found_by_main(self.world, lambda: advice(self.config, self.setup.progress, self.again))
 
     @contextmanager

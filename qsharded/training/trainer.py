@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from qsharded.data.ahead import one_ahead
 from qsharded.distributed.fsdp import World
 from qsharded.optim.schedule import learning_rate
 from qsharded.training import evaluation, results
+from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
 from qsharded.training.log_window import LogWindow
@@ -67,6 +68,11 @@ class Trainer:
     def results(self) -> results.Results:
         """What writes the run's files."""
         return results.Results(self.config, self.world, self.setup, self.writer, self.again)
+
+    @cached_property
+    def bad_batches(self) -> BadBatches:
+        """What writes down the rows of steps that are skipped."""
+        return BadBatches(self.config, self.world.rank, self.setup.tokenizer)
 
     def run(self) -> int:
         """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
@@ -149,6 +155,7 @@ class Trainer:
             objective=self.objective,
             before_each=setup.stopping.check,
         )
+        self.bad_batches.remember(progress.step + 1, step, sums.loss)
         grad_norm = apply_gradient(setup.model, setup.optimizer, rate, self.config.max_grad_norm)
         progress.step += 1
         progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
@@ -172,6 +179,8 @@ class Trainer:
         """
         result, progress = running.result(), self.setup.progress
         progress.skipped_steps += was_skipped(result.grad_norm)
+        if was_skipped(result.grad_norm):
+            self.bad_batches.write(running.number)
         window.add(result, running.tokens)
         if running.number % self.config.logging_steps == 0 or running.number == self.setup.total_steps:
             self.log.train(window.close(running, result.grad_norm, progress.skipped_steps, self.world.device))

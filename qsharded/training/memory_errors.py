@@ -68,13 +68,13 @@ def _explanation(config: TrainConfig, world: World, model: CausalLM | None, erro
     where = "GPU" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in first else "host"
     lines = [f"out of {where} memory in {heartbeat.OWN.where}: {first}"]
     with suppress(ValueError, OSError):  # the plan is a help, no reason for another error
-        planner, _ = planner_of(config)
-        lines += _of_gpu(planner, config, world, model) if where == "GPU" else _of_host(planner, config, world)
+        lines += _of_gpu(config, world, model) if where == "GPU" else host_plan(config, world.size)
     return "\n".join(lines)
 
 
-def _of_gpu(planner: Planner, config: TrainConfig, world: World, model: CausalLM | None) -> list[str]:
-    plan = _plan(planner, config, world)
+def _of_gpu(config: TrainConfig, world: World, model: CausalLM | None) -> list[str]:
+    planner, _ = planner_of(config)
+    plan = _plan(planner, config, world.size)
     measured = _measured(model, world)
     names = dict.fromkeys([*(row.name for row in plan.rows), *measured])
     planned = Counter[str]()
@@ -90,16 +90,22 @@ def _of_gpu(planner: Planner, config: TrainConfig, world: World, model: CausalLM
     return [f"  {'GPU memory, GiB':<24}{'planned':>9}{'measured':>10}", *table, *lines]
 
 
-def _plan(planner: Planner, config: TrainConfig, world: World) -> Plan:
-    chosen, _ = choose_checkpointing(planner, config, world.size, hardware.available_memory() // world.size)
-    return planner.plan(chosen, world.size)
+def _plan(planner: Planner, config: TrainConfig, ranks: int) -> Plan:
+    chosen, _ = choose_checkpointing(planner, config, ranks, hardware.available_memory() // ranks)
+    return planner.plan(chosen, ranks)
 
 
-def _of_host(planner: Planner, config: TrainConfig, world: World) -> list[str]:
-    needs = host_memory(planner.model, _plan(planner, config, world))
+def host_plan(config: TrainConfig, ranks: int) -> list[str]:
+    """A line on what was planned of host memory, and what there is.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    planner, _ = planner_of(config)
+    needs = host_memory(planner.model, _plan(planner, config, ranks))
     listed = ", ".join(f"{need.name} {need.bytes / GIB:.1f}" for need in needs)
     return [
-        f"planned for a rank, GiB: {listed}; this machine's {world.size} ranks share "
+        f"planned for a rank, GiB: {listed}; {ranks} ranks share "
         f"{hardware.memory() / GIB:.1f}, of which {hardware.available_memory() / GIB:.1f} are available now"
     ]
 

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test bench lint docs clean
+.PHONY: help train test test-faults bench lint docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,7 @@ NPROC ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count()
 help:
 	@echo 'make train   make $(VENV) and fine-tune the built-in model (NPROC=processes, ARGS="--max-steps 100 ...")'
 	@echo 'make test    make $(VENV) and run the test suite (WORKERS=processes, ARGS="tests/quant/test_formats.py ...")'
+	@echo 'make test-faults  the tests that cause faults, the long ones too (some 30 minutes)'
 	@echo 'make bench   time the kernels, a short form (ARGS="--peers bitsandbytes ..."; see benchmarks/kernels)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make docs    write docs/ from the commands'"'"' options'
@@ -23,11 +24,14 @@ help:
 
 train: $(VENV)/.installed-run
 	@ranks=$(NPROC); threads=$$(( $$(nproc) / ranks )); \
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; set -x; \
+	export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; set -x; \
 	$(BIN)/torchrun --standalone --nproc-per-node $$ranks -m qsharded.train $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+
+test-faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 --slow tests/faults $(ARGS)
 
 bench: $(VENV)/.installed-run
 	$(BIN)/python -m benchmarks.kernels --short $(ARGS)

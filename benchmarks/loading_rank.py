@@ -16,7 +16,7 @@ from torch import Tensor
 from qsharded.checkpoint import fill, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.row_chunks import RowChunk
-from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import groups_of
@@ -24,6 +24,7 @@ from qsharded.distributed.placement import parallelize
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.quant.pack_weight import double_quantize
 from qsharded.utils.sharding import RowRange, local
+from qsharded.utils.untrusted_json import read_json
 
 GIB = 2**30
 CPU = torch.device("cpu")

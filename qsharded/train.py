@@ -7,7 +7,9 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,14 @@ from qsharded.training import setup
 from qsharded.training.determinism import use_deterministic_algorithms
 from qsharded.training.divergence import SkippedTooOften
 from qsharded.training.finished import AlreadyFinished
+from qsharded.training.memory_errors import memory_errors_end, memory_errors_explained
+from qsharded.training.output_lock import output_locked
 from qsharded.training.rank_failures import one_cause
+from qsharded.training.restarting import after_restart
 from qsharded.training.trainer import Trainer
+from qsharded.training.watchdog import collective_timeout, watched
+
+_REFUSALS = ValueError, OSError, DamagedGather
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,19 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
-    world = join_world(config.prog)
-    with one_cause(config.prog, world):
-        status = _prepare_and_run(config, world, argv)
+    world = join_world(config.prog, collective_timeout(config))
+    with memory_errors_end(config.prog, world), one_cause(config.prog, world), ExitStack() as held:
+        status = _prepare_and_run(config, world, argv, held)
     stop_world(world)  # not where an error is on its way: it could wait for ranks that wait for this one
     if status:
         raise SystemExit(status)
 
 
-def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str]) -> int:
-    """The exit status of a run that came to its end, or was stopped by a signal."""
+def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], held: ExitStack) -> int:
+    """The exit status of a run that came to its end, or was stopped by a signal. ``held``: its lock, to be released."""
     try:
-        with errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
+        with memory_errors_explained(config, world), errors_named(config.prog, world, _REFUSALS):
             check_gather(world)
+            held.enter_context(watched(config, world))
+            held.enter_context(output_locked(Path(config.output_dir), world))
+            config = after_restart(config, world)
             prepared = setup.prepare(config, world)
     except AlreadyFinished as end:
         if world.is_main:
@@ -57,7 +68,8 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str]) -> 
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     again = partial(command_line.command, argv, world.size)
-    with errors_named(config.prog, world, kinds), Trainer.opened(config, world, prepared, again) as trainer:
+    explained = memory_errors_explained(config, world, prepared.model)
+    with explained, errors_named(config.prog, world, kinds), Trainer.opened(config, world, prepared, again) as trainer:
         return trainer.run()
 
 

@@ -1,5 +1,7 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.files import TensorParts, write_json, write_tensors
-from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
 from qsharded.lora.layer import lora_layers
 from qsharded.lora.targets import peft_name
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import local, own_rows, whole
+from qsharded.utils.untrusted_json import (
+    BOOLEAN,
+    NULL,
+    Kind,
+    check,
+    integer,
+    list_of,
+    map_of,
+    named,
+    number,
+    read_json,
+    text,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,6 +47,34 @@ _READ = {
 }  # fmt: skip
 # Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA train beside changed ones.
 STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+_RANK, _ALPHA = integer(1, 1 << 20), number(0, 1e9, or_equal=True)
+_REGEX = Kind("a list of names, or a regular expression", lambda value: text().holds(value) and _compiles(value))
+_NAMES = list_of(text(), 1 << 16)
+SCHEMA = {
+    "peft_type": text() | NULL,
+    "base_model_name_or_path": text() | NULL,
+    "revision": text() | NULL,
+    "r": _RANK,
+    "lora_alpha": _ALPHA,
+    "lora_dropout": number(0, 1, or_equal=True),
+    "target_modules": _NAMES | _REGEX | NULL,
+    "use_rslora": BOOLEAN,
+    "rank_pattern": map_of(_RANK, 1 << 16, key=_REGEX) | NULL,
+    "alpha_pattern": map_of(_ALPHA, 1 << 16, key=_REGEX) | NULL,
+    "modules_to_save": _NAMES | NULL,
+    "bias": text() | NULL,
+}
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of syntax that a later Python may read otherwise
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -127,13 +170,21 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     """
     path = folder / CONFIG_FILE
     read = read_json(path)
+    check(read, SCHEMA, str(path))
     if read.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {read.get('peft_type')!r}")
     unknown = [key for key in sorted(read.keys() - _WITHOUT_EFFECT - _READ) if _is_set(key, read[key])]
     if unknown or read.get("bias", "none") != "none":
         raise ValueError(f"{path}: not supported: " + ", ".join(f"{k} = {read[k]!r}" for k in unknown or ["bias"]))
     _refuse_changed_base(read.get("init_lora_weights"), path)
-    lora = LoRAConfig(
+    with named(str(path)):
+        lora = _lora_config(read, dtype)
+    _refuse_tied_adapters(read, lora, path)
+    return lora
+
+
+def _lora_config(read: dict[str, Any], dtype: torch.dtype) -> LoRAConfig:
+    return LoRAConfig(
         r=read.get("r", 8),
         lora_alpha=read.get("lora_alpha", 8),
         lora_dropout=read.get("lora_dropout", 0.0),
@@ -145,8 +196,6 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
         dtype=dtype,
         strict=False,
     )
-    _refuse_tied_adapters(read, lora, path)
-    return lora
 
 
 def _refuse_tied_adapters(read: dict[str, Any], lora: LoRAConfig, path: Path) -> None:
@@ -218,7 +267,13 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def open_weights(path: Path) -> Any:
+    """The open safetensors file of an adapter.
+
+    Raises:
+        ValueError: it is missing, damaged, or lists more than the format or any model has.
+    """
     try:
+        safetensors_header.read_checked(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing, damaged or incomplete: {error}") from None

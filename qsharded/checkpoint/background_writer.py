@@ -29,12 +29,12 @@ from qsharded.checkpoint.manifest import Manifest, write_manifest
 from qsharded.checkpoint.rank_tensors import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.checkpoint.resume import ADAPTER, OPTIMIZER, PARTIAL, STATE_FILE, Progress, checkpoint_folder
 from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
-from qsharded.checkpoint.source import read_json
 from qsharded.distributed.agreement import first_error, found_by_main
 from qsharded.distributed.fsdp import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.durable_files import sync_folder
 from qsharded.utils.strict_json import without_nan
+from qsharded.utils.untrusted_json import read_json
 
 _WEIGHTS = "weights"
 # For the slowest rank's disk, once the main rank's own files are written. All ranks write alike, so one that is minutes
@@ -91,6 +91,7 @@ class CheckpointWriter:
     ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
         self._refusal = refusal
+        output_dir.mkdir(parents=True, exist_ok=True)
         self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -236,7 +237,8 @@ class CheckpointWriter:
     def _write_own_files(self, job: _Job) -> None:
         if job.copied is not None:
             job.copied.synchronize()
-        job.partial.mkdir(parents=True, exist_ok=True)
+        job.folder.parent.mkdir(exist_ok=True)  # not its parents: an output folder that was moved stays away
+        job.partial.mkdir(exist_ok=True)
         names = {kind: _tensor_file(kind, self._world.rank, self._world.size) for kind in job.tensors}
         records = {names[kind]: tensors.write(job.partial / names[kind]) for kind, tensors in job.tensors.items()}
         # the main rank may read it from now on

@@ -15,10 +15,24 @@ import torch
 from qsharded.checkpoint.adapter import WEIGHTS_FILE, open_weights
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.fingerprint import Fingerprint, is_packed
-from qsharded.checkpoint.source import read_json
+from qsharded.utils.untrusted_json import (
+    ANY,
+    BOOLEAN,
+    NULL,
+    as_object,
+    map_of,
+    object_of,
+    parse,
+    read_json,
+    require,
+    text,
+)
 
 ORIGIN_FILE = "qsharded_base.json"  # in a packed checkpoint's folder
 BASE_KEY = "qsharded_base"  # in the metadata of an adapter's safetensors file
+_PARTS = {"config": map_of(ANY, 1 << 12), "tensors": map_of(text(64), 1 << 20)}
+_FINGERPRINT = object_of(_PARTS, *_PARTS, alone=True)
+_IDENTITY = {"own": _FINGERPRINT, "packed": BOOLEAN, "made_from": _FINGERPRINT | NULL}
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,9 @@ class BaseIdentity:
         Raises:
             ValueError: it is something else.
         """
-        try:
-            origin = read["made_from"]
-            return cls(Fingerprint(**read["own"]), bool(read["packed"]), Fingerprint(**origin) if origin else None)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no fingerprint of a base model: {error}") from None
+        require(read, _IDENTITY, "no fingerprint of a base model")
+        origin = read["made_from"]
+        return cls(Fingerprint(**read["own"]), read["packed"], Fingerprint(**origin) if origin else None)
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""
@@ -106,10 +118,9 @@ def _read_origin(folder: Path, own: Fingerprint) -> Fingerprint | None:
     if not path.is_file():
         return None
     read = read_json(path)
-    try:
-        written, origin = Fingerprint(**read["packed"]), Fingerprint(**read["made_from"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; quantize the original again") from None
+    both = dict.fromkeys(("packed", "made_from"), _FINGERPRINT)
+    require(read, both, f"{path} is damaged; quantize the original again")
+    written, origin = Fingerprint(**read["packed"]), Fingerprint(**read["made_from"])
     if changed := written.difference(own, folder):
         raise ValueError(
             f"{folder} was changed after it was packed: {changed}. Quantize the original again, or delete "
@@ -139,6 +150,6 @@ def base_of_adapter(folder: Path) -> BaseIdentity | None:
     if said is None:
         return None
     try:
-        return BaseIdentity.from_json(json.loads(said))
+        return BaseIdentity.from_json(as_object(parse(said.encode(), BASE_KEY), BASE_KEY))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: its {BASE_KEY} is {error}") from None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qsharded.checkpoint.safetensors_header import Spec, adjoining, encode, file_order, head, nbytes
+from qsharded.utils import heartbeat
 from qsharded.utils.durable_files import Replacement
 
 _CHUNK = 1 << 22  # bytes read at once: enough to keep a disk busy, small beside what a rank holds
@@ -87,4 +88,5 @@ def read_record(path: Path) -> FileRecord:
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
+            heartbeat.beat("reading a checkpoint's files")
             yield chunk

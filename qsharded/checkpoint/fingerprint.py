@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.packed_format import read_storage_format
-from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.models import ModelConfig
+from qsharded.utils.untrusted_json import read_json
 
 _SAMPLE = 1 << 16  # bytes read at each place of a large tensor
 _PLACES = 16

@@ -14,7 +14,7 @@ from qsharded.checkpoint import fill
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.row_chunks import WeightSource
-from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint, read_json
+from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint
 from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
 from qsharded.distributed.agreement import groups_of, refused_by_all
 from qsharded.distributed.layout import SHARDED, Layout
@@ -27,6 +27,7 @@ from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
+from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
 

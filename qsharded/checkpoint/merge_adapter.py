@@ -26,7 +26,7 @@ from qsharded.checkpoint.adapter import (
 )
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_storage_format
-from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
 from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM, ModelConfig
@@ -34,6 +34,7 @@ from qsharded.quant import formats, ops
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.utils.durable_files import Replacement
+from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from qsharded.checkpoint.packed_format import Form, StorageFormat
 from qsharded.checkpoint.row_chunks import RowChunk, row_chunks_of
 from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
-from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_json
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
 from qsharded.models import ModelConfig
 from qsharded.quant import blockwise8, formats
@@ -28,6 +28,7 @@ from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_weight import QuantizedAbsmax
 from qsharded.utils.sharding import RowRange
+from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.utils.untrusted_json import NULL, as_object, check, integer, list_of, number, parse, text
 
 QUANT_METHOD, VERSION = "qsharded", 1
 BITSANDBYTES = "bitsandbytes"
@@ -41,6 +42,16 @@ BNB_ABSMAX, BNB_NESTED, BNB_MAP, BNB_NESTED_MAP = ".absmax", ".nested_absmax", "
 BNB_STATE = ".quant_state.bitsandbytes__"  # "nf4" or "fp4" follows
 _BNB_TYPES = get_args(formats.QuantType)
 
+_LONGEST_STATE = 1 << 16  # some 300 bytes are usual
+_STATE = {
+    "quant_type": text(16),
+    "blocksize": integer(1, 1 << 20),
+    "dtype": text(16),
+    "shape": list_of(integer(0, 1 << 48), 2),
+    "nested_blocksize": integer(1, 1 << 20) | NULL,
+    "nested_dtype": text(16) | NULL,
+    "nested_offset": number(-3e38, 3e38) | NULL,
+}
 _ORIGINAL = "give the 16-bit checkpoint it was made from"
 
 
@@ -317,13 +328,21 @@ def bitsandbytes_state(quant_format: QuantFormat, N: int, K: int, dtype: torch.d
 
 
 def _bitsandbytes_state(source: SafetensorsFolder, name: str, quant_type: str) -> dict[str, Any]:
-    stored = bytes(source.whole(name + BNB_STATE + quant_type).numpy())
-    try:
-        state = json.loads(stored)
-    except ValueError:
-        state = None
-    if not isinstance(state, dict):
-        raise ValueError(f"{source.file_of(name)}: {name}{BNB_STATE}{quant_type} is no JSON object: {stored[:80]!r}")
+    tensor = name + BNB_STATE + quant_type
+    origin = f"{source.file_of(tensor)}: {tensor}"
+    if source.nbytes(tensor) > _LONGEST_STATE:
+        raise ValueError(f"{origin} has {source.nbytes(tensor):,} bytes of JSON, more than {_LONGEST_STATE:,}")
+    return read_bitsandbytes_state(source.whole(tensor), origin)
+
+
+def read_bitsandbytes_state(stored: Tensor, origin: str) -> dict[str, Any]:
+    """What :func:`bitsandbytes_state` wrote, or bitsandbytes.
+
+    Raises:
+        ValueError: it is something else; ``origin``, which names file and tensor, begins the message.
+    """
+    state = as_object(parse(stored.cpu().numpy().tobytes(), origin, longest=_LONGEST_STATE), origin)
+    check(state, _STATE, origin)
     return state
 
 

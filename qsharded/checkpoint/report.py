@@ -18,11 +18,12 @@ from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from qsharded.checkpoint.packed_format import CONFIG_KEY, StorageFormat, own_config, own_quant_format
 from qsharded.checkpoint.resume import STATE_FILE
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
-from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder, read_json
+from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, open_tied
 from qsharded.models import ModelConfig
 from qsharded.models.config import declared_dtype
 from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.utils.untrusted_json import read_json
 
 INDEX = "model.safetensors.index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")

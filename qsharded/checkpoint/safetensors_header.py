@@ -12,9 +12,28 @@ from typing import Any
 
 import torch
 
+from qsharded.utils.untrusted_json import (
+    Kind,
+    as_object,
+    check,
+    integer,
+    list_of,
+    map_of,
+    parse,
+    require,
+    shown,
+    text,
+)
+
 _LENGTH_BYTES = 8
 _LONGEST = 100_000_000  # the format's own limit
 _METADATA = "__metadata__"
+_MOST_TENSORS = 200_000  # the largest models of experts have 100,000, over hundreds of files
+_ENTRY = {
+    "dtype": text(16),
+    "shape": list_of(integer(0, 1 << 48), 16),
+    "data_offsets": Kind("two byte offsets", lambda v: list_of(integer(0, 1 << 60), 2).holds(v) and len(v) == 2),
+}
 # In the order of a file, as the safetensors package writes it: wide ones first, since readers map files into memory.
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -91,6 +110,33 @@ def decode(header: bytes) -> dict[str, Any]:
     """
     entries = dict(json.loads(header))
     entries.pop(_METADATA, None)
+    return entries
+
+
+def read_checked(path: Path) -> tuple[int, dict[str, Any]]:
+    """The header's size, and each tensor's entry, of a file from outside.
+
+    Raises:
+        ValueError: the header is not what the format allows, or lists more tensors than a model's file has; the
+            file and the tensor are named.
+    """
+    try:
+        header = read(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or incomplete: {error}") from None
+    return len(header), _checked(header, path)
+
+
+def _checked(header: bytes, path: Path) -> dict[str, Any]:
+    listed = header.count(b"data_offsets")
+    if listed > _MOST_TENSORS:  # before it is decoded: half a gigabyte of Python's objects
+        raise ValueError(f"{path} lists {listed:,} tensors, more than {_MOST_TENSORS:,}")
+    entries = as_object(parse(header, str(path), longest=_LONGEST), f"{path}: the header")
+    check(entries, {_METADATA: map_of(text(_LONGEST), _MOST_TENSORS)}, str(path))
+    entries.pop(_METADATA, None)
+    for name, described in entries.items():
+        origin = f"{path}: {shown(name)}"
+        require(as_object(described, origin), _ENTRY, origin)
     return entries
 
 

@@ -1,12 +1,10 @@
 """Hugging Face checkpoints: where they are, and their safetensors read row by row."""
 
-import json
 import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +12,8 @@ from torch import Tensor
 
 from qsharded.checkpoint import read_ahead, safetensors_header
 from qsharded.checkpoint.row_chunks import RowChunk
+from qsharded.utils import heartbeat
+from qsharded.utils.untrusted_json import map_of, read_json, require, shown, text
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
@@ -21,6 +21,7 @@ _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weight
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
 RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
+_INDEX = {"weight_map": map_of(text(1024), 1 << 20)}
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -81,23 +82,6 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weig
         raise ValueError(f"{path_or_id} is no local folder, and the Hub did not give it: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        ValueError: missing, not JSON, or not an object; the message names the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: its file, its first byte there, its dtype (in safetensors' words) and its shape."""
@@ -114,16 +98,16 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         ValueError: it is damaged or incomplete.
     """
+    size, entries = safetensors_header.read_checked(path)
     try:
         with safe_open(path, framework="pt"):
-            pass  # header and length are now known to be sound
-    except SafetensorError as error:
+            pass  # that tensors and file fit each other is known now
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-    header = safetensors_header.read(path)
-    start = safetensors_header.data_start(len(header))
+    start = safetensors_header.data_start(size)
     return {
         name: Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-        for name, entry in safetensors_header.decode(header).items()
+        for name, entry in entries.items()
     }
 
 
@@ -160,15 +144,14 @@ class SafetensorsFolder:
         path = self.folder / _SINGLE
         if not path.exists():
             raise ValueError(f"{self.folder} holds neither {_SINGLE} nor {INDEX}")
-        return read_header(path)
+        return read_header(_refuse_foreign(path, self.folder))
 
     def _read_index(self) -> dict[str, Stored]:
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        index = read_json(self.folder / INDEX)
+        require(index, _INDEX, str(self.folder / INDEX))
+        weight_map = index["weight_map"]
+        if not weight_map:
             raise ValueError(f"{self.folder / INDEX} has no weight_map")
-        for name, file in weight_map.items():
-            if not isinstance(file, str):
-                raise ValueError(f"{self.folder / INDEX}: weight_map must name a file for {name}, got {file!r}")
         files = {file: self._inside(file) for file in set(weight_map.values())}
         held = {file: read_header(path) for file, path in files.items()}
         for name, file in weight_map.items():
@@ -177,13 +160,14 @@ class SafetensorsFolder:
         return {name: held[file][name] for name, file in weight_map.items()}
 
     def _inside(self, file: str) -> Path:
-        """The path of an index entry. By its words, not resolved: the Hub's cache is made of links."""
+        """The path of an index entry."""
         parts = PurePosixPath(file)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in file or parts.suffix != ".safetensors":
-            raise ValueError(f"{self.folder / INDEX} points outside its folder: {file!r}")
-        if not (self.folder / parts).is_file():
-            raise ValueError(f"{INDEX} names {file}, which is missing from {self.folder}")
-        return self.folder / parts
+        is_plain = file.isprintable() and "\\" not in file and parts.suffix == ".safetensors"
+        if parts.is_absolute() or ".." in parts.parts or not is_plain:
+            raise ValueError(f"{self.folder / INDEX} points outside its folder: {shown(file)}")
+        if not _is_file(self.folder / parts):
+            raise ValueError(f"{self.folder / INDEX} names {file}, which is missing from its folder")
+        return _refuse_foreign(self.folder / parts, self.folder)
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
@@ -290,10 +274,33 @@ class SafetensorsFolder:
         with open(stored.path, "rb", buffering=0) as file:
             file.seek(stored.first + first)
             while left:
+                heartbeat.beat("reading weights")
                 count = file.readinto(left)
                 if not count:
                     raise ValueError(f"{stored.path} ends within {name}: it was changed while it was read")
                 left = left[count:]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _refuse_foreign(path: Path, folder: Path) -> Path:
+    """``path``, unless it is a link that leads out of ``folder`` to anywhere but the Hub's cache, which is made of
+    links: a folder that was unpacked must not have another user's file read as its weights."""
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()) and not target.is_relative_to(_hub_cache()):
+        raise ValueError(f"{path} is a link to {target}, outside its folder; put the file itself there")
+    return path
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants  # here: a folder without such links needs no Hub client
+
+    return Path(constants.HF_HUB_CACHE).resolve()
 
 
 def _refuse(names: Iterable[str], complaint: str) -> None:

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qsharded.checkpoint.adapter import CONFIG_FILE, read_lora_config
+from qsharded.checkpoint.adapter import CONFIG_FILE, SCHEMA, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
-from qsharded.checkpoint.source import read_json
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
 from qsharded.lora.config import LoRAConfig
+from qsharded.utils.untrusted_json import check, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def _named(adapter: Path, model: str) -> str:
 
 def _base_of(adapter: Path) -> tuple[str | None, str | None]:
     read = read_json(adapter / CONFIG_FILE)
+    check(read, SCHEMA, str(adapter / CONFIG_FILE))
     return read.get("base_model_name_or_path"), read.get("revision")
 
 

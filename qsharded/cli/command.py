@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 
@@ -35,12 +36,12 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
         raise SystemExit(1) from None
 
 
-def join_world(prog: str) -> World:
+def join_world(prog: str, timeout: timedelta | None = None) -> World:
     """:func:`~qsharded.distributed.fsdp.start_world`, with a line and exit status 1 where this process cannot join."""
     unjoined = World(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"), None)
     with errors_named(prog, unjoined, (ValueError, OSError)):
         try:
-            return start_world()
+            return start_world(timeout)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]  # the stack of PyTorch's C++ follows
             raise ValueError(f"cannot join the other ranks: {reason}; python -m qsharded.doctor looks why") from None

@@ -168,7 +168,9 @@ class TrainConfig:
     )
 
     output_dir: str = _output(
-        "Folder to write adapter/, checkpoints/, metrics.jsonl and config.toml to.", "output", metavar="PATH"
+        "Folder to write adapter/, checkpoints/, metrics.jsonl, config.toml and run.json to; one run at a time.",
+        "output",
+        metavar="PATH",
     )
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
@@ -207,6 +209,13 @@ class TrainConfig:
         "schedulers that take 0 for finished. torchrun's own is 1 for any other than 0.",
         0,
         check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
+    )
+    hang_timeout: float = _output(
+        "Without progress of any rank for so long the run ends: every rank's stacks go to hang/ in --output-dir, and a "
+        "line names the ranks that do not answer or are behind. Loading and evaluating are progress. 0 never ends it.",
+        10,
+        unit="minutes",
+        check=AT_LEAST_0,
     )
 
     eval_dataset: str | None = _eval(

@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs that come with a tokenizer and write a conversation as text.
 
-They are other people's programs, so they run in Jinja's immutable sandbox. What they find there (filters, functions,
-variables, white-space rules) is what transformers' ``apply_chat_template`` gives them.
+They are other people's programs, so they run in Jinja's immutable sandbox, under limits. What they find there
+(filters, functions, variables, white-space rules) is what transformers' ``apply_chat_template`` gives them.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NoReturn
 from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qsharded.data.formats import REASONING_KEYS, Message
+from qsharded.data.template_limits import LimitedEnvironment, limited
 
 Span = tuple[int, int]
 
@@ -93,19 +93,21 @@ class ChatTemplate:
 
     def _compile(self, generation: type[Extension]) -> Template:
         try:
-            return _environment(generation).from_string(self._source)
+            with limited("the chat template's compilation"):
+                return _environment(generation).from_string(self._source)
         except TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
 
     def _run(self, template: Template, messages: Sequence[Message], prompt: bool, tools: list[Any] | None) -> str:
         try:
-            return template.render(
-                **self._variables,
-                messages=[_with_reasoning(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-            )
+            with limited("its program"):
+                return template.render(
+                    **self._variables,
+                    messages=[_with_reasoning(message) for message in messages],
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                )
         except Exception as error:  # a template can fail as any program can
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
@@ -129,7 +131,7 @@ def _with_reasoning(message: Message) -> Message:
 
 def _environment(generation: type[Extension]) -> Environment:
     extensions: list[str | type[Extension]] = ["jinja2.ext.loopcontrols", generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)

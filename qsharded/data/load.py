@@ -13,6 +13,7 @@ from qsharded.data.omissions import Omission
 from qsharded.data.records import Rows, read_rows
 from qsharded.data.render import Rendered, TrainOn, render
 from qsharded.data.tokenizer import Tokenizer
+from qsharded.utils import heartbeat
 
 Overlong = Literal["drop", "truncate"]
 
@@ -79,6 +80,7 @@ def _rendered_rows(
 ) -> Iterator[tuple[str, Rendered]]:
     """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
     for origin, row in rows:
+        heartbeat.beat("reading rows")
         try:
             texts = how(parse_row(row, format))
         except ValueError as error:

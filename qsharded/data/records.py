@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qsharded.data.row_limits import numbered_lines, parse_line, parse_row
 from qsharded.data.sources import find_files
 
 Row = dict[str, Any]
@@ -29,23 +30,23 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     """
     readers = {".jsonl": _json_lines, ".json": _json_document, ".parquet": _parquet}
     for path in find_files(source, split):
+        if not path.stat().st_size:
+            raise ValueError(f"{path}: the file is empty: it was not written, or not downloaded, to its end")
         yield from readers[path.suffix.lower()](path)
 
 
 def _json_lines(path: Path) -> Rows:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in numbered_lines(lines):
             if line.strip():
                 yield _row(f"{path}:{number}", _parsed(line, f"{path}:{number}"))
 
 
 def _parsed(line: bytes, origin: str) -> Any:
     try:
-        return json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{origin}: not UTF-8: {error.reason} at byte {error.start}") from None
+        return parse_line(line)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
 
 
 def _row(origin: str, value: Any) -> tuple[str, Row]:
@@ -68,9 +69,9 @@ def _json_document(path: Path) -> Rows:
 def _is_really_json_lines(path: Path) -> bool:
     """Whether the first line is an object in itself and no wrapper: many .json files on the Hub are JSON Lines."""
     with path.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
+        first = next((line for _, line in numbered_lines(lines) if line.strip()), b"")
     try:
-        value = json.loads(first.decode("utf-8-sig"))
+        value = parse_line(first)
     except ValueError:
         return False
     return isinstance(value, dict) and not isinstance(value.get("data"), list)
@@ -80,11 +81,13 @@ def _document_text(path: Path) -> str:
     """The text of a valid JSON document."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        json.loads(text)
+        parse_row(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return text
 
 

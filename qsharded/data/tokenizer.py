@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qsharded.data.chat import ChatTemplate, Span
 from qsharded.data.formats import Conversation, Message
 from qsharded.data.tokenizer_files import (
+    EOS_TOKEN_ID,
     load_backend,
     optional_json,
     present_files,
@@ -20,6 +21,7 @@ from qsharded.data.tokenizer_files import (
 )
 from qsharded.data.trained_spans import assistant_spans
 from qsharded.utils.durable_files import copy_whole
+from qsharded.utils.untrusted_json import check
 
 
 class Tokenizer:
@@ -172,7 +174,9 @@ class Tokenizer:
     def _model_eos_ids(self) -> list[int]:
         """Of generation_config.json, or else of config.json."""
         for name in ("generation_config.json", "config.json"):
-            ids = optional_json(self._folder / name).get("eos_token_id")
+            said = optional_json(self._folder / name)
+            check(said, EOS_TOKEN_ID, str(self._folder / name))
+            ids = said.get("eos_token_id")
             if ids is not None:
                 return ids if isinstance(ids, list) else [ids]
         return []

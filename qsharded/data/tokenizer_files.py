@@ -1,16 +1,42 @@
 """Reading a tokenizer folder: tokenizer.json, tokenizer_config.json, chat templates and what stands beside them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from qsharded.utils.untrusted_json import (
+    BOOLEAN,
+    MEBIBYTE,
+    NULL,
+    Kind,
+    check,
+    integer,
+    list_of,
+    map_of,
+    object_of,
+    read_json,
+    text,
+)
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
 )
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_LONGEST_TOKENIZER = 512 * MEBIBYTE  # those of 250,000 tokens have some 35
+_TEXT = text(MEBIBYTE)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_ADDED = object_of({"content": _TEXT, **dict.fromkeys(_FLAGS, BOOLEAN)}, "content")
+_ID = Kind("a token's id", lambda key: key.isascii() and key.isdecimal() and len(key) < 10)
+_TEMPLATE_OF_NAME = object_of({"name": _TEXT, "template": _TEXT}, "name", "template")
+_TOKEN = integer(0, (1 << 31) - 1)
+_SETTINGS = {
+    "added_tokens_decoder": map_of(_ADDED, 1 << 20, key=_ID) | NULL,
+    "chat_template": _TEXT | list_of(_TEMPLATE_OF_NAME, 100) | map_of(_TEXT, 100) | NULL,
+}
+EOS_TOKEN_ID = {"eos_token_id": _TOKEN | list_of(_TOKEN, 1000) | NULL}
+"""What generation_config.json and config.json may say of it."""
 
 
 def present_files(folder: Path) -> list[Path]:
@@ -21,7 +47,9 @@ def present_files(folder: Path) -> list[Path]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, and special_tokens_map.json where that is silent."""
-    return optional_json(folder / "special_tokens_map.json") | optional_json(folder / "tokenizer_config.json")
+    settings = optional_json(folder / "special_tokens_map.json") | optional_json(folder / "tokenizer_config.json")
+    check(settings, _SETTINGS, str(folder / "tokenizer_config.json"))
+    return settings
 
 
 def special_variables(settings: dict[str, Any]) -> dict[str, str]:
@@ -37,6 +65,8 @@ def load_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer
         ValueError: tokenizer.json is missing or unreadable, or an added token cannot have the id it is given.
     """
     path = folder / "tokenizer.json"
+    if path.is_file() and path.stat().st_size > _LONGEST_TOKENIZER:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {_LONGEST_TOKENIZER:,}")
     if not path.is_file():
         raise ValueError(
             f"{folder} has no tokenizer.json. Older checkpoints get one by "
@@ -44,7 +74,9 @@ def load_backend(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower, and panics of its Rust are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
     # Some files keep the settings of their last use.
     backend.no_truncation()
@@ -81,12 +113,4 @@ def optional_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or not an object; the message names the file.
     """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return read_json(path) if path.is_file() else {}

@@ -125,8 +125,11 @@ class World:
         return prepare()
 
 
-def start_world() -> World:
+def start_world(timeout: timedelta | None = None) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a world of one.
+
+    Args:
+        timeout: of the collectives; None leaves PyTorch's own.
 
     Raises:
         ValueError: no GPU is left for this rank, or the environment describes no group.
@@ -142,7 +145,7 @@ def start_world() -> World:
         return World.single_process(device)
     # gloo beside NCCL: offloaded shards and small host values are gathered on the CPU
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return World(dist.get_rank(), size, device, mesh, local_rank, dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT))
 

@@ -5,7 +5,6 @@ and ``weight.quant_state.bitsandbytes__nf4`` or ``__fp4`` (JSON as uint8), and w
 ``weight.nested_absmax`` and ``weight.nested_quant_map``. The codes are ours byte for byte.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from qsharded.checkpoint import packed_format
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.packed_weight import pad_absmax
+from qsharded.utils.untrusted_json import ANY, require
 
 _ABSMAX, _NESTED_ABSMAX, _MAP, _NESTED_MAP = _TENSORS = tuple(
     ending.removeprefix(".")
@@ -72,7 +72,8 @@ def stored_block_size(files: Sequence[str], quant_type: str) -> int | None:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is no dict)
                 if name.endswith(ending):
-                    return _described(file.get_tensor(name)).get("blocksize")
+                    state = packed_format.read_bitsandbytes_state(file.get_tensor(name), f"{path}: {name}")
+                    return state.get("blocksize")
     return None
 
 
@@ -86,10 +87,6 @@ def code_dtypes(files: Sequence[str], quant_type: str) -> set[str]:
             weights = [name.removesuffix(ending) for name in file.keys() if name.endswith(ending)]  # noqa: SIM118
             found |= {file.get_slice(name).get_dtype() for name in weights}
     return found
-
-
-def _described(state: Tensor) -> dict[str, Any]:
-    return json.loads(state.cpu().numpy().tobytes())
 
 
 def packed_tensors(
@@ -110,7 +107,8 @@ def packed_tensors(
     name_of_state = _state_name(quant_format.quant_type)
     if name_of_state not in stored:
         raise ValueError(f"{name} comes without {name}.{name_of_state}: it is no {quant_format} of bitsandbytes")
-    state = _described(stored[name_of_state])
+    state = packed_format.read_bitsandbytes_state(stored[name_of_state], f"{name}.{name_of_state}")
+    require(state, dict.fromkeys(("quant_type", "blocksize", "shape"), ANY), f"{name}.{name_of_state}")
     found = quant_format_of(state["quant_type"], state["blocksize"], state.get("nested_blocksize"), name)
     if found != quant_format:
         raise ValueError(f"{name} is {found}, the checkpoint's first weight {quant_format}; all must be of one kind")

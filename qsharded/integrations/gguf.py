@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.source import SafetensorsFolder, read_json
+from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
 from qsharded.integrations.gguf_tokenizer import add_tokenizer, check_tokenizer
 from qsharded.models import ModelConfig
 from qsharded.models.rope import frequency_divisors
 from qsharded.utils.durable_files import written_elsewhere
+from qsharded.utils.untrusted_json import read_json
 
 # A mistral without sliding windows computes what a llama does.
 _ARCHITECTURES = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharded.checkpoint.adapter import CONFIG_FILE
-from qsharded.checkpoint.source import read_json
+from qsharded.utils.untrusted_json import read_json
 
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 # What changes the adapter's forward, and why vLLM does not follow.

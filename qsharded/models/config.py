@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from qsharded.models.config_schema import check_model_config
 from qsharded.models.rope import RopeConfig
+from qsharded.utils.untrusted_json import named
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ class ModelConfig:
             read_settings,  # here: the families' table is made of this file's words
         )
 
-        return cls(**read_settings(config))
+        with named("config.json"):
+            check_model_config(config, "config.json")
+            return cls(**read_settings(config))
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format
-from qsharded.checkpoint.source import find_checkpoint, read_json
+from qsharded.checkpoint.source import find_checkpoint
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli.base_model import find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
@@ -20,6 +20,7 @@ from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs
 from qsharded.utils import hardware
 from qsharded.utils.hardware import GIB
+from qsharded.utils.untrusted_json import read_json
 
 
 def dry_run(config: TrainConfig) -> int:
@@ -32,17 +33,26 @@ def dry_run(config: TrainConfig) -> int:
         ValueError: a mistake of the user's, named.
     """
     ranks = config.gpus or hardware.default_ranks()
-    folder = find_checkpoint(config.model, config.revision, weights=False)
-    described = read_json(folder / "config.json")
-    adapter = find_adapter(config.adapter) if config.adapter else None
-    dtype = compute_dtype(config.dtype, torch.device("cuda"))
-    model_config, packed = _model(config, folder, described)
-    planner = Planner(model_config, lora_config(config, adapter), dtype, _gpu_bytes(config), packed)
+    planner, described = planner_of(config)
     chosen, line = choose_checkpointing(planner, config, ranks, hardware.available_memory() // ranks)
     plan = planner.plan(chosen, ranks)
     if os.environ.get("RANK", "0") == "0":
         print("".join(f"{one}\n" for one in (line, _text(planner, plan, described)) if one), end="", flush=True)
     return int(plan.fits is False)
+
+
+def planner_of(config: TrainConfig) -> tuple[Planner, dict[str, Any]]:
+    """What plans runs of ``config``'s model, and its config.json.
+
+    Raises:
+        ValueError: a mistake of the user's, named.
+    """
+    folder = find_checkpoint(config.model, config.revision, weights=False)
+    described = read_json(folder / "config.json")
+    adapter = find_adapter(config.adapter) if config.adapter else None
+    dtype = compute_dtype(config.dtype, torch.device("cuda"))
+    model_config, packed = _model(config, folder, described)
+    return Planner(model_config, lora_config(config, adapter), dtype, _gpu_bytes(config), packed), described
 
 
 def _model(

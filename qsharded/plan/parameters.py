@@ -61,7 +61,7 @@ def parameters(
     """
     host, whole = _on_host(model, layout), _whole(model, layout)
     resident = Counter(dict.fromkeys((CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS), 0))
-    for kind, tensor in _tensors(model):
+    for kind, tensor in tensors_by_class(model):
         if tensor not in host:
             resident[kind] += tensor.nbytes if tensor in whole else own_bytes(tensor, ranks, rank)
     gathered = _Gathered(model, ranks, host | whole | _split(model, layout, ranks), param_dtype)
@@ -116,7 +116,7 @@ def _split(model: CausalLM, layout: Layout, ranks: int) -> set[Tensor]:
     return {model.embedding_weight, model.lm_head.weight}
 
 
-def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def tensors_by_class(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """(class, tensor) of every parameter, a tied one once, and of every buffer."""
     seen: set[Tensor] = set()
     for prefix, module in model.named_modules():

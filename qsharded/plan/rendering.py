@@ -22,7 +22,7 @@ def render(plan: Plan, alternatives: Sequence[Alternative]) -> str:
         "",
         _verdict(plan),
     ]
-    return "\n".join(lines + _suggestions(plan, alternatives)) + "\n"
+    return "\n".join(lines + suggestions(plan, alternatives)) + "\n"
 
 
 def render_needs(title: str, needs: Iterable[Need], have: str) -> str:
@@ -48,7 +48,8 @@ def _verdict(plan: Plan) -> str:
     return f"verdict: {'fits' if plan.fits else 'DOES NOT FIT'}, {compared}"
 
 
-def _suggestions(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:
+def suggestions(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:
+    """Lines on what would fit; none where ``plan`` does."""
     if plan.fits is not False:
         return []
     if not alternatives:

@@ -7,7 +7,9 @@ from qsharded.checkpoint.retention import newest_proved, set_aside
 from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
 from qsharded.config.options import options
+from qsharded.training.bad_batches import rows_of
 
+_LISTED = 4  # rows that the message has room for
 _SLOWER = 10  # the next learning rate to try is this much lower, and no higher than the option's default
 _DEFAULT_RATE = next(item.default for item in options(TrainConfig) if item.name == "learning_rate")
 
@@ -39,7 +41,9 @@ def advice(config: TrainConfig, progress: Progress, again: Again) -> str:
     ``--resume-from-checkpoint auto`` would take them, and stop again.
     """
     happened = skipped_more_than_allowed(config, progress)
-    happened += ". Lower --learning-rate, or look for damaged rows in the dataset. "
+    rows = rows_of(Path(config.output_dir))
+    listed = f" ({', '.join(rows[:_LISTED])}{' ...' if len(rows) > _LISTED else ''}; not-finite/ there has their texts)"
+    happened += f". Lower --learning-rate, or look for damaged rows in the dataset{listed if rows else ''}. "
     output_dir, rate = Path(config.output_dir), _lower(config.learning_rate)
     proved = newest_proved(output_dir, progress.applied_steps)
     if proved is None:

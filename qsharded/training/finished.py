@@ -8,11 +8,11 @@ from typing import Any
 from qsharded.checkpoint.adapter import WEIGHTS_FILE
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.resume import ADAPTER, Progress, checkpoints
-from qsharded.checkpoint.source import read_json
 from qsharded.config import TrainConfig
 from qsharded.config.resume_roles import PATHS, options_of
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
+from qsharded.utils.untrusted_json import read_json
 
 FINISHED_FILE = "finished.json"
 

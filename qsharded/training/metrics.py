@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from qsharded.utils.durable_files import AppendedFile, write_whole
+from qsharded.utils.durable_files import AppendedFile, Displaced, write_whole
 from qsharded.utils.strict_json import without_nan
 
 
@@ -86,6 +86,11 @@ class MetricsLog:
         self._write({"step": step, "epoch": epoch, **values})
         self._screen.line(f"{self._progress.count(step)} " + " ".join(f"{key} {_brief(values[key])}" for key in values))
 
+    def refuse_displaced(self) -> None:
+        """Raise Displaced where the file is no longer where it was opened: its folder was moved or deleted."""
+        if self._file:
+            self._file.refuse_displaced()
+
     def message(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._is_main:
@@ -102,6 +107,8 @@ class MetricsLog:
         try:
             self._file.add(_line(row).encode())
             self._is_full = False
+        except Displaced:
+            raise
         except OSError as error:  # the rows wait in memory for room: no reason to end the training
             if not self._is_full:
                 self.message(f"warning: {error}; the rows follow when there is room again")

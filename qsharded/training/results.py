@@ -5,8 +5,8 @@ A full disk costs neither: both are tried, and the message says which is there a
 Ranks that meet different errors here raise the same one, and ask each other in a group that waits for a slow disk.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from qsharded.training.divergence import advice, has_diverged, skipped_more_than
 from qsharded.training.finished import mark_finished
 from qsharded.training.run_folder import rank_without_sight
 from qsharded.training.setup import TrainingSetup
-from qsharded.utils.durable_files import NotWritten
+from qsharded.utils.durable_files import Displaced, NotWritten
 
 _SEEN_WITHIN_S = 5.0  # of the 25 s in which a stopped run is to be saved
 
@@ -126,7 +126,24 @@ class Results:
     def after_divergence(self) -> str:
         """What happened to a run that has diverged, and the command that goes on."""
         self.writer.wait()  # what is being written may be what the advice is to go back to
+        self.world.barrier()  # each rank has written down its bad rows
         return found_by_main(self.world, lambda: advice(self.config, self.setup.progress, self.again))
+
+    @contextmanager
+    def displacement_told(self) -> Iterator[None]:
+        """Say of the output folder's disappearance what is lost with it, and the command that goes on.
+
+        Raises:
+            Displaced: in the place of one without these words.
+        """
+        try:
+            yield
+        except Displaced as moved:
+            raise Displaced(
+                f"{moved}. The run stops at step {self.setup.progress.step}: the steps since its last checkpoint are "
+                f"lost, and with the folder what was in it. If it was moved, move it back to {self.config.output_dir} "
+                f"and go on with: {self.again(resume_from_checkpoint='auto')}"
+            ) from None
 
     def _blind_rank(self) -> int | None:
         """A rank that does not see the main one's files. With ``--save-steps 0`` nobody has looked yet."""

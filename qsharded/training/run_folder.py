@@ -14,13 +14,16 @@ from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkp
 from qsharded.config import TrainConfig, write_toml
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.fsdp import World
+from qsharded.training import bad_batches, hang_report
 from qsharded.training.disk_room import Sizes, refuse_full_disk
 from qsharded.training.finished import FINISHED_FILE, is_marked
+from qsharded.training.run_record import RECORD_FILE
 from qsharded.training.writable_output import refuse_unwritable
 from qsharded.utils import collectives
 from qsharded.utils.durable_files import folder_bytes, write_whole
 
-_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", FINISHED_FILE)
+_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", RECORD_FILE, FINISHED_FILE)
+_REPORTS = (bad_batches.FOLDER, hang_report.FOLDER)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
 
@@ -171,7 +174,7 @@ def _claim(config: TrainConfig, resume_from: Path | None) -> None:
         for path in [path for path in checkpoints(folder) if step_of(path) > step]:
             _drop_newer(config, path)
     else:
-        _delete(_results(folder) + _traces(folder))
+        _delete(_results(folder) + _traces(folder) + [folder / name for name in _REPORTS if (folder / name).exists()])
     (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to come
     drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,10 @@ from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
+from qsharded.training.run_record import write_record
 from qsharded.training.stopping import Stopping
+from qsharded.training.watchdog import collective_timeout
+from qsharded.utils import heartbeat
 from qsharded.utils.checkpointing_modes import Checkpointing
 
 
@@ -89,6 +92,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
     claim_output_dir(config, world, resume_from)
+    write_record(config, world, base.folder)
     setup.summary = _summary(config, world, setup, data, resume_from)
     setup.summary += [line for line in (*choices, data.note, *notes) if line]
     return setup
@@ -152,10 +156,11 @@ def _setup(
         total_steps=total_steps,
         base_model=str(base.folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
-        stopping=Stopping(world),
+        stopping=Stopping(world, collective_timeout(config)),
     )
 
 
+@heartbeat.working_outside("downloading, or looking for, model and datasets")
 def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
     refuse_overlaps([(dataset, find_files(dataset, config.dataset_split)) for dataset in config.datasets])

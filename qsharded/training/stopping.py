@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from qsharded.distributed.fsdp import World
-from qsharded.utils import collectives, signals
+from qsharded.utils import collectives, heartbeat, signals
 
 _T = TypeVar("_T")
-_TIMEOUT = timedelta(minutes=10)  # NCCL's own: ranks that are further apart would not meet in the next collective
 
 
 class StopRequested(Exception):
@@ -28,13 +27,17 @@ class Stopping:
 
     The question goes over gloo, between the hosts: no GPU is waited for. It takes some 0.1 ms on one node, beside
     micro-batches of hundreds.
+
+    Args:
+        timeout: how long ranks wait for each other; None is PyTorch's own.
     """
 
-    def __init__(self, world: World) -> None:
-        self._group = None if world.mesh is None else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    def __init__(self, world: World, timeout: timedelta | None = None) -> None:
+        self._group = None if world.mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
     def check(self) -> None:
         """Raise StopRequested on every rank if a signal has reached one."""
+        heartbeat.meet()
         number = collectives.largest(signals.noted() or 0, torch.device("cpu"), self._group)
         if number:
             raise StopRequested(number)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from qsharded.data.ahead import one_ahead
 from qsharded.distributed.fsdp import World
 from qsharded.optim.schedule import learning_rate
 from qsharded.training import evaluation, results
+from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
 from qsharded.training.log_window import LogWindow
@@ -26,7 +27,7 @@ from qsharded.training.profiling import profiled
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
-from qsharded.utils import signals
+from qsharded.utils import heartbeat, signals
 from qsharded.utils.durable_files import NotWritten
 
 
@@ -59,12 +60,19 @@ class Trainer:
             MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
-            yield cls(config, world, setup, log, writer, again, **others)
+            trainer = cls(config, world, setup, log, writer, again, **others)
+            with trainer.results.displacement_told():
+                yield trainer
 
     @property
     def results(self) -> results.Results:
         """What writes the run's files."""
         return results.Results(self.config, self.world, self.setup, self.writer, self.again)
+
+    @cached_property
+    def bad_batches(self) -> BadBatches:
+        """What writes down the rows of steps that are skipped."""
+        return BadBatches(self.config, self.world.rank, self.setup.tokenizer)
 
     def run(self) -> int:
         """Evaluate, train, evaluate again, write the adapter; or save what there is when a signal asks to stop.
@@ -106,6 +114,7 @@ class Trainer:
                 for step in one_ahead(self._steps()):
                     if progress.step >= self.setup.total_steps:
                         break
+                    heartbeat.beat(f"step {progress.step + 1}")
                     running = self.train_step(step, self._learning_rate())
                     profiler.step()
                     read_before, unread = unread, running
@@ -146,6 +155,7 @@ class Trainer:
             objective=self.objective,
             before_each=setup.stopping.check,
         )
+        self.bad_batches.remember(progress.step + 1, step, sums.loss)
         grad_norm = apply_gradient(setup.model, setup.optimizer, rate, self.config.max_grad_norm)
         progress.step += 1
         progress.epoch, progress.row = step.cursor.epoch, step.cursor.row
@@ -169,6 +179,8 @@ class Trainer:
         """
         result, progress = running.result(), self.setup.progress
         progress.skipped_steps += was_skipped(result.grad_norm)
+        if was_skipped(result.grad_norm):
+            self.bad_batches.write(running.number)
         window.add(result, running.tokens)
         if running.number % self.config.logging_steps == 0 or running.number == self.setup.total_steps:
             self.log.train(window.close(running, result.grad_norm, progress.skipped_steps, self.world.device))
@@ -200,6 +212,7 @@ class Trainer:
             window.restart_clock()
 
     def _save(self) -> None:
+        self.log.refuse_displaced()
         refusal = self.results.save()
         if refusal is not None and self.world.is_main:
             name = self.results.checkpoint.name
@@ -208,6 +221,7 @@ class Trainer:
     def _save_stopped(self, stop: StopRequested) -> int:
         """Save what the last complete step has left, and say so; returns the exit status."""
         step = self.setup.progress.step
+        self.log.refuse_displaced()
         if step == 0:
             self.log.message(f"stopped by {stop} in the first step: there is nothing to save yet")
             return 128 + stop.signal

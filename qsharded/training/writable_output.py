@@ -17,7 +17,7 @@ def refuse_unwritable(output_dir: Path, folders: Iterable[str], files: Iterable[
         ValueError: the folder cannot be made or written to, or a file is where a folder must be, or a folder where a
             file must be; the path is named.
     """
-    made = _missing(output_dir)
+    made = missing_folders(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for folder in (output_dir, *(output_dir / name for name in folders)):
@@ -32,7 +32,7 @@ def refuse_unwritable(output_dir: Path, folders: Iterable[str], files: Iterable[
             f"({error.filename or output_dir}); choose another folder, or change its permissions"
         ) from None
     finally:
-        _remove_empty(made)
+        remove_empty(made)
 
 
 def _probe(folder: Path) -> None:
@@ -51,12 +51,12 @@ def _probe(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _missing(folder: Path) -> list[Path]:
+def missing_folders(folder: Path) -> list[Path]:
     """The folders that are not there yet, innermost first."""
     return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """A run that is refused later leaves no folders behind."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):

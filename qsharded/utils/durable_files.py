@@ -19,6 +19,10 @@ class NotWritten(OSError):
     """A file could not be written; the message names it, why, the bytes it takes and those that are free."""
 
 
+class Displaced(OSError):
+    """An open file no longer has its name: its folder was moved or deleted."""
+
+
 class Replacement:
     """A file that takes the place of ``path`` when the context is left without an error, and else is removed.
 
@@ -95,7 +99,9 @@ class AppendedFile:
 
         Raises:
             NotWritten: all of it waits for the next call.
+            Displaced: as :meth:`refuse_displaced`.
         """
+        self.refuse_displaced()
         self._waiting += data
         try:
             with _named(self._path, len(self._waiting)):
@@ -105,6 +111,15 @@ class AppendedFile:
             self._file.truncate(self._size)
             raise
         self._size, self._waiting = self._size + len(self._waiting), b""
+
+    def refuse_displaced(self) -> None:
+        """Raise Displaced where the file's name is gone, or stands for another file: what is written is not found."""
+        try:
+            there = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        if not there:
+            raise Displaced(f"{self._path} was moved or deleted while it was written to")
 
     def close(self) -> None:
         """What still waits is lost."""

@@ -9,7 +9,7 @@ import torch
 from qsharded.utils.durable_files import disk_usage
 
 GIB = 2**30
-_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUPS, _OWN_GROUP, _VMSTAT = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/vmstat")
 
 
 def available_memory() -> int:
@@ -35,6 +35,16 @@ def _groups() -> Iterator[tuple[int, int]]:
         limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
         if limit is not None and used is not None:
             yield limit, used - _page_cache(group)
+
+
+def memory_kills() -> int:
+    """How many processes the kernel has killed for lack of memory, on the machine or in this control group, as far as
+    it says; to be compared with an earlier count."""
+    listed = _OWN_GROUP.read_text().splitlines() if _OWN_GROUP.is_file() else []
+    own = next((line[3:] for line in listed if line.startswith("0::")), "/")
+    files = (_VMSTAT, _GROUPS / own.lstrip("/") / "memory.events")
+    lines = [line.split() for file in files if file.is_file() for line in file.read_text().splitlines()]
+    return sum(int(words[1]) for words in lines if words[0] == "oom_kill")
 
 
 def _page_cache(group: Path) -> int:

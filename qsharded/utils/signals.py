@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from types import FrameType
 from typing import NoReturn
@@ -44,12 +44,16 @@ class _Listener:
         self.is_heard = False  # whether the main thread knows of it
         self.look: Callable[[], str] = lambda: ""
         self.tell: Callable[[str], object] = lambda _: None
+        self.launcher: int | None = None
         self._asked_at: dict[bool, float] = {}
 
     def listen(self) -> NoReturn:
         waited_for = [number for number in _ASKING if number is not signal.SIGHUP or _ends_with_the_terminal()]
         while True:
             received = signal.sigtimedwait(waited_for, _LOOK_S)
+            if self.launcher is not None and os.getppid() != self.launcher:
+                say(self.prog, f"torchrun, process {self.launcher}, which started this rank, is gone: leaving at once")
+                os._exit(1)
             if received is not None:
                 self._receive(signal.Signals(received.si_signo), from_launcher=_launcher() == received.si_pid)
             elif how := self.look():
@@ -111,7 +115,7 @@ def take_over(prog: str, meanwhile: str = "") -> None:
     """
     if not hasattr(signal, "sigtimedwait"):
         return  # macOS: signals do what Python has them do
-    _listener.prog, _listener.meanwhile = prog, meanwhile
+    _listener.prog, _listener.meanwhile, _listener.launcher = prog, meanwhile, _launcher()
     signal.signal(_WAKE, _listener.unwind)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
     threading.Thread(target=_listener.listen, name="signals", daemon=True).start()
@@ -157,7 +161,8 @@ def say(prog: str, text: str) -> None:
     """Print a line on standard error, once for all ranks. It takes no lock, which the main thread could hold."""
     if os.environ.get("RANK", "0") == "0":
         behind_a_bar = "\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{behind_a_bar}{prog}: {text}\n".encode())
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, f"{behind_a_bar}{prog}: {text}\n".encode())
 
 
 def _launcher() -> int | None:

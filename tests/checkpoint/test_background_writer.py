@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from qsharded.checkpoint.manifest import verify
 from qsharded.checkpoint.rank_tensors import own_weights
 from qsharded.checkpoint.resume import Progress, checkpoints, load_checkpoint, read_progress, refuse_other
 from qsharded.checkpoint.retention import drop_partial_checkpoints
-from qsharded.checkpoint.source import read_json
+from qsharded.config import TrainConfig
 from qsharded.distributed import fsdp
 from qsharded.nn import LoRAConfig
-from qsharded.training import stopping
+from qsharded.training.watchdog import collective_timeout
+from qsharded.utils.untrusted_json import read_json
 
 LORA = LoRAConfig(r=2, target_modules=["layer"])
 WORLD = fsdp.World.single_process(torch.device("cpu"))
@@ -158,8 +160,12 @@ def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_wait_for_other_ranks_ends_before_they_time_out_in_a_collective() -> None:
-    """Else NCCL ends the ranks that wait for the main one, and nobody reads which disk was slow."""
-    assert background_writer._PATIENCE_S < stopping._TIMEOUT.total_seconds() == 600
+    """Else NCCL or the watchdog ends the ranks that wait for the main one, and nobody reads which disk was slow."""
+    config = TrainConfig(model="m", dataset="d")
+    shortest = collective_timeout(replace(config, hang_timeout=0.01))
+    assert shortest is not None
+    assert background_writer._PATIENCE_S < shortest.total_seconds() == 600
+    assert config.hang_timeout * 60 > background_writer._PATIENCE_S
 
 
 def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(

@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "nested blocks": (state(nested_blocksize=512), rf"{UP} has nested_blocksize 512, only 256"),
     "another shape": (state(shape=[192, 320]), rf"{UP} has shape \[192, 320\], only \[320, 192\]"),
     "no offset": (state(nested_offset=None), rf"{UP} has nested_offset None, not a number"),
-    "no JSON": (tensor(STATE, lambda t: t[:-1]), r"quant_state\.bitsandbytes__nf4 is no JSON object"),
+    "no JSON": (tensor(STATE, lambda t: t[:-1]), r"quant_state\.bitsandbytes__nf4 is not valid JSON"),
     "another map": (tensor(f"{UP}.quant_map", lambda t: t + 1e-3), rf"{UP}\.quant_map is another map"),
     "another nested map": (tensor(f"{UP}.nested_quant_map", lambda t: t * 2), "nested_quant_map is another map"),
     "short codes": (tensor(UP, lambda t: t[:-2]), rf"{UP} has 30718 bytes, config\.json's shapes ask for 30720"),

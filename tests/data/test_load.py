@@ -229,7 +229,7 @@ def test_chats_without_a_template(tmp_path, row):
         load(tmp_path, tokenizer, row)
 
 
-@pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"text": "the dog " * 40}]])
+@pytest.mark.parametrize("rows", [[{"text": ""}], [{"text": "the dog " * 40}]])
 def test_nothing_to_learn_is_an_error(tmp_path, tokenizer, rows):
     with pytest.raises(ValueError, match=r"rows\.jsonl has no tokens to train on: . rows .* max_length 16"):
         load(tmp_path, tokenizer, *rows, max_length=16)

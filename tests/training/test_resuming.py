@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from qsharded import generate, merge, quantize, train
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.manifest import read_manifest, write_manifest
-from qsharded.checkpoint.source import read_json
 from qsharded.config import TrainConfig
 from qsharded.training.resuming import Resumed, kept_accumulation
+from qsharded.utils.untrusted_json import read_json
 from tests.adapters import transformers_model, write_adapter
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.test_train import arguments

@@ -176,7 +176,7 @@ def test_before_the_end_of_the_first_step_there_is_nothing_to_save(
     stop_in_call(objective, "batch_loss", 1)
     assert exit_status(arguments(model, dataset, tmp_path, max_steps=5, eval_split=0.0)) == 128 + signal.SIGTERM
     assert capsys.readouterr().out.splitlines()[-1].startswith("stopped by SIGTERM in the first step")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "run.json", "metrics.jsonl"}
 
 
 def test_an_evaluation_between_steps_is_abandoned(

@@ -1,0 +1,113 @@
+"""What a chat template may take: it is someone else's program, and nothing that it can write ends it but this.
+
+Time is that of the CPU, by a timer of the process whose signal interrupts Python and its regular expressions; memory is
+limited by the system, for single calls as ``"x" * 10**10`` too. Work that neither can interrupt, on integers of
+millions of digits, is refused before it begins.
+"""
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jinja2.filters import do_round
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 5.0
+"""Of CPU time, for one rendering: the longest conversations take some 0.01."""
+BYTES = 512 << 20
+"""Beyond what the process has: a rendering takes a few times its text."""
+_BITS = 1 << 14  # of an integer
+_STATM, _PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
+
+
+class _TooLong(Exception):
+    """Raised in the template's program."""
+
+
+@contextmanager
+def limited(what: str) -> Iterator[None]:
+    """Meanwhile a template's program has so much time and memory, and such a depth.
+
+    Raises:
+        ValueError: it needed more; ``what`` begins the message.
+    """
+    try:
+        with _time_limited(), _memory_limited():
+            yield
+    except _TooLong:
+        raise ValueError(f"{what} takes more than {SECONDS:g} s of CPU time: it loops") from None
+    except MemoryError:
+        raise ValueError(f"{what} takes more than {BYTES >> 20} MiB of memory: it grows without end") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply, or calls itself without end") from None
+
+
+@contextmanager
+def _time_limited() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other can be interrupted; rows are rendered in the main thread
+        return
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise _TooLong
+
+
+@contextmanager
+def _memory_limited() -> Iterator[None]:
+    """By the process's address space, which is what the system limits."""
+    if not _STATM.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = int(_STATM.read_text().split()[0]) * _PAGE + BYTES
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+class LimitedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without integers that no timer can interrupt the arithmetic of."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters["round"] = _round
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The operation, unless its result is an integer beyond all use."""
+        if isinstance(left, int) and isinstance(right, int) and _bits(operator, left, right) > _BITS:
+            raise ValueError(f"the template's {operator} makes an integer of more than {_BITS:,} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bits(operator: str, left: int, right: int) -> int:
+    if operator == "*":
+        return left.bit_length() + right.bit_length()
+    return left.bit_length() * max(right, 0)
+
+
+def _round(value: Any, precision: int = 0, method: Any = "common") -> Any:
+    """Jinja's filter, which raises ten to the power of the precision."""
+    if not -400 <= precision <= 400:
+        raise ValueError(f"the template rounds to {precision} digits")
+    return do_round(value, precision, method)

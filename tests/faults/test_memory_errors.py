@@ -1,0 +1,97 @@
+"""No room on a GPU or the host: one message that helps, and an exit status of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qsharded import train
+from qsharded.training import objective
+from qsharded.utils.exit_codes import OUT_OF_MEMORY
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_train import arguments
+
+GPU = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 3.00 GiB free. If reserved but unallocated memory is\n"
+)
+OPTIONS: dict[str, Any] = {"max_steps": 3, "eval_split": 0, "activation_checkpointing": "none"}
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have the loss of the second step's first micro-batch raise an error."""
+
+    def fail(error: BaseException) -> None:
+        loss, calls = objective.batch_loss, []
+
+        def counted(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise error
+            return loss(*args)
+
+        monkeypatch.setattr(objective, "batch_loss", counted)
+
+    return fail
+
+
+def end(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    with pytest.raises(SystemExit) as left:
+        train.main(arguments)
+    return left.value.code, capsys.readouterr().err
+
+
+def test_a_gpu_without_room_names_phase_plan_and_what_fits(
+    model: Path, dataset: Path, tmp_path: Path, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(GPU)
+    status, said = end(arguments(model, dataset, tmp_path / "out", **OPTIONS), capsys)
+    lines = said.splitlines()
+    first = "out of GPU memory in step 2: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 3.00 GiB free."
+    assert status == OUT_OF_MEMORY
+    assert lines[0] == f"qsharded.train: error (rank 0): {first}"
+    adapters = next(line.split() for line in lines if line.split()[:1] == ["adapters"])
+    assert adapters[1] == adapters[2]  # planned and measured
+    assert any(line.startswith("  allocated at the peak") for line in lines)
+    assert any("--activation-checkpointing selective: needs" in line for line in lines)
+
+
+def test_a_host_without_room_names_what_was_planned(
+    model: Path, dataset: Path, tmp_path: Path, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    status, said = end(arguments(model, dataset, tmp_path / "out", **OPTIONS), capsys)
+    assert status == OUT_OF_MEMORY
+    assert "out of host memory in step 2: [enforce fail] DefaultCPUAllocator" in said
+    assert "planned for a rank, GiB: interpreter 2.5, reading the checkpoint 2.0" in said
+
+
+def test_another_error_stays_what_it_is(model: Path, dataset: Path, tmp_path: Path, failing: Any) -> None:
+    failing(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main(arguments(model, dataset, tmp_path / "out", **OPTIONS))
+
+
+def fail_on_every_rank(words: list[str]) -> tuple[int, str]:
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    def no_room(*args: Any) -> Any:
+        raise GPU
+
+    objective.batch_loss = no_room
+    with redirect_stderr(StringIO()) as said:
+        try:
+            train.main(words)
+        except SystemExit as left:
+            return left.code, said.getvalue()
+    return 0, ""
+
+
+def test_of_ranks_that_have_no_room_one_tells_it(model: Path, dataset: Path, tmp_path: Path) -> None:
+    ends = run_ranks(fail_on_every_rank, 2, arguments(model, dataset, tmp_path / "out", **OPTIONS))
+    told = [(status, said) for status, said in ends if said]
+    assert len(told) == 1
+    assert told[0][0] == OUT_OF_MEMORY
+    assert {status for status, _ in ends} == {OUT_OF_MEMORY, 1}

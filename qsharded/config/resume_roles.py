@@ -9,7 +9,7 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     "base": ("model", "revision", "random_init"),
     # Which rows with which loss masks: a fingerprint tells, and these may be why they are others.
     "rows": (
-        "dataset", "dataset_split", "dataset_format", "train_on", "one_example_per_answer", "overlong",
+        "dataset", "dataset_split", "dataset_format", "streaming", "train_on", "one_example_per_answer", "overlong",
         "eval_split",
     ),
     # Which rows an epoch draws, their order, and what a row of a batch holds.
@@ -29,6 +29,7 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     ),
     # Where things lie, how fast and in whose memory it is computed, what is shown and saved.
     "free": (
+        "data_cache",
         "adapter", "allow_other_base", "activation_checkpointing", "checkpointed_layers", "sharding", "dp_replicate",
         "cpu_offload", "max_skipped_steps", "deterministic", "output_dir", "overwrite_output_dir", "logging_steps",
         "save_steps", "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset",

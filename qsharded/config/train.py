@@ -52,8 +52,10 @@ class TrainConfig:
     )
 
     dataset: str | tuple[str, ...] = _data(
-        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id. Several, behind one "
-        "flag or with a flag for each, are mixed: every row comes once an epoch, or as --dataset-weights says.",
+        "Training rows: a .jsonl, .json or .parquet file, a folder of them, or a Hub dataset id; with `datasets` "
+        "installed also .csv, .tsv, .arrow, compressed files, and configurations, as owner/name:configuration. "
+        "Several, behind one flag or with a flag for each, are mixed: every row comes once an epoch, or as "
+        "--dataset-weights says.",
         metavar="PATH|ID ...",
         unset="the built-in dataset, if the model is",
     )
@@ -74,6 +76,18 @@ class TrainConfig:
         "Make of a conversation one example for each answer, rendered as it would be at generation. It keeps reasoning "
         "that the chat template drops from earlier turns, and takes more tokens.",
         False,
+    )
+
+    streaming: bool = _data(
+        "Read only the first rows of each training dataset, as many as --max-steps takes, and nothing else of it from "
+        "the Hub: for datasets too large to read whole.",
+        False,
+    )
+    data_cache: str | None = _data(
+        "Folder of tokenized datasets, which all ranks of a node and later runs share; see docs/data-cache.md.",
+        None,
+        metavar="PATH",
+        unset="~/.cache/qsharded/data, for datasets of 4 MiB and more",
     )
 
     max_length: int = _batch("Longest row.", 2048, unit="tokens", check=AT_LEAST_1)
@@ -281,6 +295,8 @@ class TrainConfig:
         if not self.datasets:
             raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
+        if self.streaming and self.max_steps < 1:
+            raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         if not self.dry_run and (self.gpus or self.gpu_memory_gib):
             raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
         if self.eval_dataset and self.eval_split:

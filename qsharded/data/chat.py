@@ -56,6 +56,23 @@ class ChatTemplate:
         self._variables = variables
         self._plain = self._compile(_Generation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: all but compiled programs, which cannot be sent."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Template)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._plain = self._compile(_Generation)
+
+    @property
+    def identity(self) -> list[Any]:
+        """Values of JSON that differ between templates that may write a conversation otherwise.
+
+        The date is one where the program asks for it.
+        """
+        today = datetime.now().date().isoformat() if "strftime_now" in self._source else None
+        return [self._source, self._variables, today]
+
     @cached_property
     def _marked(self) -> Template:
         return self._compile(_MarkedGeneration)

@@ -2,26 +2,18 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qsharded.data.chat import Span
 from qsharded.data.examples import Example
 from qsharded.data.render import Rendered
-from qsharded.data.tokenizer import Tokenizer
+from qsharded.data.tokenizer import Encoded, Tokenizer
 
 
-def encode(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Example]:
-    """An example for each text. An id is trained on if its text starts inside a span that is."""
-    encoded = tokenizer.encode_with_starts([one.text for one in rendered])
-    return [_example(one, ids, starts, tokenizer) for one, (ids, starts) in zip(rendered, encoded, strict=True)]
-
-
-def _example(rendered: Rendered, ids: list[int], starts_T: NDArray[np.int32], tokenizer: Tokenizer) -> Example:
+def example_of(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Example:
+    """The example of a complete text, ``encoded``. An id is trained on if its text starts inside a span that is."""
     if rendered.prompt:
-        ids, trained = _behind_prompt(rendered, ids, tokenizer)
+        ids, trained = _behind_prompt(rendered, encoded.ids, tokenizer)
     else:
-        trained = _inside(rendered.spans, starts_T).tolist()
+        ids, trained = encoded.ids, _inside(rendered.spans, encoded)
     if rendered.bos:
         ids = tokenizer.with_bos(ids)
         trained = [False] * (len(ids) - len(trained)) + trained
@@ -38,8 +30,9 @@ def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> 
     return ids, [number >= len(prompt) for number in range(len(ids))]
 
 
-def _inside(spans: Sequence[Span] | None, starts_T: NDArray[np.int32]) -> NDArray[np.bool_]:
-    inside_T = np.full(len(starts_T), spans is None)
+def _inside(spans: Sequence[Span] | None, encoded: Encoded) -> list[bool]:
+    inside = [spans is None] * len(encoded)
     for start, end in spans or ():
-        inside_T |= (starts_T >= start) & (starts_T < end)
-    return inside_T
+        first, behind = encoded.first_from(start), encoded.first_from(end)
+        inside[first:behind] = [True] * (behind - first)
+    return inside

@@ -1,8 +1,8 @@
 """Examples: ids, and which of them are trained on; a dataset is a list of them."""
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field, replace
-from random import Random
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,7 +75,7 @@ class Dataset:
         omitted: what the rows have and the examples lack, by its kind.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     dropped: int = 0
     truncated: int = 0
     empty: int = 0
@@ -85,23 +85,21 @@ class Dataset:
         """Another row lacks something of ``kind``."""
         self.omitted.setdefault(kind, Omitted(0, example)).rows += 1
 
+    def add(self, others: "Dataset") -> None:
+        """Put the counts of later rows to those of these; the examples are the caller's business."""
+        self.dropped += others.dropped
+        self.truncated += others.truncated
+        self.empty += others.empty
+        for kind, omitted in others.omitted.items():
+            self.omitted.setdefault(kind, Omitted(0, omitted.example)).rows += omitted.rows
 
-def split_examples(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) parts, the second of about ``fraction`` of the groups of examples, chosen by ``seed``
-    alone.
+    def to_json(self) -> dict[str, Any]:
+        """All but the examples, as values of JSON."""
+        counts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "examples"}
+        return counts | {"omitted": {kind: asdict(omitted) for kind, omitted in self.omitted.items()}}
 
-    Both keep the dataset's order and have at least one group; the counts of left-out rows stay with the first.
-
-    Raises:
-        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two groups.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction held out for evaluation must be between 0 and 1, got {fraction}")
-    groups = grouped(dataset.examples)
-    total = len(groups)
-    if total < 2:
-        raise ValueError(f"the dataset has {total} example, too few to hold any out for evaluation")
-    count = min(max(1, round(total * fraction)), total - 1)
-    chosen = set(Random(f"hold out {seed}").sample(range(total), count))
-    kept = [example for number, group in enumerate(groups) if number not in chosen for example in group]
-    return replace(dataset, examples=kept), Dataset([e for number in sorted(chosen) for e in groups[number]])
+    @classmethod
+    def from_json(cls, read: Mapping[str, Any], examples: Sequence[Example]) -> "Dataset":
+        """The ``examples`` with what :meth:`to_json` gave."""
+        omitted = {kind: Omitted(**one) for kind, one in read["omitted"].items()}
+        return cls(examples, **{**read, "omitted": omitted})

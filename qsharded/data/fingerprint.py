@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qsharded.data.examples import Example
+from qsharded.data.facts import facts_of
 
 _RUNS = 256  # hashes kept of a dataset: a difference is narrowed down to one in so many of its rows
 
@@ -22,6 +23,8 @@ class RowsFingerprint:
         run: rows that a hash covers; the last may cover fewer.
         ids, masks: a hash for each run of rows, of their ids and of which of these are trained on.
         tokenizer: file name -> hash. It does not decide whether rows are the same, it tells why they are not.
+        version: 2: a run's hash is of its rows' own hashes, which a cache of rows keeps. 1, of checkpoints that name
+            none: it is of all that its rows hold, which have to be read.
     """
 
     rows: int
@@ -29,25 +32,40 @@ class RowsFingerprint:
     ids: list[str]
     masks: list[str]
     tokenizer: Mapping[str, str]
+    version: int = 1
 
     @classmethod
-    def of(cls, examples: Sequence[Example], files: Sequence[Path], run: int | None = None) -> "RowsFingerprint":
+    def of(
+        cls, examples: Sequence[Example], files: Sequence[Path], run: int | None = None, version: int = 2
+    ) -> "RowsFingerprint":
         """Of ``examples``, made with the tokenizer in ``files``.
 
         Args:
             examples: in the dataset's order.
             files: the tokenizer's.
             run: rows that a hash covers; by default as many as leave 256 hashes.
+            version: of the hashes.
         """
         run = run or -(-len(examples) // _RUNS) or 1
-        runs = [examples[start : start + run] for start in range(0, len(examples), run)]
-        return cls(
-            rows=len(examples),
-            run=run,
-            ids=[_hash([row.ids.astype("<i4").tobytes() for row in rows]) for rows in runs],
-            masks=[_hash([np.packbits(row.trained).tobytes() for row in rows]) for rows in runs],
-            tokenizer={path.name: _hash([path.read_bytes()]) for path in files},
-        )
+        starts = range(0, len(examples), run)
+        if version == 1:
+            runs = [examples[start : start + run] for start in starts]
+            ids = [_hash([row.ids.astype("<i4").tobytes() for row in rows]) for rows in runs]
+            masks = [_hash([np.packbits(row.trained).tobytes() for row in rows]) for rows in runs]
+        else:
+            facts = facts_of(examples)
+            ids, masks = ([_hash([facts[name][at : at + run].tobytes()]) for at in starts] for name in ("ids", "mask"))
+        tokenizer = {path.name: _hash([path.read_bytes()]) for path in files}
+        return cls(len(examples), run, ids, masks, tokenizer, version)
+
+    @classmethod
+    def like(
+        cls, examples: Sequence[Example], files: Sequence[Path], before: Mapping[str, Any] | None
+    ) -> "RowsFingerprint":
+        """Of ``examples``, so that it can be compared with ``before``, which :meth:`to_json` gave, if there is one."""
+        if not before:
+            return cls.of(examples, files)
+        return cls.of(examples, files, before["run"], before.get("version", 1))
 
     @classmethod
     def from_json(cls, read: Mapping[str, Any]) -> "RowsFingerprint":
@@ -60,7 +78,7 @@ class RowsFingerprint:
 
     def difference(self, now: "RowsFingerprint") -> str | None:
         """In words, where ``now``, which has runs as long as this, holds other rows; None where it does not."""
-        assert now.run == self.run
+        assert (now.run, now.version) == (self.run, self.version)
         counts = [] if self.rows == now.rows else [f"{now.rows:,} rows, there were {self.rows:,}"]
         for name, then, there in (("ids", self.ids, now.ids), ("loss masks", self.masks, now.masks)):
             first = next((n for n, (a, b) in enumerate(zip(then, there, strict=False)) if a != b), None)

@@ -1,18 +1,20 @@
 """From a dataset's files to examples, whole and checked before anything trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, get_args
 
-from qsharded.data.encode import encode
+from qsharded.data.encode import example_of
 from qsharded.data.examples import Dataset, Example
 from qsharded.data.formats import Record, parse_row
 from qsharded.data.omissions import Omission
 from qsharded.data.records import Rows, read_rows
 from qsharded.data.render import Rendered, TrainOn, render
-from qsharded.data.tokenizer import Tokenizer
+from qsharded.data.tokenizer import Encoded, Tokenizer
 from qsharded.utils import heartbeat
 
 Overlong = Literal["drop", "truncate"]
@@ -52,19 +54,80 @@ def load_examples(
         ValueError: a malformed row (the message starts with ``file:line``), no rows, nothing to learn in them, or an
             argument out of range.
     """
-    _check(max_length, overlong, train_on)
-    if one_example_per_answer and train_on == "all":
-        raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
-    dataset = Dataset([])
-    how = partial(render, tokenizer=tokenizer, train_on=train_on, per_answer=one_example_per_answer)
-    rows = _rendered_rows(dataset, read_rows(source, split=split), format, how)
-    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-        written = [(origin, row) for origin, row in chunk if row.text.strip()]
-        dataset.empty += len(chunk) - len(written)
-        for (origin, _), example in zip(written, encode([row for _, row in written], tokenizer), strict=True):
-            _add(dataset, example, origin, max_length, overlong)
-    _check_any(dataset, source, max_length)
+    reading = Reading(
+        max_length=max_length,
+        format=format,
+        overlong=overlong,
+        train_on=train_on,
+        one_example_per_answer=one_example_per_answer,
+    )
+    dataset = reading.examples(read_rows(source, split=split), tokenizer)
+    reading.check_any(dataset, len(dataset.examples), str(source))
     return dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows become examples: all that decides it, beside the rows and the tokenizer. See :func:`load_examples`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    max_length: int
+    format: str = "auto"
+    overlong: Overlong = "drop"
+    train_on: TrainOn = "assistant"
+    one_example_per_answer: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.max_length, self.overlong, self.train_on)
+        if self.one_example_per_answer and self.train_on == "all":
+            raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
+
+    def examples(self, rows: Rows, tokenizer: Tokenizer) -> Dataset:
+        """The examples of ``rows``, in their order; there may be none.
+
+        Raises:
+            ValueError: a malformed row; the message starts with its origin.
+        """
+        examples: list[Example] = []
+        dataset = Dataset(examples)
+        how = partial(render, tokenizer=tokenizer, train_on=self.train_on, per_answer=self.one_example_per_answer)
+        rendered = _rendered_rows(dataset, rows, self.format, how)
+        while chunk := list(islice(rendered, _ROWS_AT_ONCE)):
+            written = [(origin, row) for origin, row in chunk if row.text.strip()]
+            dataset.empty += len(chunk) - len(written)
+            all_encoded = tokenizer.encode_all([row.text for _, row in written])
+            for (origin, row), encoded in zip(written, all_encoded, strict=True):
+                if row.later and self.overlong == "drop" and len(encoded) > self.max_length:
+                    dataset.dropped += 1
+                    continue
+                with _named(origin):
+                    example = _example(dataset, origin, row, encoded, tokenizer)
+                    examples += self._kept(dataset, example)
+        return dataset
+
+    def _kept(self, dataset: Dataset, example: Example) -> list[Example]:
+        """The example as it is, cut, or not at all; which of these is counted."""
+        if not example.trained_tokens:
+            raise ValueError("the row has no token to learn")
+        if len(example) <= self.max_length:
+            return [example]
+        cut = Example(example.ids[: self.max_length], example.trained[: self.max_length])
+        if self.overlong == "truncate" and cut.trained_tokens:
+            dataset.truncated += 1
+            return [cut]
+        dataset.dropped += 1
+        return []
+
+    def check_any(self, dataset: Dataset, count: int, source: str) -> None:
+        """Raise ValueError if ``count``, that of the examples which became of ``source``, is none."""
+        if not count:
+            raise ValueError(
+                f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
+                f"max_length {self.max_length}, {dataset.empty} as empty"
+            )
 
 
 def _check(max_length: int, overlong: str, train_on: str) -> None:
@@ -78,36 +141,37 @@ def _check(max_length: int, overlong: str, train_on: str) -> None:
 def _rendered_rows(
     dataset: Dataset, rows: Rows, format: str, how: Callable[[Record], list[Rendered]]
 ) -> Iterator[tuple[str, Rendered]]:
-    """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
+    """Each text with its row's origin."""
     for origin, row in rows:
         heartbeat.beat("reading rows")
-        try:
+        with _named(origin):
             texts = how(parse_row(row, format))
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
-        lacking: dict[str, Omission] = {}
-        for one in chain.from_iterable(text.omissions for text in texts):
-            lacking.setdefault(one.kind, one)
-        for kind, first in lacking.items():
-            dataset.count_omission(kind, f"{origin}, {first}")
+        _count_omissions(dataset, origin, chain.from_iterable(text.omissions for text in texts))
         yield from ((origin, text) for text in texts)
 
 
-def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overlong: Overlong) -> None:
-    if not example.trained_tokens:
-        raise ValueError(f"{origin}: the row has no token to learn")
-    fits = len(example) <= max_length
-    kept = example if fits else Example(example.ids[:max_length], example.trained[:max_length])
-    if fits or (overlong == "truncate" and kept.trained_tokens):
-        dataset.examples.append(kept)
-        dataset.truncated += not fits
-    else:
-        dataset.dropped += 1
+def _example(dataset: Dataset, origin: str, row: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Example:
+    complete = row.completed()
+    if row.later:
+        _count_omissions(dataset, origin, complete.omissions)
+    if complete.text != row.text:
+        (encoded,) = tokenizer.encode_all([complete.text])
+    return example_of(complete, encoded, tokenizer)
 
 
-def _check_any(dataset: Dataset, source: str | Path, max_length: int) -> None:
-    if not dataset.examples:
-        raise ValueError(
-            f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
-            f"max_length {max_length}, {dataset.empty} as empty"
-        )
+def _count_omissions(dataset: Dataset, origin: str, found: Iterable[Omission]) -> None:
+    """Of each kind once a row."""
+    lacking: dict[str, Omission] = {}
+    for one in found:
+        lacking.setdefault(one.kind, one)
+    for kind, first in lacking.items():
+        dataset.count_omission(kind, f"{origin}, {first}")
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    """Have what is said of a row begin with the place that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error

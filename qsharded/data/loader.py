@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from random import Random
 
-from qsharded.data.batches import Batch, make_batch
-from qsharded.data.examples import Example, grouped
-from qsharded.data.sequence_packing import pack
+import numpy as np
 
-Row = list[Example]
+from qsharded.data.batches import Batch, make_batch
+from qsharded.data.examples import Example
+from qsharded.data.facts import group_starts, groups_among, lengths_of, trained_of
+from qsharded.data.ragged import Numbers, Ragged
+from qsharded.data.sequence_packing import pack
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class StepLoader:
     pad_id: int
     shuffle: bool = True
     draw: Callable[[int], Sequence[int]] | None = None
-    _rows_of: tuple[int, list[Row]] | None = field(default=None, init=False, repr=False)
+    _rows_of: tuple[int, Ragged] | None = field(default=None, init=False, repr=False)
     _row_counts: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,12 +91,14 @@ class StepLoader:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.examples:
             raise ValueError("there are no examples to make steps of")
-        longest = max(grouped(self.examples), key=_tokens)
-        if _tokens(longest) > self.max_length:
-            unit = "an example" if len(longest) == 1 else f"a group of {len(longest)} examples"
-            tokens = f"{_tokens(longest)} tokens"
-            raise ValueError(f"{unit} of {tokens} does not fit into rows of max_length {self.max_length}")
-        if self.draw is not None and any(example.group is not None for example in self.examples):
+        groups = self._groups()
+        tokens = groups.sums(lengths_of(self.examples))
+        longest = int(tokens.argmax())
+        if tokens[longest] > self.max_length:
+            count = len(groups[longest])
+            what = f"{'an example' if count == 1 else f'a group of {count} examples'} of {tokens[longest]} tokens"
+            raise ValueError(f"{what} does not fit into rows of max_length {self.max_length}")
+        if self.draw is not None and len(groups) < len(self.examples):
             raise ValueError("weights draw single examples, which would part groups: give the datasets no weights")
 
     @property
@@ -128,51 +132,61 @@ class StepLoader:
             self._row_counts[epoch] = len(self._rows(epoch))
         return self._row_counts[epoch]
 
-    def _rows(self, epoch: int) -> list[Row]:
+    def _rows(self, epoch: int) -> Ragged:
+        """The numbers of the examples in each row of that epoch."""
         found = self._rows_of  # read once: another thread may be an epoch ahead
         if found is None or found[0] != epoch:
             found = self._rows_of = (epoch, self._make_rows(epoch))
         return found[1]
 
-    def _make_rows(self, epoch: int) -> list[Row]:
+    def _make_rows(self, epoch: int) -> Ragged:
         # Python's own generator: its shuffle is the same in all versions, as resuming elsewhere needs.
         random = Random(f"rows {self.seed} {epoch}")
-        examples = list(self.examples) if self.draw is None else [self.examples[i] for i in self.draw(epoch)]
-        groups = grouped(examples)
+        groups = self._groups() if self.draw is None else _alone(np.asarray(self.draw(epoch), np.int64))
         if self.shuffle:
-            random.shuffle(groups)
+            groups = groups.taken(_shuffled(len(groups), random))
         if not self.packing:
             return groups
-        packed = pack([*map(_tokens, groups)], self.max_length)
-        rows = [[example for number in row for example in groups[number]] for row in packed]
+        rows = pack(groups.sums(lengths_of(self.examples)), self.max_length)
         if self.shuffle:
-            random.shuffle(rows)  # packed rows come by the length of their first document
-        return rows
+            rows = rows.taken(_shuffled(len(rows), random))  # packed ones come by the length of their first document
+        return rows.replaced(groups)
+
+    def _groups(self) -> Ragged:
+        return Ragged(np.arange(len(self.examples)), group_starts(self.examples))
 
     def _step(self, cursor: Cursor) -> Step:
         end = cursor.row + self.rows_per_step
-        rows = self._rows(cursor.epoch)[cursor.row : end]
-        documents = [example for row in rows for example in row]
+        of_epoch = self._rows(cursor.epoch)
+        rows = [of_epoch[row] for row in range(cursor.row, min(end, len(of_epoch)))]
+        documents = np.concatenate(rows)
         return Step(
             micro_batches=[self._batch(mine) for mine in self._share(rows)],
-            trained_tokens=sum(example.trained_tokens for example in documents),
-            tokens=_tokens(documents),
-            groups=sum(len(grouped(row)) for row in rows),
+            trained_tokens=int(trained_of(self.examples, documents).sum()),
+            tokens=int(lengths_of(self.examples, documents).sum()),
+            groups=sum(groups_among(self.examples, row) for row in rows),
             cursor=Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1),
         )
 
-    def _batch(self, rows: list[Row]) -> Batch:
-        return make_batch(rows, pad_id=self.pad_id, max_length=self.max_length)
+    def _batch(self, rows: list[Numbers]) -> Batch:
+        examples = [[self.examples[number] for number in row.tolist()] for row in rows]
+        return make_batch(examples, pad_id=self.pad_id, max_length=self.max_length)
 
-    def _share(self, rows: list[Row]) -> list[list[Row]]:
+    def _share(self, rows: list[Numbers]) -> list[list[Numbers]]:
         """This rank's rows of each micro-batch, all alike in length across ranks: padding and waiting cost the least.
 
         A step short of rows has fewer micro-batches; in its last some ranks may have fewer rows than others, or none.
         """
-        by_length = sorted(rows, key=lambda row: -_tokens(row))
+        by_length = sorted(rows, key=lambda row: -lengths_of(self.examples, row).sum())
         size = self.world_size * self.batch_size
         return [by_length[start : start + size][self.rank :: self.world_size] for start in range(0, len(rows), size)]
 
 
-def _tokens(examples: Sequence[Example]) -> int:
-    return sum(map(len, examples))
+def _alone(numbers: Numbers) -> Ragged:
+    return Ragged(numbers, np.arange(len(numbers) + 1))
+
+
+def _shuffled(count: int, random: Random) -> list[int]:
+    order = list(range(count))
+    random.shuffle(order)
+    return order

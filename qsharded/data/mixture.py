@@ -13,7 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 from random import Random
 
-from qsharded.data.examples import Dataset, Example, split_examples
+from qsharded.data.examples import Dataset, Example
+from qsharded.data.facts import joined
+from qsharded.data.held_out import split_examples
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Mixture:
     weights: Sequence[float] | None = None
 
     @cached_property
-    def examples(self) -> list[Example]:
+    def examples(self) -> Sequence[Example]:
         """All rows, one dataset after the other."""
-        return [example for part in self.parts.values() for example in part.examples]
+        return joined([part.examples for part in self.parts.values()])
 
     def rows_an_epoch(self) -> list[int]:
         """How many rows of each part an epoch takes. With weights, shares are met to half a row, but for a part whose
@@ -68,8 +70,7 @@ class Mixture:
         """
         halves = {name: _split(name, part, fraction, seed) for name, part in self.parts.items()}
         kept = {name: train for name, (train, _) in halves.items()}
-        held_out = [example for _, evaluation in halves.values() for example in evaluation.examples]
-        return Mixture(kept, self.weights), Dataset(held_out)
+        return Mixture(kept, self.weights), Dataset(joined([evaluation.examples for _, evaluation in halves.values()]))
 
 
 def _rows_of_epoch(purpose: str, epoch: int, size: int, count: int) -> list[int]:

@@ -2,12 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from qsharded.data.nulls import without_nulls
 from qsharded.data.row_limits import numbered_lines, parse_line, parse_row
-from qsharded.data.sources import find_files
+from qsharded.data.sources import configuration_of, find_files, suffix_of
+from qsharded.data.through_datasets import configured_rows, file_rows
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -21,25 +25,43 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
 
     Args:
         source: a .jsonl file (one object a line), a .json file (a list of objects, or ``{"data": [...]}``), a .parquet
-            file, a folder of such files, or a Hub dataset id; see :func:`qsharded.data.sources.find_files`.
+            file, another type that `datasets` reads, a folder of such files, a Hub dataset id, or a configuration of
+            one; see :func:`qsharded.data.sources.find_files` and :func:`qsharded.data.sources.configuration_of`.
         split: which files to take from a folder or the Hub.
 
     Raises:
         ValueError: no such source or split, a parquet file without pyarrow to read it, or a malformed row; the message
             starts with the row's origin.
     """
-    readers = {".jsonl": _json_lines, ".json": _json_document, ".parquet": _parquet}
+    if (named := configuration_of(source)) is not None:
+        yield from configured_rows(*named, split)
+        return
     for path in find_files(source, split):
-        if not path.stat().st_size:
-            raise ValueError(f"{path}: the file is empty: it was not written, or not downloaded, to its end")
-        yield from readers[path.suffix.lower()](path)
+        yield from read_file(path)
 
 
-def _json_lines(path: Path) -> Rows:
+def read_file(path: Path) -> Rows:
+    """The rows of one file, as :func:`read_rows` gives them."""
+    check_not_empty(path)
+    readers = {".jsonl": json_lines, ".json": _json_document, ".parquet": parquet_rows}
+    return readers.get(suffix_of(path.name), file_rows)(path)
+
+
+def check_not_empty(path: Path) -> None:
+    """Raise ValueError if the file has no byte."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty: it was not written, or not downloaded, to its end")
+
+
+def json_lines(path: Path, start: int = 0, end: int | None = None, number: int = 1) -> Rows:
+    """The rows of a file of JSON Lines, or of its bytes from ``start`` to ``end``, which begin with line ``number``."""
     with path.open("rb") as lines:
-        for number, line in numbered_lines(lines):
+        lines.seek(start)
+        for number, line in numbered_lines(lines, number):
             if line.strip():
                 yield _row(f"{path}:{number}", _parsed(line, f"{path}:{number}"))
+            if end is not None and lines.tell() >= end:
+                return
 
 
 def _parsed(line: bytes, origin: str) -> Any:
@@ -57,7 +79,7 @@ def _row(origin: str, value: Any) -> tuple[str, Row]:
 
 def _json_document(path: Path) -> Rows:
     if _is_really_json_lines(path):
-        yield from _json_lines(path)
+        yield from json_lines(path)
         return
     text = _document_text(path)
     line, counted = 1, 0
@@ -123,26 +145,35 @@ def _skip(text: str, at: int) -> int:
     return gap.end()
 
 
-def _parquet(path: Path) -> Rows:
+def row_groups(path: Path) -> list[int]:
+    """How many rows each row group of a parquet file has.
+
+    Raises:
+        ValueError: as :func:`read_rows`.
+    """
+    with _parquet_errors(path) as parquet:
+        metadata = parquet.ParquetFile(path).metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def parquet_rows(path: Path, groups: Sequence[int] | None = None, number: int = 1) -> Rows:
+    """The rows of a parquet file, or of some of its row groups, the first of them row ``number``."""
+    numbers = count(number)
+    with _parquet_errors(path) as parquet:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024, row_groups=groups):
+            for row in batch.to_pylist():
+                yield f"{path}:{next(numbers)}", without_nulls(row)
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[Any]:
+    """pyarrow.parquet, whose errors are said in our words."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", _without_nulls(row)
+        yield parquet
     except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError that names no file
         raise ValueError(f"{path}: not readable as parquet: {error}") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    """``value`` less its null fields: Arrow gives each struct every field that any of them has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

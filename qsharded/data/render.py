@@ -1,7 +1,8 @@
 """From what a row says to the text that is tokenized, and which of it is trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from qsharded.data.answers import prompt_and_answer
@@ -25,6 +26,7 @@ class Rendered:
         bos: whether BOS comes first where the tokenizer adds one; a chat template writes its own.
         eos: whether EOS comes last, and is trained on.
         omissions: what the row has and the text lacks.
+        later: gives what takes longer to find, where that was left for later: spans and omissions, or another text.
     """
 
     text: str
@@ -33,10 +35,21 @@ class Rendered:
     bos: bool = True
     eos: bool = True
     omissions: Sequence[Omission] = ()
+    later: "Callable[[], Rendered] | None" = None
+
+    def completed(self) -> "Rendered":
+        """With nothing left for later.
+
+        Raises:
+            ValueError: as :func:`render`.
+        """
+        return self.later() if self.later else self
 
 
 def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
     """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained on.
+
+    One text of a whole conversation is not complete: too long rows are left out before their turns are looked for.
 
     Raises:
         ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says or calls,
@@ -61,17 +74,23 @@ def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, pe
         chat = _up_to_last_trained(chat)
     if per_answer:
         return [_render_answer(chat, number, tokenizer) for number, trained in enumerate(chat.trained) if trained]
+    text = tokenizer.render(chat.messages, tools=chat.tools)
+    return [Rendered(text, later=partial(_complete, chat, text, tokenizer, train_on))]
+
+
+def _complete(chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
     try:
-        return [_render_whole(chat, tokenizer, train_on)]
+        return _render_whole(chat, text, tokenizer, train_on)
     except TurnUnclear:
         if sum(chat.trained) > 1:
             raise
-        # With one answer, at the end, there is another way to know its text.
-        return [_render_answer(chat, len(chat.trained) - 1, tokenizer)]
+    # With one answer, at the end, there is another way to know its text.
+    rendered = _render_answer(chat, len(chat.trained) - 1, tokenizer)
+    _check_encodable(rendered.text)
+    return rendered
 
 
-def _render_whole(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
-    text = tokenizer.render(chat.messages, tools=chat.tools)
+def _render_whole(chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
     left_out = omissions(tokenizer.template_for(chat.tools), chat, text)
     spans = tokenizer.assistant_spans(chat, text) if train_on == "assistant" else None
     return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=left_out)
@@ -87,7 +106,7 @@ def _render_answer(chat: Conversation, number: int, tokenizer: Tokenizer) -> Ren
     template = tokenizer.template_for(chat.tools)
     chat = replace(chat, messages=chat.messages[: number + 1], trained=[False] * number + [True])
     if number == 0:  # no template begins a prompt with nothing before it
-        return _render_whole(chat, tokenizer, "assistant")
+        return _render_whole(chat, tokenizer.render(chat.messages, tools=chat.tools), tokenizer, "assistant")
     check_ending(template, tokenizer.special_texts)
     prompt, answer = prompt_and_answer(template, chat, number)
     found = find_omissions(chat, prompt + answer, lambda marked: "".join(prompt_and_answer(template, marked, number)))

@@ -12,13 +12,12 @@ _DEEPEST = 64
 _TOO_DEEP = f"not readable: lists and objects in each other, over {_DEEPEST} levels"
 
 
-def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1. Of one that is too long the beginning comes, longer than
+def numbered_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file from where it is, with their numbers, the first being ``number``. Of one that is too long the beginning comes, longer than
     ``LONGEST``, for :func:`parse_line` to refuse: it is never in memory as a whole."""
-    number = 0
     while line := file.readline(LONGEST + 1):
-        number += 1
         yield number, line
+        number += 1
         while len(line) > LONGEST and not line.endswith(b"\n"):
             line = file.readline(LONGEST + 1)
 

@@ -6,6 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Read through the `datasets` package, and from a folder only where it has none of the others.
+_PACKED = [f".{kind}.{by}" for kind in ("jsonl", "json", "csv", "tsv") for by in ("gz", "zst", "bz2", "xz")]
+MORE_SUFFIXES = (".csv", ".tsv", ".arrow", *_PACKED)
 # Written beside the rows by the Hub and by `datasets`; not rows themselves.
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT_OF_WORD = {
@@ -42,6 +45,23 @@ def find_files(source: str | Path, split: str) -> list[Path]:
     raise ValueError(f"{source} is no file, no folder and no Hub dataset id such as owner/name")
 
 
+def suffix_of(name: str) -> str:
+    """What the name of a file ends in that tells its type, in small letters; "" if it is none that is read."""
+    return next((suffix for suffix in SUFFIXES + MORE_SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def configuration_of(source: str | Path) -> tuple[str, str] | None:
+    """(dataset, configuration) of a name such as ``owner/name:configuration``; None if that is a path or names none."""
+    name, colon, configuration = str(source).rpartition(":")
+    is_named = colon and re.fullmatch(r"[\w.-]+", configuration) and not Path(source).exists()
+    return (name, configuration) if is_named and (Path(name).is_dir() or _is_hub_id(name)) else None
+
+
+def is_on_hub(source: str | Path) -> bool:
+    """Whether it is nothing on this machine, and could be the id of a dataset on the Hub."""
+    return not Path(source).exists() and _is_hub_id(str(source))
+
+
 def choose_split(names: Iterable[str], split: str, source: str) -> list[str]:
     """The names that belong to ``split``; ``source`` names their home in errors."""
     splits_of = {name: _splits_of(PurePosixPath(name)) for name in sorted(names)}
@@ -51,7 +71,7 @@ def choose_split(names: Iterable[str], split: str, source: str) -> list[str]:
     if wanted == "train" and not any(splits_of.values()):
         chosen = list(splits_of)
     if not chosen:
-        listing = ", ".join(list(splits_of)[:10]) or f"no {', '.join(SUFFIXES)} file at all"
+        listing = ", ".join(list(splits_of)[:10]) or f"no {', '.join(SUFFIXES + MORE_SUFFIXES[:3])} file at all"
         raise ValueError(f"{source} has no {split!r} split; it has {listing}")
     return chosen
 
@@ -68,25 +88,30 @@ def _splits_of(name: PurePosixPath) -> set[str]:
 
 
 def _checked(path: Path) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    if not suffix_of(path.name):
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES + MORE_SUFFIXES)}")
     return path
 
 
 def _names_in(folder: Path) -> list[str]:
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [name.as_posix() for name in names if _holds_rows(PurePosixPath(name))]
+    return _names_of_rows(name.as_posix() for name in names)
+
+
+def _names_of_rows(names: Iterable[str]) -> list[str]:
+    rows = [name for name in names if _holds_rows(PurePosixPath(name))]
+    return [name for name in rows if suffix_of(name) in SUFFIXES] or rows
 
 
 def _holds_rows(name: PurePosixPath) -> bool:
     hidden = any(part.startswith(".") for part in name.parts)
-    return name.suffix.lower() in SUFFIXES and name.name not in _NOT_ROWS and not hidden
+    return suffix_of(name.name) != "" and name.name not in _NOT_ROWS and not hidden
 
 
 def _is_hub_id(source: str) -> bool:
     parts = source.split("/")
     named = all(re.fullmatch(r"\w[\w.+=-]*", part) for part in parts)
-    return named and len(parts) > 1 and not parts[1].lower().endswith(SUFFIXES)
+    return named and len(parts) > 1 and not suffix_of(parts[1])
 
 
 def _from_hub(source: str, split: str) -> list[Path]:
@@ -94,7 +119,7 @@ def _from_hub(source: str, split: str) -> list[Path]:
 
     owner, name, *inside = source.split("/")
     repo = f"{owner}/{name}"
-    names = [name for name in _ask(list_repo_files, repo) if _holds_rows(PurePosixPath(name))]
+    names = _names_of_rows(_ask(list_repo_files, repo))
     chosen = _choose_on_hub(names, "/".join(inside), split, source)
     return [Path(_ask(hf_hub_download, repo, name)) for name in chosen]
 
@@ -114,5 +139,8 @@ def _choose_on_hub(names: list[str], inside: str, split: str, source: str) -> li
     chosen = choose_split(names, split, source)
     kinds = sorted({f"{PurePosixPath(name).parent}/*{PurePosixPath(name).suffix}" for name in chosen})
     if len(kinds) > 1:
-        raise ValueError(f"{source} holds {', '.join(kinds)}: name one folder or file, as in {source}/{chosen[0]}")
+        raise ValueError(
+            f"{source} holds {', '.join(kinds)}: name one folder or file, as in {source}/{chosen[0]}, or a "
+            f"configuration that the dataset describes, as in {source}:NAME"
+        )
     return chosen

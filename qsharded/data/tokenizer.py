@@ -1,14 +1,15 @@
 """A Hugging Face tokenizer folder at work: text to ids, ids to text, and conversations to text."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import tokenizers
 
 from qsharded.data.chat import ChatTemplate, Span
+from qsharded.data.content import content_hash
 from qsharded.data.formats import Conversation, Message
 from qsharded.data.tokenizer_files import (
     EOS_TOKEN_ID,
@@ -22,6 +23,38 @@ from qsharded.data.tokenizer_files import (
 from qsharded.data.trained_spans import assistant_spans
 from qsharded.utils.durable_files import copy_whole
 from qsharded.utils.untrusted_json import check
+
+
+class Encoded:
+    """A text's ids, and where in the text they start.
+
+    Attributes:
+        ids: of the text, in its order.
+    """
+
+    def __init__(self, found: tokenizers.Encoding) -> None:
+        self.ids: list[int] = found.ids
+        self._found = found  # its list of all places takes longer to make than the few that are asked for
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def first_from(self, character: int) -> int:
+        """The number of the first id that starts at this character of the text or behind it; that of ids, if none."""
+        number = self._found.char_to_token(character)  # one that has the character, if one has it
+        if number is None:
+            return bisect_left(range(len(self)), character, key=self.start)
+        while number > 0 and self.start(number - 1) >= character:
+            number -= 1
+        while number < len(self) and self.start(number) < character:
+            number += 1
+        return number
+
+    def start(self, number: int) -> int:
+        """The character at which the id of this number starts; never less than that of the one before it."""
+        place = self._found.token_to_chars(number)
+        assert place is not None, "of the text: the tokenizer adds none"
+        return place[0]
 
 
 class Tokenizer:
@@ -67,12 +100,9 @@ class Tokenizer:
             return ids
         return [self.bos_id, *ids]
 
-    def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], NDArray[np.int32]]]:
-        """For each text its ids, and the character of the text at which each id starts."""
-        return [
-            (found.ids, np.array([start for start, _ in found.offsets], np.int32))
-            for found in self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+    def encode_all(self, texts: Sequence[str]) -> list["Encoded"]:
+        """As :meth:`encode`, of many texts, on all cores; with the place of each id in its text."""
+        return [Encoded(found) for found in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of ``text`` in mid-text: without the space that some tokenizers put before all they are given."""
@@ -149,6 +179,14 @@ class Tokenizer:
     def files(self) -> list[Path]:
         """The folder's files that make up the tokenizer, for a copy beside an adapter; some may be in a sub-folder."""
         return present_files(self._folder)
+
+    def identity(self) -> dict[str, Any]:
+        """Values of JSON that differ between tokenizers that may give a row other ids or another loss mask."""
+        return {
+            "files": {path.name: content_hash(path) for path in self.files},
+            "templates": {name: template.identity for name, template in self._templates.items()},
+            "eos": self.eos_ids,
+        }
 
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from qsharded.data.chat import ChatTemplate, Span
 from qsharded.data.formats import Conversation
-from qsharded.data.turns import TurnFinder, check_ending
+from qsharded.data.turn_places import find_turns
+from qsharded.data.turns import check_ending
 
 
 def assistant_spans(template: ChatTemplate, chat: Conversation, text: str, special: Sequence[str]) -> list[Span]:
@@ -23,9 +24,7 @@ def assistant_spans(template: ChatTemplate, chat: Conversation, text: str, speci
     if template.marks_generation:
         return _marked_spans(template, chat)
     check_ending(template, tuple(special))
-    finder = TurnFinder(template, chat, text, special)
-    spans = [finder.turn(number) for number, trained in enumerate(chat.trained) if trained]
-    return [_without_blank_end(text, span, special) for span in spans]
+    return [_without_blank_end(text, span, special) for span in find_turns(template, chat, text, special)]
 
 
 def _marked_spans(template: ChatTemplate, chat: Conversation) -> list[Span]:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qsharded.config import TrainConfig
-from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
+from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
+from qsharded.data.facts import facts_of
 from qsharded.data.omissions import omission_notes
 from qsharded.distributed.fsdp import World
 from qsharded.training.resuming import Resumed, kept_accumulation
+from qsharded.training.tokenized import load_datasets
 
 
 @dataclass(frozen=True)
@@ -32,45 +34,18 @@ class RunData:
 def read_data(
     config: TrainConfig, world: World, tokenizer: Tokenizer, vocab_size: int, resumed: Resumed | None
 ) -> RunData:
-    """Read and tokenize all of it, on this rank alone.
+    """Read and tokenize all of it. Every rank calls this.
 
     Raises:
         ValueError: a row that cannot be read, or whose ids are beyond ``vocab_size``, that of the model.
     """
-    train, evaluation = _datasets(config, tokenizer)
-    prompts = _prompts(config, tokenizer)
-    _check_vocabulary(vocab_size, train, evaluation, prompts)
     accumulation, note = kept_accumulation(config, world.size, resumed)
     batches = replace(config, gradient_accumulation_steps=accumulation)
+    train, evaluation = load_datasets(batches, tokenizer, world)
+    prompts = _prompts(config, tokenizer)
+    _check_vocabulary(vocab_size, train, evaluation, prompts)
     loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
     return RunData(train, evaluation, prompts, loader, note)
-
-
-def _datasets(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Mixture, Dataset | None]:
-    def load(source: str, split: str) -> Dataset:
-        return load_examples(
-            source,
-            tokenizer,
-            format=config.dataset_format,
-            max_length=config.max_length,
-            overlong=config.overlong,
-            train_on=config.train_on,
-            one_example_per_answer=config.one_example_per_answer,
-            split=split,
-        )
-
-    parts = {dataset: load(dataset, config.dataset_split) for dataset in config.datasets}
-    train_data = Mixture(parts, config.dataset_weights or None)
-    if config.eval_dataset:
-        return train_data, load(config.eval_dataset, eval_dataset_split(config))
-    if config.eval_split:
-        return train_data.split(config.eval_split, config.seed)
-    return train_data, None
-
-
-def eval_dataset_split(config: TrainConfig) -> str:
-    """Of the dataset that is for evaluation alone."""
-    return config.eval_dataset_split or config.dataset_split
 
 
 def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
@@ -83,8 +58,9 @@ def _check_vocabulary(
     vocab_size: int, train_data: Mixture, eval_data: Dataset | None, prompts: Sequence[Prompt]
 ) -> None:
     """An id beyond the embedding would stop a GPU with no word of the row at fault."""
-    examples = train_data.examples + (eval_data.examples if eval_data else [])
-    largest = max(max(int(example.ids.max()) for example in examples), *(max(prompt.ids) for prompt in prompts), 0)
+    read = [train_data.examples, eval_data.examples if eval_data else []]
+    in_rows = (int(facts_of(examples)["largest"].max(initial=0)) for examples in read)
+    largest = max(*in_rows, *(max(prompt.ids) for prompt in prompts))
     if largest >= vocab_size:
         raise ValueError(
             f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "

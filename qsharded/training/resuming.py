@@ -84,7 +84,8 @@ class Made:
         Raises:
             ValueError: ranks have read other rows, or ``resumed`` was made from something else; what differs is said.
         """
-        rows = self._rows(resumed.progress.data.get("run") if resumed else None)
+        before = resumed.progress.data if resumed else None
+        rows = RowsFingerprint.like(self.data.examples, self.tokenizer.files, before)
         _refuse_other_rows_by_rank(rows, world)
         return found_by_main(world, lambda: self._progress(rows, world, resumed))
 
@@ -93,9 +94,6 @@ class Made:
         if self.config.random_init:
             return BaseIdentity.of_random(self.checkpoint, self.config.seed, world.device)
         return BaseIdentity.of(self.checkpoint)
-
-    def _rows(self, run: int | None) -> RowsFingerprint:
-        return RowsFingerprint.of(self.data.examples, self.tokenizer.files, run)
 
     def _progress(self, rows: RowsFingerprint, world: World, resumed: Resumed | None) -> tuple[Progress, list[str]]:
         now = Progress(settings=self._settings(world), data=rows.to_json(), base=self.base(world).to_json())
@@ -157,6 +155,9 @@ def _refuse_other_rows(then: Progress, now: Progress, folder: Path) -> None:
 
 def _reason(then: Mapping[str, Any], now: Mapping[str, Any], files: Sequence[str]) -> str:
     """What most likely made the rows others."""
+    if now["streaming"] and then.get("max_steps") != now["max_steps"]:
+        steps = f"--max-steps was {then.get('max_steps')}, is {now['max_steps']}"
+        return f"{steps}, which says how many rows --streaming reads"
     options = [f"{_flag(n)} was {then[n]}, is {now[n]}" for n in options_of("rows") if then.get(n, now[n]) != now[n]]
     if options:
         return ", ".join(options)

@@ -16,7 +16,7 @@ from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
-from qsharded.data.sources import find_files
+from qsharded.data.row_source import files_of
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.fsdp import World, mesh_of
 from qsharded.distributed.layout import (
@@ -32,13 +32,14 @@ from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
-from qsharded.training.datasets import RunData, eval_dataset_split, eval_loader, read_data
+from qsharded.training.datasets import RunData, eval_loader, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.training.run_record import write_record
 from qsharded.training.stopping import Stopping
+from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils import heartbeat
 from qsharded.utils.checkpointing_modes import Checkpointing
@@ -163,14 +164,15 @@ def _setup(
 @heartbeat.working_outside("downloading, or looking for, model and datasets")
 def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
-    refuse_overlaps([(dataset, find_files(dataset, config.dataset_split)) for dataset in config.datasets])
+    split, streaming = config.dataset_split, config.streaming
+    refuse_overlaps([(dataset, files_of(dataset, split, streaming=streaming)) for dataset in config.datasets])
     sources = [
         (config.eval_dataset, eval_dataset_split(config)),
         (config.exact_match_dataset, "train"),
     ]
     for source, split in sources:
         if source is not None:
-            find_files(source, split)
+            files_of(source, split)
     return find_checkpoint(config.model, config.revision, weights=not config.random_init)
 
 

@@ -302,6 +302,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "lora_alpha_pattern": {"x": 1e-30},
         "revision": "r",
         "adapter": "a",
+        "data_cache": "c",
         "eval_dataset": "e",
         "eval_dataset_split": "s",
         "exact_match_dataset": "x",

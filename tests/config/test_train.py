@@ -21,6 +21,7 @@ def config(**values: Any) -> TrainConfig:
         ({"learning_rate": 0}, "--learning-rate must be above 0, got 0"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, got -1.0"),
         ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
+        ({"streaming": True}, "--streaming reads as many rows as --max-steps takes: give --max-steps"),
         (
             {"one_example_per_answer": True, "train_on": "all"},
             "--one-example-per-answer learns the answers: it does not go with --train-on all",

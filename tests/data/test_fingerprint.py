@@ -1,5 +1,6 @@
 """Fingerprints of training rows tell equal rows from others, and say where the first other one is."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,20 @@ def test_fewer_and_more_rows_are_counted() -> None:
     assert difference(rows(12)[:9], rows(12)) == "12 rows, there were 9; those in both are the same"
     found = difference(rows(12), rows(12)[1:])
     assert found == "11 rows, there were 12; the first whose ids differ is row 1"
+
+
+def test_checkpoints_of_before_are_compared_as_they_were_written() -> None:
+    """They name no version; their hashes are of all that the rows hold."""
+    then, now = rows(12), rows(12)
+    before = RowsFingerprint.of(then, [], version=1).to_json()
+    assert (
+        before["ids"][0] == hashlib.sha256(bytes([4 * len(then[0])] + [0] * 7) + then[0].ids.tobytes()).hexdigest()[:16]
+    )
+    del before["version"]
+    now[6] = other_id(now[6])
+    found = RowsFingerprint.from_json(before).difference(RowsFingerprint.like(now, [], before))
+    assert found == "the first whose ids differ is row 7"
+    assert RowsFingerprint.like(then, [], before).ids == before["ids"]
 
 
 def test_order_and_borders_of_rows_count() -> None:

@@ -255,3 +255,13 @@ def test_a_told_format_and_split_are_used(tmp_path, tokenizer):
     (tmp_path / "val.jsonl").rename(tmp_path / "data" / "val.jsonl")
     (example,) = load_examples(tmp_path / "data", tokenizer, format="text", max_length=64, split="validation").examples
     assert trained_text(tokenizer, example) == "fox</s>"
+
+
+def test_too_long_conversations_are_left_out_before_their_turns_are_looked_for(tmp_path, monkeypatch):
+    source = "{% for m in messages %}{{ m.content | reverse if not loop.last }}</s>{% endfor %}"
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=source))
+    unclear = {"messages": chat("a", "the dog " * 40, "b", "dog " * 40)}
+    dataset = load(tmp_path, tokenizer, unclear, {"text": "fox"}, max_length=16)
+    assert (len(dataset.examples), dataset.dropped) == (1, 1)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 1 of the assistant .* is left out"):
+        load(tmp_path, tokenizer, unclear, {"text": "fox"}, max_length=16, overlong="truncate")

@@ -7,7 +7,7 @@ from itertools import accumulate, islice, pairwise
 import pytest
 
 from qsharded.data import Cursor, Dataset, Example, Mixture, StepLoader
-from qsharded.data.examples import split_examples
+from qsharded.data.held_out import split_examples
 
 
 def row(number: int) -> Example:

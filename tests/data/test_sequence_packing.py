@@ -2,7 +2,11 @@ import random
 
 import pytest
 
-from qsharded.data.sequence_packing import pack
+from qsharded.data import sequence_packing
+
+
+def pack(lengths, capacity):
+    return [row.tolist() for row in sequence_packing.pack(lengths, capacity)]
 
 
 def lengths_like_a_chat_dataset(rng, count, capacity):

@@ -55,9 +55,9 @@ def test_a_folder_is_searched_in_depth_without_metadata_or_hidden_files(tmp_path
 
 
 def test_other_file_types_are_refused(tmp_path):
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"a\.csv must end in one of \.jsonl"):
-        find_files(tmp_path / "a.csv", "train")
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"a\.txt must end in one of \.jsonl"):
+        find_files(tmp_path / "a.txt", "train")
 
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "/no/such/file.jsonl", "../there", "data/mistyped.jsonl", "data"])

@@ -54,10 +54,14 @@ def test_a_tokenizer_without_bos_adds_none(tmp_path):
 def test_starts_are_the_tokens_own(tmp_path, kind):
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path, kind))
     text = "the dog :  é<s> x\n\n  y"
-    ((ids, starts),) = tokenizer.encode_with_starts([text])
+    (encoded,) = tokenizer.encode_all([text])
+    ids, starts = encoded.ids, [encoded.start(number) for number in range(len(encoded))]
+    assert [encoded.first_from(at) for at in range(len(text) + 2)] == [
+        sum(start < at for start in starts) for at in range(len(text) + 2)
+    ]
+    assert starts == [start for start, _ in tokenizer._backend.encode(text, add_special_tokens=False).offsets]
     assert ids == tokenizer.encode(text)
-    ends = [*starts[1:].tolist(), len(text)]
-    for token, start, end in zip(ids, starts.tolist(), ends, strict=True):
+    for token, start, end in zip(ids, starts, [*starts[1:], len(text)], strict=True):
         if start < end and text[start:end].isascii():  # not the bytes of one letter, which share its start
             assert tokenizer.decode([token]) == text[start:end] or kind == "metaspace"
             assert tokenizer.decode([token]).strip() == text[start:end].strip()

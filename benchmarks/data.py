@@ -1,0 +1,260 @@
+"""Data at scale: how long tokenizing takes against a plain pool, a second start, memory of a rank, finding turns.
+
+    python -m benchmarks.data --folder DIR [--rows 1000000] [--minutes 7] [--record FILE]
+
+Conversations of made-up words are written into ten files, with a tokenizer that is trained on some of them and Qwen3's
+template; all stays in --folder. Then pieces of two are timed in turn, since other work on the machine comes and goes:
+a plain pool, of a process for each core, that reads the rows, runs the template and the tokenizer over them and gives
+back the ids; and a first start, which fills the cache. Its processes are killed at the end of a piece, and the next one
+goes on; what they had not noted counts as time. After --minutes the command leaves, and goes on when it is called
+again. The exit status is 1 where a figure is not what it must be.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from itertools import accumulate, islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from benchmarks.record import command, environment, write
+from qsharded.data import Tokenizer
+from tests.data.published import QWEN3
+
+FILES, SMALL = 10, 1000
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 16_000
+PIECE_S, POOL_ROWS = 60.0, 25_000
+MUST = {
+    "first start / plain pool": 1.2,
+    "second start, s": 3.0,
+    "second start with packing, s": 3.0,
+    "memory above 1,000 rows, MB": 400.0,
+    "100 turns, ms": 40.0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which the command leaves, to be called again")
+    parser.add_argument("--record", type=Path)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    ends = time.monotonic() + 60 * arguments.minutes
+    prepare(folder, arguments.rows)
+    pieces = Pieces(folder / "state.json")
+    while not pieces.filled and time.monotonic() + 2 * PIECE_S < ends:
+        pieces.add_pool(folder)
+        pieces.add_fill(folder, ends)
+        print(json.dumps(pieces.state), flush=True)
+    if not pieces.filled:
+        print("not done yet: call the same command again")
+        return
+    found = pieces.figures(arguments.rows) | starts(folder) | {"100 turns, ms": turn_finding(folder)}
+    print(json.dumps(found, indent=1))
+    missed = misses(found)
+    if arguments.record:
+        record = {"command": command("benchmarks.data"), "rows": arguments.rows, "must": MUST, "figures": found}
+        write(arguments.record, environment() | record | {"missed": missed})
+    sys.exit(bool(missed))
+
+
+def misses(found: dict[str, float]) -> list[str]:
+    """The figures that are above what they must be."""
+    return [name for name, most in MUST.items() if found[name] > most]
+
+
+def prepare(folder: Path, rows: int) -> None:
+    """Rows, a thousand rows, and a tokenizer; nothing where they are there."""
+    if (folder / "model").is_dir():
+        return
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    for number in range(FILES):
+        write_rows(folder / "rows" / f"{number}.jsonl", rows // FILES, seed=number)
+    write_rows(folder / "small.jsonl", SMALL, seed=FILES)
+    write_tokenizer(folder)
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """Conversations of one to four turns and some 340 tokens, of words that come as often as words do (Zipf)."""
+    random = Random(seed)
+    sentences = made_up_sentences()
+    with path.open("w") as file:
+        for _ in range(count):
+            said = [
+                " ".join(random.choices(sentences, k=random.randint(1, 7))) for _ in range(2 * random.randint(1, 4))
+            ]
+            messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+@cache
+def made_up_sentences() -> list[str]:
+    """Of words of one to four syllables."""
+    random = Random("words")
+    syllables = [a + b for a in "bcdfghklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ou")]
+    words = sorted({"".join(random.choices(syllables, k=random.randint(1, 4))) for _ in range(30_000)})
+    weights = [*accumulate(1 / (rank + 3) for rank in range(len(words)))]
+    random.shuffle(words)
+    return [" ".join(random.choices(words, cum_weights=weights, k=random.randint(4, 20))) + "." for _ in range(50_000)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE, trained on the small file."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    tokenizer.train_from_iterator((text for text in islice(_contents(folder / "small.jsonl"), 4000)), trainer)
+    (folder / "model").mkdir()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    settings = {"eos_token": SPECIAL[-1], "chat_template": QWEN3}
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _contents(path: Path) -> Iterator[str]:
+    for line in path.open():
+        yield from (message["content"] for message in json.loads(line)["messages"])
+
+
+class Pieces:
+    """Times of the pieces so far, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.state: dict[str, Any] = {"pool": [], "fill": [], "filled": False}
+        if path.exists():
+            self.state = json.loads(path.read_text())
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.state["filled"])
+
+    def add_pool(self, folder: Path) -> None:
+        """Time the plain pool on the next rows, of the files in turn."""
+        done = len(self.state["pool"])
+        path = folder / "rows" / f"{done % FILES}.jsonl"
+        seconds, rows, tokens = plain_pool(folder / "model", path, POOL_ROWS)
+        self.state["pool"].append({"seconds": round(seconds, 2), "rows": rows, "tokens": tokens})
+        self._save()
+
+    def add_fill(self, folder: Path, ends: float) -> None:
+        """Time a piece of the first start; the last goes on to the end, if that is in time."""
+        words = [sys.executable, "-m", "benchmarks.data_rank", str(folder), "fill"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE)
+        assert process.stdout is not None, "it was asked for"
+        process.stdout.readline()  # its imports are done
+        start = time.monotonic()
+        try:
+            process.wait(min(PIECE_S, ends - start))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        self.state["filled"] = process.wait() == 0
+        self.state["fill"].append(round(time.monotonic() - start, 2))
+        self._save()
+
+    def figures(self, rows: int) -> dict[str, float]:
+        """Seconds of each for all rows, and their ratio."""
+        seconds, done, tokens = (
+            sum(piece[name] for piece in self.state["pool"]) for name in ("seconds", "rows", "tokens")
+        )
+        pool, fill = seconds / done * rows, sum(self.state["fill"])
+        return {
+            "tokens a row": round(tokens / done, 1),
+            "rows of the plain pool": done,
+            "plain pool, s": round(pool, 1),
+            "first start, s": round(fill, 1),
+            "first start / plain pool": round(fill / pool, 3),
+        }
+
+    def _save(self) -> None:
+        self._path.write_text(json.dumps(self.state))
+
+
+_pool_tokenizer: Tokenizer
+
+
+def _pool_begin(model: Path) -> None:
+    global _pool_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _pool_tokenizer = Tokenizer.from_folder(model)
+
+
+def _pool_work(lines: list[str]) -> list[list[int]]:
+    texts = [_pool_tokenizer.render(json.loads(line)["messages"]) for line in lines]
+    return [encoded.ids for encoded in _pool_tokenizer.encode_all(texts)]
+
+
+def plain_pool(model: Path, path: Path, most: int) -> tuple[float, int, int]:
+    """(seconds, rows, tokens) of up to ``most`` rows of a file, put through template and tokenizer."""
+    start = time.monotonic()
+    with (
+        path.open() as file,
+        multiprocessing.get_context("fork").Pool(initializer=_pool_begin, initargs=(model,)) as pool,
+    ):
+        lines = islice(file, most)
+        chunks = iter(lambda: list(islice(lines, 500)), [])
+        lengths = [len(ids) for chunk in pool.imap(_pool_work, chunks) for ids in chunk]
+    return time.monotonic() - start, len(lengths), sum(lengths)
+
+
+def starts(folder: Path) -> dict[str, float]:
+    """A second start with and without packing, and what a rank has in memory at most after so many batches."""
+    plain, packed, small = (rank(folder, *words) for words in (["start"], ["start", "packing"], ["start", "small"]))
+    return {
+        "second start, s": plain["seconds"],
+        "second start with packing, s": packed["seconds"],
+        "memory of a rank, MB": max(plain["mb"], packed["mb"]),
+        "memory above 1,000 rows, MB": round(max(plain["mb"], packed["mb"]) - small["mb"], 1),
+    }
+
+
+def rank(folder: Path, *words: str) -> dict[str, float]:
+    """The median of three processes by their seconds."""
+    found = []
+    for _ in range(3):
+        line = [sys.executable, "-m", "benchmarks.data_rank", str(folder), *words]
+        said = subprocess.run(line, check=True, stdout=subprocess.PIPE)
+        found.append(json.loads(said.stdout.splitlines()[-1]))
+    result: dict[str, float] = sorted(found, key=lambda one: one["seconds"])[1]
+    return result
+
+
+def turn_finding(folder: Path, turns: int = 100) -> float:
+    """Milliseconds to find the turns of a conversation that has as many, the median of several unlike ones, after the
+    first."""
+    from qsharded.data.formats import Conversation
+
+    tokenizer, times = Tokenizer.from_folder(folder / "model"), []
+    for number in range(8):
+        words = (f"some words about number {number * turns + turn}" for turn in range(2 * turns))
+        messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]
+        chat = Conversation(messages, [message["role"] == "assistant" for message in messages])
+        text = tokenizer.render(messages)
+        start = time.perf_counter()
+        assert len(tokenizer.assistant_spans(chat, text)) == turns
+        times.append(1000 * (time.perf_counter() - start))
+    return round(max(times[0], sorted(times)[len(times) // 2]), 2)
+
+
+def peak_mb() -> float:
+    """What this process had in memory at most, in MB of 10^6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from qsharded.data.examples import Example
 from qsharded.data.facts import group_starts, groups_among, lengths_of, trained_of
 from qsharded.data.ragged import Numbers, Ragged
 from qsharded.data.sequence_packing import pack
+from qsharded.data.shuffling import shuffled
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,12 @@ class StepLoader:
         random = Random(f"rows {self.seed} {epoch}")
         groups = self._groups() if self.draw is None else _alone(np.asarray(self.draw(epoch), np.int64))
         if self.shuffle:
-            groups = groups.taken(_shuffled(len(groups), random))
+            groups = groups.taken(shuffled(len(groups), random))
         if not self.packing:
             return groups
         rows = pack(groups.sums(lengths_of(self.examples)), self.max_length)
         if self.shuffle:
-            rows = rows.taken(_shuffled(len(rows), random))  # packed ones come by the length of their first document
+            rows = rows.taken(shuffled(len(rows), random))  # packed ones come by the length of their first document
         return rows.replaced(groups)
 
     def _groups(self) -> Ragged:
@@ -184,9 +185,3 @@ class StepLoader:
 
 def _alone(numbers: Numbers) -> Ragged:
     return Ragged(numbers, np.arange(len(numbers) + 1))
-
-
-def _shuffled(count: int, random: Random) -> list[int]:
-    order = list(range(count))
-    random.shuffle(order)
-    return order

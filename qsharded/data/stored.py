@@ -21,8 +21,9 @@ _TOKEN = np.dtype("<i4")
 TOKEN_BYTES = _TOKEN.itemsize
 _TRAINED = np.int32(np.iinfo(np.int32).min)  # the sign bit
 # Pages that were read count as this process's memory while they are mapped: they are let go after so many bytes. What
-# the file system caches of them stays, for all ranks.
+# the file system caches of them stays, for all ranks. A read maps the pages around its own too, as far as Linux does.
 _MAPPED_BYTES = 64 << 20
+_AROUND_BYTES = 64 << 10
 
 
 def packed(examples: Sequence[Example]) -> tuple[bytes, bytes]:
@@ -94,7 +95,7 @@ class StoredExamples(ExamplesView):
         return Example(tokens & ~_TRAINED, tokens < 0)
 
     def _let_go(self, read: int) -> None:
-        self._mapped += max(read, mmap.PAGESIZE)
+        self._mapped += read + _AROUND_BYTES
         if self._mapped > _MAPPED_BYTES and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._mapped = 0

@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -276,7 +275,7 @@ def rank(folder: Path, *words: str) -> dict[str, float]:
 
 
 def turn_finding(folder: Path, turns: int = 100) -> float:
-    """Milliseconds of CPU time to find the turns of a conversation of so many: the first, or the median if that is more."""
+    """Milliseconds of CPU time to find the turns of a conversation of so many: of the first, or the median if more."""
     from qsharded.data.formats import Conversation
 
     tokenizer, times = Tokenizer.from_folder(folder / "model"), []
@@ -293,7 +292,9 @@ def turn_finding(folder: Path, turns: int = 100) -> float:
 
 def peak_mb() -> float:
     """What this process had in memory at most, in MB of 10^6 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    # not what getrusage says, which holds for the process that started this one too
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

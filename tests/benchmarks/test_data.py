@@ -1,0 +1,56 @@
+"""The data benchmark's own logic, on a few rows and without looking at a clock."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import data
+from qsharded.data import Tokenizer
+from qsharded.data.cache import DataCache
+from qsharded.data.load import Reading
+from qsharded.data.row_source import Files
+from qsharded.data.sources import find_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(data, "SMALL", 20)
+    monkeypatch.setattr(data, "VOCABULARY", 400)
+    data.prepare(tmp_path, 30)
+    return tmp_path
+
+
+def test_the_pool_gives_the_ids_that_the_cache_holds(folder: Path) -> None:
+    path = folder / "rows" / "3.jsonl"
+    _, rows, tokens = data.plain_pool(folder / "model", path, 2)
+    assert rows == 2
+    tokenizer = Tokenizer.from_folder(folder / "model")
+    stored = DataCache(folder / "cache", tokenizer, Reading(max_length=10**6), shows_progress=False)
+    assert tokens == sum(len(example) for example in stored.dataset("rows", Files([path])).examples[:2])
+
+
+def test_a_cache_of_what_is_there_over_and_over(folder: Path) -> None:
+    stored = DataCache(folder / "cache", Tokenizer.from_folder(folder / "model"), Reading(max_length=2048))
+    rows = Files(find_files(folder / "rows", "train"))
+    ids = [example.ids.tolist() for example in stored.dataset("rows", rows).examples]
+    kept = stored.folder / stored._key(rows)
+    kept.rename(kept.with_suffix(".part"))
+    with data.copied_up_to(folder, 2 * len(ids) + 1):
+        assert [example.ids.tolist() for example in stored.dataset("rows", rows).examples] == 3 * ids
+    assert not kept.exists()
+    assert data.cached(folder) == kept.with_suffix(".part")
+
+
+def test_figures_and_what_they_miss(tmp_path: Path) -> None:
+    pool = [{"seconds": 1.5, "rows": 100, "tokens": 3000}, {"seconds": 0.5, "rows": 100, "tokens": 3000}]
+    (tmp_path / "state.json").write_text(json.dumps({"pool": pool, "fill": [2.0, 1.0], "rows": 250}))
+    pieces = data.Pieces(tmp_path / "state.json")
+    assert (pieces.filled(250), pieces.filled(251)) == (True, False)
+    found = pieces.figures()
+    assert (found["tokens a row"], found["first start / plain pool"]) == (30, 1.2)
+    others = dict.fromkeys(data.MUST, 3.0)
+    assert data.misses(others | found) == []
+    assert data.misses(others | {"second start, s": 3.1, "100 turns, ms": 41}) == [
+        *("first start / plain pool", "second start, s", "100 turns, ms")
+    ]

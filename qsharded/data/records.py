@@ -53,11 +53,11 @@ def check_not_empty(path: Path) -> None:
         raise ValueError(f"{path}: the file is empty: it was not written, or not downloaded, to its end")
 
 
-def json_lines(path: Path, start: int = 0, end: int | None = None, number: int = 1) -> Rows:
-    """The rows of a file of JSON Lines, or of its bytes from ``start`` to ``end``, which begin with line ``number``."""
+def json_lines(path: Path, start: int = 0, end: int | None = None, first: int = 1) -> Rows:
+    """The rows of a file of JSON Lines, or of its bytes from ``start`` to ``end``, which begin with line ``first``."""
     with path.open("rb") as lines:
         lines.seek(start)
-        for number, line in numbered_lines(lines, number):
+        for number, line in numbered_lines(lines, first):
             if line.strip():
                 yield _row(f"{path}:{number}", _parsed(line, f"{path}:{number}"))
             if end is not None and lines.tell() >= end:

@@ -13,8 +13,8 @@ _TOO_DEEP = f"not readable: lists and objects in each other, over {_DEEPEST} lev
 
 
 def numbered_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file from where it is, with their numbers, the first being ``number``. Of one that is too long the beginning comes, longer than
-    ``LONGEST``, for :func:`parse_line` to refuse: it is never in memory as a whole."""
+    """The lines of a file from where it is, with their numbers, the first of them ``number``. Of one that is too long
+    the beginning comes, longer than ``LONGEST``, for :func:`parse_line` to refuse: it is never in memory as a whole."""
     while line := file.readline(LONGEST + 1):
         yield number, line
         number += 1

@@ -22,7 +22,7 @@ def read_settings(config: Values) -> Settings:
     if config.get("model_type") in WRAPPERS:
         return _of_text_part(config)
     family = _family(config)
-    values = {**_COMMON, **family.defaults, **config}
+    values = {**_COMMON, **family.defaults, **_without_own_code(config, family)}
     check_keys(values, {*_COMMON, *family.defaults, *family.dropouts}, family.neutral)
     _say_dropouts(values, family)
     heads = values["num_attention_heads"]
@@ -57,13 +57,20 @@ def _family(config: Values) -> Family:
         supported = ", ".join([*FAMILIES, *WRAPPERS])
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {supported}")
     family = FAMILIES[model_type]
-    _check_architecture(config, family.architecture)
+    _check_architecture(config, family.architecture, *family.also)
     return family
 
 
-def _check_architecture(config: Values, architecture: str) -> None:
+def _without_own_code(config: Values, family: Family) -> Values:
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "")
+    if not family.own_code or not code.startswith(f"{family.own_code}."):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"}
+
+
+def _check_architecture(config: Values, architecture: str, *also: str) -> None:
     architectures = config.get("architectures") or [architecture]
-    if architecture not in architectures:
+    if not {architecture, *also}.intersection(architectures):
         raise ValueError(
             f"architectures {architectures!r} is not supported; a {config['model_type']} checkpoint must be a "
             f"{architecture}"

@@ -20,8 +20,8 @@ tensor's largest value in fp32, on the same packed weights.
 """
 _TAIL = """
 A layer that is fused is one autograd node in training ([architecture.md](architecture.md)); the others run as they
-are written, with PyTorch's autograd and the same checkpointing modes. Phi-3 and 4 are fused unless a part of each head
-alone is rotated (Phi-4-mini); Ministral 3 is, in rows up to its original context.
+are written, with PyTorch's autograd and the same checkpointing modes. Ministral 3 is fused in rows up to its original
+context.
 
 Of a multimodal model the text part is trained: a line says so, rows that hold images are refused, and `merge` carries
 the other parts' tensors through unchanged. PEFT reads the adapter on the whole model.

@@ -36,12 +36,16 @@ _SHAPE: dict[str, Any] = {
 }
 
 
+def described_by(model_type: str, **config: Any) -> dict[str, Any]:
+    """A tiny one's config.json."""
+    of_its_own = ARCHITECTURES[model_type].config if model_type in ARCHITECTURES else {}
+    return {"model_type": model_type, **_SHAPE, **of_its_own, **config}
+
+
 def write_architecture(folder: Path, model_type: str, **config: Any) -> Path:
     """A checkpoint as transformers writes it, in fp32."""
-    of_its_own = ARCHITECTURES[model_type].config if model_type in ARCHITECTURES else {}
-    described = {**_SHAPE, **of_its_own, **config}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **described)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described_by(model_type, **config))).float()
     for parameter in model.parameters():  # norms, biases and sinks are not to be ones and zeros
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)

@@ -20,7 +20,7 @@ from qsharded.distributed.agreement import groups_of, refused_by_all
 from qsharded.distributed.layout import SHARDED, Layout
 from qsharded.distributed.placement import parallelize
 from qsharded.lora.config import LoRAConfig
-from qsharded.lora.layer import add_lora, reset_adapters
+from qsharded.lora.layer import add_lora, lora_layers, reset_adapters
 from qsharded.models import CausalLM
 from qsharded.models.choice import AnyConfig, ModelCode, build_model, read_config
 from qsharded.models.parts import head_of, part_names
@@ -122,7 +122,9 @@ class Outline:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
         config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, storage_format)
-        return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
+        model = skeleton(config, lora, dtype, packed)
+        stacked.warn_of_adapters_beside(source, [name for name, _ in lora_layers(model)])
+        return cls(model, dtype, source, packed)
 
     def filled(
         self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Checkpointing, seed: int

@@ -3,7 +3,8 @@
 Axes: E experts, R rows of one, which come in equal parts from one tensor or from several behind each other, D columns.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -11,6 +12,20 @@ from qsharded.checkpoint import fill
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.utils.sharding import local, own_rows
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_adapters_beside(source: SafetensorsFolder, adapted: Iterable[str]) -> None:
+    """Say that PEFT will not read adapters on layers that have an expert's name: it takes them for the experts'."""
+    parts = {part.split(".")[-2] for experts in source.stacked.values() for part in experts[0]}
+    shared = sorted(parts & {name.rpartition(".")[2] for name in adapted})
+    if shared:
+        logger.warning(
+            "adapters on %s: PEFT takes these for the experts', which are stored under the same names, and so does not "
+            "read this adapter; for use there, name other layers in --lora-target-modules",
+            ", ".join(shared),
+        )
 
 
 def is_stacked(source: WeightSource, name: str) -> bool:

@@ -29,6 +29,7 @@ from tests.models.architectures import (
     computed_by,
     documents,
     gradients,
+    lora_of,
     packed_weights,
     write_architecture,
     write_random_adapter,
@@ -214,3 +215,11 @@ def test_inspect_knows_the_tensors_of_such_a_model(tmp_path: Path) -> None:
     weights[name] = weights[name][:-1].contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert inspect_path(folder).problems == [f"{name} is [127, 64], config.json asks for [128, 64]"]
+
+
+def test_adapters_that_peft_takes_for_experts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_architecture(tmp_path, "glm4_moe")
+    load_model(folder, dtype=torch.float32, lora=lora_of("glm4_moe"))
+    assert "PEFT" not in caplog.text
+    load_model(folder, dtype=torch.float32, lora=LORA)
+    assert "adapters on down_proj, gate_proj, up_proj: PEFT takes these for the experts'" in caplog.text

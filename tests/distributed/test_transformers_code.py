@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qsharded import train
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
+from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.report import inspect_path
 from qsharded.merge import MergeConfig
 from qsharded.merge import run as merge
@@ -223,3 +224,12 @@ def test_adapters_that_peft_takes_for_experts_are_told(tmp_path: Path, caplog: p
     assert "PEFT" not in caplog.text
     load_model(folder, dtype=torch.float32, lora=LORA)
     assert "adapters on down_proj, gate_proj, up_proj: PEFT takes these for the experts'" in caplog.text
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "mixtral"])
+def test_a_packed_checkpoint_is_the_one_it_was_packed_from(tmp_path: Path, model_type: str) -> None:
+    folder, packed = write_architecture(tmp_path, model_type), tmp_path / "packed"
+    packed.mkdir()
+    quantize_checkpoint(folder, packed, "qsharded", torch.device("cpu"))
+    expected, found = (load_model(path, dtype=torch.float32).eval()(IDS % 61) for path in (folder, packed))
+    assert torch.equal(found, expected)

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
@@ -64,6 +62,10 @@ class GenerateConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
+    )
+
+    model_code: Literal["auto", "native", "transformers"] = _model(
+        "Whose code computes the model: as in qsharded.train.", "auto"
     )
 
     prompt: tuple[str, ...] = _prompt(
@@ -122,7 +124,7 @@ def run(config: GenerateConfig, world: World) -> None:
     eos_ids = _eos_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]
     with mismatch_explained(config.model, adapter):
-        model = _load(checkpoint, adapter, compute_dtype(config.dtype, world.device), world)
+        model = _load(config, checkpoint, adapter, world)
     _check_vocabulary(ids, model, tokenizer)
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         if len(prompts) > 1 and world.is_main:
@@ -156,10 +158,13 @@ def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
 
 
-def _load(checkpoint: Path, adapter: Path | None, dtype: torch.dtype, world: World) -> CausalLM:
+def _load(config: GenerateConfig, checkpoint: Path, adapter: Path | None, world: World) -> CausalLM:
+    dtype = compute_dtype(config.dtype, world.device)
     # Adapters in the activations' dtype: training casts its masters to it in every forward.
     lora = read_lora_config(adapter, dtype) if adapter else None
-    model = load_model(checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device)
+    model = load_model(
+        checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device, model_code=config.model_code
+    )
     if adapter:
         load_adapter(model, adapter)
     return model

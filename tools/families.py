@@ -12,10 +12,10 @@ _IN_README = re.compile(r"(<!-- families, by tools/families.py -->).*?(<!-- end 
 _HEAD = """# Models
 
 Decoders of these families are computed natively, from safetensors in a folder or on the Hub, in the spellings of
-config.json that transformers 4 and 5 write. Anything else is refused by name, and so is a key of config.json that is
-not known. Each family and spelling is held to transformers and PEFT in `tests/models/test_families.py`, and sharded
-over two ranks in `tests/distributed/test_families.py`: logits, loss and the adapters' gradients within 1e-5 of each
-tensor's largest value in fp32, on the same packed weights.
+config.json that transformers 4 and 5 write; a key of config.json that is not known is refused by name. What is no such
+family runs [through transformers' code](#through-transformers-code). Each family and spelling is held to transformers
+and PEFT in `tests/models/test_families.py`, and sharded over two ranks in `tests/distributed/test_families.py`: logits,
+loss and the adapters' gradients within 1e-5 of each tensor's largest value in fp32, on the same packed weights.
 
 """
 _TAIL = """

@@ -27,9 +27,11 @@ from qsharded.checkpoint.adapter import (
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
-from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
+from qsharded.checkpoint.stacked import shapes_in_files
+from qsharded.checkpoint.tied_embeddings import described_as, open_tied, tied_names
 from qsharded.lora.layer import LoRALayer, lora_layers
-from qsharded.models import CausalLM, ModelConfig
+from qsharded.models import CausalLM
+from qsharded.models.choice import AnyConfig, read_config
 from qsharded.quant import formats, ops
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
@@ -71,43 +73,46 @@ def merge_weights(
             "again; give --model the 16-bit checkpoint it was made from"
         )
     quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
-    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    config, source = open_tied(checkpoint, read_config(described))
+    embedding, _ = tied_names(config)
     model = skeleton(config, read_lora_config(adapter), torch.float32, quant_format=quant_format)
-    source.check(expected_shapes(model))
+    source.check(shapes_in_files(source, expected_shapes(model)))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
         merge = _Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE)
         added = _untied(config, source, merge)
         for path in source.files():
             logger.info("merging %s", path.name)
-            copies = added if path == source.file_of(EMBEDDING) else {}
+            copies = added if path == source.file_of(embedding) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
-    if merge.changes(EMBEDDING):
+    if merge.changes(embedding):
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
 
 
-def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
+def _untied(config: AnyConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
     """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
     their names in the files."""
-    if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
+    embedding, head = tied_names(config)
+    if not (config.tie_word_embeddings and merge.changes(embedding)) or head in source.names():
         return {}
-    embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
+    embedding, head = source.name_in_files(embedding), source.name_in_files(head)
     return {embedding: head} if source.renamed else {head: embedding}
 
 
 def _changed_json(
-    checkpoint: Path, source: SafetensorsFolder, described: dict[str, Any], config: ModelConfig, added: dict[str, str]
+    checkpoint: Path, source: SafetensorsFolder, described: dict[str, Any], config: AnyConfig, added: dict[str, str]
 ) -> dict[str, Any]:
     changed, says = {}, described_as(described, config)
     if says != described:
         changed["config.json"] = says
     if added and (checkpoint / INDEX).exists():
         index = read_json(checkpoint / INDEX)
-        file = source.file_of(EMBEDDING).relative_to(checkpoint).as_posix()
+        embedding, _ = tied_names(config)
+        file = source.file_of(embedding).relative_to(checkpoint).as_posix()
         index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, file)}.items()))
         if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += source.nbytes(EMBEDDING)
+            index["metadata"]["total_size"] += source.nbytes(embedding)
         changed[INDEX] = index
     return changed
 
@@ -151,8 +156,9 @@ class _Merge:
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
-        if model.config.tie_word_embeddings and EMBEDDING in bases:
-            bases[HEAD] = bases[EMBEDDING]
+        embedding, head = tied_names(model.config)
+        if model.config.tie_word_embeddings and embedding in bases:
+            bases[head] = bases[embedding]
         held = set(file.keys())
         return cls(
             adapted=adapted,

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: where they are, and their safetensors read row by row."""
 
 import math
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -122,21 +122,29 @@ class SafetensorsFolder:
         is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
             they have in a model of text.
         has_others: what is not the decoder's is seen too: other parts, layers that predict further tokens.
+        called: name in the files -> name here, of all that are called otherwise by rule; ``renamed`` comes after it.
+        stacked: tensor of the model -> for each of its rows the tensors in the files that make it, behind each other.
+        ignored: names in the files of tensors that the model has no use for.
     """
 
     folder: Path
     renamed: tuple[str, str] | None = None
     is_wrapped: bool = False
     has_others: bool = False
+    called: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        stored = {name: of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
-        if self.is_wrapped:
-            stored = {text_name(name): of_one for name, of_one in stored.items()}
+        stored = {self.name_here(name): of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
+
+    def names_in_files(self) -> list[str]:
+        """What the files themselves call their tensors, ignored ones too."""
+        return sorted(self._in_files())
 
     def _in_files(self) -> dict[str, Stored]:
         if (self.folder / INDEX).exists():
@@ -179,19 +187,21 @@ class SafetensorsFolder:
 
     def name_here(self, stored: str) -> str:
         """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
-        return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
+        return text_name(stored) if self.is_wrapped and is_of_text(stored) else self.called.get(stored, stored)
 
     def name_in_files(self, name: str) -> str:
         """What the files call what is called ``name`` here, whether it is there or to be added."""
         if not self.is_wrapped:
-            return name
+            return next((stored for stored, here in self.called.items() if here == name), name)
         stored = next(filter(is_of_text, self._in_files()))
         prefixes = next((theirs, ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
         return prefixes[0] + name.removeprefix(prefixes[1])
 
     def all_parts(self) -> "SafetensorsFolder":
         """The folder with all tensors, by their names in the files."""
-        return replace(self, is_wrapped=False, has_others=True) if self.other_parts() else self
+        if not (self.other_parts() or self.called):
+            return self
+        return replace(self, is_wrapped=False, has_others=True, called={})
 
     def other_parts(self) -> list[str]:
         """The tensors that are not the decoder's, by their names in the files."""
@@ -200,7 +210,7 @@ class SafetensorsFolder:
     def _is_other(self, stored: str) -> bool:
         if self.has_others:
             return False
-        return stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
+        return stored in self.ignored or stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""

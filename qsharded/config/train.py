@@ -40,6 +40,11 @@ class TrainConfig:
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
     )
+    model_code: Literal["auto", "native", "transformers"] = _model(
+        "Whose code computes the model: native has the families of docs/models.md; transformers is that library, for "
+        "any of its causal language models; auto takes native where it has the family.",
+        "auto",
+    )
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
     adapter: str | None = _model(
         "PEFT adapter folder to go on training; its own configuration replaces the --lora options.",

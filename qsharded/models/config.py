@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from qsharded.models.config_schema import check_model_config
+from qsharded.models.parts import PartNames
 from qsharded.models.rope import RopeConfig
 from qsharded.utils.untrusted_json import named
 
@@ -64,6 +65,8 @@ class ModelConfig:
         linear, linear_layers: gated delta-net layers, and which layers are such in attention's place.
         wrapper: model_type of the multimodal model of which this is the text part, or "".
     """
+
+    parts: ClassVar[PartNames] = PartNames()
 
     vocab_size: int
     hidden_size: int

@@ -51,6 +51,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def changes_the_model(key: str) -> bool:
+    """Whether a key of config.json may change what is computed. How weights are stored does not."""
+    return key not in _HARMLESS and key != "quantization_config"
+
+
 def check_keys(values: Mapping[str, Any], read: Set[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
     """Of a decoder's config.json.
 

@@ -121,7 +121,7 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
     lora = lora_config(config, adapter)
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
-        outline = Outline.of(folder, lora, dtype, random_init=config.random_init)
+        outline = Outline.of(folder, lora, dtype, random_init=config.random_init, model_code=config.model_code)
     return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder))
 
 
@@ -131,6 +131,8 @@ def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalL
     checkpointing, chosen = _checkpointing(config, world, base.outline, base.lora)
     mesh = mesh_of(world, config.dp_replicate)
     model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=checkpointing, seed=config.seed)
+    if config.packing:
+        model.refuse_packing_that_leaks()
     if base.adapter:
         load_adapter(model, base.adapter)
     return model, (why, chosen)

@@ -318,6 +318,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "lr_scheduler_type": "constant",
         "optim": "adamw",
         "dtype": "float32",
+        "model_code": "transformers",
         "activation_checkpointing": "offloaded",
         "checkpointed_layers": 3,
         "profile": "3-4",

@@ -20,6 +20,7 @@ from qsharded.checkpoint.adapter import (
     copy_rows,
     load_adapter,
     open_weights,
+    other_base,
     own_base,
     read_lora_config,
     stored_name,
@@ -82,7 +83,7 @@ def merge_weights(
             logger.info("merging %s", path.name)
             copies = added if path == source.file_of(EMBEDDING) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
-    if merge.changes(EMBEDDING):
+    if EMBEDDING in merge.adapted:
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
 
@@ -90,7 +91,7 @@ def merge_weights(
 def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
     """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
     their names in the files."""
-    if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
+    if not (config.tie_word_embeddings and EMBEDDING in merge.adapted) or HEAD in source.names():
         return {}
     embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
     return {embedding: head} if source.renamed else {head: embedding}
@@ -151,9 +152,11 @@ class _Merge:
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
+        held = set(file.keys())
+        ends = {end: stored_name(model, end) for end in (EMBEDDING, HEAD) if end not in bases}
+        bases |= {end: name for end, name in ends.items() if name in held}
         if model.config.tie_word_embeddings and EMBEDDING in bases:
             bases[HEAD] = bases[EMBEDDING]
-        held = set(file.keys())
         return cls(
             adapted=adapted,
             replaced={name for name, p in model.named_parameters() if p.requires_grad and p not in updates},
@@ -186,6 +189,8 @@ class _Merge:
         base = stored
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
+            if not torch.equal(base.to(stored.dtype), stored):
+                logger.warning(other_base(self.brought[name], self.path))
         elif self.quant_format is not None and name in self.rounded:
             base = quantized_and_dequantized(stored, name, self.quant_format)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base

@@ -59,7 +59,9 @@ class GenerateConfig:
         unset="the base model that the adapter names, or the built-in one",
     )
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    adapter: str | None = _model(
+        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
+    )
     allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
@@ -115,7 +117,7 @@ def run(config: GenerateConfig, world: World) -> None:
     """
     prompts = _read_prompts(config.prompt, world)
     checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))

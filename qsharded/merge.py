@@ -46,7 +46,7 @@ class MergeConfig:
 
     prog: ClassVar[str] = "qsharded.merge"
 
-    adapter: str = _in("PEFT adapter folder.", metavar="PATH")
+    adapter: str = _in("PEFT adapter: a folder, or a Hub id.", metavar="PATH|ID")
     model: str = _in(
         "Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.",
         metavar="PATH|ID",

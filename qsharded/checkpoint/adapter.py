@@ -53,7 +53,7 @@ _READ = {
 STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-_RANK, _ALPHA = integer(1, 1 << 20), number(0, 1e9, or_equal=True)
+_RANK, _ALPHA, _LAYER = integer(1, 1 << 20), number(0, 1e9, or_equal=True), integer(0, 1 << 16)
 _REGEX = Kind("a list of names, or a regular expression", lambda value: text().holds(value) and _compiles(value))
 _NAMES = list_of(text(), 1 << 16)
 SCHEMA = {

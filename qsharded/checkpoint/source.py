@@ -16,7 +16,8 @@ from qsharded.utils import heartbeat
 from qsharded.utils.untrusted_json import map_of, read_json, require, shown, text
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
+DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]
+"""Patterns of the files that describe a model or an adapter, and its tokenizer."""
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
@@ -67,19 +68,32 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weig
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub ids, but {folder} is a folder")
         return folder
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
+    if not is_hub_id(str(path_or_id)):
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
+    return download(str(path_or_id), revision, [*DESCRIBING, "*.safetensors"] if weights else DESCRIBING)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form of a Hub repository's id, ``owner/name``."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def download(hub_id: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The folder with the files of a Hub repository that match ``wanted``, patterns of names.
+
+    Raises:
+        ValueError: the Hub's refusal.
+    """
     import huggingface_hub  # here: a local folder needs no Hub client
 
-    wanted = [*_DOWNLOADED, "*.safetensors"] if weights else _DOWNLOADED
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(path_or_id), revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED
+                hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=_NOT_DOWNLOADED
             )
         )
     except Exception as error:  # of HTTP, of the connection, of the id: its kinds change with the client's versions
-        raise ValueError(f"{path_or_id} is no local folder, and the Hub did not give it: {error}") from error
+        raise ValueError(f"{hub_id} is no local folder, and the Hub did not give it: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ class TrainConfig:
     )
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
     adapter: str | None = _model(
-        "PEFT adapter folder to go on training; its own configuration replaces the --lora options.",
+        "PEFT adapter to go on training, a folder or a Hub id; its own configuration replaces the --lora options.",
         None,
-        metavar="PATH",
+        metavar="PATH|ID",
         unset="a new adapter",
     )
     allow_other_base: bool = _model(

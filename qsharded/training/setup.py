@@ -118,7 +118,7 @@ class _Base:
 
 def _read_base(config: TrainConfig, world: World) -> _Base:
     folder = world.first_on_node(lambda: _downloaded(config))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     lora = lora_config(config, adapter)
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is

@@ -19,7 +19,7 @@ import torch
 
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.merge_adapter import Base, merge_weights
-from qsharded.checkpoint.source import find_checkpoint
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
 from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
@@ -32,8 +32,6 @@ _out = partial(option, group="What is written")
 
 _SINGLE = World.single_process(torch.device("cpu"))
 Format = Literal["safetensors", "gguf"]
-
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +101,20 @@ def run(config: MergeConfig) -> None:
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
-        copy_files([checkpoint / name for name in _MODEL_FILES if name not in changed], checkpoint, unfinished)
+        copied = [name for name in _files_beside(checkpoint) if name not in changed]
+        copy_files([checkpoint / name for name in copied], checkpoint, unfinished)
         for name, content in changed.items():
             write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)
+
+
+def _files_beside(checkpoint: Path) -> list[str]:
+    """What is copied beside the weights; not an index of other files than those that are read."""
+    index = [] if SafetensorsFolder(checkpoint).index is None else [INDEX]
+    return ["config.json", "generation_config.json", *index]
 
 
 def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:

@@ -103,8 +103,8 @@ def _changed_json(
     changed, says = {}, described_as(described, config)
     if says != described:
         changed["config.json"] = says
-    if added and (checkpoint / INDEX).exists():
-        index = read_json(checkpoint / INDEX)
+    if added and source.index is not None:
+        index = read_json(source.index)
         file = source.file_of(EMBEDDING).relative_to(checkpoint).as_posix()
         index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, file)}.items()))
         if "total_size" in index.get("metadata", {}):

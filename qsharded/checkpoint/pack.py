@@ -66,7 +66,7 @@ def quantize_checkpoint(
     writer = _Writer(source.all_parts(), layers, form, quant_format, device)
     names_of = writer.names_by_file([*map(source.name_in_files, expected_shapes(model)), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
-    if (checkpoint / INDEX).exists():
+    if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

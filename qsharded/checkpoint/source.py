@@ -23,6 +23,7 @@ _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weight
 # (An untied head is among the model's own tensors.)
 RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _INDEX = {"weight_map": map_of(text(1024), 1 << 20)}
+_PREFIX, _BARE_EMBEDDING = "model.", "embed_tokens.weight"
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -98,10 +99,12 @@ def download(hub_id: str, revision: str | None, wanted: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, its first byte there, its dtype (in safetensors' words) and its shape."""
+    """Where a tensor lies: its file, its first byte there, their number, its dtype (in safetensors' words) and its
+    shape."""
 
     path: Path
     first: int
+    nbytes: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -120,7 +123,13 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
     start = safetensors_header.data_start(size)
     return {
-        name: Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        name: Stored(
+            path,
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
+        )
         for name, entry in entries.items()
     }
 
@@ -132,7 +141,8 @@ class SafetensorsFolder:
     Bytes are read, not mapped: mapped pages would count as this process's memory.
 
     Attributes:
-        renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
+        renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise. Names that
+            lack ``model.``, as those of a model saved without its head, get it without being told.
         is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
             they have in a model of text.
         has_others: what is not the decoder's is seen too: other parts, layers that predict further tokens.
@@ -145,20 +155,48 @@ class SafetensorsFolder:
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        stored = {name: of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
-        if self.is_wrapped:
-            stored = {text_name(name): of_one for name, of_one in stored.items()}
+        ours = (name for name in self._in_files if not self._is_other(name))
+        stored = {self.name_here(name): self._in_files[name] for name in ours}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
 
+    @cached_property
+    def _is_bare(self) -> bool:
+        return not self.is_wrapped and is_bare(self._in_files)
+
+    @cached_property
+    def index(self) -> Path | None:
+        """The index of the files that are read; None: they are one file, whatever index may lie beside it."""
+        single = self.folder / _SINGLE
+        return None if single.exists() or not (self.folder / INDEX).exists() else self.folder / INDEX
+
+    @cached_property
     def _in_files(self) -> dict[str, Stored]:
-        if (self.folder / INDEX).exists():
+        if self.index is not None:
             return self._read_index()
         path = self.folder / _SINGLE
         if not path.exists():
             raise ValueError(f"{self.folder} holds neither {_SINGLE} nor {INDEX}")
-        return read_header(_refuse_foreign(path, self.folder))
+        stored = read_header(_refuse_foreign(path, self.folder))
+        self._refuse_other_shards(stored)
+        return stored
+
+    def _refuse_other_shards(self, single: dict[str, Stored]) -> None:
+        """An index beside one file is most often left from before; transformers takes the file. But if all that it
+        names is there and is another model, nobody can tell which of the two is meant."""
+        if not (self.folder / INDEX).exists():
+            return
+        try:
+            shards = self._read_index()
+        except ValueError:
+            return
+        if not are_same_tensors(single, shards):
+            files = sorted({stored.path.name for stored in shards.values()})
+            raise ValueError(
+                f"{self.folder} holds two different models: {_SINGLE}, and {files[0]} to {files[-1]}, which {INDEX} "
+                "names. Remove the one that is not meant, an index included"
+            )
 
     def _read_index(self) -> dict[str, Stored]:
         index = read_json(self.folder / INDEX)
@@ -189,17 +227,21 @@ class SafetensorsFolder:
 
     def files(self) -> list[Path]:
         """Every file that holds tensors, sorted; of a multimodal model those of its other parts too."""
-        return sorted({stored.path for stored in self._in_files().values()})
+        return sorted({stored.path for stored in self._in_files.values()})
 
     def name_here(self, stored: str) -> str:
         """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
+        if self._is_bare:
+            return full_name(stored)
         return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
 
     def name_in_files(self, name: str) -> str:
         """What the files call what is called ``name`` here, whether it is there or to be added."""
+        if self._is_bare:
+            return name.removeprefix(_PREFIX)
         if not self.is_wrapped:
             return name
-        stored = next(filter(is_of_text, self._in_files()))
+        stored = next(filter(is_of_text, self._in_files))
         prefixes = next((theirs, ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
         return prefixes[0] + name.removeprefix(prefixes[1])
 
@@ -209,7 +251,7 @@ class SafetensorsFolder:
 
     def other_parts(self) -> list[str]:
         """The tensors that are not the decoder's, by their names in the files."""
-        return sorted(filter(self._is_other, self._in_files()))
+        return sorted(filter(self._is_other, self._in_files))
 
     def _is_other(self, stored: str) -> bool:
         if self.has_others:
@@ -315,6 +357,37 @@ def _hub_cache() -> Path:
     from huggingface_hub import constants  # here: a folder without such links needs no Hub client
 
     return Path(constants.HF_HUB_CACHE).resolve()
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Whether tensors are called as in a model without its head, as ``layers.0...`` for ``model.layers.0...``."""
+    names = set(names)
+    return _BARE_EMBEDDING in names and not any(name.startswith(_PREFIX) for name in names)
+
+
+def full_name(bare: str) -> str:
+    """What a tensor is called in a model with its head."""
+    return bare if bare.startswith("lm_head.") else _PREFIX + bare
+
+
+def are_same_tensors(one: dict[str, Stored], other: dict[str, Stored]) -> bool:
+    """Whether files hold the same names, shapes, dtypes and bytes; they are read as far as they are equal."""
+    if {name: (t.dtype, t.shape) for name, t in one.items()} != {n: (t.dtype, t.shape) for n, t in other.items()}:
+        return False
+    return all(_have_same_bytes(tensor, other[name]) for name, tensor in one.items())
+
+
+def _have_same_bytes(one: Stored, other: Stored) -> bool:
+    left = one.nbytes
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.first)
+        second.seek(other.first)
+        while left:
+            size = min(left, read_ahead.PIECE)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def _refuse(names: Iterable[str], complaint: str) -> None:

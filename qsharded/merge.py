@@ -1,5 +1,6 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
+from qsharded.models.config_spellings import ignoring
 from qsharded.utils import signals
 
 if __name__ == "__main__":
@@ -51,6 +52,12 @@ class MergeConfig:
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    ignore_config_key: tuple[str, ...] = _in(
+        "Key of config.json to pass over although it is not known, if you are sure that it changes nothing. The flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     allow_other_base: bool = _in("Merge an adapter that records other base weights than those of --model.", False)
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, _SINGLE, (ValueError, OSError)):
+    with errors_named(config.prog, _SINGLE, (ValueError, OSError)), ignoring(config.ignore_config_key):
         run(config)
 
 

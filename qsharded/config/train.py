@@ -41,6 +41,12 @@ class TrainConfig:
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
     )
+    ignore_config_key: tuple[str, ...] = _model(
+        "Key of config.json to pass over although it is not known, if you are sure that it changes nothing. The flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
     adapter: str | None = _model(
         "PEFT adapter to go on training, a folder or a Hub id; its own configuration replaces the --lora options.",

@@ -313,6 +313,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "dataset_format": "text",
         "dataset_columns": {"text": awkward},
         "bad_rows": "skip:3",
+        "ignore_config_key": ("a", awkward),
         "chat_template": "f",
         "chat_template_kwargs": {"a": False, "b": awkward, "c": 1.5, "d": [1, "e"], "f": {"g": 2}},
         "template_date": "2025-01-31",

@@ -65,7 +65,7 @@ class GenerateConfig:
     )
     allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
     ignore_config_key: tuple[str, ...] = _model(
-        "Key of config.json to pass over although it is not known, if you are sure that it changes nothing. The flag is "
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
         "given once for each.",
         (),
         metavar="NAME",

@@ -53,7 +53,7 @@ class MergeConfig:
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
     ignore_config_key: tuple[str, ...] = _in(
-        "Key of config.json to pass over although it is not known, if you are sure that it changes nothing. The flag is "
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
         "given once for each.",
         (),
         metavar="NAME",

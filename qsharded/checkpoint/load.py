@@ -272,7 +272,8 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:
-    return name == HEAD and isinstance(model, CausalLM) and model.get_parameter(name) is model.embedding_weight
+    is_head = checkpoint_name(name) == HEAD
+    return is_head and isinstance(model, CausalLM) and model.get_parameter(name) is model.embedding_weight
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ def merge_weights(
 
     Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
     before anything is written. The most that is held is one tensor of the checkpoint, in fp32 and its own dtype.
-    An adapter on a tied embedding unties it: the head, which it does not change, gets a tensor of its own.
+    An adapter on one of a tied embedding and head unties them: the other, which it does not change, keeps its tensor.
 
     Args:
         checkpoint: a folder, as ``find_checkpoint`` gives it.
@@ -83,7 +83,7 @@ def merge_weights(
             logger.info("merging %s", path.name)
             copies = added if path == source.file_of(EMBEDDING) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
-    if EMBEDDING in merge.adapted:
+    if merge.adapts_an_end():
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
 
@@ -91,7 +91,7 @@ def merge_weights(
 def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
     """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
     their names in the files."""
-    if not (config.tie_word_embeddings and EMBEDDING in merge.adapted) or HEAD in source.names():
+    if not (config.tie_word_embeddings and merge.adapts_an_end()) or HEAD in source.names():
         return {}
     embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
     return {embedding: head} if source.renamed else {head: embedding}
@@ -155,8 +155,10 @@ class _Merge:
         held = set(file.keys())
         ends = {end: stored_name(model, end) for end in (EMBEDDING, HEAD) if end not in bases}
         bases |= {end: name for end, name in ends.items() if name in held}
-        if model.config.tie_word_embeddings and EMBEDDING in bases:
-            bases[HEAD] = bases[EMBEDDING]
+        if model.config.tie_word_embeddings:  # what is brought for one of them is the other's too
+            for end, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+                if bases.get(other) in held:
+                    bases.setdefault(end, bases[other])
         return cls(
             adapted=adapted,
             replaced={name for name, p in model.named_parameters() if p.requires_grad and p not in updates},
@@ -168,6 +170,10 @@ class _Merge:
             file=file,
             path=path,
         )
+
+    def adapts_an_end(self) -> bool:
+        """Whether the embedding or the head gets an update, so that they are not one weight any more."""
+        return EMBEDDING in self.adapted or HEAD in self.adapted
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""

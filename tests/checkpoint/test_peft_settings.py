@@ -14,13 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qsharded import merge
+from qsharded import merge, train
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter
 from qsharded.lora.layer import lora_layers
 from qsharded.nn import LoRAConfig
 from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_chat_checkpoint, write_chat_rows, write_checkpoint
 
 IDS = torch.arange(24).view(2, 12) * 7 % 97
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -124,10 +124,13 @@ def test_frozen_ends_that_a_file_brings_are_used_as_in_peft_and_told_if_they_are
     assert config["tie_word_embeddings"] == tied
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("other", [False, True])
-def test_an_adapted_head_is_read_with_the_weight_that_it_brings(
-    tmp_path: Path, checkpoint: Path, other: bool, caplog: pytest.LogCaptureFixture
+def test_an_adapted_head_is_read_with_the_weight_that_it_brings_and_merged(
+    tmp_path: Path, tied: bool, other: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "model").mkdir()
+    checkpoint = recast(write_checkpoint(tmp_path / "model", tie_word_embeddings=tied), torch.float32)
     adapter = write_adapter(tmp_path / "adapter", checkpoint, target_modules=["q_proj", "lm_head"])
     name = HEAD + "base_layer.weight"
     if other:
@@ -135,6 +138,31 @@ def test_an_adapted_head_is_read_with_the_weight_that_it_brings(
     caplog.set_level(logging.INFO)
     assert torch.equal(logits(ours(checkpoint, adapter)), by_peft(checkpoint, adapter))
     assert (f"{adapter / WEIGHTS} brings another {name} than the base model's" in caplog.text) == other
+    merge.main(["--model", str(checkpoint), "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
+    whole = logits(PeftModel.from_pretrained(transformers_model(checkpoint), adapter))
+    # Base and update are summed before the product, not after: fp32's rounding.
+    torch.testing.assert_close(logits(transformers_model(tmp_path / "merged")), whole, rtol=1e-4, atol=1e-4)
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_trainer_trains_a_head_and_peft_reads_it(tmp_path: Path, tied: bool) -> None:
+    (tmp_path / "model").mkdir()
+    model = recast(write_chat_checkpoint(tmp_path / "model"), torch.float32)
+    described = json.loads((model / "config.json").read_text())
+    if tied:
+        weights = load_file(model / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": tied}))
+    rows = write_chat_rows(tmp_path / "rows.jsonl", 8)
+    flags = ["--model", str(model), "--dataset", str(rows), "--output-dir", str(tmp_path / "out"), "--max-steps", "2"]
+    train.main([*flags, "--lora-target-modules", "q_proj,lm_head", "--learning-rate", "0.01", "--dtype", "float32"])
+    adapter = tmp_path / "out" / "adapter"
+    assert load_file(adapter / WEIGHTS)[HEAD + "lora_B.weight"].abs().max() > 0
+    assert torch.equal(logits(ours(model, adapter)), by_peft(model, adapter))
+    resumed = ["--resume-from-checkpoint", "auto", "--max-steps", "3"]
+    train.main([*flags[:6], *resumed, "--lora-target-modules", "q_proj,lm_head", "--dtype", "float32"])
 
 
 def test_a_pickled_adapter_is_named_with_a_command_that_converts_it(tmp_path: Path, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qsharded.data import Tokenizer, load_examples
 from qsharded.data.notes import data_notes
-from tests.data import templates
+from tests.data import published, templates
 from tests.data.folders import chat, make_folder, write_rows
 
 ONE, TWO = chat("a", "fox"), chat("a", "fox", "b", "dog")
@@ -100,6 +100,14 @@ def test_a_token_that_begins_in_the_header_and_holds_the_answer_is_trained_as_in
 @pytest.mark.parametrize("template", ["CHATML", "CHATML_MARKED", "LLAMA3", "MISTRAL", "FINAL_EOS", "BLOCKS"])
 def test_nothing_is_told_where_every_end_is_trained(tmp_path, template):
     _, dataset = load(tmp_path, getattr(templates, template), TWO)
+    assert data_notes(dataset, one_example_per_answer=False) == []
+
+
+@pytest.mark.parametrize(
+    "template", ["QWEN25", "QWEN3", "QWEN3_THINKING", "DEEPSEEK_V3", "R1_DISTILL", "LLAMA31", "KIMI_K2"]
+)
+def test_nothing_is_told_of_published_templates(tmp_path, template):
+    _, dataset = load(tmp_path, getattr(published, template), TWO)
     assert data_notes(dataset, one_example_per_answer=False) == []
 
 

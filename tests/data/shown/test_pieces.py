@@ -18,6 +18,13 @@ def test_pieces_are_the_text_that_is_tokenized_cut_at_what_is_trained(tmp_path, 
     assert [piece.text.lstrip() for piece in found if piece.trained] == ["the dog é<|eot_id|>", "fox<|eot_id|>"]
 
 
+def test_a_piece_keeps_the_space_that_it_begins_with(tmp_path):
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", "metaspace"))
+    given, ids = tokenizer.encode("the dog"), tokenizer.encode("the dog jumps")
+    flags = [number >= len(given) for number in range(len(ids))]
+    assert pieces(Example(ids, flags), tokenizer) == [Piece("the dog"), Piece(" jumps", True)]
+
+
 def test_a_character_whose_bytes_are_trained_in_part_is_shown_on_both_sides(tmp_path):
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model"))
     ids = tokenizer.encode("aé")

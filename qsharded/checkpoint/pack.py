@@ -62,9 +62,11 @@ def quantize_checkpoint(
         )
     model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
     source.check(expected_shapes(model))
-    layers = {source.name_in_files(name): layer for name, layer in packed_layers(model).items()}
-    writer = _Writer(source.all_parts(), layers, form, quant_format, device)
-    names_of = writer.names_by_file([*map(source.name_in_files, expected_shapes(model)), *source.other_parts()])
+    parts = source.all_parts()
+    names = {name: name if parts is source else source.name_in_files(name) for name in expected_shapes(model)}
+    layers = {names[name]: layer for name, layer in packed_layers(model).items()}
+    writer = _Writer(parts, layers, form, quant_format, device)
+    names_of = writer.names_by_file([*names.values(), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}

@@ -378,3 +378,8 @@ def test_the_rows_system_message_gives_way_to_the_lists_own(column, system):
     first = [SYSTEM | {"content": system}] if system else []
     assert parse_row({column: [USER, ANSWER], "system": system}).messages == [*first, USER, ANSWER]
     assert parse_row({column: [SYSTEM, USER, ANSWER], "system": system}).messages == [SYSTEM, USER, ANSWER]
+
+
+def test_json_in_a_text_is_no_deeper_than_a_row_may_be():
+    with pytest.raises(ValueError, match="messages: not readable: lists and objects in each other"):
+        parse_row({"messages": "[" * 100_000})

@@ -31,6 +31,7 @@ from qsharded.data import Tokenizer
 from qsharded.distributed.fsdp import DamagedGather, World, stop_world
 from qsharded.distributed.self_test import check_gather
 from qsharded.models import CausalLM
+from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
 
@@ -57,8 +58,16 @@ class GenerateConfig:
         unset="the base model that the adapter names, or the built-in one",
     )
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    adapter: str | None = _model(
+        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
+    )
     allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
+    ignore_config_key: tuple[str, ...] = _model(
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
@@ -105,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     with one_cause(config.prog, world), errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
         check_gather(world)
-        run(config, world)
+        with ignoring(config.ignore_config_key):
+            run(config, world)
     stop_world(world)
 
 
@@ -117,7 +127,7 @@ def run(config: GenerateConfig, world: World) -> None:
     """
     prompts = _read_prompts(config.prompt, world)
     checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))

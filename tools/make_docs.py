@@ -8,6 +8,7 @@ from qsharded.doctor import DoctorConfig
 from qsharded.generate import GenerateConfig
 from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
+from qsharded.preview import PreviewConfig
 from qsharded.quantize import QuantizeConfig
 from tools import architectures, families
 
@@ -19,6 +20,7 @@ PAGES = {
     "merge.md": MergeConfig,
     "quantize.md": QuantizeConfig,
     "inspect.md": InspectConfig,
+    "preview.md": PreviewConfig,
     "doctor.md": DoctorConfig,
 }
 

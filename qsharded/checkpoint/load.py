@@ -23,7 +23,7 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.lora.layer import add_lora, lora_layers, reset_adapters
 from qsharded.models import CausalLM
 from qsharded.models.choice import AnyConfig, ModelCode, build_model, read_config
-from qsharded.models.parts import head_of, part_names
+from qsharded.models.parts import part_names
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
@@ -310,9 +310,9 @@ def _stored_buffers(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tenso
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:
-    if not isinstance(model, CausalLM) or name != f"{part_names(model).head}.weight":
+    if not isinstance(model, CausalLM) or checkpoint_name(name) != f"{part_names(model).head}.weight":
         return False
-    return head_of(model).weight is model.embedding_weight
+    return model.get_parameter(name) is model.embedding_weight
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

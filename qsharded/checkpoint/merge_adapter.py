@@ -20,6 +20,7 @@ from qsharded.checkpoint.adapter import (
     copy_rows,
     load_adapter,
     open_weights,
+    other_base,
     own_base,
     read_lora_config,
     stored_name,
@@ -50,7 +51,7 @@ def merge_weights(
 
     Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
     before anything is written. The most that is held is one tensor of the checkpoint, in fp32 and its own dtype.
-    An adapter on a tied embedding unties it: the head, which it does not change, gets a tensor of its own.
+    An adapter on one of a tied embedding and head unties them: the other, which it does not change, keeps its tensor.
 
     Args:
         checkpoint: a folder, as ``find_checkpoint`` gives it.
@@ -85,7 +86,7 @@ def merge_weights(
             logger.info("merging %s", path.name)
             copies = added if path == source.file_of(embedding) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
-    if merge.changes(embedding):
+    if merge.adapts_an_end():
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
 
@@ -94,7 +95,7 @@ def _untied(config: AnyConfig, source: SafetensorsFolder, merge: "_Merge") -> di
     """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
     their names in the files."""
     embedding, head = tied_names(config)
-    if not (config.tie_word_embeddings and merge.changes(embedding)) or head in source.names():
+    if not (config.tie_word_embeddings and merge.adapts_an_end()) or head in source.names():
         return {}
     embedding, head = source.name_in_files(embedding), source.name_in_files(head)
     return {embedding: head} if source.renamed else {head: embedding}
@@ -106,8 +107,8 @@ def _changed_json(
     changed, says = {}, described_as(described, config)
     if says != described:
         changed["config.json"] = says
-    if added and (checkpoint / INDEX).exists():
-        index = read_json(checkpoint / INDEX)
+    if added and source.index is not None:
+        index = read_json(source.index)
         embedding, _ = tied_names(config)
         file = source.file_of(embedding).relative_to(checkpoint).as_posix()
         index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, file)}.items()))
@@ -129,6 +130,7 @@ class _Merge:
         quant_format: to which, or None.
         name_here: what a tensor of the checkpoint's files is called here.
         name_in_adapter: what the adapter's file calls what is called so here.
+        ends: the embedding's weight and the head's.
         file, path: the adapter's, open.
     """
 
@@ -139,6 +141,7 @@ class _Merge:
     quant_format: formats.QuantFormat | None
     name_here: Callable[[str], str]
     name_in_adapter: Callable[[str], str]
+    ends: tuple[str, str]
     file: Any
     path: Path
 
@@ -156,10 +159,14 @@ class _Merge:
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
-        embedding, head = tied_names(model.config)
-        if model.config.tie_word_embeddings and embedding in bases:
-            bases[head] = bases[embedding]
         held = set(file.keys())
+        embedding, head = tied_names(model.config)
+        ends = {end: stored_name(model, end) for end in (embedding, head) if end not in bases}
+        bases |= {end: name for end, name in ends.items() if name in held}
+        if model.config.tie_word_embeddings:  # what is brought for one of them is the other's too
+            for end, other in ((head, embedding), (embedding, head)):
+                if bases.get(other) in held:
+                    bases.setdefault(end, bases[other])
         return cls(
             adapted=adapted,
             replaced={name for name, p in model.named_parameters() if p.requires_grad and p not in updates},
@@ -168,9 +175,14 @@ class _Merge:
             quant_format=quant_format,
             name_here=source.name_here,
             name_in_adapter=partial(stored_name, model),
+            ends=(embedding, head),
             file=file,
             path=path,
         )
+
+    def adapts_an_end(self) -> bool:
+        """Whether the embedding or the head gets an update, so that they are not one weight any more."""
+        return any(end in self.adapted for end in self.ends)
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""
@@ -192,6 +204,8 @@ class _Merge:
         base = stored
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
+            if not torch.equal(base.to(stored.dtype), stored):
+                logger.warning(other_base(self.brought[name], self.path))
         elif self.quant_format is not None and name in self.rounded:
             base = quantized_and_dequantized(stored, name, self.quant_format)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base

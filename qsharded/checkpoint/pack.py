@@ -64,11 +64,16 @@ def quantize_checkpoint(
     model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
     shapes = shapes_in_files(source, expected_shapes(model))
     source.check(shapes)
-    layers = {source.name_in_files(name): layer for name, layer in packed_layers(model).items()}
-    writer = _Writer(source.all_parts(), layers, form, quant_format, device)
-    names_of = writer.names_by_file([*map(source.name_in_files, shapes), *source.other_parts()])
+    parts = source.all_parts()
+
+    def in_parts(name: str) -> str:
+        return name if parts is source else source.name_in_files(name)
+
+    layers = {in_parts(name): layer for name, layer in packed_layers(model).items()}
+    writer = _Writer(parts, layers, form, quant_format, device)
+    names_of = writer.names_by_file([*map(in_parts, shapes), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
-    if (checkpoint / INDEX).exists():
+    if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

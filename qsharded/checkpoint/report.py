@@ -134,7 +134,8 @@ def _model(folder: Path) -> Report:
     described = read_json(folder / "config.json")
     report = Report(_model_kind(described))
     indexed = _indexed(report, folder)
-    paths = sorted({folder / file for file in indexed.values()} if indexed else folder.glob("model*.safetensors"))
+    single = sorted(folder.glob("model.safetensors")) or folder.glob("model*.safetensors")
+    paths = sorted({folder / file for file in indexed.values()} if indexed else single)
     there = [path for path in paths if path.is_file()]
     report.problems += [f"{path.name} is missing" for path in paths if not path.is_file()]
     if not paths:
@@ -161,6 +162,9 @@ def _model_kind(described: Mapping[str, Any]) -> str:
 
 def _indexed(report: Report, folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
+        return {}
+    if SafetensorsFolder(folder).index is None:
+        report.notes.append(f"{INDEX} is left aside, as transformers leaves it: model.safetensors is there")
         return {}
     try:
         return {str(name): str(file) for name, file in read_json(folder / INDEX)["weight_map"].items()}

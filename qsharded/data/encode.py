@@ -12,7 +12,8 @@ from qsharded.data.tokenizer import Tokenizer
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[Example]:
-    """An example for each text. An id is trained on if its text starts inside a span that is."""
+    """An example for each text. An id is trained on if some of its text is inside a span that is, as in transformers:
+    one that begins with the header's last space and goes on with the answer's first word is the answer's."""
     encoded = tokenizer.encode_with_starts([one.text for one in rendered])
     return [_example(one, ids, starts, tokenizer) for one, (ids, starts) in zip(rendered, encoded, strict=True)]
 
@@ -40,6 +41,8 @@ def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> 
 
 def _inside(spans: Sequence[Span] | None, starts_T: NDArray[np.int32]) -> NDArray[np.bool_]:
     inside_T = np.full(len(starts_T), spans is None)
+    ends_T = np.append(starts_T[1:], np.iinfo(np.int32).max)
     for start, end in spans or ():
-        inside_T |= (starts_T >= start) & (starts_T < end)
+        if start < end:
+            inside_T |= (starts_T < end) & ((starts_T >= start) | (ends_T > start))
     return inside_T

@@ -7,6 +7,8 @@ from random import Random
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qsharded.data.bad_rows import SHOWN
+
 
 @dataclass(frozen=True, eq=False, init=False)
 class Example:
@@ -52,10 +54,10 @@ def grouped(examples: Iterable[Example]) -> list[list[Example]]:
 
 @dataclass
 class Omitted:
-    """What the chat template leaves out of a dataset's rows, of one kind.
+    """What rows have and examples lack, or what else is to be told of rows, of one kind.
 
     Attributes:
-        rows: in how many of them.
+        rows: how many of them.
         example: the first, as ``file:line``, with what is lost there.
     """
 
@@ -71,8 +73,10 @@ class Dataset:
         examples: none longer than the maximum length, each with something to learn.
         dropped: rows left out for their length.
         truncated: rows cut to the maximum length; they are among ``examples``.
-        empty: rows of blank text, left out.
+        empty: rows of blank text or with empty answers alone, left out.
         omitted: what the rows have and the examples lack, by its kind.
+        bad: rows that cannot be used.
+        bad_reasons: of the first of them, each as ``file:line: reason``.
     """
 
     examples: list[Example]
@@ -80,10 +84,18 @@ class Dataset:
     truncated: int = 0
     empty: int = 0
     omitted: dict[str, Omitted] = field(default_factory=dict)
+    bad: int = 0
+    bad_reasons: list[str] = field(default_factory=list)
 
     def count_omission(self, kind: str, example: str) -> None:
         """Another row lacks something of ``kind``."""
         self.omitted.setdefault(kind, Omitted(0, example)).rows += 1
+
+    def count_bad(self, reason: str) -> None:
+        """Another row cannot be used."""
+        self.bad += 1
+        if len(self.bad_reasons) < SHOWN:
+            self.bad_reasons.append(reason)
 
 
 def split_examples(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

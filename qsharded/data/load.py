@@ -1,16 +1,21 @@
 """From a dataset's files to examples, whole and checked before anything trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from qsharded.data.bad_rows import refuse_bad_rows
+from qsharded.data.columns import check_columns, refuse_misspelt
+from qsharded.data.empty_answers import without_empty_answers
 from qsharded.data.encode import encode
 from qsharded.data.examples import Dataset, Example
 from qsharded.data.formats import Record, parse_row
+from qsharded.data.notes import PROMPT_TOO_LONG, TRUNCATED
 from qsharded.data.omissions import Omission
-from qsharded.data.records import Rows, read_rows
+from qsharded.data.records import FoundRows, Row, find_rows
 from qsharded.data.render import Rendered, TrainOn, render
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.utils import heartbeat
@@ -21,17 +26,7 @@ Overlong = Literal["drop", "truncate"]
 _ROWS_AT_ONCE = 512
 
 
-def load_examples(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    format: str = "auto",
-    max_length: int,
-    overlong: Overlong = "drop",
-    train_on: TrainOn = "assistant",
-    one_example_per_answer: bool = False,
-    split: str = "train",
-) -> Dataset:
+def load_examples(source: str | Path, tokenizer: Tokenizer, *, split: str = "train", **reading: Any) -> Dataset:
     """Read, render and tokenize a dataset.
 
     Conversations are rendered by the chat template, and the assistant's turns are trained on, each with its end-of-turn
@@ -40,31 +35,150 @@ def load_examples(
 
     Args:
         source: a file, folder or Hub dataset; see :func:`qsharded.data.records.read_rows`.
-        format: one of :data:`qsharded.data.formats.FORMATS`.
+        split: which files of a folder or Hub dataset.
+        reading: the attributes of :class:`Reading`, of which ``max_length`` is needed.
+
+    Raises:
+        ValueError: malformed rows (each named by ``file:line``, up to a number of them), no rows, nothing to learn in
+            them, or an argument out of range.
+    """
+    how = Reading(**reading)
+    dataset = how.examples(find_rows(source, split=split), tokenizer)
+    how.check_any(dataset, len(dataset.examples), str(source))
+    return dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows become examples: all that decides it, beside the rows and the tokenizer.
+
+    Attributes:
         max_length: in tokens, at least 2.
+        format: one of :data:`qsharded.data.formats.FORMATS`.
         overlong: what becomes of longer rows.
         train_on: "all" learns every token of conversations and prompts too.
         one_example_per_answer: make of a conversation one example for each answer to learn, each rendered as it would
             be at generation, its reasoning included.
-        split: which files of a folder or Hub dataset.
+        train_on_turn_ends: do so too where the chat template marks the content alone by ``{% generation %}``.
+        train_on_empty_answers: on answers without content or tool calls too, that is, on ending the turn at once.
+        columns: field of a format -> the rows' column of it; see :mod:`qsharded.data.columns`.
+        skip_bad_rows: how many rows that cannot be used may be left out.
 
     Raises:
-        ValueError: a malformed row (the message starts with ``file:line``), no rows, nothing to learn in them, or an
-            argument out of range.
+        ValueError: an argument out of range.
     """
-    _check(max_length, overlong, train_on)
-    if one_example_per_answer and train_on == "all":
-        raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
-    dataset = Dataset([])
-    how = partial(render, tokenizer=tokenizer, train_on=train_on, per_answer=one_example_per_answer)
-    rows = _rendered_rows(dataset, read_rows(source, split=split), format, how)
-    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-        written = [(origin, row) for origin, row in chunk if row.text.strip()]
-        dataset.empty += len(chunk) - len(written)
-        for (origin, _), example in zip(written, encode([row for _, row in written], tokenizer), strict=True):
-            _add(dataset, example, origin, max_length, overlong)
-    _check_any(dataset, source, max_length)
-    return dataset
+
+    max_length: int
+    format: str = "auto"
+    overlong: Overlong = "drop"
+    train_on: TrainOn = "assistant"
+    one_example_per_answer: bool = False
+    train_on_turn_ends: bool = True
+    train_on_empty_answers: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_rows: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.max_length, self.overlong, self.train_on)
+        check_columns(self.columns)
+        if self.one_example_per_answer and self.train_on == "all":
+            raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
+
+    def examples(self, rows: FoundRows, tokenizer: Tokenizer) -> Dataset:
+        """The examples of ``rows``, in their order; there may be none.
+
+        Raises:
+            ValueError: as :meth:`check_bad`, before all rows are read.
+        """
+        dataset = Dataset([])
+        rendered = self._rendered(dataset, self._parsed(dataset, rows), tokenizer)
+        while chunk := list(islice(rendered, _ROWS_AT_ONCE)):
+            written = [(origin, row) for origin, row in chunk if row.text.strip()]
+            dataset.empty += len(chunk) - len(written)
+            for (origin, _), example in zip(written, encode([row for _, row in written], tokenizer), strict=True):
+                dataset.examples += self._kept(dataset, example, origin)
+        return dataset
+
+    def check_any(self, dataset: Dataset, count: int, source: str) -> None:
+        """Raise ValueError for bad rows, or if ``count``, that of the examples which became of ``source``, is none."""
+        self.check_bad(dataset, all_read=True)
+        if not count:
+            raise ValueError(
+                f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
+                f"max_length {self.max_length}, {dataset.empty} as empty"
+            )
+
+    def check_bad(self, dataset: Dataset, *, all_read: bool = False) -> None:
+        """Raise ValueError if ``dataset`` has more bad rows than may be skipped, once no more of them can be listed."""
+        refuse_bad_rows(dataset.bad, dataset.bad_reasons, self.skip_bad_rows, all_read=all_read)
+
+    def _bad(self, dataset: Dataset, origin: str, error: ValueError) -> None:
+        dataset.count_bad(f"{origin}: {error}")
+        self.check_bad(dataset)
+
+    def _parsed(self, dataset: Dataset, rows: FoundRows) -> Iterator[tuple[str, Record]]:
+        """What each row says; those that say nothing to learn, and bad ones, are counted in ``dataset``."""
+        keep_empty = self.train_on_empty_answers or self.train_on == "all"
+        for origin, row in refuse_misspelt(rows, self.columns):
+            heartbeat.beat("reading rows")
+            try:
+                record, empty = self._record(row), None
+            except ValueError as error:
+                self._bad(dataset, origin, error)
+                continue
+            said, empty = (record, None) if keep_empty else without_empty_answers(record)
+            if empty is not None:
+                dataset.count_omission(empty.kind, f"{origin}, {empty}")
+            if said is not None:
+                yield origin, said
+            else:
+                dataset.empty += 1
+
+    def _record(self, row: Row | ValueError) -> Record:
+        if isinstance(row, ValueError):
+            raise row
+        return parse_row(row, self.format, self.columns)
+
+    def _rendered(
+        self, dataset: Dataset, rows: Iterable[tuple[str, Record]], tokenizer: Tokenizer
+    ) -> Iterator[tuple[str, Rendered]]:
+        """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
+        how = partial(
+            render,
+            tokenizer=tokenizer,
+            train_on=self.train_on,
+            per_answer=self.one_example_per_answer,
+            train_on_turn_ends=self.train_on_turn_ends,
+        )
+        for origin, record in rows:
+            try:
+                texts = how(record)
+            except ValueError as error:
+                self._bad(dataset, origin, error)
+                continue
+            lacking: dict[str, Omission] = {}
+            for one in chain.from_iterable(text.omissions for text in texts):
+                lacking.setdefault(one.kind, one)
+            for kind, first in lacking.items():
+                dataset.count_omission(kind, f"{origin}, {first}")
+            yield from ((origin, text) for text in texts)
+
+    def _kept(self, dataset: Dataset, example: Example, origin: str) -> list[Example]:
+        """The example as it is, cut, or not at all; which of these is counted."""
+        if not example.trained_tokens:
+            self._bad(dataset, origin, ValueError("the row has no token to learn"))
+            return []
+        if len(example) <= self.max_length:
+            return [example]
+        cut = Example(example.ids[: self.max_length], example.trained[: self.max_length])
+        if self.overlong == "truncate":
+            kind = TRUNCATED if cut.trained_tokens else PROMPT_TOO_LONG
+            dataset.count_omission(kind, f"{origin}, of {len(example):,} tokens")
+            if cut.trained_tokens:
+                dataset.truncated += 1
+                return [cut]
+        dataset.dropped += 1
+        return []
 
 
 def _check(max_length: int, overlong: str, train_on: str) -> None:
@@ -73,41 +187,3 @@ def _check(max_length: int, overlong: str, train_on: str) -> None:
     for name, value, known in (("overlong", overlong, get_args(Overlong)), ("train_on", train_on, get_args(TrainOn))):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
-
-
-def _rendered_rows(
-    dataset: Dataset, rows: Rows, format: str, how: Callable[[Record], list[Rendered]]
-) -> Iterator[tuple[str, Rendered]]:
-    """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
-    for origin, row in rows:
-        heartbeat.beat("reading rows")
-        try:
-            texts = how(parse_row(row, format))
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
-        lacking: dict[str, Omission] = {}
-        for one in chain.from_iterable(text.omissions for text in texts):
-            lacking.setdefault(one.kind, one)
-        for kind, first in lacking.items():
-            dataset.count_omission(kind, f"{origin}, {first}")
-        yield from ((origin, text) for text in texts)
-
-
-def _add(dataset: Dataset, example: Example, origin: str, max_length: int, overlong: Overlong) -> None:
-    if not example.trained_tokens:
-        raise ValueError(f"{origin}: the row has no token to learn")
-    fits = len(example) <= max_length
-    kept = example if fits else Example(example.ids[:max_length], example.trained[:max_length])
-    if fits or (overlong == "truncate" and kept.trained_tokens):
-        dataset.examples.append(kept)
-        dataset.truncated += not fits
-    else:
-        dataset.dropped += 1
-
-
-def _check_any(dataset: Dataset, source: str | Path, max_length: int) -> None:
-    if not dataset.examples:
-        raise ValueError(
-            f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
-            f"max_length {max_length}, {dataset.empty} as empty"
-        )

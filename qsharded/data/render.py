@@ -23,8 +23,8 @@ class Rendered:
         spans: what is trained on of ``text``, in characters; None: all of it.
         prompt: a beginning of ``text`` that is not trained on, and that generation will be given alone.
         bos: whether BOS comes first where the tokenizer adds one; a chat template writes its own.
-        eos: whether EOS comes last, and is trained on.
-        omissions: what the row has and the text lacks.
+        eos: whether EOS comes last, and is trained.
+        omissions: what the row has and the text lacks, and what is to be told of turns' ends.
     """
 
     text: str
@@ -35,8 +35,16 @@ class Rendered:
     omissions: Sequence[Omission] = ()
 
 
-def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
-    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained on.
+def render(
+    record: Record,
+    tokenizer: Tokenizer,
+    train_on: TrainOn,
+    per_answer: bool = False,
+    train_on_turn_ends: bool = True,
+) -> list[Rendered]:
+    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained.
+
+    ``train_on_turn_ends``: learn the end of a turn that the template's marks leave out, too.
 
     Raises:
         ValueError: no chat template for a conversation, one that refuses it or hides what the assistant says or calls,
@@ -44,7 +52,7 @@ def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: 
     """
     match record:
         case Conversation():
-            rendered = _render_chat(record, tokenizer, train_on, per_answer)
+            rendered = _render_chat(record, tokenizer, train_on, per_answer, train_on_turn_ends)
         case PromptCompletion():
             prompt = record.prompt if train_on != "all" else ""
             rendered = [Rendered(record.prompt + record.completion, prompt=prompt)]
@@ -55,14 +63,16 @@ def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: 
     return rendered
 
 
-def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool) -> list[Rendered]:
+def _render_chat(
+    chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool, train_on_turn_ends: bool
+) -> list[Rendered]:
     chat = fit_calls(tokenizer.template_for(chat.tools), chat)
     if train_on == "assistant":
         chat = _up_to_last_trained(chat)
     if per_answer:
         return [_render_answer(chat, number, tokenizer) for number, trained in enumerate(chat.trained) if trained]
     try:
-        return [_render_whole(chat, tokenizer, train_on)]
+        return [_render_whole(chat, tokenizer, train_on, train_on_turn_ends)]
     except TurnUnclear:
         if sum(chat.trained) > 1:
             raise
@@ -70,11 +80,16 @@ def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, pe
         return [_render_answer(chat, len(chat.trained) - 1, tokenizer)]
 
 
-def _render_whole(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
+def _render_whole(
+    chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, train_on_turn_ends: bool = True
+) -> Rendered:
     text = tokenizer.render(chat.messages, tools=chat.tools)
-    left_out = omissions(tokenizer.template_for(chat.tools), chat, text)
-    spans = tokenizer.assistant_spans(chat, text) if train_on == "assistant" else None
-    return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=left_out)
+    told = omissions(tokenizer.template_for(chat.tools), chat, text)
+    spans = None
+    if train_on == "assistant":
+        spans, ends = tokenizer.assistant_spans(chat, text, train_on_turn_ends=train_on_turn_ends)
+        told += ends
+    return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=told)
 
 
 def _lacks_end(text: str, tokenizer: Tokenizer) -> bool:

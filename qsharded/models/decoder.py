@@ -184,7 +184,7 @@ class CausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter where the config ties them (again, after a replacement)."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embedding_weight
+            getattr(self.lm_head, "base_layer", self.lm_head).weight = self.embedding_weight
 
     def forward(
         self,

@@ -78,9 +78,15 @@ class RopeConfig:
             raw.pop("type", None)  # its older spelling, which transformers reads only where the newer one is missing
         values = {_RENAMED.get(key, key): value for key, value in raw.items()}
         values.setdefault("rope_type", "default")
+        if config.get("original_max_position_embeddings"):  # beside the rope's own, it counts
+            values["original_length"] = config["original_max_position_embeddings"]
+        if values["rope_type"] == "yarn" and "factor" in given and "factor" not in values:
+            longest = config["max_position_embeddings"]
+            values["factor"] = longest / values.get("original_length", longest)
         values.setdefault("rope_theta", config.get("rope_theta") or cls.rope_theta)
         values.setdefault("rotary_fraction", config.get("partial_rotary_factor") or 1.0)
         _check_keys(values)
+        values = {key: value for key, value in values.items() if key not in _unused(values["rope_type"])}
         values.setdefault("original_length", config["max_position_embeddings"])
         if values["rope_type"] == "longrope":
             values.setdefault("factor", config["max_position_embeddings"] / values["original_length"])
@@ -92,6 +98,12 @@ class RopeConfig:
         return int(head_dim * self.rotary_fraction)
 
 
+def _unused(rope_type: str) -> set[str]:
+    """Keys of other types, which transformers passes over."""
+    used = frozenset().union(*_KEYS[rope_type])
+    return set().union(*(required | optional for required, optional in _KEYS.values())) - used
+
+
 def _check_keys(values: Mapping[str, Any]) -> None:
     rope_type = values["rope_type"]
     if rope_type not in _KEYS:
@@ -100,7 +112,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     given = values.keys() - {"rope_type", "rope_theta", "rotary_fraction"}
     for key in sorted(required - given):
         raise ValueError(f"rope_type {rope_type!r} needs {key!r}, which the checkpoint's config does not give")
-    for key in sorted(given - required - optional):
+    for key in sorted(given - required - optional - _unused(rope_type)):
         raise ValueError(f"rope key {key!r} ({values[key]!r}) is not known for rope_type {rope_type!r}")
 
 

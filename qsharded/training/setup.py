@@ -32,6 +32,7 @@ from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
+from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_dataset_split, eval_loader, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
@@ -117,12 +118,12 @@ class _Base:
 
 def _read_base(config: TrainConfig, world: World) -> _Base:
     folder = world.first_on_node(lambda: _downloaded(config))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     lora = lora_config(config, adapter)
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
         outline = Outline.of(folder, lora, dtype, random_init=config.random_init, model_code=config.model_code)
-    return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder))
+    return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 
 def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, tuple[str, str]]:

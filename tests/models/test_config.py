@@ -427,8 +427,6 @@ def test_llama_derives_heads_and_head_dim() -> None:
         ({}, "model_type None"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         (LLAMA | {"logit_softcap": 30.0}, r"'logit_softcap' \(30\.0\) is not known"),
-        (LLAMA | {"auto_map": {"AutoModel": "own.Code"}}, "'auto_map'"),
-        (PUBLISHED_LATER["ERNIE-4.5-0.3B-PT"][0] | {"auto_map": {"AutoModelForCausalLM": "own.Code"}}, "'auto_map'"),
         (LLAMA | {"sliding_window": 512}, r"'sliding_window' \(512\)"),
         (LLAMA | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; only 'silu'"),
         (LLAMA | {"attention_dropout": 0.1}, r"'attention_dropout' is 0\.1; only 0 "),

@@ -12,6 +12,7 @@ from qsharded.data.formats import Record, parse_row
 from qsharded.data.omissions import Omission
 from qsharded.data.records import Rows, read_rows
 from qsharded.data.render import Rendered, TrainOn, render
+from qsharded.data.row_length import How, without_long_rows
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.utils import heartbeat
 
@@ -56,7 +57,9 @@ def load_examples(
     if one_example_per_answer and train_on == "all":
         raise ValueError("one example per answer learns the answers: it does not go with train_on 'all'")
     dataset = Dataset([])
-    how = partial(render, tokenizer=tokenizer, train_on=train_on, per_answer=one_example_per_answer)
+    how: How = partial(render, tokenizer=tokenizer, train_on=train_on, per_answer=one_example_per_answer)
+    if overlong == "drop" and not one_example_per_answer:
+        how = without_long_rows(how, dataset, tokenizer, max_length)
     rows = _rendered_rows(dataset, read_rows(source, split=split), format, how)
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
         written = [(origin, row) for origin, row in chunk if row.text.strip()]

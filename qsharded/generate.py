@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded.utils import collectives, signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")
@@ -35,6 +35,7 @@ from qsharded.distributed.self_test import check_gather
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
+from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded.utils import collectives, signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")
@@ -34,6 +34,7 @@ from qsharded.models import CausalLM
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
+from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
 

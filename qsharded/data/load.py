@@ -17,6 +17,7 @@ from qsharded.data.notes import PROMPT_TOO_LONG, TRUNCATED
 from qsharded.data.omissions import Omission
 from qsharded.data.records import FoundRows, Row, find_rows
 from qsharded.data.render import Rendered, TrainOn, render
+from qsharded.data.row_length import How, without_long_rows
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.utils import heartbeat
 
@@ -143,13 +144,15 @@ class Reading:
         self, dataset: Dataset, rows: Iterable[tuple[str, Record]], tokenizer: Tokenizer
     ) -> Iterator[tuple[str, Rendered]]:
         """Each text with its row's origin; what the texts of a row lack is counted in ``dataset``, once a row."""
-        how = partial(
+        how: How = partial(
             render,
             tokenizer=tokenizer,
             train_on=self.train_on,
             per_answer=self.one_example_per_answer,
             train_on_turn_ends=self.train_on_turn_ends,
         )
+        if self.overlong == "drop" and not self.one_example_per_answer:
+            how = without_long_rows(how, dataset, tokenizer, self.max_length)
         for origin, record in rows:
             try:
                 texts = how(record)

@@ -98,6 +98,11 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters, or bytes, of the token that stands for most."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends generation: the tokenizer's, the model's own, and what ends an assistant's turn."""
         named = [self.eos_id, *self._model_eos_ids(), self._turn_end()]

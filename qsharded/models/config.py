@@ -117,6 +117,8 @@ class ModelConfig:
         if self.rope.rotary_dim(self.head_dim) % 2:
             raise ValueError(f"rotary embedding must turn an even number of dims, not {self.rope.rotary_fraction} of "
                              f"head_dim {self.head_dim}")  # fmt: skip
+        for rope in {self.rope, *filter(None, self.layer_ropes)}:
+            rope.check(self.head_dim)
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
         for name in ("layer_windows", "layer_ropes", "linear_layers"):

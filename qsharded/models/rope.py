@@ -93,6 +93,15 @@ class RopeConfig:
             values |= {key: tuple(values[key]) for key in ("short_factor", "long_factor")}
         return cls(**values)
 
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError where heads of ``head_dim`` cannot be rotated so."""
+        pairs = self.rotary_dim(head_dim) // 2
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if self.rope_type == "longrope" and len(factors) != pairs:
+                raise ValueError(f"rope key {name!r} has {len(factors)} entries for {pairs} rotated pairs of a head")
+        if self.rope_type == "ntk-alpha" and pairs < 2:
+            raise ValueError(f"rope_type 'ntk-alpha' needs more than one rotated pair of a head, got {pairs}")
+
     def rotary_dim(self, head_dim: int) -> int:
         """R: how many dims of a head are rotated."""
         return int(head_dim * self.rotary_fraction)

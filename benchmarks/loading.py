@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from qsharded.checkpoint.load import expected_shapes, parameter_count, skeleton
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX
 from qsharded.models import ModelConfig
+from qsharded.models.choice import ModelCode
 
 SIZES = {
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=2, help="size of the checkpoint, at the most")
     parser.add_argument("--shape", choices=SIZES, default="llama3-8b")
+    parser.add_argument("--model-code", choices=get_args(ModelCode), default="native")
     parser.add_argument("--ranks", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--folder", type=Path, help="where to write it; the system's temporary folder by default")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each; the median counts")
@@ -59,11 +61,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         size = write_checkpoint(Path(folder), arguments.shape, int(arguments.gib * 2**30))
-        measured = [[run_phase(phase, Path(folder), arguments.ranks) for phase in PHASES]
+        measured = [[run_phase(phase, Path(folder), arguments.ranks, arguments.model_code) for phase in PHASES]
                     for _ in range(arguments.repeats)]  # fmt: skip
     record = environment() | {
         "command": command("benchmarks.loading"),
         "shape": arguments.shape,
+        "model_code": arguments.model_code,
         "gib": size / 2**30,
         "ranks": arguments.ranks,
         "limits": {"time": MOST_TIME, "host_gib": MOST_HOST_GIB},
@@ -128,11 +131,13 @@ def files(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
         yield names
 
 
-def run_phase(phase: str, folder: Path, ranks: int) -> list[dict[str, Any]]:
+def run_phase(phase: str, folder: Path, ranks: int, model_code: ModelCode) -> list[dict[str, Any]]:
     """What each rank measured."""
     with tempfile.TemporaryDirectory() as results:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        subprocess.run([*launcher, "-m", "benchmarks.loading_rank", phase, str(folder), results], check=True)
+        subprocess.run(
+            [*launcher, "-m", "benchmarks.loading_rank", phase, str(folder), results, model_code], check=True
+        )
         return [json.loads(Path(results, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 

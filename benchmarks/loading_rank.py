@@ -21,7 +21,8 @@ from qsharded.cli.command import join_world
 from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import groups_of
 from qsharded.distributed.placement import parallelize
-from qsharded.models import CausalLM, ModelConfig
+from qsharded.models import CausalLM
+from qsharded.models.choice import read_config
 from qsharded.quant.pack_weight import double_quantize
 from qsharded.utils.sharding import RowRange, local
 from qsharded.utils.untrusted_json import read_json
@@ -43,10 +44,12 @@ class Resident(SafetensorsFolder):
 
 
 def main() -> None:
-    phase, folder, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    phase, folder, results, model_code = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     world = join_world("benchmarks.loading")
     warm_up(world)
-    measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](folder, world)
+    measured = {"read": measure_read, "quantize": measure_quantize, "load": measure_load}[phase](
+        folder, world, model_code
+    )
     Path(results, f"{world.rank}.json").write_text(json.dumps(measured))
     fsdp.stop_world(world)
 
@@ -75,21 +78,21 @@ def synchronize(world: fsdp.World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def empty_model(folder: Path, world: fsdp.World) -> CausalLM:
+def empty_model(folder: Path, world: fsdp.World, model_code: Any) -> CausalLM:
     """As ``load_model`` makes it before it reads."""
-    model = skeleton(ModelConfig.from_hf(read_json(folder / "config.json")), None, torch.bfloat16)
+    model = skeleton(read_config(read_json(folder / "config.json"), model_code), None, torch.bfloat16)
     parallelize(model, world.mesh, world.device, param_dtype=torch.bfloat16)
     return model
 
 
-def chunks(folder: Path, world: fsdp.World) -> list[RowChunk]:
+def chunks(folder: Path, world: fsdp.World, model_code: Any) -> list[RowChunk]:
     """All that this rank reads."""
-    fills = quantizing_fills(empty_model(folder, world), SafetensorsFolder(folder))
+    fills = quantizing_fills(empty_model(folder, world, model_code), SafetensorsFolder(folder))
     return [chunk for fill in fills for chunk in fill.chunks]
 
 
-def measure_read(folder: Path, world: fsdp.World) -> dict[str, Any]:
-    source, wanted = SafetensorsFolder(folder), chunks(folder, world)
+def measure_read(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
+    source, wanted = SafetensorsFolder(folder), chunks(folder, world, model_code)
 
     def read() -> None:
         for _ in source.stream(wanted, CPU):
@@ -99,21 +102,24 @@ def measure_read(folder: Path, world: fsdp.World) -> dict[str, Any]:
     return {"seconds": seconds(read, world), "bytes": sum(chunk.nbytes for chunk in wanted)}
 
 
-def measure_quantize(folder: Path, world: fsdp.World) -> dict[str, Any]:
+def measure_quantize(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
     source = Resident(folder)
-    fills = quantizing_fills(empty_model(folder, world), source)
+    fills = quantizing_fills(empty_model(folder, world, model_code), source)
     stream = source.stream([chunk for fill in fills for chunk in fill.chunks], world.device)
     next(stream)
     groups = groups_of(world.mesh)
     return {"seconds": seconds(lambda: fill.take_all(fills, source, stream, world.device, groups), world)}
 
 
-def measure_load(folder: Path, world: fsdp.World) -> dict[str, Any]:
+def measure_load(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
     before = Memory(world)
     loaded: list[CausalLM] = []
-    took = seconds(
-        lambda: loaded.append(load_model(folder, mesh=world.mesh, dtype=torch.bfloat16, device=world.device)), world
-    )
+
+    def load() -> None:
+        settings = {"dtype": torch.bfloat16, "device": world.device, "model_code": model_code}
+        loaded.append(load_model(folder, mesh=world.mesh, **settings))
+
+    took = seconds(load, world)
     shard = sum(local(t).nbytes for t in [*loaded[0].parameters(), *loaded[0].buffers()])
     largest = max(2 * math.prod(shape) for shape in expected_shapes(loaded[0]).values())
     on_host = 0 if world.device.type == "cuda" else shard  # there the model is no scratch

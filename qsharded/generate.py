@@ -1,6 +1,6 @@
 """``python -m qsharded.generate``: a model in NF4, with or without an adapter, answers prompts."""
 
-from qsharded.utils import collectives, signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.generate")
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
-
-import torch
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
@@ -33,8 +31,10 @@ from qsharded.data import Tokenizer
 from qsharded.distributed.fsdp import DamagedGather, World, stop_world
 from qsharded.distributed.self_test import check_gather
 from qsharded.models import CausalLM
+from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
+from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,23 @@ class GenerateConfig:
         unset="the base model that the adapter names, or the built-in one",
     )
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str | None = _model("PEFT adapter folder.", None, metavar="PATH", unset="none, the base model answers")
+    adapter: str | None = _model(
+        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
+    )
     allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
+    ignore_config_key: tuple[str, ...] = _model(
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = _model(
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
+    )
+
+    model_code: Literal["auto", "native", "transformers"] = _model(
+        "Whose code computes the model: as in qsharded.train.", "auto"
     )
 
     prompt: tuple[str, ...] = _prompt(
@@ -103,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(message)s")
     with one_cause(config.prog, world), errors_named(config.prog, world, (ValueError, OSError, DamagedGather)):
         check_gather(world)
-        run(config, world)
+        with ignoring(config.ignore_config_key):
+            run(config, world)
     stop_world(world)
 
 
@@ -115,14 +128,14 @@ def run(config: GenerateConfig, world: World) -> None:
     """
     prompts = _read_prompts(config.prompt, world)
     checkpoint = world.first_on_node(lambda: find_checkpoint(config.model, config.revision))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
     eos_ids = _eos_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]
     with mismatch_explained(config.model, adapter):
-        model = _load(checkpoint, adapter, compute_dtype(config.dtype, world.device), world)
+        model = _load(config, checkpoint, adapter, world)
     _check_vocabulary(ids, model, tokenizer)
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         if len(prompts) > 1 and world.is_main:
@@ -156,10 +169,13 @@ def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
 
 
-def _load(checkpoint: Path, adapter: Path | None, dtype: torch.dtype, world: World) -> CausalLM:
+def _load(config: GenerateConfig, checkpoint: Path, adapter: Path | None, world: World) -> CausalLM:
+    dtype = compute_dtype(config.dtype, world.device)
     # Adapters in the activations' dtype: training casts its masters to it in every forward.
     lora = read_lora_config(adapter, dtype) if adapter else None
-    model = load_model(checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device)
+    model = load_model(
+        checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device, model_code=config.model_code
+    )
     if adapter:
         load_adapter(model, adapter)
     return model

@@ -1,5 +1,6 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
+from qsharded.models.config_spellings import ignoring
 from qsharded.utils import signals
 
 if __name__ == "__main__":
@@ -19,7 +20,7 @@ import torch
 
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.merge_adapter import Base, merge_weights
-from qsharded.checkpoint.source import find_checkpoint
+from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
 from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
 from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
@@ -33,8 +34,6 @@ _out = partial(option, group="What is written")
 _SINGLE = World.single_process(torch.device("cpu"))
 Format = Literal["safetensors", "gguf"]
 
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
@@ -46,13 +45,19 @@ class MergeConfig:
 
     prog: ClassVar[str] = "qsharded.merge"
 
-    adapter: str = _in("PEFT adapter folder.", metavar="PATH")
+    adapter: str = _in("PEFT adapter: a folder, or a Hub id.", metavar="PATH|ID")
     model: str = _in(
         "Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.",
         metavar="PATH|ID",
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    ignore_config_key: tuple[str, ...] = _in(
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     allow_other_base: bool = _in("Merge an adapter that records other base weights than those of --model.", False)
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "
@@ -82,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     config = parse(sys.argv[1:] if argv is None else argv, MergeConfig, fill=base_model)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with errors_named(config.prog, _SINGLE, (ValueError, OSError)):
+    with errors_named(config.prog, _SINGLE, (ValueError, OSError)), ignoring(config.ignore_config_key):
         run(config)
 
 
@@ -103,13 +108,20 @@ def run(config: MergeConfig) -> None:
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
-        copy_files([checkpoint / name for name in _MODEL_FILES if name not in changed], checkpoint, unfinished)
+        copied = [name for name in _files_beside(checkpoint) if name not in changed]
+        copy_files([checkpoint / name for name in copied], checkpoint, unfinished)
         for name, content in changed.items():
             write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)
+
+
+def _files_beside(checkpoint: Path) -> list[str]:
+    """What is copied beside the weights; not an index of other files than those that are read."""
+    index = [] if SafetensorsFolder(checkpoint).index is None else [INDEX]
+    return ["config.json", "generation_config.json", *index]
 
 
 def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:

@@ -24,6 +24,7 @@ from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_oc
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.fsdp import World
+from qsharded.models.config_spellings import ignoring
 from qsharded.quant.formats import QuantFormat, QuantType
 
 _in = partial(option, group="What is quantized")
@@ -43,6 +44,12 @@ class QuantizeConfig:
 
     model: str = _in("Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.", metavar="PATH|ID")
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    ignore_config_key: tuple[str, ...] = _in(
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
     format: Form = _out(
         "Whose files. qsharded: ours. bitsandbytes: what transformers loads with it; qsharded reads them too.",
@@ -66,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, QuantizeConfig)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with errors_named(config.prog, World.single_process(device), (ValueError, OSError)):
+    world = World.single_process(device)
+    with errors_named(config.prog, world, (ValueError, OSError)), ignoring(config.ignore_config_key):
         run(config, device)
 
 

@@ -20,6 +20,7 @@ from qsharded.cli.command import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
 from qsharded.distributed.fsdp import DamagedGather, World, stop_world
 from qsharded.distributed.self_test import check_gather
+from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.plan.dry_run import dry_run
 from qsharded.training import setup
@@ -41,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse(argv, TrainConfig, fill=_not_given)
     if config.dry_run:
-        with errors_named(config.prog, World.single_process(torch.device("cpu"))):
+        ignored = ignoring(config.ignore_config_key)
+        with errors_named(config.prog, World.single_process(torch.device("cpu"))), ignored:
             raise SystemExit(dry_run(config))
     if config.deterministic:
         use_deterministic_algorithms()
     world = join_world(config.prog, collective_timeout(config))
     with memory_errors_end(config.prog, world), one_cause(config.prog, world), ExitStack() as held:
+        held.enter_context(ignoring(config.ignore_config_key))
         status = _prepare_and_run(config, world, argv, held)
     stop_world(world)  # not where an error is on its way: it could wait for ranks that wait for this one
     if status:

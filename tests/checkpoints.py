@@ -93,6 +93,11 @@ CHAT_TEMPLATE = (
 
 def write_chat_checkpoint(folder: Path, **config: Any) -> Path:
     """A checkpoint with a tokenizer of single characters and a chat template."""
+    return write_checkpoint(folder, **{"vocab_size": write_chat_tokenizer(folder)} | config)
+
+
+def write_chat_tokenizer(folder: Path) -> int:
+    """The tokenizer; returns how many tokens it has."""
     specials = ["<pad>", "<e>", "<u>", "<a>", "<s>"]
     vocabulary = {token: i for i, token in enumerate(specials + [chr(code) for code in range(32, 124)])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -102,7 +107,7 @@ def write_chat_checkpoint(folder: Path, **config: Any) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<e>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return write_checkpoint(folder, **{"vocab_size": len(vocabulary)} | config)
+    return len(vocabulary)
 
 
 def write_chat_rows(path: Path, count: int) -> Path:

@@ -12,16 +12,16 @@ _IN_README = re.compile(r"(<!-- families, by tools/families.py -->).*?(<!-- end 
 _HEAD = """# Models
 
 Decoders of these families are computed natively, from safetensors in a folder or on the Hub, in the spellings of
-config.json that transformers 4 and 5 write. Anything else is refused by name, and so is a key of config.json that is
-not known. Each family and spelling is held to transformers and PEFT in `tests/models/test_families.py`, and sharded
-over two ranks in `tests/distributed/test_families.py`: logits, loss and the adapters' gradients within 1e-5 of each
-tensor's largest value in fp32, on the same packed weights.
+config.json that transformers 4 and 5 write; a key of config.json that is not known is refused by name. What is no such
+family runs [through transformers' code](#through-transformers-code). Each family and spelling is held to transformers
+and PEFT in `tests/models/test_families.py`, and sharded over two ranks in `tests/distributed/test_families.py`: logits,
+loss and the adapters' gradients within 1e-5 of each tensor's largest value in fp32, on the same packed weights.
 
 """
 _TAIL = """
 A layer that is fused is one autograd node in training ([architecture.md](architecture.md)); the others run as they
-are written, with PyTorch's autograd and the same checkpointing modes. Phi-3 and 4 are fused unless a part of each head
-alone is rotated (Phi-4-mini); Ministral 3 is, in rows up to its original context.
+are written, with PyTorch's autograd and the same checkpointing modes. Ministral 3 is fused in rows up to its original
+context.
 
 Of a multimodal model the text part is trained: a line says so, rows that hold images are refused, and `merge` carries
 the other parts' tensors through unchanged. PEFT reads the adapter on the whole model.

@@ -31,7 +31,7 @@ def forward_(logits_CV: Tensor, targets_C: Tensor, ignore: int, softcap: float |
             loss_C,
             V,
             ignore,
-            softcap or 1.0,
+            float(softcap or 1.0),
             CAPS=softcap is not None,
             BLOCK=min(_BLOCK, triton.next_power_of_2(V)),
             num_warps=_WARPS,

@@ -2,6 +2,8 @@
 
     n = q / rms(q) * w  (or q),  out = n * cos + (-n_high | n_low) * sin
 
+Pairs are (i, i + R/2) of a head's first R dims, or neighbours (2i, 2i + 1); the rest of a head is left as it is.
+
 The forward works on the matrix [M, (H + 2G) E] that one product of the three projections writes: q's heads, k's, v's.
 The backward gathers the three gradients that attention gives into such a matrix. Computed in fp32.
 
@@ -24,13 +26,18 @@ def forward_(
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     out: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """q and k of ``qkv`` [M, (H + 2G) E] rotated into ``out`` [M, at least (H + G) E], by default in place.
 
-    ``cos``, ``sin``: [M, E], both halves of E alike. ``norms``: the weights [E] of q's and k's norm.
+    ``cos``, ``sin``: [M, R], both halves of R alike. ``norms``: the weights [E] of q's and k's norm. ``head_dim``: E,
+    by default R. ``interleaved``: neighbours are pairs.
     """
     out = qkv if out is None else out
-    M, E = cos_ME.shape
+    M, R = cos_ME.shape
+    E = head_dim or R
     assert qkv.is_contiguous()
     assert out.is_contiguous()
     assert qkv.shape == (M, (heads + 2 * kv_heads) * E)
@@ -49,6 +56,8 @@ def forward_(
             H=heads,
             G=kv_heads,
             F=E // 2,
+            PAIRS=cos_ME.shape[1] // 2,
+            INTERLEAVED=interleaved,
             HEADS=triton.next_power_of_2(heads + kv_heads),
             HALF=triton.next_power_of_2(E // 2),
             NORM=norms is not None,
@@ -64,6 +73,8 @@ def backward(
     qkv: Tensor | None = None,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    *,
+    interleaved: bool = False,
 ) -> Tensor:
     """The gradient by ``qkv`` [M, (H + 2G) E] of those by rotated q [B, S, H, E], k and v [B, S, G, E], M = B S, whose
     heads are E values in a run.
@@ -94,6 +105,8 @@ def backward(
             H=heads,
             G=kv_heads,
             F=E // 2,
+            PAIRS=cos_ME.shape[1] // 2,
+            INTERLEAVED=interleaved,
             HEADS=triton.next_power_of_2(heads + 2 * kv_heads),
             HALF=triton.next_power_of_2(E // 2),
             NORM=norms is not None,
@@ -116,6 +129,8 @@ def _forward_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     F: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
@@ -123,18 +138,19 @@ def _forward_kernel(
     token = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < H + G) & (column < F)
-    at = head * 2 * F + column
-    low = tl.load(qkv_ptr + token * qkv_stride + at, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(qkv_ptr + token * qkv_stride + at + F, mask=inside, other=0.0).to(tl.float32)
+    first, second = _pair(column, F, PAIRS, INTERLEAVED)
+    at = head * 2 * F
+    low = tl.load(qkv_ptr + token * qkv_stride + at + first, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(qkv_ptr + token * qkv_stride + at + second, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        low_weight, high_weight = _norm_weights(q_norm_ptr, k_norm_ptr, head, column, inside, H, F)
+        low_weight, high_weight = _norm_weights(q_norm_ptr, k_norm_ptr, head, first, second, inside, H)
         rstd = 1.0 / tl.sqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * F) + eps)
         low, high = low * rstd[:, None] * low_weight, high * rstd[:, None] * high_weight
-    cos = tl.load(cos_ptr + token * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * 2 * PAIRS + column, mask=column < PAIRS, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * 2 * PAIRS + column, mask=column < PAIRS, other=0.0).to(tl.float32)
     kept = out_ptr.dtype.element_ty
-    tl.store(out_ptr + token * out_stride + at, (low * cos - high * sin).to(kept), mask=inside)
-    tl.store(out_ptr + token * out_stride + at + F, (high * cos + low * sin).to(kept), mask=inside)
+    tl.store(out_ptr + token * out_stride + at + first, (low * cos - high * sin).to(kept), mask=inside)
+    tl.store(out_ptr + token * out_stride + at + second, (high * cos + low * sin).to(kept), mask=inside)
 
 
 @triton.jit
@@ -162,6 +178,8 @@ def _backward_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     F: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
@@ -171,25 +189,27 @@ def _backward_kernel(
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < H + 2 * G) & (column < F)
     is_q, is_k, is_v = head < H, (head >= H) & (head < H + G), (head >= H + G) & (head < H + 2 * G)
-    in_q = row * q_row + place * q_token + head * q_head + column
-    in_k = row * k_row + place * k_token + (head - H) * k_head + column
-    in_v = row * v_row + place * v_token + (head - H - G) * v_head + column
+    in_q = row * q_row + place * q_token + head * q_head
+    in_k = row * k_row + place * k_token + (head - H) * k_head
+    in_v = row * v_row + place * v_token + (head - H - G) * v_head
+    first, second = _pair(column, F, PAIRS, INTERLEAVED)
     fits = column < F
-    low = tl.load(grad_q_ptr + in_q, mask=is_q & fits, other=0.0).to(tl.float32)
-    low += tl.load(grad_k_ptr + in_k, mask=is_k & fits, other=0.0).to(tl.float32)
-    low += tl.load(grad_v_ptr + in_v, mask=is_v & fits, other=0.0).to(tl.float32)
-    high = tl.load(grad_q_ptr + in_q + F, mask=is_q & fits, other=0.0).to(tl.float32)
-    high += tl.load(grad_k_ptr + in_k + F, mask=is_k & fits, other=0.0).to(tl.float32)
-    high += tl.load(grad_v_ptr + in_v + F, mask=is_v & fits, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + token * 2 * F + column, mask=fits, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * 2 * F + column, mask=fits, other=0.0).to(tl.float32)
+    low = tl.load(grad_q_ptr + in_q + first, mask=is_q & fits, other=0.0).to(tl.float32)
+    low += tl.load(grad_k_ptr + in_k + first, mask=is_k & fits, other=0.0).to(tl.float32)
+    low += tl.load(grad_v_ptr + in_v + first, mask=is_v & fits, other=0.0).to(tl.float32)
+    high = tl.load(grad_q_ptr + in_q + second, mask=is_q & fits, other=0.0).to(tl.float32)
+    high += tl.load(grad_k_ptr + in_k + second, mask=is_k & fits, other=0.0).to(tl.float32)
+    high += tl.load(grad_v_ptr + in_v + second, mask=is_v & fits, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * 2 * PAIRS + column, mask=column < PAIRS, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * 2 * PAIRS + column, mask=column < PAIRS, other=0.0).to(tl.float32)
     turned_low = tl.where(is_v, low, low * cos + high * sin)
     turned_high = tl.where(is_v, high, high * cos - low * sin)
-    at = token * (H + 2 * G) * 2 * F + head * 2 * F + column
+    at = token * (H + 2 * G) * 2 * F + head * 2 * F
     if NORM:
-        low_weight, high_weight = _norm_weights(q_norm_ptr, k_norm_ptr, head, column, inside & (head < H + G), H, F)
-        x_low = tl.load(qkv_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x_high = tl.load(qkv_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
+        of_q_k = inside & (head < H + G)
+        low_weight, high_weight = _norm_weights(q_norm_ptr, k_norm_ptr, head, first, second, of_q_k, H)
+        x_low = tl.load(qkv_ptr + at + first, mask=inside, other=0.0).to(tl.float32)
+        x_high = tl.load(qkv_ptr + at + second, mask=inside, other=0.0).to(tl.float32)
         rstd = 1.0 / tl.sqrt((tl.sum(x_low * x_low, axis=1) + tl.sum(x_high * x_high, axis=1)) / (2 * F) + eps)
         rstd = rstd[:, None]
         n_low, n_high = turned_low * low_weight, turned_high * high_weight
@@ -197,16 +217,31 @@ def _backward_kernel(
         turned_low = tl.where(is_v, turned_low, rstd * (n_low - x_low * along))
         turned_high = tl.where(is_v, turned_high, rstd * (n_high - x_high * along))
     kept = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, turned_low.to(kept), mask=inside)
-    tl.store(out_ptr + at + F, turned_high.to(kept), mask=inside)
+    tl.store(out_ptr + at + first, turned_low.to(kept), mask=inside)
+    tl.store(out_ptr + at + second, turned_high.to(kept), mask=inside)
 
 
 @triton.jit
-def _norm_weights(q_norm_ptr, k_norm_ptr, head, column, inside, H: tl.constexpr, F: tl.constexpr):
-    """Both halves of the norm's weight of each head: q's for the first H, then k's."""
+def _pair(column, F: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Two dims of a head for each of F columns: those that are turned together, and behind the last pair the two halves
+    of the rest."""
+    first = column
+    second = column + F
+    if INTERLEAVED:
+        first = tl.where(column < PAIRS, 2 * column, column + PAIRS)
+        second = tl.where(column < PAIRS, 2 * column + 1, column + F)
+    elif PAIRS < F:
+        first = tl.where(column < PAIRS, column, column + PAIRS)
+        second = tl.where(column < PAIRS, column + PAIRS, column + F)
+    return first, second
+
+
+@triton.jit
+def _norm_weights(q_norm_ptr, k_norm_ptr, head, first, second, inside, H: tl.constexpr):
+    """The norm's weight of both dims of a pair: q's for the first H heads, then k's."""
     from_q, from_k = inside & (head < H), inside & (head >= H)
-    low = tl.load(q_norm_ptr + column, mask=from_q, other=0.0).to(tl.float32)
-    low += tl.load(k_norm_ptr + column, mask=from_k, other=0.0).to(tl.float32)
-    high = tl.load(q_norm_ptr + F + column, mask=from_q, other=0.0).to(tl.float32)
-    high += tl.load(k_norm_ptr + F + column, mask=from_k, other=0.0).to(tl.float32)
+    low = tl.load(q_norm_ptr + first, mask=from_q, other=0.0).to(tl.float32)
+    low += tl.load(k_norm_ptr + first, mask=from_k, other=0.0).to(tl.float32)
+    high = tl.load(q_norm_ptr + second, mask=from_q, other=0.0).to(tl.float32)
+    high += tl.load(k_norm_ptr + second, mask=from_k, other=0.0).to(tl.float32)
     return low, high

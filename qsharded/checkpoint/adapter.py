@@ -1,10 +1,11 @@
 """Adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, written and read shard by shard."""
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.files import TensorParts, write_json, write_tensors
+from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
 from qsharded.lora.layer import lora_layers
@@ -32,24 +34,26 @@ from qsharded.utils.untrusted_json import (
     text,
 )
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+
+logger = logging.getLogger(__name__)
 
 # Fields of PEFT's LoraConfig that change nothing in the forward of a trained adapter, beside those that we read.
 _WITHOUT_EFFECT = {
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core", "layers_pattern",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core",
     "qalora_group_size", "task_type", "ensure_weight_tying", "runtime_config",
 }  # fmt: skip
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "bias", "init_lora_weights",
+    "modules_to_save", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 # Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA train beside changed ones.
 STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-_RANK, _ALPHA = integer(1, 1 << 20), number(0, 1e9, or_equal=True)
+_RANK, _ALPHA, _LAYER = integer(1, 1 << 20), number(0, 1e9, or_equal=True), integer(0, 1 << 16)
 _REGEX = Kind("a list of names, or a regular expression", lambda value: text().holds(value) and _compiles(value))
 _NAMES = list_of(text(), 1 << 16)
 SCHEMA = {
@@ -64,6 +68,9 @@ SCHEMA = {
     "rank_pattern": map_of(_RANK, 1 << 16, key=_REGEX) | NULL,
     "alpha_pattern": map_of(_ALPHA, 1 << 16, key=_REGEX) | NULL,
     "modules_to_save": _NAMES | NULL,
+    "exclude_modules": _NAMES | _REGEX | NULL,
+    "layers_to_transform": _LAYER | list_of(_LAYER, 1 << 16) | NULL,
+    "layers_pattern": _REGEX | list_of(_REGEX, 1 << 16) | NULL,
     "bias": text() | NULL,
 }
 
@@ -134,6 +141,9 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "modules_to_save": _written_saved(model, config),
+        "exclude_modules": config.exclude_modules or None,
+        "layers_to_transform": config.layers_to_transform or None,
+        "layers_pattern": config.layers_pattern or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -193,6 +203,9 @@ def _lora_config(read: dict[str, Any], dtype: torch.dtype) -> LoRAConfig:
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},
         modules_to_save=read.get("modules_to_save") or [],
+        exclude_modules=read.get("exclude_modules") or [],
+        layers_to_transform=_as_list(read.get("layers_to_transform")),
+        layers_pattern=_as_list(read.get("layers_pattern")),
         dtype=dtype,
         strict=False,
     )
@@ -214,6 +227,13 @@ def _refuse_changed_base(start: Any, path: Path) -> None:
         )
 
 
+def _as_list(value: Any) -> list[Any]:
+    """PEFT takes one entry for a list of it; 0 is one."""
+    if value in (None, "", []):
+        return []
+    return value if isinstance(value, list) else [value]
+
+
 def _is_set(key: str, value: Any) -> bool:
     return value not in (None, False, {}, [], "")
 
@@ -221,7 +241,8 @@ def _is_set(key: str, value: Any) -> bool:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill the trainable parameters of ``model`` from ``folder``; each rank reads its own rows.
 
-    PEFT writes the weight of an adapted embedding or head beside its adapter and reads it in the base's place. So here.
+    PEFT writes the weight of an adapted embedding or head beside its adapter, and both of them where it was told to
+    (``save_embedding_layers``), and reads them in the base's place. So here; where they are others, it is logged.
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not just the model's trainable ones, of their
@@ -230,17 +251,20 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     parameters = dict(trainable(model))
     device = next((local(p).device for p in parameters.values()), torch.device("cpu"))
     with refused_by_all(groups_sharing(parameters.values()), device):
-        _fill(parameters, dict(_own_bases(model)), folder / WEIGHTS_FILE)
+        _fill(parameters, {**dict(_own_bases(model)), **_frozen_ends(model)}, folder / WEIGHTS_FILE)
 
 
-def _fill(parameters: Mapping[str, Tensor], own_bases: Mapping[str, Tensor], path: Path) -> None:
+def _fill(parameters: Mapping[str, Tensor], bases: Mapping[str, Tensor], path: Path) -> None:
     with open_weights(path) as file:
         names = set(file.keys())
-        filled = {**parameters, **{name: base for name, base in own_bases.items() if name in names}}
+        brought = {name: base for name, base in bases.items() if name in names}
+        filled = {**parameters, **brought}
         surplus, missing = sorted(names - filled.keys()), sorted(filled.keys() - names)
         if surplus or missing:
             fault = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which the model has no place for"
             raise ValueError(f"{path} {fault}")
+        for name, base in brought.items():
+            _tell_other_base(file, name, base, path)
         for name, parameter in filled.items():
             copy_rows(file, name, parameter, path)
     _refuse_not_finite(filled, path)
@@ -258,6 +282,28 @@ def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield stored_name(model, own_base(name)), layer.base_layer.get_parameter("weight")
 
 
+def _frozen_ends(model: nn.Module) -> dict[str, Tensor]:
+    """name in an adapter file -> weight of the embedding and the head that nothing trains or adapts."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    frozen = (name for name in (EMBEDDING, HEAD) if name in named and not named[name].requires_grad)
+    return {stored_name(model, name): named[name] for name in frozen}
+
+
+def _tell_other_base(file: Any, name: str, base: Tensor, path: Path) -> None:
+    """Of this rank's rows; of a model on the meta device nothing is known."""
+    own = local(base).detach()
+    if own.is_meta or tuple(file.get_slice(name).get_shape()) != tuple(base.shape):
+        return
+    brought = own_stored_rows(file, name, base).to(own.device, own.dtype)
+    if not torch.equal(brought, own):
+        logger.warning(other_base(name, path))
+
+
+def other_base(name: str, path: Path) -> str:
+    """That an adapter brings another frozen weight than the base model has."""
+    return f"note: {path} brings another {name} than the base model's; it takes that one's place, as in PEFT"
+
+
 def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Of this rank's rows. Nothing is known of a model on the meta device."""
     for name, tensor in tensors.items():
@@ -267,11 +313,20 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def open_weights(path: Path) -> Any:
-    """The open safetensors file of an adapter.
+    """An adapter's safetensors file, open.
 
     Raises:
-        ValueError: it is missing, damaged, or lists more than the format or any model has.
+        ValueError: it is missing, damaged, or lists more than the format or any model has; of a pickled one in its
+            place, how to convert it.
     """
+    pickled = path.with_name(PICKLED_FILE)
+    if pickled.is_file() and not path.is_file():
+        raise ValueError(
+            f"{pickled} is pickled, which is not read: it could run code. If you trust it, convert it in its folder by "
+            'python -c "import torch; from safetensors.torch import save_file; '
+            "save_file({k: v.contiguous() for k, v in torch.load("
+            f"{pickled.name!r}, map_location='cpu', weights_only=True).items()}}, {path.name!r}, {{'format': 'pt'}})\""
+        )
     try:
         safetensors_header.read_checked(path)
         return safe_open(path, framework="pt")
@@ -284,6 +339,11 @@ def copy_rows(file: Any, name: str, target: Tensor, path: Path) -> None:
     stored = file.get_slice(name)
     if tuple(stored.get_shape()) != tuple(target.shape):
         raise ValueError(f"{path}: {name} is {tuple(stored.get_shape())}, the model's is {tuple(target.shape)}")
-    rows = own_rows(target)
     with torch.no_grad():
-        local(target).copy_(stored[rows.start : rows.stop])
+        local(target).copy_(own_stored_rows(file, name, target))
+
+
+def own_stored_rows(file: Any, name: str, target: Tensor) -> Tensor:
+    """This rank's rows of tensor ``name``, which is of ``target``'s shape, in an open safetensors file."""
+    rows = own_rows(target)
+    return cast(Tensor, file.get_slice(name)[rows.start : rows.stop])

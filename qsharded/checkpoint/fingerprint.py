@@ -17,6 +17,7 @@ import torch
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.models import ModelConfig
+from qsharded.models.config_keys import changes_the_model
 from qsharded.utils.untrusted_json import read_json
 
 _SAMPLE = 1 << 16  # bytes read at each place of a large tensor
@@ -120,7 +121,11 @@ def _samples(nbytes: int) -> Iterator[tuple[int, int]]:
 
 def _mathematics(folder: Path) -> dict[str, Any]:
     """config.json's part in what is computed, flat, with the values that JSON gives back."""
-    config = asdict(ModelConfig.from_hf(read_json(folder / "config.json")))
+    described = read_json(folder / "config.json")
+    try:
+        config = asdict(ModelConfig.from_hf(described))
+    except ValueError:  # transformers' code computes it, and reads it in its own way
+        return {key: value for key, value in described.items() if changes_the_model(key)}
     del config["max_position_embeddings"]  # a limit; where rotations depend on it, it is rope's original_length
     rope = config.pop("rope")
     for one in (rope, *config["layer_ropes"]):

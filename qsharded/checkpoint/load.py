@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded.checkpoint import fill
+from qsharded.checkpoint import fill, stacked
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint
-from qsharded.checkpoint.tied_embeddings import HEAD, open_tied
+from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.distributed.agreement import groups_of, refused_by_all
 from qsharded.distributed.layout import SHARDED, Layout
 from qsharded.distributed.placement import parallelize
 from qsharded.lora.config import LoRAConfig
-from qsharded.lora.layer import add_lora, reset_adapters
-from qsharded.models import CausalLM, ModelConfig
+from qsharded.lora.layer import add_lora, lora_layers, reset_adapters
+from qsharded.models import CausalLM
+from qsharded.models.choice import AnyConfig, ModelCode, build_model, read_config
+from qsharded.models.parts import part_names
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
@@ -44,6 +46,7 @@ def load_model(
     layout: Layout = SHARDED,
     random_init: bool = False,
     seed: int = 0,
+    model_code: ModelCode = "auto",
 ) -> CausalLM:
     """Read a Hugging Face checkpoint into an NF4 model, sharded over ``mesh`` when one is given.
 
@@ -63,6 +66,7 @@ def load_model(
         layout: where the frozen weights are kept.
         random_init: take config.json alone and draw the weights, for benchmarks.
         seed: of the adapters, and of random weights.
+        model_code: ours ("native"), that of transformers, or ours where it has the family ("auto").
 
     Raises:
         ValueError: an architecture, a configuration key or a quantization that is unknown; tensors that are missing,
@@ -74,7 +78,7 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with refused_by_all(groups_of(mesh), device):
         folder = find_checkpoint(path_or_id, revision, weights=not random_init)
-        outline = Outline.of(folder, lora, dtype, random_init=random_init)
+        outline = Outline.of(folder, lora, dtype, random_init=random_init, model_code=model_code)
     checkpointing = activation_checkpointing
     if not isinstance(checkpointing, Checkpointing):
         checkpointing = Checkpointing(checkpointing)
@@ -96,21 +100,31 @@ class Outline:
     packed: PackedCheckpoint | None
 
     @classmethod
-    def of(cls, folder: Path, lora: LoRAConfig | None, dtype: torch.dtype, *, random_init: bool) -> "Outline":
+    def of(
+        cls,
+        folder: Path,
+        lora: LoRAConfig | None,
+        dtype: torch.dtype,
+        *,
+        random_init: bool,
+        model_code: ModelCode = "auto",
+    ) -> "Outline":
         """Of the checkpoint in ``folder``; of its config.json alone for ``random_init``. No rank waits for another.
 
         Raises:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
-        config, storage_format = ModelConfig.from_hf(described), read_storage_format(described)
+        config, storage_format = read_config(described, model_code), read_storage_format(described)
         if config.wrapper:
             logger.info("%s is a multimodal model (%s): its text part alone is loaded", folder, config.wrapper)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
         config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, storage_format)
-        return cls(skeleton(config, lora, dtype, packed), dtype, source, packed)
+        model = skeleton(config, lora, dtype, packed)
+        stacked.warn_of_adapters_beside(source, [name for name, _ in lora_layers(model)])
+        return cls(model, dtype, source, packed)
 
     def filled(
         self, mesh: DeviceMesh | None, device: torch.device, *, layout: Layout, checkpointing: Checkpointing, seed: int
@@ -122,6 +136,7 @@ class Outline:
         with refused_by_all(groups, device):
             fills, source = self._fills(device, seed)
         fill.run(fills, source, device, groups)
+        self.model.fill_buffers()
         reset_adapters(self.model, seed)
         return self.model
 
@@ -134,7 +149,7 @@ class Outline:
 
 
 def skeleton(
-    config: ModelConfig,
+    config: AnyConfig,
     lora: LoRAConfig | None,
     dtype: torch.dtype,
     packed: PackedCheckpoint | StorageFormat | None = None,
@@ -152,16 +167,19 @@ def skeleton(
         ValueError: the checkpoint has packed what this decoder keeps whole, or what ``lora`` trains in full.
     """
     with torch.device("meta"):
-        model = CausalLM(config, dtype=dtype)
+        model = build_model(config, dtype)
+        head = part_names(model).head
         if packed is None and quant_format is not None:
             kept = lora.is_saved if lora else lambda name: False
-            _quantize(model, quant_format, True, lambda name, _: name != "lm_head" and not kept(name))
+            _quantize(model, quant_format, True, lambda name, layer: _packs(name, layer, head) and not kept(name))
         elif isinstance(packed, StorageFormat):
-            _quantize(model, packed.quant_format, packed.double_quant, lambda name, _: name != "lm_head")
+            _quantize(model, packed.quant_format, packed.double_quant, lambda name, layer: _packs(name, layer, head))
         elif packed is not None:
             _refuse_torn_rows(model, packed)
             quant_format, double_quant = packed.storage_format.quant_format, packed.storage_format.double_quant
-            _quantize(model, quant_format, double_quant, lambda name, _: name != "lm_head" and packed.is_packed(name))
+            _quantize(
+                model, quant_format, double_quant, lambda n, layer: _packs(n, layer, head) and packed.is_packed(n)
+            )
             _refuse_other_packed(model, packed)
         if packed is not None and lora is not None:
             _refuse_trained(model, lora)
@@ -175,6 +193,11 @@ def _quantize(model: nn.Module, quant_format: QuantFormat, double_quant: bool, f
     quantize_(
         model, filter, quant_type=quant_format.quant_type, block_size=quant_format.block_size, double_quant=double_quant
     )
+
+
+def _packs(name: str, layer: nn.Linear, head: str) -> bool:
+    """Whether a linear layer is packed: not the head, and none of which others read the weight."""
+    return name != head and getattr(layer, "is_adaptable", True)
 
 
 def _refuse_trained(model: nn.Module, lora: LoRAConfig) -> None:
@@ -208,7 +231,7 @@ def checkpoint_name(name: str) -> str:
 
 def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill.Fill]:
     """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
-    source.check(expected_shapes(model))
+    source.check(stacked.shapes_in_files(source, expected_shapes(model)))
     packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
     return packed + _plain_fills(model, source)
 
@@ -222,7 +245,7 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
     layers = packed_layers(model)
     tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
-    packed.source.check(_plain_shapes(model), tensors)
+    packed.source.check(stacked.shapes_in_files(packed.source, _plain_shapes(model)), tensors)
     fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
     return fills + _plain_fills(model, packed.source)
 
@@ -251,11 +274,17 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
 
 def _plain_fills(model: nn.Module, source: WeightSource) -> list[fill.Fill]:
     plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
-    return [_plain_fill(source, name, parameter) for name, parameter in plain]
+    return [of_one for name, parameter in plain for of_one in _fills_of(source, name, parameter)]
 
 
-def _plain_fill(source: WeightSource, name: str, parameter: Tensor) -> fill.Fill:
-    return fill.RowsFill(source, name, local(parameter).detach(), own_rows(parameter).start)
+def _fills_of(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill.Fill]:
+    own = local(parameter).detach()
+    if stacked.is_stacked(source, name):
+        yield from stacked.fills(source, name, parameter)
+    elif own.dim():
+        yield fill.RowsFill(source, name, own, own_rows(parameter).start)
+    else:  # a buffer that is one number
+        yield fill.RowsFill(source, name, own.view(1))
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -269,10 +298,21 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             is_packed = isinstance(module, PackedLinear) and parameter is not module.bias
             if not is_packed and not _is_tied_head(model, name):
                 yield name, parameter
+        if not isinstance(module, PackedLinear):
+            yield from _stored_buffers(prefix, module)
+
+
+def _stored_buffers(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    unstored = module._non_persistent_buffers_set
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in unstored:
+            yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:
-    return name == HEAD and isinstance(model, CausalLM) and model.get_parameter(name) is model.embedding_weight
+    if not isinstance(model, CausalLM) or checkpoint_name(name) != f"{part_names(model).head}.weight":
+        return False
+    return model.get_parameter(name) is model.embedding_weight
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

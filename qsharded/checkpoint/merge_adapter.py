@@ -20,6 +20,7 @@ from qsharded.checkpoint.adapter import (
     copy_rows,
     load_adapter,
     open_weights,
+    other_base,
     own_base,
     read_lora_config,
     stored_name,
@@ -27,9 +28,11 @@ from qsharded.checkpoint.adapter import (
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
-from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, described_as, open_tied
+from qsharded.checkpoint.stacked import shapes_in_files
+from qsharded.checkpoint.tied_embeddings import described_as, open_tied, tied_names
 from qsharded.lora.layer import LoRALayer, lora_layers
-from qsharded.models import CausalLM, ModelConfig
+from qsharded.models import CausalLM
+from qsharded.models.choice import AnyConfig, read_config
 from qsharded.quant import formats, ops
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
@@ -48,7 +51,7 @@ def merge_weights(
 
     Update and sum are taken in fp32 and rounded once, to the dtype that the checkpoint stores. Everything is checked
     before anything is written. The most that is held is one tensor of the checkpoint, in fp32 and its own dtype.
-    An adapter on a tied embedding unties it: the head, which it does not change, gets a tensor of its own.
+    An adapter on one of a tied embedding and head unties them: the other, which it does not change, keeps its tensor.
 
     Args:
         checkpoint: a folder, as ``find_checkpoint`` gives it.
@@ -71,43 +74,46 @@ def merge_weights(
             "again; give --model the 16-bit checkpoint it was made from"
         )
     quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
-    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    config, source = open_tied(checkpoint, read_config(described))
+    embedding, _ = tied_names(config)
     model = skeleton(config, read_lora_config(adapter), torch.float32, quant_format=quant_format)
-    source.check(expected_shapes(model))
+    source.check(shapes_in_files(source, expected_shapes(model)))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file:
         merge = _Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE)
         added = _untied(config, source, merge)
         for path in source.files():
             logger.info("merging %s", path.name)
-            copies = added if path == source.file_of(EMBEDDING) else {}
+            copies = added if path == source.file_of(embedding) else {}
             _rewrite(path, target / path.relative_to(checkpoint), merge.tensor, copies)
-    if merge.changes(EMBEDDING):
+    if merge.adapts_an_end():
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
 
 
-def _untied(config: ModelConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
+def _untied(config: AnyConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
     """Tensors to add, each as a copy of a stored one: of a tied pair that will differ, the one that is missing. Both by
     their names in the files."""
-    if not (config.tie_word_embeddings and merge.changes(EMBEDDING)) or HEAD in source.names():
+    embedding, head = tied_names(config)
+    if not (config.tie_word_embeddings and merge.adapts_an_end()) or head in source.names():
         return {}
-    embedding, head = source.name_in_files(EMBEDDING), source.name_in_files(HEAD)
+    embedding, head = source.name_in_files(embedding), source.name_in_files(head)
     return {embedding: head} if source.renamed else {head: embedding}
 
 
 def _changed_json(
-    checkpoint: Path, source: SafetensorsFolder, described: dict[str, Any], config: ModelConfig, added: dict[str, str]
+    checkpoint: Path, source: SafetensorsFolder, described: dict[str, Any], config: AnyConfig, added: dict[str, str]
 ) -> dict[str, Any]:
     changed, says = {}, described_as(described, config)
     if says != described:
         changed["config.json"] = says
-    if added and (checkpoint / INDEX).exists():
-        index = read_json(checkpoint / INDEX)
-        file = source.file_of(EMBEDDING).relative_to(checkpoint).as_posix()
+    if added and source.index is not None:
+        index = read_json(source.index)
+        embedding, _ = tied_names(config)
+        file = source.file_of(embedding).relative_to(checkpoint).as_posix()
         index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(added, file)}.items()))
         if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += source.nbytes(EMBEDDING)
+            index["metadata"]["total_size"] += source.nbytes(embedding)
         changed[INDEX] = index
     return changed
 
@@ -124,6 +130,7 @@ class _Merge:
         quant_format: to which, or None.
         name_here: what a tensor of the checkpoint's files is called here.
         name_in_adapter: what the adapter's file calls what is called so here.
+        ends: the embedding's weight and the head's.
         file, path: the adapter's, open.
     """
 
@@ -134,6 +141,7 @@ class _Merge:
     quant_format: formats.QuantFormat | None
     name_here: Callable[[str], str]
     name_in_adapter: Callable[[str], str]
+    ends: tuple[str, str]
     file: Any
     path: Path
 
@@ -151,9 +159,14 @@ class _Merge:
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
-        if model.config.tie_word_embeddings and EMBEDDING in bases:
-            bases[HEAD] = bases[EMBEDDING]
         held = set(file.keys())
+        embedding, head = tied_names(model.config)
+        ends = {end: stored_name(model, end) for end in (embedding, head) if end not in bases}
+        bases |= {end: name for end, name in ends.items() if name in held}
+        if model.config.tie_word_embeddings:  # what is brought for one of them is the other's too
+            for end, other in ((head, embedding), (embedding, head)):
+                if bases.get(other) in held:
+                    bases.setdefault(end, bases[other])
         return cls(
             adapted=adapted,
             replaced={name for name, p in model.named_parameters() if p.requires_grad and p not in updates},
@@ -162,9 +175,14 @@ class _Merge:
             quant_format=quant_format,
             name_here=source.name_here,
             name_in_adapter=partial(stored_name, model),
+            ends=(embedding, head),
             file=file,
             path=path,
         )
+
+    def adapts_an_end(self) -> bool:
+        """Whether the embedding or the head gets an update, so that they are not one weight any more."""
+        return any(end in self.adapted for end in self.ends)
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""
@@ -186,6 +204,8 @@ class _Merge:
         base = stored
         if name in self.brought:
             base = self.file.get_tensor(self.brought[name])
+            if not torch.equal(base.to(stored.dtype), stored):
+                logger.warning(other_base(self.brought[name], self.path))
         elif self.quant_format is not None and name in self.rounded:
             base = quantized_and_dequantized(stored, name, self.quant_format)
         return self._delta(*self.adapted[name]).add_(base) if name in self.adapted else base

@@ -21,8 +21,9 @@ from qsharded.checkpoint.row_chunks import RowChunk, row_chunks_of
 from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
+from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
-from qsharded.models import ModelConfig
+from qsharded.models.choice import read_config
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
@@ -54,19 +55,25 @@ def quantize_checkpoint(
     described = read_json(checkpoint / "config.json")
     if packed_format.read_storage_format(described):
         raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
-    config, source = open_tied(checkpoint, ModelConfig.from_hf(described))
+    config, source = open_tied(checkpoint, read_config(described))
     if config.wrapper and form != packed_format.QUANT_METHOD:
         raise ValueError(
             f"{checkpoint} is a multimodal model ({config.wrapper}), whose other parts stay in 16 bits: of such, "
             "--format qsharded alone is written"
         )
     model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
-    source.check(expected_shapes(model))
-    layers = {source.name_in_files(name): layer for name, layer in packed_layers(model).items()}
-    writer = _Writer(source.all_parts(), layers, form, quant_format, device)
-    names_of = writer.names_by_file([*map(source.name_in_files, expected_shapes(model)), *source.other_parts()])
+    shapes = shapes_in_files(source, expected_shapes(model))
+    source.check(shapes)
+    parts = source.all_parts()
+
+    def in_parts(name: str) -> str:
+        return name if parts is source else source.name_in_files(name)
+
+    layers = {in_parts(name): layer for name, layer in packed_layers(model).items()}
+    writer = _Writer(parts, layers, form, quant_format, device)
+    names_of = writer.names_by_file([*map(in_parts, shapes), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
-    if (checkpoint / INDEX).exists():
+    if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
         write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

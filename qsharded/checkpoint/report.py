@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from qsharded.checkpoint.packed_format import CONFIG_KEY, StorageFormat, own_con
 from qsharded.checkpoint.resume import STATE_FILE
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder
-from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD, open_tied
-from qsharded.models import ModelConfig
+from qsharded.checkpoint.stacked import shapes_in_files
+from qsharded.checkpoint.tied_embeddings import open_tied, tied_names
+from qsharded.models.choice import AnyConfig, read_config
 from qsharded.models.config import declared_dtype
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.untrusted_json import read_json
@@ -133,7 +134,8 @@ def _model(folder: Path) -> Report:
     described = read_json(folder / "config.json")
     report = Report(_model_kind(described))
     indexed = _indexed(report, folder)
-    paths = sorted({folder / file for file in indexed.values()} if indexed else folder.glob("model*.safetensors"))
+    single = sorted(folder.glob("model.safetensors")) or folder.glob("model*.safetensors")
+    paths = sorted({folder / file for file in indexed.values()} if indexed else single)
     there = [path for path in paths if path.is_file()]
     report.problems += [f"{path.name} is missing" for path in paths if not path.is_file()]
     if not paths:
@@ -160,6 +162,9 @@ def _model_kind(described: Mapping[str, Any]) -> str:
 
 def _indexed(report: Report, folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
+        return {}
+    if SafetensorsFolder(folder).index is None:
+        report.notes.append(f"{INDEX} is left aside, as transformers leaves it: model.safetensors is there")
         return {}
     try:
         return {str(name): str(file) for name, file in read_json(folder / INDEX)["weight_map"].items()}
@@ -202,7 +207,7 @@ def _check_against_config(
     report: Report, folder: Path, described: dict[str, Any], tensors: Mapping[str, Stored]
 ) -> None:
     try:
-        config = ModelConfig.from_hf({**described, "quantization_config": None})
+        config = read_config({**described, "quantization_config": None})
     except ValueError as error:
         report.notes.append(f"names and shapes were not checked, as qsharded does not read this model: {error}")
         return
@@ -211,35 +216,31 @@ def _check_against_config(
     except ValueError as error:
         report.problems.append(str(error))
         return
-    shapes = _shapes(report, folder, config)
+    shapes, others = _shapes(report, folder, config)
     expected = expected_tensors(shapes, tensors, quant_format.block_size)
     report.problems += [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-    others = _other_parts(folder, config)
-    surplus = sorted(name for name in tensors.keys() - expected.keys() - others if not name.endswith(RECOMPUTED))
+    surplus = sorted(n for n in tensors.keys() - expected.keys() - others if not n.endswith(RECOMPUTED))
     report.problems += [f"{name} has no place in the model that config.json describes" for name in surplus]
     for name in sorted(expected.keys() & tensors.keys()):
         report.problems += [f"{name} {fault}" for fault in expected[name].faults(tensors[name])]
 
 
-def _other_parts(folder: Path, config: ModelConfig) -> set[str]:
-    """Tensors that are not the decoder's, such as a multimodal model's vision tower."""
-    with suppress(ValueError):
-        return set(SafetensorsFolder(folder, is_wrapped=bool(config.wrapper)).other_parts())
-    return set()
-
-
-def _shapes(report: Report, folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of the model's weights in 16 bits, by the names that the files must have."""
+def _shapes(report: Report, folder: Path, config: AnyConfig) -> tuple[dict[str, tuple[int, ...]], Set[str]]:
+    """Of the model's weights in 16 bits, by the names that the files must have; and the tensors that are not its own,
+    such as a multimodal model's vision tower."""
     with suppress(ValueError):  # damaged files, which the scan has named
         as_stored, source = open_tied(folder, config)
+        embedding, head = tied_names(config)
         if as_stored != config:
             report.notes.append(
-                f"config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}: it is used as stored"
+                f"config.json ties the head to the embedding, but {head} differs from {embedding}: it is used as stored"
             )
         shapes = expected_shapes(skeleton(as_stored, None, torch.bfloat16, quant_format=None))
-        held = {HEAD if source.renamed and name == EMBEDDING else name: shape for name, shape in shapes.items()}
-        return {source.name_in_files(name): shape for name, shape in held.items()}
-    return expected_shapes(skeleton(config, None, torch.bfloat16, quant_format=None))
+        if source.renamed:
+            shapes[head] = shapes.pop(embedding)
+        shapes = shapes_in_files(source, shapes)
+        return {source.name_in_files(name): shape for name, shape in shapes.items()}, set(source.other_parts())
+    return expected_shapes(skeleton(config, None, torch.bfloat16, quant_format=None)), set()
 
 
 def _quant_format(folder: Path, described: Mapping[str, Any], names: Iterable[str]) -> QuantFormat:

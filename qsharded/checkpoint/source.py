@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: where they are, and their safetensors read row by row."""
 
 import math
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -16,12 +16,14 @@ from qsharded.utils import heartbeat
 from qsharded.utils.untrusted_json import map_of, read_json, require, shown, text
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DOWNLOADED = ["*.json", "*.jinja", "tokenizer.model"]
+DESCRIBING = ["*.json", "*.jinja", "tokenizer.model"]
+"""Patterns of the files that describe a model or an adapter, and its tokenizer."""
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "original/*"]  # the same weights once more, in their makers' formats
 # What old checkpoints store though config.json gives it: the rotary frequencies, and a tied head beside its embedding.
 # (An untied head is among the model's own tensors.)
 RECOMPUTED = (".rotary_emb.inv_freq", "lm_head.weight")
 _INDEX = {"weight_map": map_of(text(1024), 1 << 20)}
+_PREFIX, _BARE_EMBEDDING = "model.", "embed_tokens.weight"
 _READABLE = {"F32", "F16", "BF16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -67,27 +69,42 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weig
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub ids, but {folder} is a folder")
         return folder
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
+    if not is_hub_id(str(path_or_id)):
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
+    return download(str(path_or_id), revision, [*DESCRIBING, "*.safetensors"] if weights else DESCRIBING)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form of a Hub repository's id, ``owner/name``."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def download(hub_id: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """The folder with the files of a Hub repository that match ``wanted``, patterns of names.
+
+    Raises:
+        ValueError: the Hub's refusal.
+    """
     import huggingface_hub  # here: a local folder needs no Hub client
 
-    wanted = [*_DOWNLOADED, "*.safetensors"] if weights else _DOWNLOADED
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(path_or_id), revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED
+                hub_id, revision=revision, allow_patterns=list(wanted), ignore_patterns=_NOT_DOWNLOADED
             )
         )
     except Exception as error:  # of HTTP, of the connection, of the id: its kinds change with the client's versions
-        raise ValueError(f"{path_or_id} is no local folder, and the Hub did not give it: {error}") from error
+        raise ValueError(f"{hub_id} is no local folder, and the Hub did not give it: {error}") from error
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, its first byte there, its dtype (in safetensors' words) and its shape."""
+    """Where a tensor lies: its file, its first byte there, their number, its dtype (in safetensors' words) and its
+    shape."""
 
     path: Path
     first: int
+    nbytes: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -106,7 +123,13 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
     start = safetensors_header.data_start(size)
     return {
-        name: Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        name: Stored(
+            path,
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
+        )
         for name, entry in entries.items()
     }
 
@@ -118,33 +141,72 @@ class SafetensorsFolder:
     Bytes are read, not mapped: mapped pages would count as this process's memory.
 
     Attributes:
-        renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise.
+        renamed: (the name of a tensor in the files, what it is called here), if one is called otherwise. Names that
+            lack ``model.``, as those of a model saved without its head, get it without being told.
         is_wrapped: the folder is a multimodal model's; here its text part's tensors alone are seen, by the names that
             they have in a model of text.
         has_others: what is not the decoder's is seen too: other parts, layers that predict further tokens.
+        called: name in the files -> name here, of all that are called otherwise by rule; ``renamed`` comes after it.
+        stacked: tensor of the model -> for each of its rows the tensors in the files that make it, behind each other.
+        ignored: names in the files of tensors that the model has no use for.
     """
 
     folder: Path
     renamed: tuple[str, str] | None = None
     is_wrapped: bool = False
     has_others: bool = False
+    called: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
 
     @cached_property
     def _stored(self) -> dict[str, Stored]:
-        stored = {name: of_one for name, of_one in self._in_files().items() if not self._is_other(name)}
-        if self.is_wrapped:
-            stored = {text_name(name): of_one for name, of_one in stored.items()}
+        ours = (name for name in self._in_files if not self._is_other(name))
+        stored = {self.name_here(name): self._in_files[name] for name in ours}
         if self.renamed is not None:
             stored[self.renamed[1]] = stored.pop(self.renamed[0])
         return stored
 
+    def names_in_files(self) -> list[str]:
+        """What the files themselves call their tensors, ignored ones too."""
+        return sorted(self._in_files)
+
+    @cached_property
+    def _is_bare(self) -> bool:
+        return not (self.is_wrapped or self.called) and is_bare(self._in_files)
+
+    @cached_property
+    def index(self) -> Path | None:
+        """The index of the files that are read; None: they are one file, whatever index may lie beside it."""
+        single = self.folder / _SINGLE
+        return None if single.exists() or not (self.folder / INDEX).exists() else self.folder / INDEX
+
+    @cached_property
     def _in_files(self) -> dict[str, Stored]:
-        if (self.folder / INDEX).exists():
+        if self.index is not None:
             return self._read_index()
         path = self.folder / _SINGLE
         if not path.exists():
             raise ValueError(f"{self.folder} holds neither {_SINGLE} nor {INDEX}")
-        return read_header(_refuse_foreign(path, self.folder))
+        stored = read_header(_refuse_foreign(path, self.folder))
+        self._refuse_other_shards(stored)
+        return stored
+
+    def _refuse_other_shards(self, single: dict[str, Stored]) -> None:
+        """An index beside one file is most often left from before; transformers takes the file. But if all that it
+        names is there and is another model, nobody can tell which of the two is meant."""
+        if not (self.folder / INDEX).exists():
+            return
+        try:
+            shards = self._read_index()
+        except ValueError:
+            return
+        if not are_same_tensors(single, shards):
+            files = sorted({stored.path.name for stored in shards.values()})
+            raise ValueError(
+                f"{self.folder} holds two different models: {_SINGLE}, and {files[0]} to {files[-1]}, which {INDEX} "
+                "names. Remove the one that is not meant, an index included"
+            )
 
     def _read_index(self) -> dict[str, Stored]:
         index = read_json(self.folder / INDEX)
@@ -175,32 +237,38 @@ class SafetensorsFolder:
 
     def files(self) -> list[Path]:
         """Every file that holds tensors, sorted; of a multimodal model those of its other parts too."""
-        return sorted({stored.path for stored in self._in_files().values()})
+        return sorted({stored.path for stored in self._in_files.values()})
 
     def name_here(self, stored: str) -> str:
         """What a tensor of the files is called here (but for ``renamed``); another part's keeps its name."""
-        return text_name(stored) if self.is_wrapped and is_of_text(stored) else stored
+        if self._is_bare:
+            return full_name(stored)
+        return text_name(stored) if self.is_wrapped and is_of_text(stored) else self.called.get(stored, stored)
 
     def name_in_files(self, name: str) -> str:
         """What the files call what is called ``name`` here, whether it is there or to be added."""
+        if self._is_bare:
+            return name.removeprefix(_PREFIX)
         if not self.is_wrapped:
-            return name
-        stored = next(filter(is_of_text, self._in_files()))
+            return next((stored for stored, here in self.called.items() if here == name), name)
+        stored = next(filter(is_of_text, self._in_files))
         prefixes = next((theirs, ours) for theirs, ours in _of_style(stored) if name.startswith(ours))
         return prefixes[0] + name.removeprefix(prefixes[1])
 
     def all_parts(self) -> "SafetensorsFolder":
         """The folder with all tensors, by their names in the files."""
-        return replace(self, is_wrapped=False, has_others=True) if self.other_parts() else self
+        if not (self.other_parts() or self.called):
+            return self
+        return replace(self, is_wrapped=False, has_others=True, called={})
 
     def other_parts(self) -> list[str]:
         """The tensors that are not the decoder's, by their names in the files."""
-        return sorted(filter(self._is_other, self._in_files()))
+        return sorted(filter(self._is_other, self._in_files))
 
     def _is_other(self, stored: str) -> bool:
         if self.has_others:
             return False
-        return stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
+        return stored in self.ignored or stored.startswith(_FURTHER) or (self.is_wrapped and not is_of_text(stored))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that the file's header gives."""
@@ -301,6 +369,37 @@ def _hub_cache() -> Path:
     from huggingface_hub import constants  # here: a folder without such links needs no Hub client
 
     return Path(constants.HF_HUB_CACHE).resolve()
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Whether tensors are called as in a model without its head, as ``layers.0...`` for ``model.layers.0...``."""
+    names = set(names)
+    return _BARE_EMBEDDING in names and not any(name.startswith(_PREFIX) for name in names)
+
+
+def full_name(bare: str) -> str:
+    """What a tensor is called in a model with its head."""
+    return bare if bare.startswith("lm_head.") else _PREFIX + bare
+
+
+def are_same_tensors(one: dict[str, Stored], other: dict[str, Stored]) -> bool:
+    """Whether files hold the same names, shapes, dtypes and bytes; they are read as far as they are equal."""
+    if {name: (t.dtype, t.shape) for name, t in one.items()} != {n: (t.dtype, t.shape) for n, t in other.items()}:
+        return False
+    return all(_have_same_bytes(tensor, other[name]) for name, tensor in one.items())
+
+
+def _have_same_bytes(one: Stored, other: Stored) -> bool:
+    left = one.nbytes
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.first)
+        second.seek(other.first)
+        while left:
+            size = min(left, read_ahead.PIECE)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
 
 
 def _refuse(names: Iterable[str], complaint: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, SCHEMA, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
+from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.distributed.agreement import found_by_main
@@ -15,16 +16,20 @@ from qsharded.distributed.fsdp import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import check, read_json
 
+_OF_ADAPTER = [*DESCRIBING, "adapter_model.*"]  # the tokenizer that it was trained with too
+
 logger = logging.getLogger(__name__)
 
 
 def find_adapter(path: str) -> Path:
-    """The folder of an adapter.
+    """The folder of an adapter: a local one, or a Hub repository's snapshot, downloaded if need be.
 
     Raises:
-        ValueError: there is none; a run's folder is told from the adapter inside it.
+        ValueError: there is none, or the Hub refuses; a run's folder is told from the adapter inside it.
     """
     folder = Path(path)
+    if not folder.exists() and is_hub_id(path):
+        folder = download(path, None, _OF_ADAPTER)
     if (folder / CONFIG_FILE).is_file():
         return folder
     inside = folder / "adapter"

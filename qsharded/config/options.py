@@ -8,10 +8,10 @@
         name: str = option("Whom to greet.", group="Greeting")
         times: int = option("How often.", 1, group="Greeting", unit="greetings", check=AT_LEAST_1)
 
-Field types: bool, int, float, str, any of these `| None`, Literal of strings, list[str], list[float], dict[str, int],
-dict[str, float], str | list[str] (a list of names, or one text that is not a list of names), tuple[str, ...] (texts
-taken as they are; the flag is given once for each), and str | tuple[str, ...] (one such text, or several, behind one
-flag or with a flag for each). Every other flag is given once.
+Field types: bool, int, float, str, any of these `| None`, Literal of strings, list[str], list[float], a dict from str
+to int, float, str or Any (a value of JSON, or text), str | list[str] (a list of names, or one text that is not a list
+of names), tuple[str, ...] (texts taken as they are; the flag is given once for each), and str | tuple[str, ...] (one
+such text, or several, behind one flag or with a flag for each). Every other flag is given once.
 """
 
 import dataclasses
@@ -138,6 +138,8 @@ def has_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, get_origin(kind)) and all(has_kind(entry, get_args(kind)[0]) for entry in value)
     if get_origin(kind) is dict:
         return isinstance(value, dict) and all(has_kind(entry, get_args(kind)[1]) for entry in value.values())
+    if kind is Any:
+        return value is not None
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -148,6 +150,7 @@ _WORDS = {
     int: "a whole number",
     float: "a finite number",
     str: "text",
+    Any: "a value of JSON, or text",
     list[float]: "a list of finite numbers",
     tuple[str, ...]: "texts",
     TEXTS: "text, or a list of texts",

@@ -1,4 +1,7 @@
-"""A command's options as its --help and as a Markdown page."""
+"""A command's options as its --help and as a Markdown page.
+
+A command that takes another's options too names the groups that it lists in ``shown_groups``, in place of all.
+"""
 
 import inspect
 import shutil
@@ -42,7 +45,9 @@ def _row(item: Option) -> str:
 
 
 def _groups(command: type[Command]) -> Iterator[tuple[str, Iterator[Option]]]:
-    return groupby(options(command), key=lambda item: item.about.group)
+    shown = getattr(command, "shown_groups", None)
+    listed = (item for item in options(command) if shown is None or item.about.group in shown)
+    return groupby(listed, key=lambda item: item.about.group)
 
 
 def _description(command: type[Command], width: int) -> str:

@@ -9,8 +9,9 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     "base": ("model", "revision", "random_init"),
     # Which rows with which loss masks: a fingerprint tells, and these may be why they are others.
     "rows": (
-        "dataset", "dataset_split", "dataset_format", "streaming", "train_on", "one_example_per_answer", "overlong",
-        "eval_split",
+        "dataset", "dataset_split", "dataset_format", "dataset_columns", "streaming", "train_on",
+        "one_example_per_answer", "train_on_turn_ends", "train_on_empty_answers", "bad_rows", "chat_template",
+        "chat_template_kwargs", "template_date", "overlong", "eval_split",
     ),
     # Which rows an epoch draws, their order, and what a row of a batch holds.
     "fixed": ("dataset_weights", "seed", "max_length", "packing"),
@@ -29,12 +30,12 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     ),
     # Where things lie, how fast and in whose memory it is computed, what is shown and saved.
     "free": (
-        "data_cache",
-        "adapter", "allow_other_base", "activation_checkpointing", "checkpointed_layers", "sharding", "dp_replicate",
-        "cpu_offload", "max_skipped_steps", "deterministic", "output_dir", "overwrite_output_dir", "logging_steps",
-        "save_steps", "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset",
-        "eval_dataset_split", "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "dry_run", "gpus",
-        "gpu_memory_gib", "profile", "hang_timeout",
+        "data_cache", "adapter", "allow_other_base", "model_code", "ignore_config_key", "activation_checkpointing",
+        "checkpointed_layers", "sharding", "dp_replicate", "cpu_offload", "max_skipped_steps", "deterministic",
+        "output_dir", "overwrite_output_dir", "logging_steps", "show_rows", "show_characters", "save_steps",
+        "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset", "eval_dataset_split",
+        "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "dry_run", "gpus", "gpu_memory_gib",
+        "profile", "hang_timeout",
     ),
 }  # fmt: skip
 PATHS = ("dataset", "dataset_split")  # of the rows: where they are, which alone makes them no others

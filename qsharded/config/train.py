@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
@@ -40,11 +41,22 @@ class TrainConfig:
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
     )
+    model_code: Literal["auto", "native", "transformers"] = _model(
+        "Whose code computes the model: native has the families of docs/models.md; transformers is that library, for "
+        "any of its causal language models; auto takes native where it has the family.",
+        "auto",
+    )
+    ignore_config_key: tuple[str, ...] = _model(
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each.",
+        (),
+        metavar="NAME",
+    )
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
     adapter: str | None = _model(
-        "PEFT adapter folder to go on training; its own configuration replaces the --lora options.",
+        "PEFT adapter to go on training, a folder or a Hub id; its own configuration replaces the --lora options.",
         None,
-        metavar="PATH",
+        metavar="PATH|ID",
         unset="a new adapter",
     )
     allow_other_base: bool = _model(
@@ -68,7 +80,13 @@ class TrainConfig:
     dataset_format: Literal["auto", "messages", "conversations", "alpaca", "prompt-completion", "text"] = _data(
         "Format of the datasets; auto detects it.", "auto"
     )
-    dataset_split: str = _data("Split to read of a Hub dataset.", "train")
+    dataset_columns: dict[str, str] = _data(
+        "Which column is which field, as prompt=question,completion=answer, where it is not told by its name; "
+        "docs/data.md lists the fields and the names that are known.",
+        {},
+        metavar="FIELD=COLUMN ...",
+    )
+    dataset_split: str = _data("Split to read of a Hub dataset, or of a .json file that holds several.", "train")
     train_on: Literal["assistant", "all"] = _data(
         "Tokens that count in the loss: the assistant's, with the end of each turn, or all.", "assistant"
     )
@@ -76,6 +94,35 @@ class TrainConfig:
         "Make of a conversation one example for each answer, rendered as it would be at generation. It keeps reasoning "
         "that the chat template drops from earlier turns, and takes more tokens.",
         False,
+    )
+    train_on_turn_ends: bool = _data(
+        "Train on the end of a turn too where the chat template's {% generation %} marks the content alone.", True
+    )
+    train_on_empty_answers: bool = _data(
+        "Train on answers with no content and no tool calls, that is, on ending the turn at once; otherwise they are "
+        "left out, and counted.",
+        False,
+    )
+    bad_rows: str = _data(
+        "What rows do that cannot be used: stop the run, which names them all at once, or, with skip:N, are left out, "
+        "up to N in each dataset, and listed.",
+        "stop",
+        metavar="stop|skip:N",
+    )
+    chat_template: str | None = _data(
+        "File with the chat template to use in place of the model's; it is saved with the adapter.",
+        None,
+        metavar="FILE",
+        unset="the model's",
+    )
+    chat_template_kwargs: dict[str, Any] = _data(
+        "Variables for the chat template, as enable_thinking=false.", {}, metavar="NAME=VALUE ..."
+    )
+    template_date: str | None = _data(
+        "Date for chat templates that write today's, so that rows are the same tomorrow.",
+        None,
+        metavar="YYYY-MM-DD",
+        unset="today",
     )
 
     streaming: bool = _data(
@@ -195,6 +242,18 @@ class TrainConfig:
         metavar="STEP|FIRST-LAST",
         unset="none",
     )
+    show_rows: int = _output(
+        "Rows of each dataset to print at the start as the model sees them, with trained tokens marked; 0 prints none.",
+        2,
+        unit="rows",
+        check=AT_LEAST_0,
+    )
+    show_characters: int = _output(
+        "Longest of these rows that is printed whole; of longer ones the middle is left out. 0 prints all.",
+        1000,
+        unit="characters",
+        check=AT_LEAST_0,
+    )
     save_steps: int = _output(
         "Steps from one checkpoint to the next; the last step has one too. 0 writes none, save where a "
         "signal stops the run.",
@@ -289,12 +348,20 @@ class TrainConfig:
         first, _, last = (self.profile or "").partition("-")
         return int(first), int(last or first)
 
+    @property
+    def skip_bad_rows(self) -> int:
+        """How many rows of a dataset ``--bad-rows`` lets be left out."""
+        return int(self.bad_rows.removeprefix("skip:")) if self.bad_rows != "stop" else 0
+
     def __post_init__(self) -> None:
         check_values(self)
         _check_profile(self)
         if not self.datasets:
             raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
+        if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
+            raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
+        _check_date(self.template_date)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         if not self.dry_run and (self.gpus or self.gpu_memory_gib):
@@ -339,6 +406,13 @@ def _check_checkpointing(config: TrainConfig) -> None:
         )
     if config.cpu_offload:
         raise ValueError("--cpu-offload needs all layers checkpointed: leave --checkpointed-layers out")
+
+
+def _check_date(text: str | None) -> None:
+    try:
+        date.fromisoformat(text or "2000-01-01")
+    except ValueError:
+        raise ValueError(f"--template-date must be a date such as 2025-01-31, got {text!r}") from None
 
 
 def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ def from_words(item: Option, words: Sequence[str]) -> Any:
     if text == "" and item.optional:
         return None
     if get_origin(item.kind) is dict:
-        return dict(_pair(item, entry) for entry in _split(text))
+        return dict(_pair(item, entry) for entry in _entries(item, text))
     if get_origin(item.kind) is list:
         return [_number(get_args(item.kind)[0], word) for word in _split(text)]
     if item.kind == NAMES:
@@ -71,15 +71,26 @@ def _texts(item: Option, texts: Sequence[str]) -> str | tuple[str, ...]:
     return texts[0] if item.kind == TEXTS and len(texts) == 1 else tuple(texts)
 
 
+def _entries(item: Option, text: str) -> list[str]:
+    """The pairs of a table; a value that may be text may have commas and spaces in it."""
+    is_text = get_args(item.kind)[1] in (str, Any)
+    return re.split(r"[,\s]+(?=[\w.-]+=)", text.strip()) if is_text and text.strip() else _split(text)
+
+
 def _pair(item: Option, entry: str) -> tuple[str, Any]:
-    key, separator, value = entry.rpartition("=")
+    of = get_args(item.kind)[1]
+    # A key may be a regular expression, a value may be text: the other one has no = in it.
+    key, separator, value = entry.partition("=") if of in (str, Any) else entry.rpartition("=")
     if not separator or not key:
         raise ValueError(f"{item.flag} takes KEY=VALUE pairs, got {entry!r}")
-    return key, _number(get_args(item.kind)[1], value)
+    return key, _number(of, value)
 
 
 def _number(kind: Any, text: str) -> Any:
     if kind in (int, float):
         with suppress(ValueError):
             return kind(text)
+    if kind is Any:
+        with suppress(ValueError):
+            return json.loads(text) if text != "null" else text  # TOML, which the run is written in, has no null
     return text

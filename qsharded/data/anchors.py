@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qsharded.data.chat import ChatTemplate
-from qsharded.data.formats import REASONING_KEYS, Conversation, Message
+from qsharded.data.formats import Conversation
+from qsharded.data.messages import REASONING_KEYS, Message
 from qsharded.data.tool_calls import renamed
 
 _CLOSE = "</think>"

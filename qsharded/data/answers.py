@@ -8,7 +8,8 @@ renders, and the answer is the turn as the template writes a last one; reasoning
 import re
 
 from qsharded.data.chat import ChatTemplate
-from qsharded.data.formats import REASONING_KEYS, Conversation, Message
+from qsharded.data.formats import Conversation
+from qsharded.data.messages import REASONING_KEYS, Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _EMPTY_BLOCK = re.compile(rf"{_OPEN}(\s*){_CLOSE}")

@@ -5,8 +5,8 @@ They are other people's programs, so they run in Jinja's immutable sandbox, unde
 """
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
@@ -14,10 +14,12 @@ from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from qsharded.data.formats import REASONING_KEYS, Message
+from qsharded.data.messages import REASONING_KEYS, Message
 from qsharded.data.template_limits import LimitedEnvironment, limited
 
 Span = tuple[int, int]
+
+_OF_EACH_CALL = {"messages", "tools", "documents", "add_generation_prompt"}
 
 # Unicode noncharacters, for use inside a program only: they stand in no text meant for reading.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
@@ -45,15 +47,19 @@ class ChatTemplate:
 
     Args:
         source: the Jinja program.
-        variables: the texts of special tokens, as ``bos_token``.
+        variables: the texts of special tokens, as ``bos_token``, and what the user sets.
+        today: the date for programs that ask for it; None: today's.
 
     Raises:
-        ValueError: ``source`` is no valid Jinja.
+        ValueError: ``source`` is no valid Jinja, or ``variables`` has one that each call sets.
     """
 
-    def __init__(self, source: str, variables: dict[str, str]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any], today: date | None = None) -> None:
+        if taken := _OF_EACH_CALL & variables.keys():
+            raise ValueError(f"the chat template's variable {min(taken)!r} comes from the rows; it cannot be set")
         self._source = source
         self._variables = variables
+        self._today = today
         self._plain = self._compile(_Generation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,8 +76,17 @@ class ChatTemplate:
 
         The date is one where the program asks for it.
         """
-        today = datetime.now().date().isoformat() if "strftime_now" in self._source else None
+        today = (self._today or datetime.now().date()).isoformat() if self._asks_for_date else None
         return [self._source, self._variables, today]
+
+    @property
+    def writes_today(self) -> bool:
+        """Whether the program asks for today's date, so that it may write other text tomorrow."""
+        return self._asks_for_date and self._today is None
+
+    @property
+    def _asks_for_date(self) -> bool:
+        return "strftime_now" in self._source
 
     @cached_property
     def _marked(self) -> Template:
@@ -111,9 +126,15 @@ class ChatTemplate:
     def _compile(self, generation: type[Extension]) -> Template:
         try:
             with limited("the chat template's compilation"):
-                return _environment(generation).from_string(self._source)
+                environment = _environment(generation)
+                environment.globals["strftime_now"] = self._strftime_now
+                return environment.from_string(self._source)
         except TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
+
+    def _strftime_now(self, format: str) -> str:
+        now = datetime.now() if self._today is None else datetime.combine(self._today, time())
+        return now.strftime(format)
 
     def _run(self, template: Template, messages: Sequence[Message], prompt: bool, tools: list[Any] | None) -> str:
         try:
@@ -151,7 +172,6 @@ def _environment(generation: type[Extension]) -> Environment:
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
 
 

@@ -6,7 +6,16 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qsharded.data.records import Row, Rows, check_not_empty, json_lines, parquet_rows, read_file, row_groups
+from qsharded.data.records import (
+    FoundRows,
+    Row,
+    check_not_empty,
+    find_rows_in,
+    has_lines,
+    json_lines,
+    parquet_rows,
+    row_groups,
+)
 from qsharded.data.sources import suffix_of
 
 _BYTES = 1 << 19  # of JSON Lines: some hundred conversations
@@ -23,8 +32,8 @@ class Chunk(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def rows(self) -> Rows:
-        """The rows, as :func:`qsharded.data.records.read_rows` gives them."""
+    def rows(self) -> FoundRows:
+        """The rows, as :func:`qsharded.data.records.find_rows` gives them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class _Lines:
     def nbytes(self) -> int:
         return self.end - self.start
 
-    def rows(self) -> Rows:
+    def rows(self) -> FoundRows:
         return json_lines(self.path, self.start, self.end, self.number)
 
 
@@ -49,7 +58,7 @@ class _RowGroup:
     number: int
     nbytes: int
 
-    def rows(self) -> Rows:
+    def rows(self) -> FoundRows:
         return parquet_rows(self.path, [self.group], self.number)
 
 
@@ -57,23 +66,27 @@ class _RowGroup:
 class _Read:
     """Rows of a file that one process must read from its beginning."""
 
-    given: Sequence[tuple[str, Row]]
+    given: Sequence[tuple[str, Row | ValueError]]
     nbytes: int = 0
 
-    def rows(self) -> Rows:
+    def rows(self) -> FoundRows:
         yield from self.given
 
 
-def chunks(paths: Sequence[Path]) -> Iterator[Chunk]:
-    """The rows of these files, in order.
+def chunks(paths: Sequence[Path], split: str = "train") -> Iterator[Chunk]:
+    """The rows of these files, in order; of a file that holds several splits, those of ``split``.
 
     Raises:
-        ValueError: a file cannot be read; of malformed rows, those that no other process reads.
+        ValueError: a file cannot be read.
     """
-    cutters = {".jsonl": _lines, ".parquet": _row_groups}
     for path in paths:
         check_not_empty(path)
-        yield from cutters.get(suffix_of(path.name), _rows)(path)
+        if has_lines(path):
+            yield from _lines(path)
+        elif suffix_of(path.name) == ".parquet":
+            yield from _row_groups(path)
+        else:
+            yield from chunks_of(find_rows_in(path, split))
 
 
 def _lines(path: Path) -> Iterator[Chunk]:
@@ -100,11 +113,7 @@ def _row_groups(path: Path) -> Iterator[Chunk]:
         number += count
 
 
-def _rows(path: Path) -> Iterator[Chunk]:
-    return chunks_of(read_file(path))
-
-
-def chunks_of(rows: Rows) -> Iterator[Chunk]:
+def chunks_of(rows: FoundRows) -> Iterator[Chunk]:
     """Rows that this process reads."""
     while given := list(islice(rows, _ROWS)):
         yield _Read(given)

@@ -9,7 +9,9 @@ from qsharded.data.tokenizer import Encoded, Tokenizer
 
 
 def example_of(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Example:
-    """The example of a complete text, ``encoded``. An id is trained on if its text starts inside a span that is."""
+    """The example of a complete text, ``encoded``. An id is trained on if some of its text is inside a span that is, as
+    in transformers: one that begins with the header's last space and goes on with the answer's first word is the
+    answer's."""
     if rendered.prompt:
         ids, trained = _behind_prompt(rendered, encoded.ids, tokenizer)
     else:
@@ -33,6 +35,14 @@ def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> 
 def _inside(spans: Sequence[Span] | None, encoded: Encoded) -> list[bool]:
     inside = [spans is None] * len(encoded)
     for start, end in spans or ():
-        first, behind = encoded.first_from(start), encoded.first_from(end)
-        inside[first:behind] = [True] * (behind - first)
+        if start < end:
+            first, behind = _first_reaching(start, encoded), encoded.first_from(end)
+            inside[first:behind] = [True] * (behind - first)
     return inside
+
+
+def _first_reaching(character: int, encoded: Encoded) -> int:
+    """The number of the first id whose text reaches behind this character's beginning."""
+    first = encoded.first_from(character)
+    is_whole = first < len(encoded) and encoded.start(first) == character
+    return first if is_whole else max(0, first - 1)

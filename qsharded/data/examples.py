@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qsharded.data.bad_rows import SHOWN
+
 
 @dataclass(frozen=True, eq=False, init=False)
 class Example:
@@ -52,10 +54,10 @@ def grouped(examples: Iterable[Example]) -> list[list[Example]]:
 
 @dataclass
 class Omitted:
-    """What the chat template leaves out of a dataset's rows, of one kind.
+    """What rows have and examples lack, or what else is to be told of rows, of one kind.
 
     Attributes:
-        rows: in how many of them.
+        rows: how many of them.
         example: the first, as ``file:line``, with what is lost there.
     """
 
@@ -71,8 +73,11 @@ class Dataset:
         examples: none longer than the maximum length, each with something to learn.
         dropped: rows left out for their length.
         truncated: rows cut to the maximum length; they are among ``examples``.
-        empty: rows of blank text, left out.
+        empty: rows of blank text or with empty answers alone, left out.
         omitted: what the rows have and the examples lack, by its kind.
+        bad: rows that cannot be used.
+        bad_reasons: of the first of them, each as ``file:line: reason``.
+        columns: those that a reading was told to take, less the ones that no row has.
     """
 
     examples: Sequence[Example]
@@ -80,26 +85,39 @@ class Dataset:
     truncated: int = 0
     empty: int = 0
     omitted: dict[str, Omitted] = field(default_factory=dict)
+    bad: int = 0
+    bad_reasons: list[str] = field(default_factory=list)
+    columns: set[str] = field(default_factory=set)
 
     def count_omission(self, kind: str, example: str) -> None:
         """Another row lacks something of ``kind``."""
         self.omitted.setdefault(kind, Omitted(0, example)).rows += 1
+
+    def count_bad(self, reason: str) -> None:
+        """Another row cannot be used."""
+        self.bad += 1
+        if len(self.bad_reasons) < SHOWN:
+            self.bad_reasons.append(reason)
 
     def add(self, others: "Dataset") -> None:
         """Put the counts of later rows to those of these; the examples are the caller's business."""
         self.dropped += others.dropped
         self.truncated += others.truncated
         self.empty += others.empty
+        self.bad += others.bad
+        self.bad_reasons += others.bad_reasons[: SHOWN - len(self.bad_reasons)]
+        self.columns |= others.columns
         for kind, omitted in others.omitted.items():
             self.omitted.setdefault(kind, Omitted(0, omitted.example)).rows += omitted.rows
 
     def to_json(self) -> dict[str, Any]:
         """All but the examples, as values of JSON."""
         counts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "examples"}
-        return counts | {"omitted": {kind: asdict(omitted) for kind, omitted in self.omitted.items()}}
+        omitted = {kind: asdict(omitted) for kind, omitted in self.omitted.items()}
+        return counts | {"omitted": omitted, "columns": sorted(self.columns)}
 
     @classmethod
     def from_json(cls, read: Mapping[str, Any], examples: Sequence[Example]) -> "Dataset":
         """The ``examples`` with what :meth:`to_json` gave."""
         omitted = {kind: Omitted(**one) for kind, one in read["omitted"].items()}
-        return cls(examples, **{**read, "omitted": omitted})
+        return cls(examples, **{**read, "omitted": omitted, "columns": set(read["columns"])})

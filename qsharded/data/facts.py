@@ -43,8 +43,8 @@ def lengths_of(examples: Sequence[Example], numbers: NDArray[np.int64] | None = 
     return np.array([len(example) for example in _chosen(examples, numbers)], np.int64)
 
 
-def trained_of(examples: Sequence[Example], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many targets in the loss each of these examples has."""
+def trained_of(examples: Sequence[Example], numbers: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """How many targets in the loss each of these examples has; None: of all."""
     if isinstance(examples, ExamplesView):
         return _column(examples, "trained", numbers)
     return np.array([example.trained_tokens for example in _chosen(examples, numbers)], np.int64)

@@ -82,6 +82,7 @@ class Fill:
                     break
                 files.add(block)
                 progress.add(chunk, rows, len(block[0]) // TOKEN_BYTES, dataset)
+                self.reading.check_bad(progress.dataset)
                 progress.note_at_times(self.folder, files)
                 if bar:
                     bar.show(progress.nbytes, progress.rows)
@@ -93,13 +94,13 @@ class Fill:
     def _tokenized(self, of: Iterable[Chunk], executor: Executor | None) -> Iterator[tuple[Chunk, "_Found"]]:
         if executor is not None:
             return _in_order(executor, of, self.workers * _AHEAD)
-        return ((chunk, _tokenized(chunk, self.tokenizer, self.reading)) for chunk in of)
+        return ((chunk, _tokenized(chunk, self.tokenizer, self.reading.of_part)) for chunk in of)
 
     def _executor(self) -> AbstractContextManager[Executor | None]:
         if self.workers == 1:
             return nullcontext()
         context = get_context("fork")  # of a process that has done nothing yet; see tokenizing.py
-        given = (self.tokenizer, self.reading, os.getpid())
+        given = (self.tokenizer, self.reading.of_part, os.getpid())
         return ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=given)
 
 

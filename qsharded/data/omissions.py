@@ -10,14 +10,16 @@ from functools import lru_cache
 from typing import Any
 
 from qsharded.data.chat import ChatTemplate
-from qsharded.data.examples import Dataset
-from qsharded.data.formats import REASONING_KEYS, Conversation, Message
+from qsharded.data.formats import Conversation
+from qsharded.data.messages import REASONING_KEYS, Message
 from qsharded.data.tool_calls import renamed
 
 _LEADING_TAGS = re.compile(r"(?:\s*<[^<>\s]+>)*")
 _THINK_TAGS = re.compile(r"(</?think>)")
 
 REASONING, CALL, TOOLS = "reasoning", "tool calls", "definitions of tools"
+# What else is told of a row than that its rendering lacks something; qsharded/data/notes.py has the words.
+EMPTY_ANSWER, UNMARKED_END, UNTRAINED_END, PLAIN_END = "empty answer", "unmarked end", "untrained end", "plain end"
 _TEXT_BESIDE_CALL = "text beside tool calls"
 
 
@@ -26,7 +28,8 @@ class Omission:
     """A part of a conversation that its rendering lacks.
 
     Attributes:
-        kind: what it is, in words that go with "leaves out": :data:`REASONING`, "system messages", ...
+        kind: what it is, in words that go with "leaves out": :data:`REASONING`, "system messages", ...; or one of
+            the other kinds that :mod:`qsharded.data.notes` has words for.
         message: the number of the message that it is part of, None of the row.
         text: what is lost.
     """
@@ -72,17 +75,6 @@ def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
     return kept
 
 
-def omission_notes(data: Dataset, one_example_per_answer: bool) -> list[str]:
-    """A line for each kind of what ``data``'s rows have and its examples lack, with what can be done about it."""
-    notes = []
-    for kind, omitted in data.omitted.items():
-        keeps = kind in _KEPT_AT_GENERATION and not one_example_per_answer
-        advice = f"; --one-example-per-answer keeps {_KEPT_AT_GENERATION[kind]}" if keeps else ""
-        rows = f"{omitted.rows:,} row{'s' if omitted.rows > 1 else ''}"
-        notes.append(f"note: the chat template leaves {kind} out of {rows}, as at {omitted.example}{advice}")
-    return notes
-
-
 def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation], str]) -> list[Omission]:
     """The parts of ``chat`` that ``write`` leaves out; ``text`` is what it makes of ``chat`` itself."""
     stem = "qmark"
@@ -97,7 +89,6 @@ def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation]
     return [part for marker, part in marked.parts.items() if marker not in written]
 
 
-_KEPT_AT_GENERATION = {REASONING: "it", "system messages": "them where generation would"}
 _ANSWER, _TOOL_ANSWER = "assistant messages", "tool messages"
 _REFUSED = {
     CALL: "calls a tool ({text}), which the chat template does not write: it would train on an empty answer. Take a "

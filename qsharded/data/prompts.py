@@ -1,5 +1,6 @@
 """Prompts with reference answers, from the same rows that training reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,12 +27,18 @@ class Prompt:
 
 
 def load_prompts(
-    source: str | Path, tokenizer: Tokenizer, *, format: str = "auto", split: str = "train"
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    format: str = "auto",
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """The rows of a dataset, each up to its last answer.
 
     Args:
-        source, format, split: as for :func:`qsharded.data.load.load_examples`.
+        source, split: as for :func:`qsharded.data.load.load_examples`.
+        format, columns: as for :class:`qsharded.data.load.Reading`.
 
     Raises:
         ValueError: a malformed row, one whose last message is not the assistant's, or plain text; the message starts
@@ -40,7 +47,7 @@ def load_prompts(
     prompts = []
     for origin, row in read_rows(source, split=split):
         try:
-            prompts.append(_prompt(parse_row(row, format), tokenizer))
+            prompts.append(_prompt(parse_row(row, format, columns), tokenizer))
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
     if not prompts:

@@ -25,7 +25,7 @@ class Rendered:
         prompt: a beginning of ``text`` that is not trained on, and that generation will be given alone.
         bos: whether BOS comes first where the tokenizer adds one; a chat template writes its own.
         eos: whether EOS comes last, and is trained on.
-        omissions: what the row has and the text lacks.
+        omissions: what the row has and the text lacks, and what is to be told of turns' ends.
         later: gives what takes longer to find, where that was left for later: spans and omissions, or another text.
     """
 
@@ -46,8 +46,16 @@ class Rendered:
         return self.later() if self.later else self
 
 
-def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool = False) -> list[Rendered]:
-    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained on.
+def render(
+    record: Record,
+    tokenizer: Tokenizer,
+    train_on: TrainOn,
+    per_answer: bool = False,
+    train_on_turn_ends: bool = True,
+) -> list[Rendered]:
+    """The texts of a row: one, or with ``per_answer`` one for each answer of a conversation that is to be trained.
+
+    ``train_on_turn_ends``: learn the end of a turn that the template's marks leave out, too.
 
     One text of a whole conversation is not complete: too long rows are left out before their turns are looked for.
 
@@ -57,7 +65,7 @@ def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: 
     """
     match record:
         case Conversation():
-            rendered = _render_chat(record, tokenizer, train_on, per_answer)
+            rendered = _render_chat(record, tokenizer, train_on, per_answer, train_on_turn_ends)
         case PromptCompletion():
             prompt = record.prompt if train_on != "all" else ""
             rendered = [Rendered(record.prompt + record.completion, prompt=prompt)]
@@ -68,19 +76,23 @@ def render(record: Record, tokenizer: Tokenizer, train_on: TrainOn, per_answer: 
     return rendered
 
 
-def _render_chat(chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool) -> list[Rendered]:
+def _render_chat(
+    chat: Conversation, tokenizer: Tokenizer, train_on: TrainOn, per_answer: bool, train_on_turn_ends: bool
+) -> list[Rendered]:
     chat = fit_calls(tokenizer.template_for(chat.tools), chat)
     if train_on == "assistant":
         chat = _up_to_last_trained(chat)
     if per_answer:
         return [_render_answer(chat, number, tokenizer) for number, trained in enumerate(chat.trained) if trained]
     text = tokenizer.render(chat.messages, tools=chat.tools)
-    return [Rendered(text, later=partial(_complete, chat, text, tokenizer, train_on))]
+    return [Rendered(text, later=partial(_complete, chat, text, tokenizer, train_on, train_on_turn_ends))]
 
 
-def _complete(chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
+def _complete(
+    chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn, train_on_turn_ends: bool
+) -> Rendered:
     try:
-        return _render_whole(chat, text, tokenizer, train_on)
+        return _render_whole(chat, text, tokenizer, train_on, train_on_turn_ends)
     except TurnUnclear:
         if sum(chat.trained) > 1:
             raise
@@ -90,10 +102,15 @@ def _complete(chat: Conversation, text: str, tokenizer: Tokenizer, train_on: Tra
     return rendered
 
 
-def _render_whole(chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn) -> Rendered:
-    left_out = omissions(tokenizer.template_for(chat.tools), chat, text)
-    spans = tokenizer.assistant_spans(chat, text) if train_on == "assistant" else None
-    return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=left_out)
+def _render_whole(
+    chat: Conversation, text: str, tokenizer: Tokenizer, train_on: TrainOn, train_on_turn_ends: bool = True
+) -> Rendered:
+    told = omissions(tokenizer.template_for(chat.tools), chat, text)
+    spans = None
+    if train_on == "assistant":
+        spans, ends = tokenizer.assistant_spans(chat, text, train_on_turn_ends=train_on_turn_ends)
+        told += ends
+    return Rendered(text, spans, bos=False, eos=_lacks_end(text, tokenizer), omissions=told)
 
 
 def _lacks_end(text: str, tokenizer: Tokenizer) -> bool:

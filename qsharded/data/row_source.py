@@ -13,9 +13,10 @@ from qsharded.data.through_datasets import configured_rows
 
 @dataclass(frozen=True)
 class Files:
-    """Files that are read whole."""
+    """Files that are read whole; of those that hold several splits, one."""
 
     paths: Sequence[Path]
+    split: str = "train"
 
     @property
     def nbytes(self) -> int:
@@ -24,11 +25,11 @@ class Files:
 
     def identity(self, memory: Path) -> list[Any]:
         """Values of JSON that are others where the rows are; see ``content_hash`` for ``memory``."""
-        return [(suffix_of(path.name), content_hash(path, memory)) for path in self.paths]
+        return [self.split, *((suffix_of(path.name), content_hash(path, memory)) for path in self.paths)]
 
     def chunks(self) -> Iterator[Chunk]:
         """The rows, in order."""
-        return chunks(self.paths)
+        return chunks(self.paths, self.split)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def row_source(source: str, split: str, *, streaming: bool = False) -> RowSource
     named = configuration_of(source)
     if named is None and streaming and is_on_hub(source):
         return Configured(source, None, split)
-    return Files(find_files(source, split)) if named is None else Configured(*named, split)
+    return Files(find_files(source, split), split) if named is None else Configured(*named, split)
 
 
 def files_of(source: str, split: str, *, streaming: bool = False) -> Sequence[Path]:

@@ -11,7 +11,7 @@ _PACKED = [f".{kind}.{by}" for kind in ("jsonl", "json", "csv", "tsv") for by in
 MORE_SUFFIXES = (".csv", ".tsv", ".arrow", *_PACKED)
 # Written beside the rows by the Hub and by `datasets`; not rows themselves.
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SPLIT_OF_WORD = {
+SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -65,7 +65,7 @@ def is_on_hub(source: str | Path) -> bool:
 def choose_split(names: Iterable[str], split: str, source: str) -> list[str]:
     """The names that belong to ``split``; ``source`` names their home in errors."""
     splits_of = {name: _splits_of(PurePosixPath(name)) for name in sorted(names)}
-    wanted = _SPLIT_OF_WORD.get(split, split)
+    wanted = SPLIT_OF_WORD.get(split, split)
     if chosen := [name for name, splits in splits_of.items() if wanted in splits]:
         return chosen
     if wanted == "train" and not any(splits_of.values()):
@@ -80,9 +80,9 @@ def _splits_of(name: PurePosixPath) -> set[str]:
     """What splits the file's name speaks of, or else those of the nearest folder that speaks of any."""
     for part in (name.name.removesuffix(name.suffix), *reversed(name.parts[:-1])):
         if shard := _SHARD.fullmatch(part):
-            return {_SPLIT_OF_WORD.get(shard["split"], shard["split"])}
+            return {SPLIT_OF_WORD.get(shard["split"], shard["split"])}
         words = re.findall("[a-z]+", part.lower())
-        if splits := {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}:
+        if splits := {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}:
             return splits | {part}
     return set()
 

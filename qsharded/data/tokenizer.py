@@ -10,9 +10,13 @@ import tokenizers
 
 from qsharded.data.chat import ChatTemplate, Span
 from qsharded.data.content import content_hash
-from qsharded.data.formats import Conversation, Message
+from qsharded.data.formats import Conversation
+from qsharded.data.messages import Message
+from qsharded.data.omissions import Omission
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import (
     EOS_TOKEN_ID,
+    TEMPLATE,
     load_backend,
     optional_json,
     present_files,
@@ -21,6 +25,7 @@ from qsharded.data.tokenizer_files import (
     special_variables,
 )
 from qsharded.data.trained_spans import assistant_spans
+from qsharded.data.turn_ends import with_turn_ends
 from qsharded.utils.durable_files import copy_whole
 from qsharded.utils.untrusted_json import check
 
@@ -67,8 +72,9 @@ class Tokenizer:
         adds_bos: whether a document begins with ``bos_id``; in a chat that is the template's business.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: TemplateOptions | None = None) -> None:
         self._folder = folder
+        self._template = template or TemplateOptions()
         self._settings = read_settings(folder)
         self._variables = special_variables(self._settings)
         self._backend = load_backend(folder, self._settings)
@@ -81,14 +87,14 @@ class Tokenizer:
         self._backend.post_processor = None
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of a checkpoint folder.
+    def from_folder(cls, path: str | Path, template: TemplateOptions | None = None) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder; ``template``: what is otherwise than there about the chat template.
 
         Raises:
-            ValueError: tokenizer.json is missing or unreadable, a JSON file is malformed, or no end-of-sequence token
-                is named.
+            ValueError: tokenizer.json is missing or unreadable, a JSON file is malformed, no end-of-sequence token is
+                named, or the other chat template cannot be read.
         """
-        return cls(Path(path))
+        return cls(Path(path), template)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, no beginning or end added; special tokens written in it are recognised."""
@@ -122,6 +128,11 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters, or bytes, of the token that stands for most."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends generation: the tokenizer's, the model's own, and what ends an assistant's turn."""
         named = [self.eos_id, *self._model_eos_ids(), self._turn_end()]
@@ -132,6 +143,12 @@ class Tokenizer:
         """The texts of all special tokens."""
         added = self._backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
+
+    @cached_property
+    def _eos_texts(self) -> tuple[str, ...]:
+        """Of the ids that end generation whatever the template says."""
+        texts = (self._backend.id_to_token(token) for token in (self.eos_id, *self._model_eos_ids()))
+        return tuple(text for text in texts if text)
 
     @property
     def has_chat_template(self) -> bool:
@@ -153,13 +170,21 @@ class Tokenizer:
         """
         return self.template_for(tools).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
-    def assistant_spans(self, chat: Conversation, text: str) -> list[Span]:
-        """[start, end) in characters of the trained turns in ``text``, the rendering of ``chat``.
+    def assistant_spans(
+        self, chat: Conversation, text: str, *, train_on_turn_ends: bool = True
+    ) -> tuple[list[Span], list[Omission]]:
+        """([start, end) in characters of the trained turns in ``text``, the rendering of ``chat``; what is to be told
+        of their ends).
+
+        Args:
+            train_on_turn_ends: take in the end of a turn that follows what the template marks.
 
         Raises:
             ValueError: they cannot be told from the rest for certain.
         """
-        return assistant_spans(self.template_for(chat.tools), chat, text, self.special_texts)
+        template = self.template_for(chat.tools)
+        spans = assistant_spans(template, chat, text, self.special_texts)
+        return with_turn_ends(template, text, spans, self.special_texts, self._eos_texts, learn=train_on_turn_ends)
 
     def template_for(self, tools: list[Any] | None) -> ChatTemplate:
         """The chat template for a conversation with such tools; some checkpoints have one of its own for that.
@@ -176,9 +201,18 @@ class Tokenizer:
         return self._templates[name]
 
     @property
+    def writes_today(self) -> bool:
+        """Whether a chat template writes today's date, so that it writes other text tomorrow."""
+        return any(template.writes_today for template in self._templates.values())
+
+    @property
     def files(self) -> list[Path]:
-        """The folder's files that make up the tokenizer, for a copy beside an adapter; some may be in a sub-folder."""
-        return present_files(self._folder)
+        """The folder's files that make up the tokenizer, for a copy beside an adapter; some may be in a sub-folder.
+        A chat template from elsewhere stands in the place of the folder's own."""
+        present = present_files(self._folder)
+        if self._template.file is None:
+            return present
+        return [path for path in present if path.suffix != ".jinja"] + [self._template.file]
 
     def identity(self) -> dict[str, Any]:
         """Values of JSON that differ between tokenizers that may give a row other ids or another loss mask."""
@@ -191,12 +225,14 @@ class Tokenizer:
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
         for file in self.files:
-            copy_whole(file, folder / file.relative_to(self._folder))
+            name = TEMPLATE if file == self._template.file else file.relative_to(self._folder)
+            copy_whole(file, folder / name)
 
     @cached_property
     def _templates(self) -> dict[str, ChatTemplate]:
-        sources = read_templates(self._folder, self._settings)
-        return {name: ChatTemplate(source, self._variables) for name, source in sources.items()}
+        sources = self._template.sources() or read_templates(self._folder, self._settings)
+        variables = {**self._variables, **self._template.variables}
+        return {name: ChatTemplate(source, variables, self._template.today) for name, source in sources.items()}
 
     def _id_of(self, variable: str) -> int | None:
         text = self._variables.get(variable)
@@ -224,8 +260,9 @@ class Tokenizer:
         chat = Conversation([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], [False, True])
         try:
             text = self.render(chat.messages)
-            start, end = self.assistant_spans(chat, text)[-1]
-        except ValueError:  # no template, or one that needs other messages
+            spans, _ = self.assistant_spans(chat, text)
+            start, end = spans[-1]
+        except (ValueError, IndexError):  # no template, or one that needs other messages
             return None
         endings = [token for token in self.special_texts if text[start:end].rstrip().endswith(token)]
         return self._backend.token_to_id(max(endings, key=len)) if endings else None

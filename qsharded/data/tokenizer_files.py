@@ -23,7 +23,7 @@ _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _LONGEST_TOKENIZER = 512 * MEBIBYTE  # those of 250,000 tokens have some 35
 _TEXT = text(MEBIBYTE)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -42,7 +42,7 @@ EOS_TOKEN_ID = {"eos_token_id": _TOKEN | list_of(_TOKEN, 1000) | NULL}
 def present_files(folder: Path) -> list[Path]:
     """The files of ``folder`` that make up its tokenizer."""
     named = [folder / name for name in _FILES]
-    return [path for path in named if path.is_file()] + sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
+    return [path for path in named if path.is_file()] + sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def read_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     entry = settings.get("chat_template") or {}
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry}
-    files = {path.stem: path for path in (folder / _MORE_TEMPLATES).glob("*.jinja")}
-    if (folder / _TEMPLATE).is_file():
-        files["default"] = folder / _TEMPLATE
+    files = {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
+    if (folder / TEMPLATE).is_file():
+        files["default"] = folder / TEMPLATE
     in_files = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     return in_files or ({"default": entry} if isinstance(entry, str) else entry)
 

@@ -1,7 +1,8 @@
 """The assistant's tool calls in a row, brought to one schema before any chat template sees them."""
 
-import json
 from typing import Any
+
+from qsharded.data.json_text import from_json
 
 Call = dict[str, Any]
 
@@ -10,16 +11,18 @@ def parse_calls(value: Any, where: str) -> list[Call]:
     """The calls as ``{"type": "function", "function": {"name", "arguments"}}``, other fields (``id``) kept.
 
     Args:
-        value: a list of calls, with or without the outer object, or its JSON, as Hub datasets keep it.
+        value: a list of calls, with or without the outer object; it or each call may be JSON, as Hub datasets keep it.
         where: what the value is called in errors.
 
     Raises:
         ValueError: no such list, or a call without a name or with arguments that are neither object nor text.
     """
-    calls = _from_json(value, where)
+    calls = from_json(value, where)
+    if isinstance(calls, str):
+        raise ValueError(f"{where} is text, but not JSON: {calls!r:.80}")
     if not isinstance(calls, list):
         raise ValueError(f"{where} must be a list of tool calls, got {type(calls).__name__}")
-    return [_call(call, f"{where}[{number}]") for number, call in enumerate(calls)]
+    return [_call(from_json(call, f"{where}[{number}]"), f"{where}[{number}]") for number, call in enumerate(calls)]
 
 
 def renamed(call: Call, name: str) -> Call:
@@ -29,17 +32,8 @@ def renamed(call: Call, name: str) -> Call:
     return {**call, **ids, "function": {**own, "name": name}}
 
 
-def _from_json(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is text, but not JSON: {error}") from None
-
-
 def _call(value: Any, where: str) -> Call:
-    function = value.get("function", value) if isinstance(value, dict) else value
+    function = from_json(value.get("function", value), where) if isinstance(value, dict) else value
     if not isinstance(function, dict):
         raise ValueError(f"{where} must be an object with name and arguments, got {function!r:.80}")
     name = function.get("name")

@@ -158,7 +158,7 @@ def check_ending(template: ChatTemplate, special: tuple[str, ...]) -> None:
     Raises:
         ValueError: it does.
     """
-    _, ending = _usual_frame(template) or ("", "")
+    _, ending = usual_frame(template) or ("", "")
     if any(token in ending for token in special) and not ending.rstrip().endswith(special):
         raise ValueError(
             f"the chat template ends a conversation by {ending!r}, which is more than the end of the assistant's turn. "
@@ -167,7 +167,7 @@ def check_ending(template: ChatTemplate, special: tuple[str, ...]) -> None:
 
 
 @cache
-def _usual_frame(template: ChatTemplate) -> tuple[str, str] | None:
+def usual_frame(template: ChatTemplate) -> tuple[str, str] | None:
     """What stands before and after the content of an answer in the simplest conversation, None if that is refused."""
     try:
         return _common_ends(*_with_probes(template, _QUESTION, []))

@@ -53,9 +53,9 @@ class OffloadedWeights:
         return [module.get_parameter(name) for places in self._places for module, name in places]
 
     @torch.compiler.disable  # which weights are there changes from call to call
-    def _run(self, index: int, forward: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    def _run(self, index: int, forward: Callable[..., Tensor], x: Tensor, *others: Any, **named: Any) -> Tensor:
         with self.present(index, x.device):
-            return forward(x, *others)
+            return forward(x, *others, **named)
 
     @contextmanager
     def present(self, index: int, device: torch.device) -> Iterator[None]:

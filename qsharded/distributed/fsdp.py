@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from qsharded.models import parts
 from qsharded.utils import collectives
 
 _T = TypeVar("_T")
@@ -198,7 +199,7 @@ def shard(
     """Shard ``model`` over ``mesh`` with FSDP2: a group for each layer, for the embedding and for the head.
 
     Args:
-        model: has its layers in ``model.model.layers``, in PEFT's wrapper or not; sharded in place, and returned.
+        model: has its layers where ``models.parts`` looks, in PEFT's wrapper or not; sharded in place, and returned.
             Parameters that are cut over ranks already (DTensors) are left as they are.
         mesh: one-dimensional, or two-dimensional (replicate, shard) for HSDP; all ranks when None.
         param_dtype: what other than packed parameters are cast to when gathered; None leaves them as they are.
@@ -238,7 +239,7 @@ def _device_type(model: nn.Module) -> str:
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
     """The model's layers, in their order."""
-    yield from _unwrapped(model).get_submodule("model.layers").children()
+    yield from parts.layers_of(_unwrapped(model))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -249,7 +250,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def groups(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules that :func:`shard` gathers together; the whole model's own group of what is left comes after them."""
     inner = _unwrapped(model)
-    embedding, head = inner.get_submodule("model.embed_tokens"), inner.get_submodule("lm_head")
+    embedding, head = parts.embedding_of(inner), parts.head_of(inner)
     for layer in layers_of(model):
         yield [layer]
     # under an adapter the layer's own weight lies one deeper

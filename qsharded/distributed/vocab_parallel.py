@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from qsharded.distributed import vocab_parallel_autograd
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.models.decoder import Head
+from qsharded.models.parts import embedding_of, head_of, part_names
 from qsharded.utils.sharding import local, own_rows, rows_of_rank, shard_size_and_rank
 
 LARGE_BYTES = 4 * LOGITS_PER_CHUNK
@@ -58,7 +59,7 @@ class VocabParallelHead(Head):
 
 def can_split(model: Any) -> bool:
     """Whether embedding and head are frozen and as the decoder made them: what trains must be gathered."""
-    embedding, head = model.model.embed_tokens, model.lm_head
+    embedding, head = embedding_of(model), head_of(model)
     embedding = getattr(embedding, "base_layer", embedding)  # an adapter around it is gathered by itself
     plain = type(embedding) is nn.Embedding and type(head) is Head
     return plain and not (embedding.weight.requires_grad or head.weight.requires_grad)
@@ -75,11 +76,12 @@ def parallelize_vocabulary(model: Any, mesh: DeviceMesh | None) -> set[nn.Parame
 
     A tied weight stays one parameter.
     """
-    embedding, head = model.embedding_weight, model.lm_head.weight
+    embedding, head = model.embedding_weight, head_of(model).weight
     split = {weight: shard_rows(weight, mesh) for weight in {embedding, head}}
-    place = "embed_tokens.base_layer" if hasattr(model.model.embed_tokens, "base_layer") else "embed_tokens"
-    model.model.set_submodule(place, VocabParallelEmbedding(split[embedding]))
-    model.lm_head = VocabParallelHead(split[head], model.lm_head.softcap)
+    parts = part_names(model)
+    place = f"{parts.embedding}.base_layer" if hasattr(embedding_of(model), "base_layer") else parts.embedding
+    model.set_submodule(place, VocabParallelEmbedding(split[embedding]))
+    model.set_submodule(parts.head, VocabParallelHead(split[head], head_of(model).softcap))
     return set(split.values())
 
 

@@ -45,6 +45,9 @@ def layer_forwards(
     composed = recomputed(plain[:checkpointed], checkpointing.mode) + plain[checkpointed:]
     forwards: list[Forward] = []
     for index, mode in enumerate(checkpointing.modes(len(layers))):
+        if not isinstance(layers[index], DecoderLayer):  # of another library, with arguments of its own
+            forwards.append(composed[index])
+            continue
         present = None if weights_present is None else partial(weights_present, index)
         keep_input = partial(_away, waiting) if mode == "offloaded" else LayerInput
         policy = Policy(KEPT[mode], keep_input, present)

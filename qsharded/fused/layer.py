@@ -65,16 +65,14 @@ def beyond_fused(config: ModelConfig) -> str | None:
 
     It knows Llama's layer, also with norms before or after attention and MLP or both, of weight or 1 + weight; with q
     and k normalised by head; with fused projections; with gelu; with a residual multiplier; with windows; with a
-    rotary embedding of each layer's own or none; with scores scaled otherwise or soft-capped.
+    rotary embedding of each layer's own or none, of a part of each head or of neighbours; with scores scaled otherwise
+    or soft-capped.
     """
-    ropes = [rope for rope in config.rope_of_layer if rope is not None]
     missing = {
         "gated delta-net layers": config.linear is not None,
         "a gate on attention's output": config.attention_gate,
         "an MLP without a gate": config.mlp == "ungated",
         "norms of q and k other than of each head before it is rotated": config.qk_norm_place != "head",
-        "rotary embedding of neighbours": config.rope_interleaved,
-        "rotary embedding of a part of each head": any(rope.rotary_fraction != 1 for rope in ropes),
     }
     return next((what for what, is_there in missing.items() if is_there), None)
 
@@ -183,12 +181,12 @@ def _norm_factor(norm: nn.Module, multiplier: float = 1.0) -> Tensor:
 
 def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
     a = layer.self_attn
-    cos_ME, sin_ME = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSR, inputs.sin_BSR))
-    q_norm, k_norm = a.q_norm, a.k_norm
-    if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
-        norms = _norm_factor(q_norm), _norm_factor(k_norm)
-        return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads, norms, layer.config.rms_norm_eps)
-    return Rotary(cos_ME, sin_ME, a.heads, a.kv_heads)
+    cos_MR, sin_MR = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSR, inputs.sin_BSR))
+    norms = None
+    if isinstance(a.q_norm, nn.RMSNorm) and isinstance(a.k_norm, nn.RMSNorm):
+        norms = _norm_factor(a.q_norm), _norm_factor(a.k_norm)
+    eps = layer.config.rms_norm_eps
+    return Rotary(cos_MR, sin_MR, a.heads, a.kv_heads, a.head_dim, norms, eps, a.interleaved)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsharded.models.rope import rotate
 from qsharded.quant.backends import wanted_backend
 
 
@@ -63,12 +64,12 @@ class _SwiGLUShapes:
 
 class _RotaryShapes:
     @staticmethod
-    def forward_(qkv: Tensor, *_: Any) -> Tensor:
+    def forward_(qkv: Tensor, *_: Any, **options: Any) -> Tensor:
         out: Tensor = qkv if len(_) < 7 else _[6]
         return out
 
     @staticmethod
-    def backward(grads: tuple[Tensor, ...], *_: Any) -> Tensor:
+    def backward(grads: tuple[Tensor, ...], *_: Any, **options: Any) -> Tensor:
         heads = sum(grad.shape[2] for grad in grads)
         return grads[0].new_empty(grads[0].shape[:2].numel(), heads * grads[0].shape[3])
 
@@ -143,35 +144,39 @@ def _gate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor | float]:
 
 @dataclass(frozen=True)
 class Rotary:
-    """How q and k are turned: tables [M, E] of cosines and sines, and the norms of each head before, if any.
+    """How q and k are turned: tables [M, R] of cosines and sines, and the norms of each head before, if any.
 
     Attributes:
-        cos_ME, sin_ME: in the activations' dtype; both halves of E are alike.
-        heads, kv_heads: H and G.
+        cos_MR, sin_MR: in the activations' dtype; both halves of R are alike.
+        heads, kv_heads, head_dim: H, G and E; the first R of a head's E dims are turned.
         norms: weights [E] of q's and k's RMSNorm, or None.
         eps: of those norms.
+        interleaved: neighbours are pairs, not halves of R.
     """
 
-    cos_ME: Tensor
-    sin_ME: Tensor
+    cos_MR: Tensor
+    sin_MR: Tensor
     heads: int
     kv_heads: int
+    head_dim: int
     norms: tuple[Tensor, Tensor] | None = None
     eps: float = 0.0
+    interleaved: bool = False
 
     def turn_(self, qkv: Tensor) -> None:
         """Turn q and k within ``qkv`` [M, (H + 2G) E], unless they have norms: these need what was there before."""
         if self.norms is not None:
             return
         if kernels := _served("rotary", qkv):
-            kernels.forward_(qkv, self.cos_ME, self.sin_ME, self.heads, self.kv_heads)
+            tables, options = (self.cos_MR, self.sin_MR), {"head_dim": self.head_dim, "interleaved": self.interleaved}
+            kernels.forward_(qkv, *tables, self.heads, self.kv_heads, **options)
         else:
             q_k = self._plain(qkv)
             qkv[:, : q_k.shape[1]] = q_k
 
     def q_k_v(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [M, H, E], k and v [M, G, E], normalised and turned, of ``qkv`` as :meth:`turn_` has left it."""
-        (M, E), together = self.cos_ME.shape, self.heads + self.kv_heads
+        M, E, together = qkv.shape[0], self.head_dim, self.heads + self.kv_heads
         q_k = (qkv if self.norms is None else self._normed(qkv)).view(M, -1, E)
         return q_k[:, : self.heads], q_k[:, self.heads : together], qkv.view(M, -1, E)[:, together:]
 
@@ -179,34 +184,34 @@ class Rotary:
         kernels = _served("rotary", qkv)
         if kernels is None:
             return self._plain(qkv)
-        out = qkv.new_empty(qkv.shape[0], (self.heads + self.kv_heads) * self.cos_ME.shape[1])
-        tables = self.cos_ME, self.sin_ME
-        return kernels.forward_(qkv, *tables, self.heads, self.kv_heads, self.norms, self.eps, out)
+        out = qkv.new_empty(qkv.shape[0], (self.heads + self.kv_heads) * self.head_dim)
+        tables, options = (self.cos_MR, self.sin_MR), {"head_dim": self.head_dim, "interleaved": self.interleaved}
+        return kernels.forward_(qkv, *tables, self.heads, self.kv_heads, self.norms, self.eps, out, **options)
 
     def backward(self, grads: tuple[Tensor, ...], qkv: Tensor) -> Tensor:
         """The gradient by the product ``qkv`` [M, (H + 2G) E] of those by q [B, S, H, E], k and v [B, S, G, E]."""
         if kernels := _served("rotary", grads[0]):
-            return kernels.backward(grads, self.cos_ME, self.sin_ME, qkv, self.norms, self.eps)
+            tables = self.cos_MR, self.sin_MR
+            return kernels.backward(grads, *tables, qkv, self.norms, self.eps, interleaved=self.interleaved)
         grads = tuple(grad.flatten(0, 1) for grad in grads)
         if self.norms is None:
             grad_qk = self._turn(torch.cat(grads[:2], dim=1), -1.0)
             return torch.cat((grad_qk, grads[2]), dim=1).flatten(1)
         leaf = qkv.detach().requires_grad_()
         with torch.enable_grad():
-            q_k = self._plain(leaf).view(qkv.shape[0], -1, self.cos_ME.shape[1])
+            q_k = self._plain(leaf).view(qkv.shape[0], -1, self.head_dim)
         (grad_qkv,) = torch.autograd.grad(q_k, leaf, torch.cat(grads[:2], dim=1))
-        grad_qkv.unflatten(1, (-1, self.cos_ME.shape[1]))[:, self.heads + self.kv_heads :] = grads[2]
+        grad_qkv.unflatten(1, (-1, self.head_dim))[:, self.heads + self.kv_heads :] = grads[2]
         return grad_qkv
 
     def _plain(self, qkv: Tensor) -> Tensor:
         """q and k, normalised and turned, [M, (H + G) E]."""
-        x = qkv.view(qkv.shape[0], -1, self.cos_ME.shape[1])
+        x = qkv.view(qkv.shape[0], -1, self.head_dim)
         q, k = x[:, : self.heads], x[:, self.heads : self.heads + self.kv_heads]
         if self.norms is not None:
             q, k = (_rms_norm(t, w, self.eps) for t, w in zip((q, k), self.norms, strict=True))
         return self._turn(torch.cat((q, k), dim=1), 1.0).flatten(1)
 
     def _turn(self, x_MHE: Tensor, direction: float) -> Tensor:
-        x, cos, sin = _precise(x_MHE), self.cos_ME[:, None], self.sin_ME[:, None] * direction
-        low, high = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x_MHE.dtype)
+        tables = self.cos_MR, self.sin_MR * direction
+        return rotate(_precise(x_MHE), *tables, interleaved=self.interleaved).to(x_MHE.dtype)

@@ -23,6 +23,10 @@ class LoRAConfig:
         use_rslora: scale by lora_alpha / sqrt(r).
         rank_pattern, alpha_pattern: name ending or regex -> r or lora_alpha of the layers that it matches.
         modules_to_save: endings of the names of modules to train in full, kept out of quantization.
+        exclude_modules: endings of names, or a regex of whole ones, that are no targets.
+        layers_to_transform: numbers of the layers whose modules are targets; empty: all. As in PEFT, it does not hold
+            for a whole name in ``target_modules``, nor where that is a regex.
+        layers_pattern: regexes of what stands before a layer's number, ``layers``; empty: anything.
         dtype: of the trainable parameters, all of them: FSDP2 refuses mixtures.
         strict: refuse entries of target_modules, patterns and modules_to_save that match nothing. Not so for an adapter
             that exists already: its tensors say what it adapts, and PEFT reads it too.
@@ -36,6 +40,9 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
+    exclude_modules: str | list[str] = field(default_factory=list)
+    layers_to_transform: list[int] = field(default_factory=list)
+    layers_pattern: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     strict: bool = True
 
@@ -59,19 +66,33 @@ class LoRAConfig:
 
     def is_target(self, name: str) -> bool:
         """Whether the layer called ``name`` gets an adapter, if it is of a kind that can."""
-        return not self.is_saved(name) and self.matches(name)
+        return not self.is_saved(name) and not _means(self.exclude_modules, name) and self.matches(name)
 
     def matches(self, name: str) -> bool:
-        """Whether ``target_modules`` means the layer called ``name``."""
+        """Whether ``target_modules`` means the layer called ``name``, in the layers that are to be transformed."""
         if self.target_modules == ALL_LINEAR:
-            return not ends_with(name, "lm_head")
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, name) is not None
-        return any(ends_with(name, target) for target in self.target_modules)
+            return not ends_with(name, "lm_head") and self._is_in_layers(name)
+        whole = isinstance(self.target_modules, str) or name in self.target_modules
+        return _means(self.target_modules, name) and (whole or self._is_in_layers(name))
+
+    def _is_in_layers(self, name: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = self.layers_pattern or [r"[^.]*"]
+        found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name) for pattern in patterns)
+        first = next((match for match in found if match is not None), None)
+        return first is not None and int(first["layer"]) in self.layers_to_transform
 
     def is_saved(self, name: str) -> bool:
         """Whether the module called ``name``, or one that it is part of, is trained in full."""
         return any(f".{target}." in f".{name}." for target in self.modules_to_save)
+
+
+def _means(said: str | list[str], name: str) -> bool:
+    """Whether ``said``, a regex of whole names or a list of endings, means ``name``."""
+    if isinstance(said, str):
+        return bool(said) and re.fullmatch(said, name) is not None
+    return any(ends_with(name, ending) for ending in said)
 
 
 def ends_with(name: str, ending: str) -> bool:

@@ -96,16 +96,13 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 
     Raises:
         ValueError: an entry of ``target_modules``, of the patterns or of ``modules_to_save`` matches nothing, or
-            something that cannot be adapted, or a module to save is quantized, or a chosen layer's weight is tied to
-            another's (an adapted embedding's may be: the other keeps the frozen one), or the model has adapters
-            already. The model is then as it was.
+            something that cannot be adapted, or a module to save is quantized or tied to another (an adapted layer may
+            be: the other keeps the frozen weight), or the model has adapters already. The model is then as it was.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already; add_lora takes one without")
     chosen, saved = targets(model, config), modules_to_save(model, config)
     _refuse_shared(model, saved, "modules_to_save cannot train")
-    linears = [name for name, layer in chosen.items() if not isinstance(layer, nn.Embedding)]
-    _refuse_shared(model, linears, "target_modules cannot adapt")
     model.requires_grad_(False)
     for name, base in chosen.items():
         model.set_submodule(name, _adapted(peft_name(model, name), base, config).train(base.training))
@@ -124,7 +121,8 @@ def _adapted(name: str, base: Any, config: LoRAConfig) -> LoRALayer:
 
 
 def _refuse_shared(model: nn.Module, chosen: Iterable[str], complaint: str) -> None:
-    """A tied weight belongs to two modules; changed under the name of one it would be another's at the other."""
+    """A tied weight belongs to two modules; changed under the name of one it would be another's at the other. An update
+    beside it changes neither."""
     owners: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(parameter, name)

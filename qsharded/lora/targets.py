@@ -12,7 +12,10 @@ from qsharded.quant.linear import PackedLinear
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Whether there is an adapter for layers of this type. A subclass of nn.Embedding may compute something else."""
+    """Whether there is an adapter for layers of this type. A subclass of nn.Embedding may compute something else; a
+    linear layer that does, or whose weight others read too, is marked by whoever knows."""
+    if not getattr(module, "is_adaptable", True):
+        return False
     return isinstance(module, nn.Linear | PackedLinear) or type(module) is nn.Embedding
 
 
@@ -63,7 +66,9 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
 
 
 def _may_mean(config: LoRAConfig, layer: nn.Module) -> bool:
-    return config.target_modules != ALL_LINEAR or not isinstance(layer, nn.Embedding)
+    return config.target_modules != ALL_LINEAR or not (
+        isinstance(layer, nn.Embedding) or getattr(layer, "is_head", False)
+    )
 
 
 def _entries(config: LoRAConfig) -> Iterator[tuple[str, Callable[[str], bool]]]:

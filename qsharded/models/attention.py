@@ -35,6 +35,7 @@ class Attention(Protocol):
 FindAttention = Callable[[Tensor, AttentionInputs, int], Attention | None]
 
 _registered: list[FindAttention] = []
+_CUDNN_HEAD_DIM = 128
 
 
 def register_attention(find: FindAttention) -> None:
@@ -84,12 +85,15 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
         return SdpaAttention()
-    return CudnnAttention() if _suits_cudnn(x_BSD, inputs) else FlashAttention()
+    return CudnnAttention() if _suits_cudnn(x_BSD, inputs, head_dim) else FlashAttention()
 
 
-def _suits_cudnn(x_BSD: Tensor, inputs: AttentionInputs) -> bool:
-    """cuDNN is faster on Hopper, but plans each shape anew, in some milliseconds: it gets long rows of few lengths."""
+def _suits_cudnn(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> bool:
+    """cuDNN is faster on Hopper, but plans each shape anew, in some milliseconds: it gets long rows of few lengths. Not
+    every version of it has a backward for wider heads, such as Gemma 3's and Falcon 3's of 256."""
     length = x_BSD.shape[1]
+    if head_dim > _CUDNN_HEAD_DIM:
+        return False
     if inputs.boundaries is not None or inputs.window is not None or length < 1024 or length % 256:
         return False
     return x_BSD.is_cuda and torch.cuda.get_device_capability(x_BSD.device)[0] == 9

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from qsharded.models.config_schema import check_model_config
+from qsharded.models.parts import PartNames
 from qsharded.models.rope import RopeConfig
 from qsharded.utils.untrusted_json import named
 
@@ -65,6 +66,8 @@ class ModelConfig:
         wrapper: model_type of the multimodal model of which this is the text part, or "".
     """
 
+    parts: ClassVar[PartNames] = PartNames()
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -114,6 +117,8 @@ class ModelConfig:
         if self.rope.rotary_dim(self.head_dim) % 2:
             raise ValueError(f"rotary embedding must turn an even number of dims, not {self.rope.rotary_fraction} of "
                              f"head_dim {self.head_dim}")  # fmt: skip
+        for rope in {self.rope, *filter(None, self.layer_ropes)}:
+            rope.check(self.head_dim)
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
         for name in ("layer_windows", "layer_ropes", "linear_layers"):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Set
 from typing import Any
 
+from qsharded.models.config_spellings import is_ignored
+
 SHAPE_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -15,7 +17,10 @@ SHAPE_KEYS = (
 
 # quantization_config says how the checkpoint is stored, not what it computes: checkpoint/packed_format.py reads it.
 OTHER_KEYS_READ = frozenset(
-    {"model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"}
+    {
+        *("model_type", "architectures", "quantization_config"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
+    }
 )
 
 # Bookkeeping, and defaults for generation: no value of these changes what the decoder computes.
@@ -31,7 +36,7 @@ _HARMLESS = frozenset(
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens max_sequence_length is_llama_config transformers.js_config unsloth_fixed unsloth_version
-    cache_implementation
+    cache_implementation auto_map keys_to_ignore_at_inference classifier_dropout router_aux_loss_coef
     """.split()  # noqa: SIM905  (as a list it would fill a page)
 )
 # Keys of which only these values leave the decoder as it is; a family may say otherwise.
@@ -48,7 +53,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
+    # a mixture of experts that is none, and dropout that is off
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0,)),
+    "mlp_only_layers": ([],),
+    "output_router_logits": (False,),
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout"), (0,)),
 }
+
+
+def changes_the_model(key: str) -> bool:
+    """Whether a key of config.json may change what is computed. How weights are stored does not."""
+    return key not in _HARMLESS and key != "quantization_config"
 
 
 def check_keys(values: Mapping[str, Any], read: Set[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
@@ -70,11 +85,14 @@ def check_keys(values: Mapping[str, Any], read: Set[str], neutral: Mapping[str, 
 
 
 def _check_neutral(key: str, value: Any, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    if value is None or value in neutral.get(key, ()):  # null is how a config says "not set"
+    if value is None or value in neutral.get(key, ()) or is_ignored(key, value):  # null: "not set"
         return
     if key in neutral:
-        raise ValueError(f"config key {key!r} is {value!r}; only {neutral[key][0]!r} is supported")
+        raise ValueError(
+            f"config key {key!r} is {value!r}; only {neutral[key][0]!r} is supported (--ignore-config-key {key} "
+            "computes as if it were that)"
+        )
     raise ValueError(
         f"config key {key!r} ({value!r}) is not known and may change what the model computes; "
-        f"remove it from config.json if you are sure that it does not"
+        f"--ignore-config-key {key} passes over it, if you are sure that it does not"
     )

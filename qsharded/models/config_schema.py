@@ -61,13 +61,13 @@ _MODEL: dict[str, Kind] = {
     "rope_local_base_freq": number(1, 1e15) | NULL,
     "partial_rotary_factor": _FRACTION | NULL,
     "original_max_position_embeddings": _POSITIONS | NULL,
-    "query_pre_attn_scalar": _FACTOR | NULL,
+    "query_pre_attn_scalar": _FACTOR,
     "attn_logit_softcapping": _FACTOR | NULL,
     "final_logit_softcapping": _FACTOR | NULL,
-    "attention_multiplier": _FACTOR | NULL,
-    "embedding_multiplier": _FACTOR | NULL,
-    "residual_multiplier": _FACTOR | NULL,
-    "logits_scaling": _FACTOR | NULL,
+    "attention_multiplier": _FACTOR,
+    "embedding_multiplier": _FACTOR,
+    "residual_multiplier": _FACTOR,
+    "logits_scaling": _FACTOR,
     "attention_out_bias": BOOLEAN | NULL,
     "use_bias": BOOLEAN | NULL,
     "attn_output_gate": BOOLEAN | NULL,
@@ -115,5 +115,5 @@ def _check_rope(rope: Mapping[str, Any], origin: str) -> None:
     if low is not None and high is not None and not low < high:
         raise ValueError(f"{origin}: high_freq_factor must be above low_freq_factor, {low}, got {high}")
     for kind, values in rope.items():  # some models have one for each type of layer
-        if isinstance(values, dict):
-            _check_rope(values, f"{origin}: {shown(kind)}")
+        if isinstance(values, dict) or (kind.endswith("_attention") and values is not None):
+            _check_rope(as_object(values, f"{origin}: {shown(kind)}"), f"{origin}: {shown(kind)}")

@@ -133,6 +133,9 @@ class Head(nn.Linear):
     of logits that are soft-capped; logits alone are not yet, since an adapter around the head adds to them.
     """
 
+    is_head = True
+    """For ``all-linear``, which leaves it out whatever its name is."""
+
     def __init__(self, in_features: int, out_features: int, softcap: float | None = None, **options: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **options)
         self.softcap = softcap
@@ -168,10 +171,20 @@ class CausalLM(nn.Module):
         inside = name.removeprefix("model.")
         return f"model.language_model.{inside}" if self.config.wrapper and inside != name else name
 
+    def fill_buffers(self) -> None:
+        """Set what no checkpoint holds, once the model is in memory: nothing here."""
+
+    def refuse_packing_that_leaks(self) -> None:
+        """Raise ValueError where documents of a row would see each other: never here."""
+
+    def new_cache(self, length: int) -> KVCache:
+        """An empty one, for rows of up to ``length`` tokens."""
+        return KVCache(self.config.num_hidden_layers, length)
+
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter where the config ties them (again, after a replacement)."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embedding_weight
+            getattr(self.lm_head, "base_layer", self.lm_head).weight = self.embedding_weight
 
     def forward(
         self,

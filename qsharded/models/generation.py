@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsharded.models.decoder import CausalLM
-from qsharded.models.kv_cache import KVCache
 from qsharded.utils import collectives
 from qsharded.utils.documents import PADDING
 
@@ -49,7 +48,7 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
     device = _device(model)
     ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
-    cache = KVCache(model.config.num_hidden_layers, ids_BS.shape[1] + max_new_tokens)
+    cache = model.new_cache(ids_BS.shape[1] + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
     answers = [_Answer(eos_ids) for _ in prompts]
 

@@ -28,7 +28,13 @@ def last_layers(values: Values) -> Windows:
 
 
 def every(period: int, values: Values) -> list[str]:
-    """All layers slide but each ``period``-th; with a period of 0, all."""
+    """All layers slide but each ``period``-th; with a period of 0, all.
+
+    Raises:
+        ValueError: the period is none, but a pattern of letters, which few families have.
+    """
+    if not isinstance(period, int):
+        raise ValueError(f"sliding_window_pattern must be a number of layers in this family, got {period!r}")
     return [SLIDING if not period or (layer + 1) % period else FULL for layer in range(values["num_hidden_layers"])]
 
 
@@ -73,6 +79,8 @@ def ropes_by_type(values: Values, types: Sequence[str], full: Values, sliding: V
         FULL: RopeConfig.of({**full, **_given(old), **_given(nested.get(FULL))}, values),
         SLIDING: RopeConfig.of({**sliding, **_given(nested.get(SLIDING))}, values),
     }
+    for layer_type in types:
+        _window_of(layer_type, 1)
     return {"rope": ropes[FULL], "layer_ropes": tuple(ropes[layer_type] for layer_type in types)}
 
 

@@ -46,12 +46,12 @@ def _keep_dearest() -> Any:
 
 
 @torch.compiler.disable  # weak references and streams, of which a compiler knows nothing
-def _with_input_on_host(waiting: "Waiting", forward: Forward, x: Tensor, *others: Any) -> Tensor:
+def _with_input_on_host(waiting: "Waiting", forward: Forward, x: Tensor, *others: Any, **named: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(x, *others)
+        return forward(x, *others, **named)
     boundary = waiting.store(x)
     # x itself is no argument, or the checkpoint would keep it
-    y: Tensor = checkpoint(lambda *others: forward(boundary.take(), *others), *others, use_reentrant=False)
+    y: Tensor = checkpoint(lambda *others: forward(boundary.take(), *others, **named), *others, use_reentrant=False)
     return y
 
 

@@ -78,18 +78,39 @@ class RopeConfig:
             raw.pop("type", None)  # its older spelling, which transformers reads only where the newer one is missing
         values = {_RENAMED.get(key, key): value for key, value in raw.items()}
         values.setdefault("rope_type", "default")
+        if config.get("original_max_position_embeddings"):  # beside the rope's own, it counts
+            values["original_length"] = config["original_max_position_embeddings"]
+        if values["rope_type"] == "yarn" and "factor" in given and "factor" not in values:
+            longest = config["max_position_embeddings"]
+            values["factor"] = longest / values.get("original_length", longest)
         values.setdefault("rope_theta", config.get("rope_theta") or cls.rope_theta)
         values.setdefault("rotary_fraction", config.get("partial_rotary_factor") or 1.0)
         _check_keys(values)
+        values = {key: value for key, value in values.items() if key not in _unused(values["rope_type"])}
         values.setdefault("original_length", config["max_position_embeddings"])
         if values["rope_type"] == "longrope":
             values.setdefault("factor", config["max_position_embeddings"] / values["original_length"])
             values |= {key: tuple(values[key]) for key in ("short_factor", "long_factor")}
         return cls(**values)
 
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError where heads of ``head_dim`` cannot be rotated so."""
+        pairs = self.rotary_dim(head_dim) // 2
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if self.rope_type == "longrope" and len(factors) != pairs:
+                raise ValueError(f"rope key {name!r} has {len(factors)} entries for {pairs} rotated pairs of a head")
+        if self.rope_type == "ntk-alpha" and pairs < 2:
+            raise ValueError(f"rope_type 'ntk-alpha' needs more than one rotated pair of a head, got {pairs}")
+
     def rotary_dim(self, head_dim: int) -> int:
         """R: how many dims of a head are rotated."""
         return int(head_dim * self.rotary_fraction)
+
+
+def _unused(rope_type: str) -> set[str]:
+    """Keys of other types, which transformers passes over."""
+    used = frozenset().union(*_KEYS[rope_type])
+    return set().union(*(required | optional for required, optional in _KEYS.values())) - used
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:
@@ -100,7 +121,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     given = values.keys() - {"rope_type", "rope_theta", "rotary_fraction"}
     for key in sorted(required - given):
         raise ValueError(f"rope_type {rope_type!r} needs {key!r}, which the checkpoint's config does not give")
-    for key in sorted(given - required - optional):
+    for key in sorted(given - required - optional - _unused(rope_type)):
         raise ValueError(f"rope key {key!r} ({values[key]!r}) is not known for rope_type {rope_type!r}")
 
 

@@ -68,9 +68,9 @@ def step_work(
     for first in sorted({config.is_linear.index(kind) for kind in config.is_linear}):
         model = _one_layer(config.of_layers(first), of_all, dtype, checkpointing, quant_format)
         if not is_sharded:
-            _give_gradients(model)
+            give_gradients(model)
         one, its_inputs = model.model.layers[0], inputs[first]
-        works += [_simulate(model, partial(_call, one, its_inputs), x_BSD)] * config.is_linear.count(
+        works += [simulate(model, partial(_call, one, its_inputs), x_BSD)] * config.is_linear.count(
             config.is_linear[first]
         )
     layer = Work(-(-sum(work.kept for work in works) // len(works)), max(work.passing for work in works))
@@ -112,7 +112,8 @@ def _bytes(inputs: Iterable[AttentionInputs]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _give_gradients(model: nn.Module) -> None:
+def give_gradients(model: nn.Module) -> None:
+    """One for each parameter that trains, as they are there in an unsharded run from its second micro-batch on."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
@@ -126,7 +127,7 @@ def _loss_work(model: CausalLM, targets_BS: Tensor, x_BSD: Tensor) -> Work:
         model.model.hidden_BSD = norm(x_BSD)
         return model(targets_BS, targets_BS=targets_BS)
 
-    return _simulate(model, loss, x_BSD)
+    return simulate(model, loss, x_BSD)
 
 
 class _Stack(nn.Module):
@@ -156,7 +157,8 @@ class _Rest(torch.autograd.Function):
         return grad.new_empty(ctx.shape, dtype=ctx.dtype)
 
 
-def _simulate(model: nn.Module, forward: Callable[[Tensor], Tensor], x_BSD: Tensor) -> Work:
+def simulate(model: nn.Module, forward: Callable[[Tensor], Tensor], x_BSD: Tensor) -> Work:
+    """Of a forward of ``model``'s, and its backward, on the meta device."""
     x_BSD = x_BSD.clone().requires_grad_()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients, x_BSD]) as live:

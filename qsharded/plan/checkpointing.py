@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qsharded.config import TrainConfig
+from qsharded.plan.captured_layers import CannotPlan
 from qsharded.plan.gpu_memory import Plan, Planner
 from qsharded.utils.checkpointing_modes import Mode
 from qsharded.utils.hardware import GIB
@@ -27,7 +28,10 @@ def choose_checkpointing(
     """
     if config.activation_checkpointing != "auto":
         return config, ""
-    chosen = _chosen(planner, config, ranks, host_bytes)
+    try:
+        chosen = _chosen(planner, config, ranks, host_bytes)
+    except CannotPlan as why:
+        return replace(config, activation_checkpointing="full"), f"activation checkpointing: full, as {why}"
     return chosen, f"activation checkpointing: {_described(chosen, planner)}"
 
 

@@ -12,7 +12,7 @@ from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli.base_model import find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
-from qsharded.models import ModelConfig
+from qsharded.models.choice import AnyConfig, read_config
 from qsharded.plan.alternatives import nearest
 from qsharded.plan.checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Plan, Planner
@@ -57,9 +57,9 @@ def planner_of(config: TrainConfig) -> tuple[Planner, dict[str, Any]]:
 
 def _model(
     config: TrainConfig, folder: Path, described: dict[str, Any]
-) -> tuple[ModelConfig, PackedCheckpoint | StorageFormat | None]:
+) -> tuple[AnyConfig, PackedCheckpoint | StorageFormat | None]:
     """The model and what of it is packed; of a Hub id, and of a folder without its weights, only how."""
-    model, storage_format = ModelConfig.from_hf(described), read_storage_format(described)
+    model, storage_format = read_config(described, config.model_code), read_storage_format(described)
     if config.random_init:
         return model, None
     if not (Path(config.model).is_dir() and any(folder.glob("*.safetensors"))):

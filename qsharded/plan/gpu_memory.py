@@ -1,6 +1,7 @@
 """What a training run takes on a GPU before any of it is loaded: the bytes of every class, and whether they fit."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -13,6 +14,8 @@ from qsharded.config import TrainConfig
 from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
+from qsharded.models.choice import AnyConfig
+from qsharded.plan import captured_layers
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
 from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
@@ -110,7 +113,7 @@ class Planner:
         packed: how the checkpoint packs its weights, if it does, and which, where it is there to say.
     """
 
-    model_config: ModelConfig
+    model_config: AnyConfig
     lora: LoRAConfig
     dtype: torch.dtype
     gpu_bytes: int | None = None
@@ -157,7 +160,9 @@ class Planner:
         shape = (config.per_device_train_batch_size, config.max_length, mode, ranks > 1)
         if shape not in self._simulated:
             rows, length, mode, is_sharded = shape
-            self._simulated[shape] = step_work(
+            native = isinstance(self.model_config, ModelConfig)
+            simulated: Callable[..., StepWork] = step_work if native else captured_layers.step_work
+            self._simulated[shape] = simulated(
                 self.model_config,
                 self.lora,
                 self.dtype,

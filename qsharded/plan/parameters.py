@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from qsharded.distributed import fsdp
 from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.models import CausalLM
+from qsharded.models.parts import head_of, layers_of, part_names
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import rows_of_rank
 
-CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS = "codes", "scales", "embedding and head", "norms and others", "adapters"
-"""Classes of parameters. Adapters are everything that trains; others are frozen and in 16 or 32 bits."""
+CODES, SCALES, EMBEDDING, ADAPTERS = "codes", "scales", "embedding and head", "adapters"
+UNPACKED, OTHERS = "not quantized", "norms and others"
+"""Classes of parameters. Adapters are everything that trains. Not quantized are matrices that could be, or are in
+tensors of more dimensions (experts, convolutions): frozen and in 16 or 32 bits, as the others."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def parameters(
         param_dtype: as for ``parallel.shard``.
     """
     host, whole = _on_host(model, layout), _whole(model, layout)
-    resident = Counter(dict.fromkeys((CODES, SCALES, EMBEDDING, OTHERS, ADAPTERS), 0))
+    resident = Counter(dict.fromkeys((CODES, SCALES, UNPACKED, EMBEDDING, OTHERS, ADAPTERS), 0))
     for kind, tensor in tensors_by_class(model):
         if tensor not in host:
             resident[kind] += tensor.nbytes if tensor in whole else own_bytes(tensor, ranks, rank)
@@ -71,10 +74,8 @@ def parameters(
         pinned=sum(pinned_bytes(own_bytes(tensor, ranks, rank)) for tensor in host),
         layer=gathered.layer(),
         vocabulary=gathered.vocabulary(),
-        streamed=max(
-            sum(padded_bytes(p, ranks) for p in set(layer.parameters()) & host) for layer in model.model.layers
-        ),
-        head_from_host=sum(own_bytes(p, ranks, rank) for p in set(model.lm_head.parameters()) & host),
+        streamed=max(sum(padded_bytes(p, ranks) for p in set(layer.parameters()) & host) for layer in layers_of(model)),
+        head_from_host=sum(own_bytes(p, ranks, rank) for p in set(head_of(model).parameters()) & host),
         layer_gradient=gathered.layer_gradient(),
     )
 
@@ -101,7 +102,7 @@ def _on_host(model: CausalLM, layout: Layout) -> set[Tensor]:
     """The layers' frozen parameters, and embedding and head where those can be split."""
     if not layout.on_host:
         return set()
-    frozen = {p for layer in model.model.layers for p in layer.parameters() if not p.requires_grad}
+    frozen = {p for layer in layers_of(model) for p in layer.parameters() if not p.requires_grad}
     return frozen | _split(model, layout, 1)
 
 
@@ -113,7 +114,7 @@ def _split(model: CausalLM, layout: Layout, ranks: int) -> set[Tensor]:
     """Embedding and head, where they are cut by rows that never come together."""
     if not is_vocab_parallel(model, layout, ranks > 1):
         return set()
-    return {model.embedding_weight, model.lm_head.weight}
+    return {model.embedding_weight, head_of(model).weight}
 
 
 def tensors_by_class(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -124,15 +125,18 @@ def tensors_by_class(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named:
             if tensor not in seen:
                 seen.add(tensor)
-                yield _class_of(module, name, tensor), tensor
+                yield _class_of(model, module, name, tensor), tensor
 
 
-def _class_of(module: nn.Module, name: str, tensor: Tensor) -> str:
+def _class_of(model: CausalLM, module: nn.Module, name: str, tensor: Tensor) -> str:
     if tensor.requires_grad:
         return ADAPTERS
     if isinstance(module, PackedLinear) and tensor is not module.bias:
         return CODES if tensor is module.weight else SCALES
-    return EMBEDDING if name.startswith(("model.embed_tokens.", "lm_head.")) else OTHERS
+    parts = part_names(model)
+    if name.startswith((f"{parts.embedding}.", f"{parts.head}.")):
+        return EMBEDDING
+    return UNPACKED if isinstance(tensor, nn.Parameter) and tensor.dim() >= 2 else OTHERS
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,14 @@ class _Gathered:
         if self.ranks == 1:
             return 0
         trained = (
-            sum(self._values(p) for p in layer.parameters() if p.requires_grad) for layer in self.model.model.layers
+            sum(self._values(p) for p in layer.parameters() if p.requires_grad) for layer in layers_of(self.model)
         )
         return max(trained) * torch.float32.itemsize * (self.ranks + 1) // self.ranks
 
     def _largest(self, *, is_layer: bool) -> int:
         if self.ranks == 1:
             return 0
-        layers = set(self.model.model.layers)
+        layers = set(layers_of(self.model))
         chosen = [modules for modules in fsdp.groups(self.model) if (modules[0] in layers) == is_layer]
         return max((self._bytes(modules) for modules in chosen), default=0)
 

@@ -1,13 +1,15 @@
 """What a run trains on and evaluates: datasets read, checked against the model, and cut into steps."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
 from qsharded.data.facts import facts_of
-from qsharded.data.omissions import omission_notes
+from qsharded.data.shown import text
 from qsharded.distributed.fsdp import World
+from qsharded.training.data_options import date_note, preview
 from qsharded.training.resuming import Resumed, kept_accumulation
 from qsharded.training.tokenized import load_datasets
 
@@ -21,13 +23,18 @@ class RunData:
     prompts: Sequence[Prompt]
     loader: StepLoader
     note: str
+    tokenizer: Tokenizer
 
     def lines(self, config: TrainConfig) -> list[str]:
-        """What of all this the run's summary tells."""
-        lines = _data_lines(self.train, config)
+        """What of all this the run's summary tells, as the preview does."""
+        taken, lines = self.train.rows_an_epoch(), date_note(self.tokenizer)
+        for (name, part), rows in zip(self.train.parts.items(), taken, strict=True):
+            share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
+            shown = preview(config, f"data {name}", part, self.tokenizer, share)
+            lines += text.lines(shown, text.marks_for(sys.stdout))
         if self.evaluation is not None:
-            lines.append(f"evaluation: {_counts(self.evaluation, config.max_length)}")
-            lines += omission_notes(self.evaluation, config.one_example_per_answer)
+            shown = preview(replace(config, show_rows=0), "evaluation", self.evaluation, self.tokenizer)
+            lines += text.lines(shown, text.BRACKETS)
         return lines
 
 
@@ -45,13 +52,15 @@ def read_data(
     prompts = _prompts(config, tokenizer)
     _check_vocabulary(vocab_size, train, evaluation, prompts)
     loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
-    return RunData(train, evaluation, prompts, loader, note)
+    return RunData(train, evaluation, prompts, loader, note, tokenizer)
 
 
 def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
     if config.exact_match_dataset is None:
         return []
-    return load_prompts(config.exact_match_dataset, tokenizer, format=config.dataset_format)
+    return load_prompts(
+        config.exact_match_dataset, tokenizer, format=config.dataset_format, columns=config.dataset_columns
+    )
 
 
 def _check_vocabulary(
@@ -91,19 +100,3 @@ def eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: D
     if data is None:
         return None
     return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
-
-
-def _data_lines(data: Mixture, config: TrainConfig) -> list[str]:
-    """A line for each dataset; of several, with what an epoch takes of it; and what the chat template leaves out."""
-    taken, lines = data.rows_an_epoch(), []
-    for (name, part), rows in zip(data.parts.items(), taken, strict=True):
-        share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
-        lines += [f"data {name}: {_counts(part, config.max_length)}{share}"]
-        lines += omission_notes(part, config.one_example_per_answer)
-    return lines
-
-
-def _counts(data: Dataset, max_length: int) -> str:
-    others = {"longer ones dropped": data.dropped, "truncated": data.truncated, "blank ones left out": data.empty}
-    listed = "".join(f", {count:,} {label}" for label, count in others.items() if count)
-    return f"{len(data.examples):,} rows of up to {max_length} tokens{listed}"

@@ -2,9 +2,10 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -25,7 +26,16 @@ from qsharded.utils.sharding import local
 
 
 class NoRoom(Exception):
-    """A GPU or the host had no room for what the run asked for; the message is for the user."""
+    """A GPU or the host had no room for what the run asked for.
+
+    Args:
+        explain: gives the message for the user. It plans, which takes seconds, so it is called once the other ranks
+            know that this one tells the cause.
+    """
+
+    def __init__(self, explain: Callable[[], str]) -> None:
+        super().__init__()
+        self.explain = explain
 
 
 @contextmanager
@@ -34,7 +44,7 @@ def memory_errors_end(prog: str, world: World) -> Iterator[None]:
     try:
         yield
     except NoRoom as error:
-        print(f"{prog}: error (rank {world.rank}): {error}", file=sys.stderr, flush=True)
+        print(f"{prog}: error (rank {world.rank}): {error.explain()}", file=sys.stderr, flush=True)
         raise SystemExit(OUT_OF_MEMORY) from None
 
 
@@ -50,7 +60,7 @@ def memory_errors_explained(config: TrainConfig, world: World, model: CausalLM |
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _is_of_memory(error):
             raise
-        raise NoRoom(_explanation(config, world, model, error)) from None
+        raise NoRoom(partial(_explanation, config, world, model, error)) from None
 
 
 def _is_of_memory(error: BaseException) -> bool:

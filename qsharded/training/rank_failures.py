@@ -68,6 +68,7 @@ def one_cause(prog: str, world: World) -> Iterator[None]:
     except Exception as error:
         if not notice.post(signals.FAILED):
             _follow(notice.read())
+        signals.watch_ranks(lambda: "", lambda _: None)  # this rank tells the cause, however long that takes
         if not _is_of_a_collective(error):
             raise
         _say_lost(prog, world, error)

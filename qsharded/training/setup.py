@@ -32,6 +32,7 @@ from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
+from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loader, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
@@ -118,12 +119,12 @@ class _Base:
 
 def _read_base(config: TrainConfig, world: World) -> _Base:
     folder = world.first_on_node(lambda: _downloaded(config))
-    adapter = find_adapter(config.adapter) if config.adapter else None
+    adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     lora = lora_config(config, adapter)
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
-        outline = Outline.of(folder, lora, dtype, random_init=config.random_init)
-    return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder))
+        outline = Outline.of(folder, lora, dtype, random_init=config.random_init, model_code=config.model_code)
+    return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 
 def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, tuple[str, str]]:
@@ -132,6 +133,8 @@ def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalL
     checkpointing, chosen = _checkpointing(config, world, base.outline, base.lora)
     mesh = mesh_of(world, config.dp_replicate)
     model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=checkpointing, seed=config.seed)
+    if config.packing:
+        model.refuse_packing_that_leaks()
     if base.adapter:
         load_adapter(model, base.adapter)
     return model, (why, chosen)

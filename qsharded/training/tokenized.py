@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -11,10 +10,10 @@ from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Tokenizer, load_examples
 from qsharded.data.cache import SMALL_BYTES, DataCache, default_folder
 from qsharded.data.fill import Enough
-from qsharded.data.load import Reading
 from qsharded.data.row_source import row_source
 from qsharded.distributed.agreement import first_error
 from qsharded.distributed.fsdp import World
+from qsharded.training.data_options import reading
 from qsharded.utils import heartbeat
 
 _T = TypeVar("_T")
@@ -52,18 +51,12 @@ def _enough(config: TrainConfig, world: World) -> Enough:
 def _load(
     config: TrainConfig, tokenizer: Tokenizer, world: World, source: str, split: str, enough: Enough | None = None
 ) -> Dataset:
-    reading = Reading(
-        max_length=config.max_length,
-        format=config.dataset_format,
-        overlong=config.overlong,
-        train_on=config.train_on,
-        one_example_per_answer=config.one_example_per_answer,
-    )
+    how = reading(config)
     rows = row_source(source, split, streaming=enough is not None)
     if config.data_cache is None and enough is None and 0 < rows.nbytes < SMALL_BYTES:
-        return load_examples(source, tokenizer, split=split, **asdict(reading))
+        return load_examples(source, tokenizer, split=split, **vars(how))
     folder = default_folder() if config.data_cache is None else Path(config.data_cache)
-    cache = DataCache(folder, tokenizer, reading, shows_progress=world.is_main, enough=enough)
+    cache = DataCache(folder, tokenizer, how, shows_progress=world.is_main, enough=enough)
     with heartbeat.working_outside(f"tokenizing {source}, or waiting for the rank of this node that does"):
         return once_a_node(world, lambda: cache.dataset(source, rows))
 

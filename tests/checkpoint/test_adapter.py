@@ -64,7 +64,6 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"use_dora": True}, "use_dora = True"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
         ({"some_new_setting": 3}, "some_new_setting = 3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' .*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),

@@ -5,7 +5,7 @@ import pytest
 from qsharded.config import TrainConfig
 from qsharded.config.options import options
 from qsharded.config.rendering import help_text, markdown
-from tools.make_docs import DOCS, PAGES
+from tools.make_docs import DOCS, PAGES, README, in_readme, models_page
 
 
 def test_every_option_is_documented_in_one_group() -> None:
@@ -45,3 +45,10 @@ def test_markdown_has_a_row_for_every_option() -> None:
 def test_docs_are_in_step(page: str) -> None:
     written = Path(DOCS / page).read_text(encoding="utf-8")
     assert written == markdown(PAGES[page]), "run `make docs`"
+
+
+def test_the_models_page_and_readme_list_what_is_tested() -> None:
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == models_page(), "run `make docs`"
+    readme = README.read_text(encoding="utf-8")
+    assert "Helium, " in readme
+    assert readme == in_readme(readme), "run `make docs`"

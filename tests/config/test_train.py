@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from qsharded.config import TrainConfig
+from qsharded.config import TrainConfig, parse
 from qsharded.config.options import options
 from qsharded.data.formats import FORMATS
 
@@ -85,3 +85,38 @@ def test_model_and_dataset_are_required() -> None:
 def test_formats_are_those_that_the_data_code_reads() -> None:
     choices = {item.name: item.choices for item in options(TrainConfig)}
     assert choices["dataset_format"] == FORMATS
+
+
+@pytest.mark.parametrize(("bad_rows", "skipped"), [("stop", 0), ("skip:0", 0), ("skip:12", 12)])
+def test_bad_rows_that_may_be_skipped(bad_rows: str, skipped: int) -> None:
+    assert config(bad_rows=bad_rows).skip_bad_rows == skipped
+
+
+@pytest.mark.parametrize("bad_rows", ["skip", "skip:", "skip:-1", "skip:x", "3", ""])
+def test_other_words_for_bad_rows_are_refused(bad_rows: str) -> None:
+    with pytest.raises(ValueError, match=r"^--bad-rows must be stop, or skip:N with a number N, got "):
+        config(bad_rows=bad_rows)
+
+
+@pytest.mark.parametrize("day", ["2025-13-01", "today", "01.02.2025", " "])
+def test_a_template_date_must_be_one(day: str) -> None:
+    with pytest.raises(ValueError, match=r"^--template-date must be a date such as 2025-01-31, got "):
+        config(template_date=day)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["prompt=question,completion=answer"], "dataset_columns", {"prompt": "question", "completion": "answer"}),
+        (["prompt=my question", "completion=a,b"], "dataset_columns", {"prompt": "my question", "completion": "a,b"}),
+        (["enable_thinking=false"], "chat_template_kwargs", {"enable_thinking": False}),
+        (
+            ["a=1,b=text c", "d=[1, 2]", "e=null", 'f={"x": 1}', "g=x=y"],
+            "chat_template_kwargs",
+            {"a": 1, "b": "text c", "d": [1, 2], "e": "null", "f": {"x": 1}, "g": "x=y"},
+        ),
+    ],
+)
+def test_tables_of_text_and_of_json(words: list[str], field: str, value: dict[str, Any]) -> None:
+    given = parse(["--model", "m", "--dataset", "d", "--" + field.replace("_", "-"), *words], TrainConfig)
+    assert getattr(given, field) == value

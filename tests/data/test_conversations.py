@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qsharded.data import Tokenizer, load_examples, load_prompts
-from qsharded.data.omissions import omission_notes
+from qsharded.data.notes import data_notes
 from tests.data import published, templates
 from tests.data.folders import chat, make_folder, write_rows
 
@@ -292,7 +292,7 @@ def test_lost_reasoning_is_counted_with_an_example(tmp_path, template, messages,
     tokenizer = tokenizer_of(tmp_path, template)
     dataset = load(tmp_path, tokenizer, chat("a", "b"), messages, messages)
     assert list(dataset.omitted) == ["reasoning"]
-    (note,) = omission_notes(dataset, one_example_per_answer=False)
+    (note,) = data_notes(dataset, one_example_per_answer=False)
     where = f"{tmp_path / 'rows.jsonl'}:2, {lost}"
     assert note == (
         f"note: the chat template leaves reasoning out of 2 rows, as at {where}; --one-example-per-answer keeps it"
@@ -328,7 +328,7 @@ DEVELOPER = {"role": "developer", "content": "kind"}
 )
 def test_other_losses_are_counted_with_an_example(tmp_path, template, messages, tools, note):
     dataset = load(tmp_path, tokenizer_of(tmp_path, template), messages, tools=tools)
-    (found,) = omission_notes(dataset, one_example_per_answer=False)
+    (found,) = data_notes(dataset, one_example_per_answer=False)
     where = tmp_path / "rows.jsonl"
     assert found.startswith(f"note: the chat template leaves {note[0]} out of 1 row, as at {where}:1, {note[1]}")
 

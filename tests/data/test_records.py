@@ -6,6 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from qsharded.data import read_rows
+from qsharded.data.records import find_rows
 
 
 def test_json_lines_with_blank_lines_and_byte_order_mark(tmp_path):
@@ -60,9 +61,9 @@ def test_json_lines_under_the_name_json(tmp_path):
     [
         ('[\n{"text": "a"},\n{"text": }]', ":3: not JSON: Expecting value at column 10"),
         ('[\n{"text": "a"},\n"b"]', ":3: a row must be a JSON object, got str"),
-        ('{"rows":\n []}', ': must hold a list of rows, or {"data": [...]}'),
-        ('{"data":\n {}}', ': must hold a list of rows, or {"data": [...]}'),
-        ('"text"', ': must hold a list of rows, or {"data": [...]}'),
+        ('{"rows":\n []}', ': must hold a list of rows, or {"data": [...]}, or {"train": [...]}'),
+        ('{"data":\n {}}', ': must hold a list of rows, or {"data": [...]}, or {"train": [...]}'),
+        ('"text"', ': must hold a list of rows, or {"data": [...]}, or {"train": [...]}'),
         ("", ": the file is empty: it was not written, or not downloaded, to its end"),
     ],
 )
@@ -109,3 +110,53 @@ def test_a_folder_gives_its_files_in_name_order(tmp_path):
     (tmp_path / "b.json").rename(tmp_path / "b-train.json")
     assert [row["text"] for _, row in read_rows(tmp_path)] == ["1", "2"]
     assert [row["text"] for _, row in read_rows(tmp_path, split="test")] == ["3"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"train": rows, "test": [{"text": "no"}]}])
+def test_a_list_of_rows_is_read_under_either_name(tmp_path, name, indent, wrap):
+    path = tmp_path / name
+    path.write_text("\n " + json.dumps(wrap(ROWS), indent=indent))
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("split", "text"), [("train", "1"), ("test", "2"), ("eval", "2"), ("validation", "3"), ("dev", "3")]
+)
+def test_a_document_may_hold_a_list_for_each_split(tmp_path, split, text):
+    path = tmp_path / "a.json"
+    rows = {name: [{"text": str(number)}] for number, name in enumerate(("train", "test", "val"), 1)}
+    path.write_text(json.dumps({"version": "1.0"} | rows))
+    assert [row for _, row in read_rows(path, split=split)] == [{"text": text}]
+
+
+def test_a_split_that_a_document_lacks_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"train": [{"text": "a"}], "dev": [{"text": "b"}]}')
+    with pytest.raises(ValueError, match=r"a\.json has no 'test' split; it has train, validation"):
+        list(read_rows(path, split="test"))
+
+
+@pytest.mark.parametrize("row", [{"messages": [{"a": 1}], "train": [1]}, {"train": "yes"}])
+def test_a_single_row_is_no_list_of_rows_for_the_name_of_a_field(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert list(read_rows(path)) == [(f"{path}:1", row)]
+
+
+def test_the_reading_can_go_on_behind_malformed_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\nnope\n3\n{"text": "\xff"}\n{"text": "b"}\n')
+    found = [(origin, row if isinstance(row, dict) else str(row)) for origin, row in find_rows(path)]
+    assert found == [
+        (f"{path}:1", {"text": "a"}),
+        (f"{path}:2", "not JSON: Expecting value at column 1"),
+        (f"{path}:3", "a row must be a JSON object, got int"),
+        (f"{path}:4", "not UTF-8: invalid start byte at byte 10"),
+        (f"{path}:5", {"text": "b"}),
+    ]
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n 3, {"text": "b"}]')
+    assert [str(row) for _, row in find_rows(path)][1] == "a row must be a JSON object, got int"
+    assert [origin for origin, _ in find_rows(path)] == [f"{path}:1", f"{path}:2", f"{path}:2"]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qsharded.checkpoint import load_model, read_ahead
@@ -265,3 +268,30 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         load_model(folder)
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes of one tensor that an operation made in memory."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = [tensor for tensor in tensors if not (tensor.is_meta or isinstance(tensor, DTensor))]  # it has no memory
+        self.nbytes = max([self.nbytes, *(tensor.untyped_storage().nbytes() for tensor in made)])
+        return result
+
+
+def largest_while_loading(path: Path, model_code: Any) -> int:
+    read_ahead.PIECE = 3000
+    with _Largest() as largest:
+        load_model(path, mesh=init_device_mesh("cpu", (2,)), dtype=torch.bfloat16, model_code=model_code)
+    return largest.nbytes
+
+
+@pytest.mark.parametrize("model_code", ["native", "transformers"])
+def test_no_matrix_is_whole_in_16_bits_on_a_rank(folder: Path, model_code: str) -> None:
+    """The smallest that is quantized has 96 rows of 192 values; the largest has 320, of which a rank's are 4 bits."""
+    smallest = 96 * 192 * 2
+    assert max(run_ranks(largest_while_loading, 2, folder, model_code)) < smallest

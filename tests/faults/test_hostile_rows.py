@@ -9,7 +9,8 @@ import pytest
 
 from qsharded.data import load_examples
 from qsharded.data.tokenizer import Tokenizer
-from tests.data.folders import make_folder
+from tests.data.folders import chat, make_folder
+from tests.data.templates import THINKING
 
 GOOD = json.dumps({"text": "hello there"}).encode() + b"\n"
 
@@ -55,6 +56,17 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path, tokeniz
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: the line has more than 33,554,432 bytes"):
         load(path, tokenizer)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_a_row_that_is_certainly_too_long_is_dropped_before_its_turns_are_looked_for(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=THINKING))
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": chat("a b " * 1_000_000, "c")}, {"messages": chat("a", "c")}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = load(path, tokenizer)
+    assert (found.dropped, len(found.examples)) == (1, 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10  # KiB; with its turns 1 GiB
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])

@@ -11,6 +11,7 @@ from qsharded.fused.layer import EVERYTHING, Policy, can_fuse, fused_forward
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer
+from qsharded.models.rope import RopeConfig
 from qsharded.nn import LoRAConfig, add_lora, quantize_
 
 ROWS, LENGTH, WIDTH = 2, 16, 128
@@ -46,6 +47,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_windows": (5,),
     },
     "gemma3": {"norms": _AROUND, "norm_offset": True, "activation": "gelu_tanh", "qk_norm": True},
+    "glm4": {"norms": _AROUND, "mlp": "fused", "rope_interleaved": True, "rope": RopeConfig(rotary_fraction=0.5)},
+    "ernie4_5": {"rope_interleaved": True},
+    "phi4-mini": {"rope": RopeConfig(rotary_fraction=0.75), "qk_norm": True},
     "exaone4": {"norms": _BEHIND, "qk_norm": True, "layer_ropes": (None,)},
     "granite": {"residual_multiplier": 0.22, "attention_scale": 0.1},
     "sandwich with a multiplier": {"norms": _AROUND, "residual_multiplier": 0.22},

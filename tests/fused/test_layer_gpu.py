@@ -15,6 +15,7 @@ from qsharded.fused.layer import Policy, fused_forward
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer
+from qsharded.models.rope import RopeConfig
 from qsharded.nn import LoRAConfig, add_lora, quantize_
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "attention_scale": 0.1,
     },
+    "glm4": {"rope_interleaved": True, "rope": RopeConfig(rotary_fraction=0.5)},
+    "phi4-mini": {"rope": RopeConfig(rotary_fraction=0.75)},
     "granite": {"residual_multiplier": 0.22, "attention_scale": 0.05},
 }
 # each row's documents by their lengths; the last one of the second row is padding

@@ -72,39 +72,59 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int, activation: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 16), (3, 3, 24)])
-def test_rotary_and_its_gradient(dtype: torch.dtype, has_norms: bool, heads: int, kv_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize(("fraction", "interleaved"), [(1, False), (0.75, False), (1, True), (0.5, True)])
+def test_rotary_and_its_gradient(
+    dtype: torch.dtype,
+    has_norms: bool,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    fraction: float,
+    interleaved: bool,
+) -> None:
     rows, length = 2, 5
     tokens, together = rows * length, heads + kv_heads
     qkv = random(tokens, (together + kv_heads) * head_dim, dtype=dtype)
-    angles = random(tokens, head_dim // 2, seed=1).repeat(1, 2)
+    angles = random(tokens, int(head_dim * fraction) // 2, seed=1).repeat(1, 2)
     # a factor on both tables, as YaRN has it
     tables = (1.3 * angles.cos()).to(dtype), (1.3 * angles.sin()).to(dtype)
     norms = (random(head_dim, dtype=dtype, seed=2), random(head_dim, dtype=dtype, seed=3)) if has_norms else None
     wide = leaf(qkv)
-    expected = rotated(wide.view(tokens, -1, head_dim), tables, norms, heads, together)
+    expected = rotated(wide.view(tokens, -1, head_dim), tables, norms, heads, together, interleaved)
     out = torch.empty(tokens, together * head_dim, dtype=dtype, device=DEVICE)
-    assert_close(
-        triton_rotary.forward_(qkv, *tables, heads, kv_heads, norms, EPS, out), expected[:, :together].flatten(1)
+    found = triton_rotary.forward_(
+        qkv, *tables, heads, kv_heads, norms, EPS, out, head_dim=head_dim, interleaved=interleaved
     )
+    assert_close(found, expected[:, :together].flatten(1))
     # memory in another order, as some attention kernels return it
     grads = [
         random(rows, n, length, head_dim, dtype=dtype, seed=4).transpose(1, 2) for n in (heads, kv_heads, kv_heads)
     ]
     together_grads = torch.cat([grad.reshape(tokens, -1, head_dim) for grad in grads], dim=1)
     (expected_grad,) = gradients(expected, together_grads, wide)
-    assert_close(triton_rotary.backward(tuple(grads), *tables, qkv, norms, EPS), expected_grad)
+    found = triton_rotary.backward(tuple(grads), *tables, qkv, norms, EPS, interleaved=interleaved)
+    assert_close(found, expected_grad)
 
 
 def rotated(
-    x: Tensor, tables: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None, heads: int, together: int
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    norms: tuple[Tensor, Tensor] | None,
+    heads: int,
+    together: int,
+    interleaved: bool,
 ) -> Tensor:
     q, k, v = x[:, :heads], x[:, heads:together], x[:, together:]
     if norms is not None:
         q, k = (F.rms_norm(t, t.shape[-1:], w.double(), EPS) for t, w in zip((q, k), norms, strict=True))
     q_k = torch.cat((q, k), dim=1)
-    low, high = q_k.chunk(2, dim=-1)
-    cos, sin = (table.double()[:, None] for table in tables)
-    return torch.cat((q_k * cos + torch.cat((-high, low), dim=-1) * sin, v), dim=1)
+    pairs = tables[0].shape[1] // 2
+    turned, rest = q_k[..., : 2 * pairs], q_k[..., 2 * pairs :]
+    cos, sin = (table.double()[:, None, :pairs] for table in tables)
+    low, high = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
+    both = low * cos - high * sin, high * cos + low * sin
+    turned = torch.stack(both, dim=-1).flatten(-2) if interleaved else torch.cat(both, dim=-1)
+    return torch.cat((torch.cat((turned, rest), dim=-1), v), dim=1)
 
 
 def test_rotary_in_place_leaves_v_alone() -> None:

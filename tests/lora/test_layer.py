@@ -436,13 +436,19 @@ def test_a_tied_module_to_save_is_an_error_that_names_both_and_changes_nothing(e
     assert snapshot(model) == before
 
 
-def test_a_tied_target_is_an_error_that_names_both_and_changes_nothing() -> None:
+def test_a_tied_target_is_adapted_and_the_other_keeps_the_frozen_weight() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(8, 16), "head": nn.Linear(16, 8, bias=False), "up": nn.Linear(16, 16)})
     model["head"].weight = model["embed"].weight
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"embed\.weight and head\.weight are one tied weight, which target_modules"):
-        add_lora(model, LoRAConfig(r=R, target_modules=["up", "head"]))
-    assert snapshot(model) == before
+    frozen, ids = model["embed"].weight.detach().clone(), torch.arange(8)
+    add_lora(model, LoRAConfig(r=R, target_modules=["up", "head"]))
+    head = model["head"]
+    assert isinstance(head, LoRALinear)
+    nn.init.normal_(head.lora_B.weight)
+    assert head.base_layer.weight is model["embed"].weight
+    assert not model["embed"].weight.requires_grad
+    assert torch.equal(model["embed"](ids), frozen)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(head(x), F.linear(x, frozen + head.delta_weight()))
 
 
 def test_a_tie_among_others_is_no_hindrance() -> None:

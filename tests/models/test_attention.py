@@ -1,6 +1,7 @@
 """Attention backends from outside, behind a layer as it is written and behind a fused one."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from qsharded.fused.layer import fused_forward
 from qsharded.models import self_attention
-from qsharded.models.attention import Attention, Saved, attend, register_attention, unregister_attention
+from qsharded.models.attention import (
+    Attention,
+    CudnnAttention,
+    FlashAttention,
+    Saved,
+    attend,
+    choose_attention,
+    register_attention,
+    unregister_attention,
+)
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig
@@ -103,3 +113,16 @@ def test_what_nobody_from_outside_wants_goes_to_ours(outside: Capped) -> None:
 def test_what_is_not_registered_cannot_be_taken_back() -> None:
     with pytest.raises(ValueError, match="is not registered"):
         unregister_attention(lambda x, inputs, head_dim: None)
+
+
+@pytest.mark.parametrize(("head_dim", "backend"), [(128, CudnnAttention), (256, FlashAttention)])
+def test_wide_heads_are_left_to_flash_attention(
+    head_dim: int, backend: type[Attention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Hopper GPU, of which rows of one document each would go to cuDNN."""
+    on_gpu = SimpleNamespace(
+        is_cuda=True, is_meta=False, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 2048, 64)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    table = torch.zeros(1, 1, head_dim)
+    assert type(choose_attention(on_gpu, AttentionInputs(table, table), head_dim)) is backend

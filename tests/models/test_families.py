@@ -34,13 +34,9 @@ from tests.plan.test_activations import B, S, peak_of_a_step
 SHORT = LENGTH // 3
 # What of a family or a variant the fused layer does not compute. All others are fused.
 COMPOSED = {
-    "phi3-longrope": "rotary embedding of a part of each head",
-    "phi3-longrope-v4": "rotary embedding of a part of each head",
     "olmo2": "norms of q and k other than of each head before it is rotated",
     "olmo3": "norms of q and k other than of each head before it is rotated",
     "arcee": "an MLP without a gate",
-    "glm4": "rotary embedding of neighbours",
-    "ernie4_5": "rotary embedding of neighbours",
     "qwen3_5": "gated delta-net layers",
     "qwen3_5_text": "gated delta-net layers",
     "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",

@@ -33,6 +33,9 @@ class Family:
         ropes: ``rope`` and ``layer_ropes``.
         neutral: key -> values that change nothing, where these are not Llama's.
         partial_rotary: whether a part of a head may be rotated.
+        own_code: what its authors' modelling code is called, where ``auto_map`` names it beside the weights: the class
+            in transformers was made of it, and computes the same. Other code is refused.
+        also: other names of the architecture.
         dropouts: keys of dropout that transformers applies in training and this decoder does not.
         published: keys of its published models that decide how its layers run, for readers.
     """
@@ -45,6 +48,8 @@ class Family:
     ropes: Callable[[Values], Settings] = _one_rope
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     partial_rotary: bool = False
+    own_code: str = ""
+    also: tuple[str, ...] = ()
     dropouts: tuple[str, ...] = ()
     published: Values = field(default_factory=dict)
 

@@ -61,6 +61,7 @@ _GEMMA2_DEFAULTS = {
     "layer_types": None,
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
+    "sliding_window_size": None,  # a repetition of sliding_window, which nobody reads
 }
 _GEMMA3_DEFAULTS = {key: value for key, value in _GEMMA2_DEFAULTS.items() if key != "attn_logit_softcapping"} | {
     "vocab_size": 262_208,

@@ -46,6 +46,8 @@ FAMILIES = {
             "use_bias": False,
         },
         settings=_ernie,
+        own_code="modeling_ernie4_5",
+        also=("Ernie4_5_ForCausalLM",),
         ropes=_ernie_rope,
     ),
 }

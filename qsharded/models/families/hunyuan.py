@@ -25,6 +25,12 @@ FAMILIES = {
         "q and k normalised once they are rotated; a rotary base stretched by a fixed alpha",
         defaults={"rms_norm_eps": 1e-5, "attention_bias": False},
         settings=_hunyuan,
+        neutral={
+            "use_qk_norm": (True,),
+            "use_cla": (False,),
+            "add_classification_head": (False,),
+            "norm_type": ("rms",),
+        },
         ropes=_hunyuan_rope,
     ),
 }

@@ -22,6 +22,8 @@ def _has_rope(values: Values) -> list[bool]:
     """SmolLM3's: ``no_rope_layers`` has a 1 for a layer *with* rotary embedding."""
     layers, interval = values["num_hidden_layers"], values["no_rope_layer_interval"]
     said = values["no_rope_layers"] or [(layer + 1) % interval for layer in range(layers)]
+    if len(said) < layers:
+        raise ValueError(f"no_rope_layers has {len(said)} entries for {layers} layers")
     return [bool(said[layer]) for layer in range(layers)]
 
 

@@ -39,7 +39,14 @@ FAMILIES = {
         },
         settings=_phi3,
         ropes=_phi3_rope,
-        neutral={"resid_pdrop": (0,), "embd_pdrop": (0,)},
+        neutral={
+            "resid_pdrop": (0,),
+            "embd_pdrop": (0,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+            "lm_head_bias": (False,),
+        },
+        own_code="modeling_phi3",
         partial_rotary=True,
     ),
 }

@@ -3,6 +3,7 @@
 import logging
 
 from qsharded.models.config_keys import SHAPE_KEYS, check_keys
+from qsharded.models.config_spellings import respelled
 from qsharded.models.families import FAMILIES, WRAPPERS
 from qsharded.models.families.family import Family, Settings, Values
 from qsharded.models.rope import RopeConfig
@@ -19,10 +20,11 @@ _COMMON: Settings = {
 
 def read_settings(config: Values) -> Settings:
     """The fields of the ModelConfig that a config.json describes; errors are those of ``ModelConfig.from_hf``."""
+    config = respelled(config)
     if config.get("model_type") in WRAPPERS:
         return _of_text_part(config)
     family = _family(config)
-    values = {**_COMMON, **family.defaults, **config}
+    values = {**_COMMON, **family.defaults, **_without_own_code(config, family)}
     check_keys(values, {*_COMMON, *family.defaults, *family.dropouts}, family.neutral)
     _say_dropouts(values, family)
     heads = values["num_attention_heads"]
@@ -55,15 +57,26 @@ def _family(config: Values) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         supported = ", ".join([*FAMILIES, *WRAPPERS])
-        raise ValueError(f"model_type {model_type!r} is not supported; supported: {supported}")
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported: {supported}. Others can be trained through "
+            "transformers and PEFT, on the same packed layers: AutoModelForCausalLM.from_pretrained(NAME, "
+            "quantization_config=QShardedConfig()), then get_peft_model; docs/transformers.md has an example that runs"
+        )
     family = FAMILIES[model_type]
-    _check_architecture(config, family.architecture)
+    _check_architecture(config, family.architecture, *family.also)
     return family
 
 
-def _check_architecture(config: Values, architecture: str) -> None:
+def _without_own_code(config: Values, family: Family) -> Values:
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "")
+    if not family.own_code or not code.startswith(f"{family.own_code}."):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"}
+
+
+def _check_architecture(config: Values, architecture: str, *also: str) -> None:
     architectures = config.get("architectures") or [architecture]
-    if architecture not in architectures:
+    if not {architecture, *also}.intersection(architectures):
         raise ValueError(
             f"architectures {architectures!r} is not supported; a {config['model_type']} checkpoint must be a "
             f"{architecture}"

@@ -24,6 +24,7 @@ from qsharded.utils.untrusted_json import read_json
 from tests.checkpoints import LLAMA
 from tests.data.folders import chat, make_folder
 from tests.faults.fuzz.mutations import hostile, mutated_bytes
+from tests.models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,14 @@ def parsers(folder: Path) -> dict[str, Parser]:
 
 
 def _config(folder: Path) -> Parser:
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "mscale": 1.0}
-    qwen = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}
-    qwen |= {"sliding_window": 8, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
-    configs = [LLAMA, LLAMA | {"rope_scaling": rope}, LLAMA | {"rope_parameters": yarn}, LLAMA | qwen]
+    configs = [LLAMA, *VARIANTS.values()]
     path = folder / "config.json"
 
     def case(random: Random) -> None:
         path.write_bytes(hostile(random.choice(configs), random))
         config = ModelConfig.from_hf(read_json(path))
-        rope_tables(config.rope, config.head_dim, torch.zeros(1, 2, dtype=torch.long), torch.float32)
+        for rope in {config.rope, *config.rope_of_layer} - {None}:
+            rope_tables(rope, config.head_dim, torch.zeros(1, 2, dtype=torch.long), torch.float32)
 
     return Parser(case, r"config\.json( is|:| must hold) .")
 

@@ -1,0 +1,1 @@
+"""Causal language models as transformers' own modelling code computes them. Needs the extra ``transformers``."""

@@ -1,0 +1,80 @@
+"""Architectures that run through transformers' code in tests, and so in README and docs/models.md.
+
+No more than data: what each needs beside the common shape of tiny models.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model_type of transformers.
+
+    Attributes:
+        title: what its models are called.
+        config: of a tiny one.
+        packs: whether documents share a row; else each has one of its own, since layers carry something across them.
+        is_native: there is code for it here, too.
+        targets: layers to adapt, where PEFT reads adapters on others as those of experts; empty: every linear layer.
+    """
+
+    title: str
+    config: dict[str, Any] = field(default_factory=dict)
+    packs: bool = True
+    is_native: bool = False
+    targets: tuple[str, ...] = ()
+
+
+ARCHITECTURES = {
+    "llama": Architecture("Llama", is_native=True),
+    "qwen3": Architecture("Qwen3", is_native=True),
+    "gemma3_text": Architecture("Gemma 3", _WINDOWS, is_native=True),
+    "apertus": Architecture("Apertus"),
+    "cohere2": Architecture("Cohere 2 (Command R7B, Command A)", _WINDOWS),
+    "gemma4_text": Architecture(
+        "Gemma 4 text",
+        _WINDOWS | {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "global_head_dim": 32},
+    ),
+    "gpt_neox": Architecture("GPT-NeoX, Pythia"),
+    "helium": Architecture("Helium"),
+    "internlm3": Architecture("InternLM3"),
+    "jais2": Architecture("Jais 2"),
+    "llama4_text": Architecture("Llama 4 text", {"num_local_experts": 2}),
+    "minicpm3": Architecture("MiniCPM3", {"num_key_value_heads": 4}),
+    "nanochat": Architecture("nanochat"),
+    "nemotron": Architecture("Nemotron, Minitron"),
+    "phi": Architecture("Phi-1.5, Phi-2"),
+    "stablelm": Architecture("StableLM 2"),
+    "starcoder2": Architecture("StarCoder 2"),
+    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS),
+    "mixtral": Architecture("Mixtral", {"num_local_experts": 4}),
+    "gpt_oss": Architecture("gpt-oss", _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": Architecture("Granite MoE", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Architecture("OLMoE", _EXPERTS),
+    "glm4_moe": Architecture(
+        "GLM-4.5", _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1}, targets=("q_proj", "o_proj")
+    ),
+    "deepseek_v3": Architecture(
+        "DeepSeek V3",
+        _EXPERTS
+        | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        | {"head_dim": 8, "num_key_value_heads": 4},
+        targets=("q_b_proj", "kv_b_proj", "o_proj"),
+    ),
+    "bamba": Architecture("Bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16}, packs=False),
+    "falcon_h1": Architecture(
+        "Falcon H1",
+        {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "ssm_multipliers": [0.5, 1.0, 2.0, 3.0, 4.0]},
+        packs=False,
+    ),
+    "lfm2": Architecture("LFM2", {"layer_types": ["conv", "full_attention"]}, packs=False),
+    "mpt": Architecture("MPT", packs=False),
+    "qwen3_5_text": Architecture(
+        "Qwen3.5 text", {"layer_types": ["linear_attention", "full_attention"]}, packs=False, is_native=True
+    ),
+}

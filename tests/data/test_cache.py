@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from datetime import date, datetime, timedelta, tzinfo
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from qsharded.data.held_out import split_examples
 from qsharded.data.load import Reading
 from qsharded.data.row_source import Files
 from qsharded.data.stored import ExampleFiles, StoredExamples, packed
+from qsharded.data.template_options import TemplateOptions
 from tests.data import published, templates
 from tests.data.folders import chat, make_folder, write_rows
 from tests.processes import Command, script
@@ -92,11 +94,17 @@ def test_a_second_run_reads_no_rows(tmp_path: Path, tokenizer: Tokenizer, monkey
     assert same(DataCache(tmp_path / "cache", again, READING).dataset("rows", Files([other])), first)
 
 
-@pytest.mark.parametrize("what", ["rows", "order", "template", "tokens", "eos", "length", "train_on", "code", "date"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "rows", "order", "split", "template", "variables", "tokens", "eos", "length", "train_on", "columns", "turn ends",
+        "empty answers", "code", "date",
+    ],
+)  # fmt: skip
 def test_what_decides_the_ids_decides_the_folder(
     tmp_path: Path, tokenizer: Tokenizer, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, reading = tmp_path / "model", Reading(max_length=600)
+    model, reading, split, options = tmp_path / "model", Reading(max_length=600), "train", None
     if what == "date":
         tokenizer = Tokenizer.from_folder(make_folder(model, template=templates.LLAMA3))
     paths = [write_rows(tmp_path / f"{name}.jsonl", *make_rows(9, seed)) for seed, name in enumerate("ab")]
@@ -115,27 +123,38 @@ def test_what_decides_the_ids_decides_the_folder(
         reading = replace(reading, max_length=601)
     elif what == "train_on":
         reading = replace(reading, train_on="all")
+    elif what == "columns":
+        reading = replace(reading, columns={"system": "said"})
+    elif what == "turn ends":
+        reading = replace(reading, train_on_turn_ends=False)
+    elif what == "empty answers":
+        reading = replace(reading, train_on_empty_answers=True)
+    elif what == "split":
+        split = "test"
+    elif what == "variables":
+        options = TemplateOptions(variables={"enable_thinking": False})
     elif what == "code":
         monkeypatch.setattr(cache, "_code", lambda: ["another version"])
     else:
         monkeypatch.setattr("qsharded.data.chat.datetime", Tomorrow)
-    again = DataCache(tmp_path / "cache", Tokenizer.from_folder(model), reading)
-    again.dataset("rows", Files(paths))
+    again = DataCache(tmp_path / "cache", Tokenizer.from_folder(model, options), reading)
+    again.dataset("rows", Files(paths, split))
     assert len(folders(tmp_path / "cache")) == 2
 
 
-class Tomorrow:
-    @staticmethod
-    def now() -> "Tomorrow":
-        return Tomorrow()
+def test_a_date_that_is_set_is_the_same_tomorrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_folder(tmp_path / "model", template=templates.LLAMA3)
+    days = [TemplateOptions(today=date(2026, 1, day)) for day in (1, 2)]
+    first, other = (Tokenizer.from_folder(model, day).identity() for day in days)
+    assert first != other
+    monkeypatch.setattr("qsharded.data.chat.datetime", Tomorrow)
+    assert Tokenizer.from_folder(model, days[0]).identity() == first
 
-    date = now
 
-    def isoformat(self) -> str:
-        return "tomorrow"
-
-    def strftime(self, _: str) -> str:
-        return "tomorrow"
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime.now(tz) + timedelta(days=1)
 
 
 def test_the_hash_of_a_file_is_remembered_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +174,72 @@ def test_the_hash_of_a_file_is_remembered_until_it_changes(tmp_path: Path, monke
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path) -> None:
     content.content_hash(write_rows(tmp_path / "rows.jsonl", {"text": "fox"}), tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_of_a_document_the_split_is_held(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    (path := tmp_path / name).write_text(json.dumps({"train": make_rows(90, 1), "test": make_rows(80, 2)}))
+    for split in ("train", "test"):
+        found = DataCache(tmp_path / "cache", tokenizer, READING).dataset("rows", Files([path], split))
+        assert same(found, load_examples(path, tokenizer, split=split, max_length=60))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_bad_rows_of_all_chunks_are_counted_together(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = make_rows(90)
+    rows[8::10] = [{"id": 1}, {"messages": chat("a")}, 3] * 3
+    path, reading = write_rows(tmp_path / "rows.jsonl", *rows), replace(READING, skip_bad_rows=9)
+    found = DataCache(tmp_path / "cache", tokenizer, reading).dataset("rows", Files([path]))
+    assert found.bad == len(found.bad_reasons) == 9
+    assert same(found, load_examples(path, tokenizer, max_length=60, skip_bad_rows=9))
+    said = []
+    for skipped in (0, 8):
+        with pytest.raises(ValueError, match="^9 rows cannot be used:") as refused:
+            load_examples(path, tokenizer, max_length=60, skip_bad_rows=skipped)
+        with pytest.raises(ValueError) as again:
+            reading = replace(READING, skip_bad_rows=skipped)
+            DataCache(tmp_path / "cache", tokenizer, reading).dataset("rows", Files([path]))
+        said += [str(refused.value), str(again.value)]
+    assert len(set(said)) == 1
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_where_no_more_bad_rows_are_listed_no_more_are_read(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict] = make_rows(300)
+    rows[8:200:8] = [{"id": 1}] * 24  # a few in a chunk, too few for a chunk to be refused by itself
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    read, tokenized = [], fill._tokenized
+    monkeypatch.setattr(fill, "_tokenized", lambda chunk, *how: (read.append(chunk), tokenized(chunk, *how))[1])
+    with pytest.raises(ValueError, match=r"^at least 2\d rows cannot be used:\n  .*rows\.jsonl:9: "):
+        DataCache(tmp_path / "cache", tokenizer, READING).dataset("rows", Files([path]))
+    assert 4 < len(read) < len(list(chunks.chunks([path]))) - 4
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_chunk_full_of_bad_rows_hides_none_before_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows: list[dict] = [{"id": 1}, *make_rows(40), *[{}] * 400]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(ValueError, match=r"^at least \d+ rows cannot be used:\n  .*rows\.jsonl:1: .*\n  .*:42: "):
+        DataCache(tmp_path / "cache", tokenizer, READING).dataset("rows", Files([path]))
+    reading = replace(READING, skip_bad_rows=401)
+    found = DataCache(tmp_path / "cache", tokenizer, reading).dataset("rows", Files([path]))
+    assert (found.bad, len(found.bad_reasons)) == (401, 20)
+    assert same(found, load_examples(path, tokenizer, **vars(reading)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_column_may_be_in_some_chunks_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows: list[dict] = [{"q": "fox " * 9, "completion": "dog"} for _ in range(60)]
+    path = write_rows(tmp_path / "rows.jsonl", *rows, {"p": "lazy", "q": "fox", "completion": "dog", "s": "be"})
+    reading = replace(READING, columns={"prompt": "q", "system": "s"})
+    found = DataCache(tmp_path / "cache", tokenizer, reading).dataset("rows", Files([path]))
+    assert same(found, load_examples(path, tokenizer, **vars(reading)))
+    reading = replace(READING, columns={"prompt": "q", "system": "t"})
+    with pytest.raises(ValueError, match="--dataset-columns system=t: no row has a column 't'"):
+        DataCache(tmp_path / "cache", tokenizer, reading).dataset("rows", Files([path]))
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from qsharded.data import Example
+from qsharded.data.facts import ExamplesView, facts_of
 from qsharded.data.shown.statistics import Bin, Statistics
 
 
@@ -19,6 +20,13 @@ def test_the_numbers_of_tokens_and_of_trained_ones():
     assert Statistics.of(examples).line() == (
         "60 tokens, 23 of them trained (38.3%); a row has 10 to 30, the median is 20"
     )
+
+
+def test_examples_on_the_disk_are_not_read():
+    class Unread(ExamplesView):
+        facts = facts_of([Example([1] * 10, [True] * 10), Example([1] * 20, [False] * 18 + [True] * 2)])
+
+    assert Statistics.of(Unread()).line().startswith("30 tokens, 11 of them trained")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -52,7 +52,7 @@ def main() -> None:
     if given.record:
         record = environment() | {"command": command("benchmarks.train_step"), "shape": given.shape, "rows": rows}
         write(given.record, record)
-        plot.save(rows, given.record.with_suffix(".png"))
+        plot.save(rows, given.record.with_suffix(".png"), plot.title(record))
 
 
 def run(who: str, case: Case, models: str) -> dict[str, Any]:

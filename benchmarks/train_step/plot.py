@@ -6,7 +6,7 @@ from typing import Any
 _COLOURS = {"qsharded": "#0b6e4f", "unsloth": "#d1495b", "transformers": "#3d5a80"}
 
 
-def save(rows: list[dict[str, Any]], path: Path) -> None:
+def save(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw what ``rows`` hold to ``path``; nothing where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure  # the class alone: no window, no state
@@ -17,14 +17,21 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 0.9 + 0.55 * len(cases)), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(libraries)
     for number, who in enumerate(libraries):
-        own = {row["case"]: row.get("tokens_per_second", 0.0) for row in rows if row["who"] == who}
-        places = [place + (number - (len(libraries) - 1) / 2) * height for place in range(len(cases))]
-        bars = axes.barh(places, [own.get(case, 0.0) for case in cases], height, label=who, color=_COLOURS[who])
+        own = {row["case"]: row["tokens_per_second"] for row in rows if row["who"] == who and "failed" not in row}
+        places = [cases.index(case) + (number - (len(libraries) - 1) / 2) * height for case in own]
+        bars = axes.barh(places, list(own.values()), height, label=who, color=_COLOURS[who])
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
+    figure.suptitle(title, fontsize="medium")
     axes.margins(x=0.15)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(libraries), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def title(record: dict[str, Any]) -> str:
+    """Shape, card, day and versions."""
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "triton"))
+    return f"{record['shape']}, {record['gpu']}, {record['date']}, {versions}, bf16"

@@ -110,7 +110,7 @@ def test_a_rank_that_cannot_join_says_so_in_one_line(
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(fsdp, "let_reserved_memory_grow", lambda: None)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise failure or AssertionError("a rank without a GPU must not wait for others")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", fail)

@@ -23,8 +23,8 @@ from qsharded.utils.sharding import whole
 from tests.models.variants import VARIANTS, VOCAB
 
 ROWS, LENGTH = 2, 21  # longer than the windows, and than the original length of a stretched rotary embedding
-# fp32 sums in another order
-TOLERANCE = 1e-5
+# fp32 sums in another order; a recurrence carries its rounding on, and one processor was seen at 1.2e-5
+TOLERANCE, OF_RECURRENCES = 1e-5, 2e-5
 
 Result = dict[str, Tensor]
 
@@ -148,9 +148,10 @@ def results(model: CausalLM, rows: slice = slice(None), world_size: int = 1) -> 
 
 
 def assert_close(got: Result, expected: Result) -> None:
-    """Each tensor's largest error is a hundred thousandth of its largest value at most."""
+    """Each tensor's largest error is a hundred thousandth of its largest value at most, in recurrent layers two."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         error, size = (got[name] - value).abs().max().item(), value.abs().max().item()
         assert size > 0, name
-        assert error <= TOLERANCE * size, f"{name}: {error:.2e} of {size:.2e}"
+        tolerance = OF_RECURRENCES if ".linear_attn." in name else TOLERANCE
+        assert error <= tolerance * size, f"{name}: {error:.2e} of {size:.2e}"

@@ -28,8 +28,9 @@ from qsharded.cli.command import compute_dtype, errors_named, join_world, run_as
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
-from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import World, stop_world
 from qsharded.models import CausalLM
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate

@@ -12,7 +12,7 @@ import torch
 from qsharded.checkpoint.report import Report, inspect_path
 from qsharded.cli.command import errors_named
 from qsharded.config import check_values, option, parse
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 
 _what = partial(option, group="What is inspected")
 

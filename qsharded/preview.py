@@ -18,7 +18,7 @@ from qsharded.data.bad_rows import refuse_bad_rows
 from qsharded.data.records import find_rows
 from qsharded.data.shown import text
 from qsharded.data.shown.page import page
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview, reading, template_options
 
 _preview = partial(option, group="Preview")

@@ -23,7 +23,7 @@ from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models.config_spellings import ignoring
 from qsharded.quant.formats import QuantFormat, QuantType
 

@@ -18,8 +18,9 @@ from qsharded.checkpoint.background_writer import CheckpointNotWritten
 from qsharded.cli import command_line
 from qsharded.cli.command import errors_named, join_world, run_as_process
 from qsharded.config import TrainConfig, builtin_overrides, parse
-from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import World, stop_world
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.plan.dry_run import dry_run

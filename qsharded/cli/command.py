@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 
 from qsharded.config.options import Check
-from qsharded.distributed.fsdp import World, start_world
+from qsharded.distributed.world import World, start_world
 from qsharded.quant.formats import BLOCK_SIZES
 
 BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
@@ -37,7 +37,7 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
 
 
 def join_world(prog: str, timeout: timedelta | None = None) -> World:
-    """:func:`~qsharded.distributed.fsdp.start_world`, with a line and exit status 1 where this process cannot join."""
+    """:func:`~qsharded.distributed.world.start_world`, with a line and exit status 1 where this process cannot join."""
     unjoined = World(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"), None)
     with errors_named(prog, unjoined, (ValueError, OSError)):
         try:

@@ -14,7 +14,7 @@ from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.models.choice import AnyConfig, read_config
 from qsharded.plan.alternatives import nearest
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Plan, Planner
 from qsharded.plan.host_memory import disk, host_memory
 from qsharded.plan.rendering import render, render_needs

@@ -11,7 +11,7 @@ import torch
 from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat
 from qsharded.config import TrainConfig
-from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes
+from qsharded.distributed.choose_layout import Layout, choose_layout, frozen_bytes
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.choice import AnyConfig

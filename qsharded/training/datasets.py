@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_examples, load_prompts
 from qsharded.data.shown import text
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview, reading
 from qsharded.training.resuming import Resumed, kept_accumulation
 

@@ -18,8 +18,7 @@ from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.sources import find_files
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
-from qsharded.distributed.fsdp import World, mesh_of
-from qsharded.distributed.layout import (
+from qsharded.distributed.choose_layout import (
     Layout,
     choose_layout,
     free_host_memory,
@@ -27,10 +26,11 @@ from qsharded.distributed.layout import (
     least_free_memory,
     least_memory,
 )
+from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_dataset_split, eval_loader, read_data

@@ -1,4 +1,7 @@
 // What the NF4 kernels share: the format's sizes and the launch's result.
+//
+// In these files a block is a quantization block. A thread block is a CTA, for both occur side by side; an SM is a streaming
+// multiprocessor, and M are rows of x.
 #pragma once
 
 #include <cstdint>

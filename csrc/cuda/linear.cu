@@ -70,6 +70,7 @@ bool wgmma_is_built() {
          fits_setmaxnreg<T, Absmax::kBoxedCodes>();
 }
 
+// Devices that have so much shared memory are those for which kernels on rings are built.
 bool has_rings(const Device& device) {
   return device.major >= 9 && device.shared_bytes >= kMostRingBytes && tensor_map_encoder() != nullptr;
 }
@@ -108,7 +109,8 @@ Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
   return few ? stream_kernel<T, Stream64x8>() : stream_kernel<T, Stream64x16>();
 }
 
-// From benchmarks on an H200. The shapes of mma fit the shared memory of every device from sm_80 on.
+// From benchmarks on an H200. Devices with 99 KB of shared memory (sm_86, 89, 120) get linear_vector_small.cuh and
+// linear_mma.cuh; no other device but sm_90 gets wgmma.
 template <typename T>
 Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;

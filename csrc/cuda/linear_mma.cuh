@@ -51,6 +51,7 @@ struct MmaShape {
   static constexpr int kAccumulatorBytes = kColumnWarps > 1 ? kWarps * kAccumulators * kWarp * 4 : 0;
   static constexpr int kSharedBytes = CodebookTable::kBytes + kMapBytes + 2 * kStageBytes + kAccumulatorBytes;
   static_assert(kThreads >= 256);  // the map's entries
+  static_assert(kSharedBytes <= kFewestSharedBytes);
 
   static Partition partition(const LinearSizes& s) {
     return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row * kBlock, kColumns), s.sms);

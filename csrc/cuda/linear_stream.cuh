@@ -108,7 +108,7 @@ cudaError_t encode_maps(const LinearArguments<T>& a, StreamMaps* maps) {
   return error == cudaSuccess ? x.encode(&maps->x) : error;
 }
 
-#if __CUDA_ARCH__ >= 900
+#if QSHARDED_HAS_RINGS
 // ---- Ring, producer, and the groups' accumulators ----
 
 // The ring, as one CTA sees it.
@@ -185,7 +185,7 @@ template <typename Shape, typename T, Absmax kAbsmax>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     linear_stream_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
                          const __grid_constant__ StreamMaps maps) {
-#if __CUDA_ARCH__ >= 900
+#if QSHARDED_HAS_RINGS
   constexpr int kSubtiles = Shape::kSubtiles, kGroups = Shape::kGroups;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ uint64_t full[Shape::kStages];

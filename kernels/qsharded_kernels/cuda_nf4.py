@@ -15,8 +15,8 @@ from . import checks, cuda, library
 def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16 on the GPU.
 
-    ``midpoints``: fp32 [15], the thresholds between the codebook's values, more than 1/15 apart. NaN and infinity show in
-    absmax.
+    ``midpoints``: fp32 [15], the thresholds between the codebook's values, more than 1/15 apart. NaN and infinity show
+    in absmax.
     """
     weight_NK, codes_NP, absmax_NG = checks.prepare_quantize(weight_NK, midpoints)
     dtype = library.DTYPES[weight_NK.dtype]

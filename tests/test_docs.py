@@ -1,13 +1,15 @@
-"""The page on each library holds one complete script, and it runs."""
+"""The page on each library holds one complete script, and it runs; so do the examples of the operations."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import qsharded
 from qsharded.integrations import bitsandbytes, peft
+from tools import operations
 
 DOCS = Path(qsharded.__file__).parent.parent / "docs"
 PAGES = ("transformers", "peft", "bitsandbytes", "gguf")
@@ -18,6 +20,32 @@ def undone() -> Iterator[None]:
     yield
     peft.uninstall()
     bitsandbytes.uninstall()
+
+
+def test_the_examples_of_the_operations_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "operations.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1 + len(qsharded_operations())
+    exec(compile("".join(blocks), "operations.md", "exec"), {"__name__": "__main__"})
+
+
+def qsharded_operations() -> list[str]:
+    """Those that `dir` finds are those that were asked for already: the registry knows all."""
+    names = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    return [name for name in names if name.startswith("qsharded::")]
+
+
+def test_the_page_of_the_operations_is_up_to_date() -> None:
+    text = (DOCS / "operations.md").read_text(encoding="utf-8")
+    assert text == operations.page()
+    headings = re.findall(r"^## (nf4_\w+)$", text, re.MULTILINE)
+    assert {f"qsharded::{name}" for name in headings} == set(qsharded_operations())
+
+
+def test_an_operation_without_a_description_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = operations.schemas()
+    monkeypatch.setattr(operations, "schemas", lambda: [*found, "nf4_new(Tensor x) -> Tensor"])
+    with pytest.raises(ValueError, match="nf4_new"):
+        operations.page()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -52,6 +52,7 @@ class GenerateConfig:
     """
 
     prog: ClassVar[str] = "qsharded.generate"
+    example: ClassVar[str] = 'qsharded generate --adapter output/adapter --prompt "Spell cat backwards"'
 
     model: str = _model(
         "Hugging Face checkpoint: a folder, or a Hub id.",

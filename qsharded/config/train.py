@@ -24,8 +24,8 @@ _plan = partial(option, group="Plan")
 class TrainConfig:
     """Train a LoRA adapter on a model whose frozen weights are kept in 4 bits (NF4) and sharded over the ranks.
 
-    On several GPUs call it as `torchrun --standalone --nproc-per-node N -m qsharded.train`. With no --model it trains
-    the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
+    `qsharded train` starts a rank for each GPU of this machine; under torchrun or srun it starts none. With no --model
+    it trains the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
 
     What the chat template leaves out of rows is counted in the run's summary (reasoning, definitions of tools, system
     messages) or refused, naming the row (tool calls and their answers). Where an answer's text cannot be told from the
@@ -34,6 +34,13 @@ class TrainConfig:
     """
 
     prog: ClassVar[str] = "qsharded.train"
+    example: ClassVar[str] = "qsharded train --model meta-llama/Llama-3.1-8B-Instruct --dataset rows.jsonl"
+    common: ClassVar[tuple[str, ...]] = (
+        "model", "adapter", "dataset", "max_length", "packing", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "ranks", "cpu_offload", "lora_r", "lora_alpha", "lora_target_modules",
+        "learning_rate", "num_train_epochs", "max_steps", "output_dir", "save_steps", "resume_from_checkpoint",
+        "eval_split", "dry_run",
+    )  # fmt: skip
 
     model: str = _model("Hugging Face checkpoint: a folder, or a Hub id.", metavar="PATH|ID", unset="the built-in one")
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
@@ -129,6 +136,14 @@ class TrainConfig:
     per_device_train_batch_size: int = _batch("Rows in a micro-batch of one rank.", 4, unit="rows", check=AT_LEAST_1)
     gradient_accumulation_steps: int = _batch(
         "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
+    )
+    ranks: int | None = _memory(
+        "Processes that `qsharded train` starts on this machine; 1 starts none. Those of torchrun or srun count where "
+        "they have started this one.",
+        None,
+        unit="ranks",
+        check=AT_LEAST_1,
+        unset="one for each GPU, or one",
     )
     activation_checkpointing: ModeOrAuto = _memory(
         "What the backward pass computes again. none: nothing; full keeps each layer's input alone: a third more work "

@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "quantize": Subcommand("qsharded.quantize", "pack a checkpoint once for all runs"),
     "preview": Subcommand("qsharded.preview", "rows as the model will see them, before a run"),
     "inspect": Subcommand("qsharded.inspect", "what a folder or file holds, and whether it is sound"),
+    "launch": Subcommand("qsharded.launch", "torchrun, with what runs on several nodes need"),
     "doctor": Subcommand("qsharded.doctor", "versions, GPUs, kernels, the exact gather, bandwidth"),
 }
 _LAUNCHED = "train"

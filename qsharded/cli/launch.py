@@ -82,13 +82,16 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    from qsharded.utils import hardware
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     logging.disable()  # the agent's own account of what the ranks say themselves
+    kills_before = hardware.memory_kills()
     try:
         elastic_launch(_one_node(ranks), command[0])(*command[1:])
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        return _status(rank, failure.exitcode)
+        return _status(rank, failure.exitcode, hardware.memory_kills() - kills_before)
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0
@@ -116,11 +119,14 @@ def _passed_on() -> list[str]:
     return names if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*names, "SIGHUP"]
 
 
-def _status(rank: int, exitcode: int) -> int:
-    """The exit status for a failed rank's, which is negative where a signal killed it without a word."""
+def _status(rank: int, exitcode: int, kills: int) -> int:
+    """The exit status for a failed rank's, which is negative where a signal killed it without a word.
+
+    ``kills``: processes that the kernel has killed meanwhile for lack of memory.
+    """
     if exitcode >= 0:
         return exitcode
     name = signal.Signals(-exitcode).name
-    hint = " (often a lack of host memory: dmesg says so then)" if name == "SIGKILL" else ""
-    print(f"{_MODULE}: error: rank {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
+    cause = " by the kernel, for lack of host memory: fewer ranks, no --cpu-offload" if kills else ""
+    print(f"{_MODULE}: error: rank {rank} was killed with {name}{cause}", file=sys.stderr, flush=True)
     return 128 - exitcode

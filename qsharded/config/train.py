@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
+from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
 
 _model = partial(option, group="Model")
@@ -332,6 +333,21 @@ class TrainConfig:
         "Memory of one GPU to plan for.", None, unit="GiB", check=POSITIVE, unset="that of this machine's GPUs"
     )
 
+    gpu: CardName | None = _plan(
+        "Card to plan for: how much memory it has and, an estimate, how fast it is.", None, unset="this machine's"
+    )
+    host_memory_gib: float | None = _plan(
+        "Host memory of the machine to plan for, for all ranks on it.",
+        None,
+        unit="GiB",
+        check=POSITIVE,
+        unset="this machine's, unless other GPUs are planned for",
+    )
+    sweep: bool = _plan(
+        "Print too what other cards, and other numbers of them, train: the longest row that each holds, and how fast.",
+        False,
+    )
+
     @property
     def datasets(self) -> tuple[str, ...]:
         """Every ``--dataset``."""
@@ -363,8 +379,7 @@ class TrainConfig:
         if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
             raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
         _check_date(self.template_date)
-        if not self.dry_run and (self.gpus or self.gpu_memory_gib):
-            raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
+        _check_planned(self)
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):
@@ -383,6 +398,13 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_planned(config: TrainConfig) -> None:
+    fields = ("gpus", "gpu_memory_gib", "gpu", "host_memory_gib", "sweep")
+    given = [f"--{name.replace('_', '-')}" for name in fields if getattr(config, name)]
+    if given and not config.dry_run:
+        raise ValueError(f"{' and '.join(given)}: for `qsharded plan` (--dry-run) alone")
 
 
 def _check_profile(config: TrainConfig) -> None:

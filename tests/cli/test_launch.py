@@ -131,7 +131,12 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
     command = launched(tmp_path, text)
     assert command.end() == 128 + signal.SIGKILL
     [line] = command.lines
-    assert line.startswith("qsharded.train: error: rank 1 was killed by SIGKILL (often a lack of host memory")
+    assert line == "qsharded.train: error: rank 1 was killed with SIGKILL"
+
+
+def test_the_kernels_kill_is_told_from_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch._status(2, -9, kills=1) == 137
+    assert "rank 2 was killed with SIGKILL by the kernel, for lack of host memory" in capsys.readouterr().err
 
 
 def test_a_signal_is_passed_on_and_is_the_exit_status(tmp_path: Path) -> None:

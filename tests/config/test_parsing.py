@@ -373,6 +373,8 @@ def changed(config: TrainConfig) -> TrainConfig:
         "max_steps": 12,
         "gpus": 3,
         "ranks": 2,
+        "gpu": "H200",
+        "host_memory_gib": 64.0,
         "gpu_memory_gib": 1.5,
         "eval_split": 0.0,
     }

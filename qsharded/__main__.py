@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "plan": Subcommand(
         "qsharded.train", "what a run takes, and what would fit, before anything is loaded", ("--dry-run",)
     ),
+    "chat": Subcommand("qsharded.chat", "talk with a model, with or without an adapter"),
     "generate": Subcommand("qsharded.generate", "answer prompts, with or without an adapter"),
     "merge": Subcommand("qsharded.merge", "fold an adapter into its base model"),
     "quantize": Subcommand("qsharded.quantize", "pack a checkpoint once for all runs"),

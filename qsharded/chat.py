@@ -32,6 +32,7 @@ from qsharded.distributed.fsdp import DamagedGather, World, stop_world
 from qsharded.distributed.self_test import check_gather
 from qsharded.lora.disabled import adapters_disabled
 from qsharded.models import CausalLM
+from qsharded.models.choice import ModelCode
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
@@ -76,6 +77,7 @@ class ChatConfig:
         "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
         "auto",
     )
+    model_code: ModelCode = _model("Whose code computes the model: as in qsharded.train.", "auto")
     system: str | None = _talk("System message to begin with.", None, unset="none, or the chat template's own")
     max_new_tokens: int = _sampling("Longest answer.", 512, unit="tokens", check=AT_LEAST_1)
     temperature: float | None = _sampling(
@@ -142,9 +144,8 @@ def _opened(config: ChatConfig, world: World) -> "Chat":
     if not tokenizer.has_chat_template:
         raise ValueError(f"{config.model} has no chat template: qsharded generate --raw continues plain text")
     with mismatch_explained(config.model, adapter):
-        model = load_with_adapter(
-            checkpoint, adapter, compute_dtype(config.dtype, world.device), world, config.model_code
-        )
+        dtype = compute_dtype(config.dtype, world.device)
+        model = load_with_adapter(checkpoint, adapter, dtype, world, config.model_code)
     ends = end_ids(tokenizer, checkpoint)
     say: Callable[[str], object] = partial(print, end="", flush=True) if world.is_main else lambda _: None
     say("/system TEXT, /reset, /adapter off|on, /save FILE, /quit\n")

@@ -135,9 +135,8 @@ def run(config: GenerateConfig, world: World) -> None:
     eos_ids = end_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     with mismatch_explained(config.model, adapter):
-        model = load_with_adapter(
-            checkpoint, adapter, compute_dtype(config.dtype, world.device), world, config.model_code
-        )
+        dtype = compute_dtype(config.dtype, world.device)
+        model = load_with_adapter(checkpoint, adapter, dtype, world, config.model_code)
     check_vocabulary(ids, model, tokenizer)
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         if len(prompts) > 1 and world.is_main:

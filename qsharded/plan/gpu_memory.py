@@ -18,7 +18,17 @@ from qsharded.models.choice import AnyConfig
 from qsharded.plan import captured_layers
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
-from qsharded.plan.parameters import ADAPTERS, CODES, EMBEDDING, OTHERS, SCALES, Held, parameters, pinned_bytes
+from qsharded.plan.parameters import (
+    ADAPTERS,
+    CODES,
+    EMBEDDING,
+    OTHERS,
+    SCALES,
+    UNPACKED,
+    Held,
+    parameters,
+    pinned_bytes,
+)
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.checkpointing_modes import Mode
 
@@ -191,6 +201,7 @@ class Planner:
 _RESIDENT = {
     CODES: "this rank's part of the packed weights: 4 bits each",
     SCALES: "of their blocks: absmax, in 8 bits where it is quantized too",
+    UNPACKED: "its part of matrices that stay in 16 or 32 bits",
     EMBEDDING: "its part, in 16 or 32 bits",
     OTHERS: "its part",
     ADAPTERS: "its part of all that is trained, in --lora-dtype",

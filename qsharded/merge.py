@@ -44,6 +44,7 @@ class MergeConfig:
     """
 
     prog: ClassVar[str] = "qsharded.merge"
+    example: ClassVar[str] = "qsharded merge --adapter output/adapter --output merged"
 
     adapter: str = _in("PEFT adapter: a folder, or a Hub id.", metavar="PATH|ID")
     model: str = _in(

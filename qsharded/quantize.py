@@ -41,6 +41,7 @@ class QuantizeConfig:
     """
 
     prog: ClassVar[str] = "qsharded.quantize"
+    example: ClassVar[str] = "qsharded quantize --model meta-llama/Llama-3.1-8B-Instruct --output llama-8b-nf4"
 
     model: str = _in("Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.", metavar="PATH|ID")
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")

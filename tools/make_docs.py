@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qsharded.chat import ChatConfig
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
 from qsharded.doctor import DoctorConfig
@@ -17,6 +18,7 @@ README = DOCS.parent / "README.md"
 PAGES = {
     "train.md": TrainConfig,
     "generate.md": GenerateConfig,
+    "chat.md": ChatConfig,
     "merge.md": MergeConfig,
     "quantize.md": QuantizeConfig,
     "inspect.md": InspectConfig,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from qsharded.models.parts import part_names
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
 from qsharded.utils.untrusted_json import read_json
@@ -74,7 +76,9 @@ def load_model(
         OSError: a file that cannot be read, likewise.
     """
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
+        raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype!r}")
+    refuse_other_kind(path_or_id, (str, Path), "path_or_id", "a folder or a Hub id")
+    refuse_other_kind(lora, (LoRAConfig, NoneType), "lora", "a LoRAConfig")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with refused_by_all(groups_of(mesh), device):
         folder = find_checkpoint(path_or_id, revision, weights=not random_init)

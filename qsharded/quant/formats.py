@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qsharded.quant import blockwise8
 from qsharded.quant.scale_encoding import ABSMAX, ScaleEncoding
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 BLOCK = 64
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -177,6 +178,7 @@ def quantize(
 
 def check_weight(weight: Tensor, quant_format: QuantFormat = NF4_64, name: str = "weight") -> None:
     """Raise ValueError where ``weight`` cannot be quantized, naming it ``name``."""
+    refuse_other_kind(weight, Tensor, name, "a torch.Tensor")
     if weight.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16 or float32 to be quantized, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:

@@ -14,6 +14,7 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.base_model import base_note, find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
+from qsharded.config.builtin import builtin_note
 from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.sources import find_files
@@ -233,6 +234,8 @@ def _summary(
         f"adapters (r = {setup.lora.r}, alpha = {setup.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
         *data.lines(config),
     ]
+    if note := builtin_note(config):
+        lines.append(note)
     limit = setup.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")

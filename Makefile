@@ -23,9 +23,7 @@ help:
 	@echo 'make clean   remove caches and build outputs; $(VENV) and output/ stay'
 
 train: $(VENV)/.installed-run
-	@ranks=$(NPROC); threads=$$(( $$(nproc) / ranks )); \
-	export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))}; set -x; \
-	$(BIN)/torchrun --standalone --nproc-per-node $$ranks -m qsharded.train $(ARGS)
+	$(BIN)/qsharded train --ranks $(NPROC) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)

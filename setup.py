@@ -23,7 +23,9 @@ HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csr
 # -ffp-contract=off: a fused multiply-add rounds once where the format rounds twice, and bytes would differ
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS = ["-O3", "-std=c++17"]
-ARCHITECTURES = ["80", "86", "89", "90a"]  # 90a: Hopper's warpgroup instructions
+# A100, the RTX 30 and 40 series, Hopper (90a: its warpgroup instructions), data-centre Blackwell, the RTX 50 series;
+# each serves later minor versions too. tests/kernels/test_registers.py knows what their kernels may take.
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 PTX = "90"  # for what comes after
 # CUDA's runtime inside, its symbols hidden: PyTorch brings another version of the same names
 LINK_CUDA = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]

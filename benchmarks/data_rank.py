@@ -15,7 +15,7 @@ from benchmarks.data import peak_mb
 from qsharded.config import TrainConfig
 from qsharded.data import StepLoader, Tokenizer
 from qsharded.data.fingerprint import RowsFingerprint
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training import datasets
 from qsharded.training.tokenized import load_datasets
 

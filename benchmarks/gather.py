@@ -25,10 +25,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from benchmarks.record import environment, write
 from qsharded.cli.command import join_world
-from qsharded.distributed import fsdp
 from qsharded.distributed.cpu_offload import OffloadedWeights
+from qsharded.distributed.exact_all_gather import use_exact_gather
 from qsharded.distributed.placement import materialize
-from qsharded.models.recompute import recomputed
+from qsharded.models.activation_checkpointing import recomputed
 from qsharded.utils.sharding import local, own_rows
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).reshape(512, 256)
@@ -80,7 +80,7 @@ def damaged_bytes(
         reshard_after_forward=reshard,
     )
     if exact:
-        fsdp.use_exact_gather(model)
+        use_exact_gather(model)
     forward = torch.compile(model, backend=compiler) if compiler else model
     damage = 0
     for _ in range(2):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from qsharded import train
 from qsharded.cli import command_line
 from qsharded.config import TrainConfig, builtin_overrides, parse
-from qsharded.distributed.fsdp import World, let_reserved_memory_grow, stop_world
+from qsharded.distributed.world import World, let_reserved_memory_grow, stop_world
 from qsharded.training import setup
 from qsharded.training.determinism import use_deterministic_algorithms
 from qsharded.training.trainer import Trainer

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsharded.checkpoint import fill, load_model
+from qsharded.checkpoint import fill_shards, load_model
 from qsharded.checkpoint.load import expected_shapes, quantizing_fills, skeleton
 from qsharded.checkpoint.row_chunks import RowChunk
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.cli.command import join_world
-from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import groups_of
 from qsharded.distributed.placement import parallelize
+from qsharded.distributed.world import World, stop_world
 from qsharded.models import CausalLM
 from qsharded.models.choice import read_config
 from qsharded.quant.pack_weight import double_quantize
@@ -51,18 +51,18 @@ def main() -> None:
         folder, world, model_code
     )
     Path(results, f"{world.rank}.json").write_text(json.dumps(measured))
-    fsdp.stop_world(world)
+    stop_world(world)
 
 
-def warm_up(world: fsdp.World) -> None:
+def warm_up(world: World) -> None:
     """Contexts, compiled kernels and communicators, which a run needs once whatever it loads."""
     absmax_NG = torch.rand(8, 4, device=world.device)
     group = world.mesh.get_group() if world.mesh else None
-    double_quantize(absmax_NG, fill.shared(RowRange(0, 8, 8, group)))
+    double_quantize(absmax_NG, fill_shards.shared(RowRange(0, 8, 8, group)))
     torch.ops.qsharded.nf4_quantize(torch.randn(8, 256, device=world.device).bfloat16())
 
 
-def seconds(work: Callable[[], object], world: fsdp.World) -> float:
+def seconds(work: Callable[[], object], world: World) -> float:
     """Wall clock of ``work`` from when all ranks stand ready."""
     if world.mesh is not None:
         dist.barrier()
@@ -73,25 +73,25 @@ def seconds(work: Callable[[], object], world: fsdp.World) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(world: fsdp.World) -> None:
+def synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
 
-def empty_model(folder: Path, world: fsdp.World, model_code: Any) -> CausalLM:
+def empty_model(folder: Path, world: World, model_code: Any) -> CausalLM:
     """As ``load_model`` makes it before it reads."""
     model = skeleton(read_config(read_json(folder / "config.json"), model_code), None, torch.bfloat16)
     parallelize(model, world.mesh, world.device, param_dtype=torch.bfloat16)
     return model
 
 
-def chunks(folder: Path, world: fsdp.World, model_code: Any) -> list[RowChunk]:
+def chunks(folder: Path, world: World, model_code: Any) -> list[RowChunk]:
     """All that this rank reads."""
     fills = quantizing_fills(empty_model(folder, world, model_code), SafetensorsFolder(folder))
     return [chunk for fill in fills for chunk in fill.chunks]
 
 
-def measure_read(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
+def measure_read(folder: Path, world: World, model_code: Any) -> dict[str, Any]:
     source, wanted = SafetensorsFolder(folder), chunks(folder, world, model_code)
 
     def read() -> None:
@@ -102,16 +102,16 @@ def measure_read(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, 
     return {"seconds": seconds(read, world), "bytes": sum(chunk.nbytes for chunk in wanted)}
 
 
-def measure_quantize(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
+def measure_quantize(folder: Path, world: World, model_code: Any) -> dict[str, Any]:
     source = Resident(folder)
     fills = quantizing_fills(empty_model(folder, world, model_code), source)
     stream = source.stream([chunk for fill in fills for chunk in fill.chunks], world.device)
     next(stream)
     groups = groups_of(world.mesh)
-    return {"seconds": seconds(lambda: fill.take_all(fills, source, stream, world.device, groups), world)}
+    return {"seconds": seconds(lambda: fill_shards.take_all(fills, source, stream, world.device, groups), world)}
 
 
-def measure_load(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, Any]:
+def measure_load(folder: Path, world: World, model_code: Any) -> dict[str, Any]:
     before = Memory(world)
     loaded: list[CausalLM] = []
 
@@ -135,7 +135,7 @@ def measure_load(folder: Path, world: fsdp.World, model_code: Any) -> dict[str, 
 class Memory:
     """The most that is taken on top of what is held when it is made. Linux alone counts resident memory so."""
 
-    def __init__(self, world: fsdp.World) -> None:
+    def __init__(self, world: World) -> None:
         self._device = world.device
         with suppress(OSError):  # a container may forbid it; the peak then counts from the process's start
             Path("/proc/self/clear_refs").write_text("5")

@@ -60,11 +60,12 @@ def version(package: str) -> str | None:
         return None
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: dict[str, Any]) -> Path:
     """The record as JSON, each row of a list on a line of its own, so that changes of it can be read."""
     fields = (f" {json.dumps(name)}: {_by_rows(value)}" for name, value in record.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+    return path
 
 
 def _by_rows(value: Any) -> str:

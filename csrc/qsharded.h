@@ -20,8 +20,8 @@ enum { QSHARDED_PORTABLE = 0, QSHARDED_AVX2 = 1, QSHARDED_AVX512 = 2 };
 // The best instruction set of this machine.
 QSHARDED_API int qsharded_cpu_isa(void);
 
-// NF4 codes and absmax of `blocks` consecutive blocks of 64 weights. midpoints: the 15 thresholds between levels, more
-// than 1/15 apart.
+// NF4 codes and absmax of `blocks` consecutive blocks of 64 weights. midpoints: the 15 thresholds between the codebook's
+// values, more than 1/15 apart.
 // codes: 32 bytes a block; absmax: one a block. isa: at most qsharded_cpu_isa(); threads: at most so many, here and
 // below.
 QSHARDED_API int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, const float* midpoints,
@@ -33,7 +33,7 @@ QSHARDED_API int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_
 QSHARDED_API int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row,
                                              const void* absmax, int64_t absmax_row_stride,
                                              const float* absmax_scales, const float* absmax_offset,
-                                             const float* absmax_map, const float* levels, void* out, int dtype,
+                                             const float* absmax_map, const float* codebook, void* out, int dtype,
                                              int isa, int threads);
 
 // Double quantization in steps. absmax: `count` consecutive values that begin at value `first` of their weight; a
@@ -77,7 +77,7 @@ QSHARDED_API int qsharded_cuda_nf4_quantize(const void* weight, int dtype, int64
 QSHARDED_API int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row,
                                               const void* absmax, int64_t absmax_row_stride,
                                               const float* absmax_scales, const float* absmax_offset,
-                                              const float* absmax_map, const float* levels, void* out,
+                                              const float* absmax_map, const float* codebook, void* out,
                                               int64_t out_row_stride, int dtype, void* stream);
 
 // A weight among several of the same width, with the B of its adapter.
@@ -98,7 +98,7 @@ typedef struct {
 // Up to 4 weights, one below the other in bfloat16, and in `tail` columns behind each row (a multiple of 8) that row of
 // scale * B, at the weight's own columns, with zeros in the others. All with double quantization or none.
 QSHARDED_API int qsharded_cuda_nf4_dequantize_parts(const qsharded_part* parts, int count, int64_t blocks_per_row,
-                                                    int64_t tail, const float* absmax_map, const float* levels,
+                                                    int64_t tail, const float* absmax_map, const float* codebook,
                                                     void* out, int64_t out_row_stride, void* stream);
 
 // As their qsharded_cpu_ twins. The offset is as if added from first to last.
@@ -125,7 +125,7 @@ QSHARDED_API int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, in
 QSHARDED_API int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                                           int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                                           const float* absmax_scales, const float* absmax_offset,
-                                          const float* absmax_map, const float* levels, const void* bias, void* y,
+                                          const float* absmax_map, const float* codebook, const void* bias, void* y,
                                           void* workspace, void* stream);
 
 // The bins of a magnitude of at most 1: its upper 16 bits as fp32, counted from those of 2^-23.

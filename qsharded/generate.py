@@ -11,12 +11,10 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar, Literal
 
-from qsharded.checkpoint.adapter import load_adapter, read_lora_config
-from qsharded.checkpoint.load import load_model
 from qsharded.checkpoint.source import find_checkpoint
+from qsharded.cli.answering import TextStream, check_vocabulary, end_ids, load_with_adapter
 from qsharded.cli.base_model import (
     base_or_builtin_model,
     find_adapter,
@@ -28,8 +26,9 @@ from qsharded.cli.command import compute_dtype, errors_named, join_world, run_as
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, Check
 from qsharded.data import Tokenizer
-from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import World, stop_world
 from qsharded.models import CausalLM
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
@@ -52,6 +51,7 @@ class GenerateConfig:
     """
 
     prog: ClassVar[str] = "qsharded.generate"
+    example: ClassVar[str] = 'qsharded generate --adapter output/adapter --prompt "Spell cat backwards"'
 
     model: str = _model(
         "Hugging Face checkpoint: a folder, or a Hub id.",
@@ -82,6 +82,7 @@ class GenerateConfig:
         "What to answer, as the user of a chat; - reads it from standard input. Given several times, each is answered "
         "by itself."
     )
+    system: str | None = _prompt("System message in front of each prompt.", None, unset="none")
     raw: bool = _prompt(
         "Continue the prompt as plain text, without the chat template; so it is where the tokenizer has none.", False
     )
@@ -132,11 +133,12 @@ def run(config: GenerateConfig, world: World) -> None:
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
     tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
-    eos_ids = _eos_ids(tokenizer, checkpoint)
-    ids = [_encode(tokenizer, prompt, config.raw) for prompt in prompts]
+    eos_ids = end_ids(tokenizer, checkpoint)
+    ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     with mismatch_explained(config.model, adapter):
-        model = _load(config, checkpoint, adapter, world)
-    _check_vocabulary(ids, model, tokenizer)
+        dtype = compute_dtype(config.dtype, world.device)
+        model = load_with_adapter(checkpoint, adapter, dtype, world, config.model_code)
+    check_vocabulary(ids, model, tokenizer)
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         if len(prompts) > 1 and world.is_main:
             print("> " + textwrap.shorten(prompt, 78, placeholder=" ..."))
@@ -157,37 +159,14 @@ def _standard_input(world: World) -> str:
     return collectives.broadcast_object(text, world.long_timeout_group).removesuffix("\n")
 
 
-def _eos_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:
-    """What ends an answer. An adapter's tokenizer does not know of the model's generation_config.json."""
-    has_its_own = (checkpoint / "tokenizer.json").is_file()
-    return {*tokenizer.eos_ids, *(Tokenizer.from_folder(checkpoint).eos_ids if has_its_own else ())}
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
-    if raw or not tokenizer.has_chat_template:
-        return tokenizer.with_bos(tokenizer.encode(prompt))
-    return tokenizer.encode(tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True))
-
-
-def _load(config: GenerateConfig, checkpoint: Path, adapter: Path | None, world: World) -> CausalLM:
-    dtype = compute_dtype(config.dtype, world.device)
-    # Adapters in the activations' dtype: training casts its masters to it in every forward.
-    lora = read_lora_config(adapter, dtype) if adapter else None
-    model = load_model(
-        checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device, model_code=config.model_code
-    )
-    if adapter:
-        load_adapter(model, adapter)
-    return model
-
-
-def _check_vocabulary(ids: Sequence[Sequence[int]], model: CausalLM, tokenizer: Tokenizer) -> None:
-    largest = max(max(row, default=0) for row in ids)
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer gives {tokenizer.decode([largest])!r} the id {largest}, but the model has "
-            f"{model.config.vocab_size} tokens: it is another model's tokenizer"
-        )
+def _encode(tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> list[int]:
+    if not config.raw and tokenizer.has_chat_template:
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        messages = [*system, {"role": "user", "content": prompt}]
+        return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    if config.system is not None:
+        raise ValueError("--system is a message of a chat, and this is plain text: put it into --prompt")
+    return tokenizer.with_bos(tokenizer.encode(prompt))
 
 
 def _answer(
@@ -216,39 +195,6 @@ def _answer(
         print(text.rest())
     if len(tokens[0]) == config.max_new_tokens:
         logger.info("(cut at --max-new-tokens %d)", config.max_new_tokens)
-
-
-class TextStream:
-    """Tokens in, text out, in whole characters: a character may take several tokens.
-
-    A token's text depends on its neighbours (a space in front, bytes of one character), so each is decoded behind the
-    last ones that gave text; special tokens give none.
-
-    Args:
-        tokenizer: whose tokens they are.
-        before: the tokens in front of the first.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._behind, self._waiting = list(before), list[int]()
-
-    def add(self, token: int) -> str:
-        """The text that ``token`` completes."""
-        self._waiting.append(token)
-        text = self._text_of_waiting()
-        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._behind, self._waiting = self._waiting, []
-        return text
-
-    def rest(self) -> str:
-        """The text of what is left, complete or not."""
-        return self._text_of_waiting()
-
-    def _text_of_waiting(self) -> str:
-        known = self._tokenizer.decode(self._behind, skip_special_tokens=True)
-        return self._tokenizer.decode(self._behind + self._waiting, skip_special_tokens=True)[len(known) :]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from qsharded.checkpoint.report import Report, inspect_path
 from qsharded.cli.command import errors_named
 from qsharded.config import check_values, option, parse
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 
 _what = partial(option, group="What is inspected")
 
@@ -22,12 +22,13 @@ class InspectConfig:
     """Say what a folder holds: its format, the bytes of each class of tensors, the SHA-256 of each file, and what is
     wrong with it.
 
-    `python -m qsharded.inspect PATH` is short for --path PATH. It reads every byte once, a few megabytes at a time, and
+    `qsharded inspect PATH` is short for --path PATH. It reads every byte once, a few megabytes at a time, and
     looks for values that are not finite, files that are cut off, and tensors that are missing, unexpected, or of
     another shape than config.json says. The exit status is 1 where something is wrong.
     """
 
     prog: ClassVar[str] = "qsharded.inspect"
+    example: ClassVar[str] = "qsharded inspect output/adapter"
 
     path: str = _what(
         "Model (in 16 bits, or packed by qsharded or bitsandbytes), training checkpoint, adapter, or safetensors file.",

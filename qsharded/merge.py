@@ -26,7 +26,7 @@ from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
@@ -44,6 +44,7 @@ class MergeConfig:
     """
 
     prog: ClassVar[str] = "qsharded.merge"
+    example: ClassVar[str] = "qsharded merge --adapter output/adapter --output merged"
 
     adapter: str = _in("PEFT adapter: a folder, or a Hub id.", metavar="PATH|ID")
     model: str = _in(

@@ -18,7 +18,7 @@ from qsharded.data.bad_rows import refuse_bad_rows
 from qsharded.data.records import find_rows
 from qsharded.data.shown import text
 from qsharded.data.shown.page import page
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview, reading, template_options
 
 _preview = partial(option, group="Preview")
@@ -29,12 +29,14 @@ class PreviewConfig(TrainConfig):
     """Show what a run would train on: rows as the model will see them with the trained tokens marked, how many rows and
     tokens there are and how long they are, what is left out, and what is wrong with bad rows.
 
-    It takes the command line of qsharded.train, or its --config; what is not listed here has no effect. Of the model it
+    It takes the command line of qsharded train, or its --config; what is not listed here has no effect. Of the model it
     reads the tokenizer alone. Trained tokens are coloured on a terminal, and stand in [[ ]] elsewhere. The exit status
     is 1 where bad rows would stop the run.
     """
 
     prog: ClassVar[str] = "qsharded.preview"
+    example: ClassVar[str] = "qsharded preview --model meta-llama/Llama-3.1-8B-Instruct --dataset rows.jsonl"
+    common: ClassVar[tuple[str, ...]] = ()
     shown_groups: ClassVar[tuple[str, ...]] = ("Preview", "Model", "Data", "Length and batches")
 
     show_rows: int = _preview("Rows to show of each dataset, from the whole of it.", 5, unit="rows", check=AT_LEAST_0)

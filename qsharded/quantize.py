@@ -23,7 +23,7 @@ from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models.config_spellings import ignoring
 from qsharded.quant.formats import QuantFormat, QuantType
 
@@ -41,6 +41,7 @@ class QuantizeConfig:
     """
 
     prog: ClassVar[str] = "qsharded.quantize"
+    example: ClassVar[str] = "qsharded quantize --model meta-llama/Llama-3.1-8B-Instruct --output llama-8b-nf4"
 
     model: str = _in("Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.", metavar="PATH|ID")
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")

@@ -6,20 +6,20 @@ if __name__ == "__main__":
     signals.take_over("qsharded.train", " before its first step: nothing was trained, so nothing is lost")
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qsharded.checkpoint.background_writer import CheckpointNotWritten
 from qsharded.cli import command_line
 from qsharded.cli.command import errors_named, join_world, run_as_process
-from qsharded.config import TrainConfig, builtin_overrides, parse
-from qsharded.distributed.fsdp import DamagedGather, World, stop_world
+from qsharded.config import TrainConfig, parse_train
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import World, stop_world
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import LogitsNotFinite
 from qsharded.plan.dry_run import dry_run
@@ -40,7 +40,7 @@ _REFUSALS = ValueError, OSError, DamagedGather
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments."""
     argv = sys.argv[1:] if argv is None else argv
-    config = parse(argv, TrainConfig, fill=_not_given)
+    config = parse_train(argv)
     if config.dry_run:
         ignored = ignoring(config.ignore_config_key)
         with errors_named(config.prog, World.single_process(torch.device("cpu"))), ignored:
@@ -74,11 +74,6 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], hel
     explained = memory_errors_explained(config, world, prepared.model)
     with explained, errors_named(config.prog, world, kinds), Trainer.opened(config, world, prepared, again) as trainer:
         return trainer.run()
-
-
-def _not_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The built-in run's settings where no model is given; a plan reads no rows, so it asks for no dataset."""
-    return ({"dataset": ""} if given.get("dry_run") else {}) | builtin_overrides(given)
 
 
 if __name__ == "__main__":

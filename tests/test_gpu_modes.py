@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
-from qsharded.distributed.layout import Layout
+from qsharded.distributed.choose_layout import Layout
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint

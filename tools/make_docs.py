@@ -1,7 +1,8 @@
-"""Write docs/: one page for each command, made from its dataclass, and the list of models, which README has too."""
+"""Write docs/: a page for each command from its dataclass, the list of models (README has it too), the operations."""
 
 from pathlib import Path
 
+from qsharded.chat import ChatConfig
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
 from qsharded.doctor import DoctorConfig
@@ -10,13 +11,14 @@ from qsharded.inspect import InspectConfig
 from qsharded.merge import MergeConfig
 from qsharded.preview import PreviewConfig
 from qsharded.quantize import QuantizeConfig
-from tools import architectures, families
+from tools import architectures, families, operations
 
 DOCS = Path(__file__).parent.parent / "docs"
 README = DOCS.parent / "README.md"
 PAGES = {
     "train.md": TrainConfig,
     "generate.md": GenerateConfig,
+    "chat.md": ChatConfig,
     "merge.md": MergeConfig,
     "quantize.md": QuantizeConfig,
     "inspect.md": InspectConfig,
@@ -30,6 +32,7 @@ def main() -> None:
     for name, command in PAGES.items():
         (DOCS / name).write_text(markdown(command), encoding="utf-8")
     (DOCS / "models.md").write_text(models_page(), encoding="utf-8")
+    (DOCS / "operations.md").write_text(operations.page(), encoding="utf-8")
     README.write_text(in_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -4,8 +4,9 @@
 
 Each contender must first give the right answer, against fp64. Then all are timed in turns, from a cold cache: median,
 20th and 80th percentile. The limit is the time of the bytes (each once) at the speed of a large copy, or of the
-arithmetic at that of a large matmul, both measured in the same run. Writes kernels.json, and plots where matplotlib is
-installed, into --out. The exit status is 1 where an answer of ours is wrong.
+arithmetic at that of a large matmul, both measured in the same run. Writes a record, and plots where matplotlib is
+installed, into --out, under --name: by default one of its own, made of operations, device, date and commit. The exit
+status is 1 where an answer of ours is wrong.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from benchmarks.kernels.case import Case
 from benchmarks.kernels.context import Context, forget_weights
 from benchmarks.kernels.measure import Row, measure
 from benchmarks.kernels.ops import OPERATIONS
+from benchmarks.record import write
 
 
 def main() -> None:
@@ -53,16 +55,31 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="timed calls of each (default 50; 10 with --short)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("output/benchmarks"), help="folder for results")
+    parser.add_argument(
+        "--name", type=file_name, help="of the record and its plots; what has it already is overwritten"
+    )
     arguments = parser.parse_args(argv)
     for op in arguments.ops:
         if op not in OPERATIONS:
             parser.error(f"--ops: {op!r} is none of {', '.join(OPERATIONS)}")
+    try:
+        shapes.of_models(arguments.shapes or [])
+        peers.check(arguments.peers)
+    except ValueError as error:
+        parser.error(str(error))
     arguments.repeats = arguments.repeats or (10 if arguments.short else 50)
     return arguments
 
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def file_name(text: str) -> str:
+    """A name without folders: they are --out's."""
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a file's name, without folder or .json: see --out")
+    return text.removesuffix(".json")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -82,12 +99,15 @@ def all_cases(arguments: argparse.Namespace, context: Context) -> Iterator[Case]
 
 
 def save(arguments: argparse.Namespace, limits: ceilings.Ceilings, rows: list[Row]) -> None:
-    """kernels.json, and plots where they can be drawn."""
-    path, device = arguments.out / "kernels.json", torch.device(arguments.device)
-    report.save(path, "benchmarks.kernels", device, limits, arguments.repeats, rows)
+    """The record, and plots where they can be drawn. Plots of an older record of the name go: they are not its own."""
+    device = torch.device(arguments.device)
+    record = report.record("benchmarks.kernels", device, limits, arguments.repeats, rows)
+    name = arguments.name or report.free_name(arguments.out, "-".join(arguments.ops), record)
+    path = write(arguments.out / f"{name}.json", record)
     print(f"\nresults: {path}")
+    plots.remove(arguments.out, name)
     try:
-        drawn: list[Any] = plots.save(rows, arguments.out)
+        drawn: list[Any] = plots.save(record, arguments.out, name)
     except ImportError:
         print("no plots: matplotlib is not installed")
     else:

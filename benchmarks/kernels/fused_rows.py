@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from benchmarks.kernels.context import Packed, forget_weights, pack
 from benchmarks.kernels.measure import Row, measure
 from benchmarks.kernels.ops.linear import TOLERANCE
 from benchmarks.record import command, environment
+from benchmarks.record import write as record_at
 from qsharded.quant import backends
 from qsharded_kernels import cuda_linear, fused_rows
 
@@ -34,19 +36,31 @@ FUSED, DEQUANTIZED = "fused", "dequantized"
 
 
 def main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    device = torch.device("cuda", torch.cuda.current_device())
+    limits = ceilings.measure(device, arguments.repeats)
+    rows = [row for case in all_cases(arguments.shapes, device) for row in timed(case, limits, arguments.repeats)]
+    record = report.record(MODULE, device, limits, arguments.repeats, rows)
+    record_path = record_at(arguments.out / f"{report.free_name(arguments.out, 'fused-rows', record)}.json", record)
+    print(f"\nrecord: {record_path}")
+    write(most_rows(rows), device)
+    print(f"\n{fused_rows.PATH}: {most_rows(rows)}")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Checked against the shapes there are, and against what this machine has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=names, default=list(shapes.SHAPES), help="models; all by default")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of each")
     parser.add_argument("--out", type=Path, default=Path("output/benchmarks"), help="folder for the record")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    try:
+        shapes.of_models(arguments.shapes)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here, and elsewhere nothing is fused")
-    device = torch.device("cuda", torch.cuda.current_device())
-    limits = ceilings.measure(device, arguments.repeats)
-    rows = [row for case in all_cases(arguments.shapes, device) for row in timed(case, limits, arguments.repeats)]
-    report.save(arguments.out / "fused_rows.json", MODULE, device, limits, arguments.repeats, rows)
-    write(most_rows(rows), device)
-    print(f"\n{fused_rows.PATH}: {most_rows(rows)}")
+    return arguments
 
 
 def all_cases(models: list[str], device: torch.device) -> Iterator[Case]:

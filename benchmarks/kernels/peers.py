@@ -30,17 +30,23 @@ def load(names: list[str]) -> tuple[list[Peer], dict[str, str]]:
     Raises:
         ValueError: a name that is none of ``NAMES``.
     """
+    check(names)
     loaders = {"bitsandbytes": _bitsandbytes, "torchao": _torchao}
     found: list[Peer] = []
     missing: dict[str, str] = {}
     for name in names:
-        if name not in loaders:
-            raise ValueError(f"--peers: {name!r} is none of {', '.join(NAMES)}")
         try:
             found.append(loaders[name]())
         except ImportError as error:
             missing[name] = str(error)
     return found, missing
+
+
+def check(names: list[str]) -> None:
+    """Raise ValueError for a name that is none of ``NAMES``."""
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"--peers: {name!r} is none of {', '.join(NAMES)}")
 
 
 def _bitsandbytes() -> Peer:

@@ -1,4 +1,4 @@
-"""Plots of a run, where matplotlib is installed, or of its record.
+"""Plots of a run's record, where matplotlib is installed. Each says in its title what was measured, on what and when.
 
 python -m benchmarks.kernels.plots RECORD.json    draws beside it
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.measure import Row
+from benchmarks.kernels.report import DTYPE, place
 
 _COLUMNS = 3
+_VERSIONS = ("torch", "triton", "bitsandbytes")
 _GREEN, _RED, _BLUE = "#0b6e4f", "#d1495b", "#3d5a80"
 _OF_CONTENDERS = {"qsharded": _GREEN, "compiled": _GREEN, "triton": "#6bbf9c", "bitsandbytes": _RED, "torchao": _BLUE}
 _OF_OTHERS = "#9a9a9a"
@@ -24,33 +26,51 @@ _TICKS = [4**power for power in range(8)]
 Draw = Callable[[Any, list[Row]], None]
 
 
-def save(rows: list[Row], folder: Path, name: str = "kernels") -> list[Path]:
-    """Draws what the rows hold: the products' speed-up over the baseline against M, a panel a weight; and the fraction
-    of the limit reached, a panel an operation.
+def save(record: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Draws what the record's rows hold: the products' speed-up over the baseline against M, a panel a weight; and the
+    fraction of the limit reached, a panel an operation.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    timed = [row for row in rows if row.times is not None]
+    timed = [row for row in map(Row.from_record, record["rows"]) if row.times is not None]
     operations, products = defaultdict(list), defaultdict(list)
     for row in timed:
         operations[row.op].append(row)
         if row.speedup is not None:
             products[f"{row.op} {row.N} x {row.K}"].append(row)
-    drawings: dict[str, tuple[dict[str, list[Row]], Draw]] = {
-        "speedup": (products, _speedup),
-        "fraction": (operations, _fractions),
-    }
-    return [_draw(folder / f"{name}_{kind}.png", *drawing) for kind, drawing in drawings.items() if drawing[0]]
+    drawings: list[tuple[dict[str, list[Row]], Draw]] = [(products, _speedup), (operations, _fractions)]
+    drawn = {path: drawing for path, drawing in zip(paths(folder, name), drawings, strict=True) if drawing[0]}
+    return [_draw(path, title(record), *drawing) for path, drawing in drawn.items()]
 
 
-def _draw(path: Path, panels: dict[str, list[Row]], draw: Draw) -> Path:
+def paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where the plots of a record of that name lie: speed-ups, fractions of the limit."""
+    return folder / f"{name}_speedup.png", folder / f"{name}_fraction.png"
+
+
+def remove(folder: Path, name: str) -> None:
+    """Removes the plots of an earlier record of that name."""
+    for path in paths(folder, name):
+        path.unlink(missing_ok=True)
+
+
+def title(record: dict[str, Any]) -> str:
+    """Device, dtype, date, commit and versions."""
+    versions = [f"{package} {record['versions'][package]}" for package in _VERSIONS if package in record["versions"]]
+    driver = [f"driver {record['driver']}"] if record.get("driver") else []
+    dtype, commit = record.get("dtype", DTYPE), record.get("commit") or "unknown"
+    return f"{place(record)}, {dtype}, {record['date']}, commit {commit}\n" + ", ".join([*versions, *driver])
+
+
+def _draw(path: Path, heading: str, panels: dict[str, list[Row]], draw: Draw) -> Path:
     from matplotlib.figure import Figure  # the class alone: no window, no state
 
     columns = min(_COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     height = 3.2 if draw is _speedup else max(3.2, 0.7 * max(len(_weights(rows)) for rows in panels.values()))
     figure = Figure(figsize=(4.6 * columns, height * lines), layout="constrained")
+    figure.suptitle(heading, fontsize="small")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (title, rows) in zip(grid, panels.items(), strict=False):
         draw(axes, rows)
@@ -133,8 +153,7 @@ def _contenders(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     path = Path(sys.argv[1])
-    rows = [Row.from_record(row) for row in json.loads(path.read_text())["rows"]]
-    print(*save(rows, path.parent, path.stem))
+    print(*save(json.loads(path.read_text()), path.parent, path.stem))
 
 
 if __name__ == "__main__":

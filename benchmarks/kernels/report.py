@@ -1,15 +1,18 @@
 """The table and the record."""
 
+import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.measure import Row
-from benchmarks.record import command, environment, version, write
+from benchmarks.record import command, environment, version
 
+DTYPE = "bfloat16"  # of weights before they are quantized, of x, and of what is dequantized
 _HEADINGS = f"{'contender':14}{'median us':>11}{'p20':>10}{'p80':>10}{'of limit':>10}{'speed-up':>10}{'error':>10}"
 
 
@@ -38,13 +41,26 @@ def _numbers(row: Row) -> tuple[float, float, float]:
     return row.times.median, row.times.p20, row.times.p80
 
 
-def save(path: Path, module: str, device: torch.device, ceilings: Ceilings, repeats: int, rows: list[Row]) -> Path:
-    """What the run of ``module`` measured, and on what, as JSON."""
-    record = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command(module)}
-    record |= {"device": device.type, "threads": torch.get_num_threads(), "repeats": repeats}
-    record |= {"ceilings": asdict(ceilings)}
-    write(path, record | {"rows": [row.as_record() for row in rows]})
-    return path
+def record(module: str, device: torch.device, ceilings: Ceilings, repeats: int, rows: list[Row]) -> dict[str, Any]:
+    """What the run of ``module`` measured, and on what."""
+    found = environment() | {"driver": driver(), "torchao": version("torchao"), "command": command(module)}
+    found |= {"device": device.type, "threads": torch.get_num_threads(), "repeats": repeats}
+    return found | {"dtype": DTYPE, "ceilings": asdict(ceilings), "rows": [row.as_record() for row in rows]}
+
+
+def free_name(folder: Path, what: str, record: dict[str, Any]) -> str:
+    """A name that no record in ``folder`` has: ``what``, device, date and commit, then a number where it takes one."""
+    parts = [what, place(record), record["date"], (record["commit"] or "").removesuffix("-dirty")]
+    name = "_".join(re.sub(r"[^a-z0-9-]+", "-", part.lower()).strip("-") for part in parts if part)
+    numbered = (f"{name}_{number}" for number in range(2, 1000))
+    return next(free for free in (name, *numbered) if not (folder / f"{free}.json").exists())
+
+
+def place(record: dict[str, Any]) -> str:
+    """The GPU; or the processor's threads, where it ran on that."""
+    if record.get("device") == "cuda":
+        return str(record["gpu"])
+    return f"{record['processor']}, {record.get('threads', '?')} threads"
 
 
 def driver() -> str | None:

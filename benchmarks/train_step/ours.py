@@ -22,12 +22,12 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.config import TrainConfig
 from qsharded.data import Batch
-from qsharded.distributed.fsdp import let_reserved_memory_grow
+from qsharded.distributed.world import let_reserved_memory_grow
 from qsharded.models import ModelConfig
 from qsharded.models.attention_inputs import Boundaries
 from qsharded.nn import LoRAConfig
 from qsharded.optim import PagedAdamW8bit, clipping_scale
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
 from qsharded.training.objective import batch_loss
 from qsharded.utils import hardware

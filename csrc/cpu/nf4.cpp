@@ -86,7 +86,7 @@ int qsharded_cpu_nf4_quantize(const void* weight, int dtype, int64_t blocks, con
 
 int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row, const void* absmax,
                                 int64_t absmax_row_stride, const float* absmax_scales, const float* absmax_offset,
-                                const float* absmax_map, const float* levels, void* out, int dtype, int isa,
+                                const float* absmax_map, const float* codebook, void* out, int dtype, int isa,
                                 int threads) {
   const NF4Kernels* kernels = kernels_for(isa);
   if (!kernels) return QSHARDED_BAD_ISA;
@@ -100,7 +100,7 @@ int qsharded_cpu_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t bloc
     for (int64_t start = first; start < last; start += kRun) {
       const int64_t count = std::min(kRun, last - start);
       for (int64_t i = 0; i < count; ++i) decoded[i] = source[start + i];
-      kernels->decode[dtype](codes + start * kBlockBytes, decoded, count, levels,
+      kernels->decode[dtype](codes + start * kBlockBytes, decoded, count, codebook,
                              static_cast<char*>(out) + start * block_bytes);
     }
   });

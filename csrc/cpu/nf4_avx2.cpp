@@ -28,7 +28,7 @@ AVX2 inline __m256 load(const Float16* weight) {
 // Binary search, the code's bits from the highest: with `prefix` its bits so far, entry `prefix` of step `step` is the
 // threshold that decides the next. The last step has eight entries, as many as a register.
 AVX2 inline __m256 thresholds(const float* midpoints, int step) {
-  const int half_span = kLevels >> (step + 1);
+  const int half_span = kCodes >> (step + 1);
   float entries[kLanes];
   for (int prefix = 0; prefix < kLanes; ++prefix)
     entries[prefix] = midpoints[((2 * prefix + 1) * half_span - 1) % kMidpoints];  // % : unused entries, any value
@@ -146,11 +146,11 @@ AVX2 inline void decode_block(const uint8_t* codes, __m256 values_0_7, __m256 va
 }
 
 template <typename T>
-AVX2 void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* levels, void* out) {
-  const __m256 levels_0_7 = _mm256_loadu_ps(levels), levels_8_15 = _mm256_loadu_ps(levels + kLanes);
+AVX2 void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* codebook, void* out) {
+  const __m256 values_0_7 = _mm256_loadu_ps(codebook), values_8_15 = _mm256_loadu_ps(codebook + kLanes);
   for (int64_t block = 0; block < blocks; ++block) {
     const __m256 scale = _mm256_set1_ps(absmax[block]);
-    decode_block(codes + block * kBlockBytes, _mm256_mul_ps(levels_0_7, scale), _mm256_mul_ps(levels_8_15, scale),
+    decode_block(codes + block * kBlockBytes, _mm256_mul_ps(values_0_7, scale), _mm256_mul_ps(values_8_15, scale),
                  static_cast<T*>(out) + block * kBlock);
   }
 }

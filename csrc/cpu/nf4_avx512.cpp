@@ -1,4 +1,4 @@
-// NF4 with AVX-512 (F, BW, VL): 16 levels fit one register and 32 bins fit two, so a look-up is one permutation.
+// NF4 with AVX-512 (F, BW, VL): a codebook of 16 fits one register and 32 bins fit two, so a look-up is one permutation.
 #include <algorithm>
 #include <cmath>
 
@@ -159,10 +159,10 @@ AVX512 inline void decode_block(const uint8_t* codes, __m512 values, float* out)
 }
 
 template <typename T>
-AVX512 void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* levels, void* out) {
-  const __m512 level = _mm512_loadu_ps(levels);
+AVX512 void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* codebook, void* out) {
+  const __m512 value = _mm512_loadu_ps(codebook);
   for (int64_t block = 0; block < blocks; ++block)
-    decode_block(codes + block * kBlockBytes, _mm512_mul_ps(level, _mm512_set1_ps(absmax[block])),
+    decode_block(codes + block * kBlockBytes, _mm512_mul_ps(value, _mm512_set1_ps(absmax[block])),
                  static_cast<T*>(out) + block * kBlock);
 }
 

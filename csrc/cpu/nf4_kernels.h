@@ -8,8 +8,8 @@ namespace qsharded {
 
 constexpr int kBlock = 64;             // weights that share an absmax
 constexpr int kBlockBytes = kBlock / 2;
-constexpr int kLevels = 16;
-constexpr int kMidpoints = kLevels - 1;
+constexpr int kCodes = 16;
+constexpr int kMidpoints = kCodes - 1;
 constexpr int kAbsmaxBlock = 256;          // absmax values that share a second-level scale
 constexpr float kSmallestAbsmax = 1e-38f;  // keeps the reciprocal finite in an all-zero block
 constexpr int kDtypes = 3;                 // QSHARDED_FLOAT32, QSHARDED_BFLOAT16, QSHARDED_FLOAT16
@@ -18,8 +18,8 @@ constexpr int kDtypes = 3;                 // QSHARDED_FLOAT32, QSHARDED_BFLOAT1
 // than 1/15 apart.
 using EncodeBlocks = void (*)(const void* weight, int64_t blocks, const float* midpoints, uint8_t* codes,
                               float* absmax);
-// out = levels[code] * absmax, in fp32, rounded to the output's type.
-using DecodeBlocks = void (*)(const uint8_t* codes, const float* absmax, int64_t blocks, const float* levels,
+// out = codebook[code] * absmax, in fp32, rounded to the output's type.
+using DecodeBlocks = void (*)(const uint8_t* codes, const float* absmax, int64_t blocks, const float* codebook,
                               void* out);
 
 struct NF4Kernels {

@@ -34,11 +34,11 @@ void encode_blocks(const void* weight, int64_t blocks, const float* midpoints, u
 }
 
 template <typename T>
-void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* levels, void* out) {
+void decode_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, const float* codebook, void* out) {
   T* next = static_cast<T*>(out);
   for (int64_t block = 0; block < blocks; ++block) {
-    T value[kLevels];
-    for (int code = 0; code < kLevels; ++code) value[code] = from_float<T>(levels[code] * absmax[block]);
+    T value[kCodes];
+    for (int code = 0; code < kCodes; ++code) value[code] = from_float<T>(codebook[code] * absmax[block]);
     for (int i = 0; i < kBlockBytes; ++i) {
       const uint8_t byte = codes[block * kBlockBytes + i];
       *next++ = value[byte >> 4];

@@ -1,5 +1,12 @@
 // AdamW on moments kept in 8 bits: the parameters of one type behind consecutive blocks of state, in one launch.
 // The arithmetic is that of qsharded.optim.reference, rounded after each operation.
+//
+//   state block: 256 values of each moment, one scale each; a warp's, kVectors vectors of kVector values a lane
+//   codes --map1, map2--> fp32 moments --AdamW--> parameter
+//                                      --largest magnitude over the warp--> scale --search1, search2--> codes
+//   shared memory: both maps and both search tables, loaded once by each CTA
+//
+// Warps take state blocks in turn; a block that lies whole within its parameter has code of its own (kWhole).
 #include <cuda_bf16.h>
 
 #include <cfloat>
@@ -17,9 +24,11 @@ constexpr int kThreads = 256;
 constexpr int kStateBlock = 256;                         // values of a moment that share a scale
 constexpr int kVector = 4;                               // consecutive values of a lane
 constexpr int kVectors = kStateBlock / kWarp / kVector;  // a warp has one block
-constexpr int kBlocksPerProcessor = 3;                   // of threads, which their registers allow: all run at a time
+constexpr int kCtasPerSm = 3;                            // which their registers allow: all run at a time
 
-// What a launch is given; qsharded.h says more.
+// ---- What a launch is given ----
+
+// qsharded.h says more.
 struct Step {
   void *state1, *state2;
   float *absmax1, *absmax2;
@@ -41,6 +50,8 @@ struct Row {
 struct Coefficients {
   float factor, beta1, rest1, beta2, rest2, eps, keep, rate, root;
 };
+
+// ---- Maps and search tables ----
 
 // Magnitudes in bins that hold one threshold at most: the upper half of a float is its bin, 128 bins an octave, and the
 // finest steps, next to 1, are 1.8 bins wide. Below 2^-23 lies no threshold.
@@ -93,6 +104,8 @@ struct Tables {
   }
 };
 
+// ---- A parameter's entry in the tables ----
+
 // A record in a warp's hands, a word a lane: fetching it takes one load, and keeping it one register.
 template <typename Record>
 struct Spread {
@@ -127,6 +140,8 @@ struct Entry {
             Spread<Coefficients>::load(reinterpret_cast<const Coefficients*>(step.coefficients) + number)};
   }
 };
+
+// ---- A lane's values, loaded and stored ----
 
 struct Values {
   float of[kVectors][kVector];
@@ -201,6 +216,8 @@ __device__ void store(T* to, const Place<kWhole>& place, const Values& values) {
     });
   }
 }
+
+// ---- Codes, decoded and encoded ----
 
 // A lane's codes of a block, four to a word.
 struct Codes {
@@ -279,6 +296,8 @@ __device__ float least(const Values& values) {
 __device__ float largest(const Values& values) {
   return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most(values))));
 }
+
+// ---- AdamW ----
 
 // What becomes of a value whose gradient is not finite. The optimizer looks for such a gradient before it launches and
 // skips the step; bitsandbytes leaves the value as it is, and its moments become 0.
@@ -403,10 +422,12 @@ __device__ void step_block(const Step& step, const Tables& tables, int block, co
   }
 }
 
+// ---- Kernels ----
+
 // A warp takes one block after the other, and looks up ahead what the tables say: else a block would begin with three
 // loads one after the other.
 template <typename T, bool kQuantized>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) adamw_kernel(Step step) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) adamw_kernel(Step step) {
   __shared__ Tables tables;
   if (*step.skip != 0) return;
   if constexpr (kQuantized) {
@@ -428,7 +449,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) adamw_kernel(St
 
 // The same for blocks that are all one parameter's: what the tables would say comes with the launch.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
     adamw_alone_kernel(const __grid_constant__ Step step, const __grid_constant__ Row row,
                        const __grid_constant__ Coefficients coefficients) {
   __shared__ Tables tables;
@@ -443,10 +464,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 template <typename... Parameters, typename... Arguments>
 int launch_for(int64_t blocks, void (*kernel)(Parameters...), cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return QSHARDED_OK;
-  int at_a_time = 0;  // on a processor, whose shared memory may hold fewer than its registers
+  int at_a_time = 0;  // on an SM, whose shared memory may hold fewer than its registers
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_a_time, kernel, kThreads, 0);
   const unsigned needed = ceil_div(blocks, kThreads / kWarp);
-  const unsigned grid = min(needed, static_cast<unsigned>(Device::current().processors * at_a_time));
+  const unsigned grid = min(needed, static_cast<unsigned>(Device::current().sms * at_a_time));
   kernel<<<grid, kThreads, 0, stream>>>(arguments...);
   return launch_result();
 }

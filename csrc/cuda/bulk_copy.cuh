@@ -1,4 +1,4 @@
-// The copy engine of sm_90 and later: bulk copies to shared memory that complete on a barrier there.
+// Bulk copies of the TMA (tensor memory accelerator, sm_90 and later) to shared memory, which complete on an mbarrier there.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +16,12 @@ __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
 
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ inline void wait_for(const uint64_t* barrier, int parity) {
+// Until the phase of that parity is over.
+__device__ inline void wait_for(const uint64_t* barrier, int phase) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
           shared_address(barrier)),
-      "r"(parity)
+      "r"(phase)
       : "memory");
 }
 

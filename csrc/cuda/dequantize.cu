@@ -1,4 +1,9 @@
-// NF4 dequantize: out = levels[code] * absmax in fp32, rounded once; absmax of 8 bits is decoded in the same pass.
+// NF4 dequantize: out = codebook[code] * absmax in fp32, rounded once; absmax of 8 bits is decoded in the same pass.
+//
+//   a warp's run, in bf16:  round 0: | block 0: lanes 0 to 7 | block 1: lanes 8 to 15 | block 2 | block 3 |
+//                           round 1: | block 4 ..            |                        |         |         |   kRounds rounds
+//   lane i: loads 4 bytes of codes a round, decodes the absmax of block i of the run, gets the others' by shuffles,
+//           and stores 16 bytes of weights a round
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -6,6 +11,8 @@
 
 namespace qsharded {
 namespace {
+
+// ---- Sizes, and what a lane holds ----
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
@@ -74,33 +81,35 @@ __device__ inline void store_pair(__nv_bfloat162* out, float first, float second
 __device__ inline void store_pair(__half2* out, float first, float second) { *out = __floats2half2_rn(first, second); }
 __device__ inline void store_pair(float2* out, float first, float second) { *out = make_float2(first, second); }
 
-// 16 bytes of weights. levels lies in shared memory: its 16 entries are in 16 banks, so no look-up waits for another.
+// 16 bytes of weights. codebook lies in shared memory: its 16 entries are in 16 banks, so no look-up waits for another.
 template <typename Out>
-__device__ uint4 decode(uint32_t codes, float absmax, const float* levels) {
-  // every nibble times four: a byte's offset into levels
+__device__ uint4 decode(uint32_t codes, float absmax, const float* codebook) {
+  // every nibble times four: a byte's offset into the codebook
   const uint32_t first = codes >> 2 & 0x3C3C3C3Cu;
   const uint32_t second = codes << 2 & 0x3C3C3C3Cu;
-  const auto level = [levels](uint32_t offsets, int byte) {
-    const char* base = reinterpret_cast<const char*>(levels);
+  const auto value = [codebook](uint32_t offsets, int byte) {
+    const char* base = reinterpret_cast<const char*>(codebook);
     return *reinterpret_cast<const float*>(base + __byte_perm(offsets, 0, 0x4440 + byte));
   };
   uint4 out;
   auto* pairs = reinterpret_cast<typename Vector<Out>::Pair*>(&out);
 #pragma unroll
   for (int i = 0; i < Vector<Out>::kPairs; ++i) {
-    store_pair(pairs + i, __fmul_rn(level(first, i), absmax), __fmul_rn(level(second, i), absmax));
+    store_pair(pairs + i, __fmul_rn(value(first, i), absmax), __fmul_rn(value(second, i), absmax));
   }
   return out;
 }
+
+// ---- One weight ----
 
 // A warp decodes a run of blocks, the `number`th, each lane the absmax of one, and needs no other warp: no barrier, and
 // while one waits for memory the others write. With kHasGap there are out_gap vectors between a row's end and the next
 // row.
 template <typename Out, bool kDoubleQuant, bool kHasGap>
 __device__ void dequantize_run(unsigned number, const typename Vector<Out>::Codes* codes, unsigned blocks,
-                               const Absmax& absmax, const float* levels, uint4* out, int64_t out_gap) {
+                               const Absmax& absmax, const float* codebook, uint4* out, int64_t out_gap) {
   constexpr int kLanes = Vector<Out>::kLanes;
-  __shared__ float own_levels[kWarps][16];
+  __shared__ float own_codebook[kWarps][16];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const unsigned first_block = number * Vector<Out>::kWarpBlocks;
   const int64_t first_vector = static_cast<int64_t>(first_block) * kLanes + lane;
@@ -113,14 +122,14 @@ __device__ void dequantize_run(unsigned number, const typename Vector<Out>::Code
   typename Vector<Out>::Codes loaded[kRounds];  // all in flight before the first is used
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) loaded[i] = i * kWarp < inside ? __ldcs(codes + i * kWarp) : 0;
-  if (lane < 16) own_levels[warp][lane] = __ldg(levels + lane);
+  if (lane < 16) own_codebook[warp][lane] = __ldg(codebook + lane);
   const unsigned block = first_block + lane % Vector<Out>::kWarpBlocks;
   const float own_absmax = block < blocks ? absmax.template at<kDoubleQuant>(block) : 0;
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const float its_absmax = __shfl_sync(~0u, own_absmax, (i * kWarp + lane) / kLanes);
-    const uint4 weights = decode<Out>(loaded[i], its_absmax, own_levels[warp]);
+    const uint4 weights = decode<Out>(loaded[i], its_absmax, own_codebook[warp]);
     int64_t at = i * kWarp;
     if constexpr (kHasGap) at += absmax.blocks_per_row.quotient(first_block + (i * kWarp + lane) / kLanes) * out_gap;
     if (i * kWarp < inside) __stcs(out + at, weights);
@@ -129,24 +138,26 @@ __device__ void dequantize_run(unsigned number, const typename Vector<Out>::Code
 
 template <typename Out, bool kDoubleQuant, bool kHasGap>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const typename Vector<Out>::Codes* codes, unsigned blocks, Absmax absmax, const float* levels,
+    dequantize_kernel(const typename Vector<Out>::Codes* codes, unsigned blocks, Absmax absmax, const float* codebook,
                       uint4* out, int64_t out_gap) {
   const unsigned warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
-  dequantize_run<Out, kDoubleQuant, kHasGap>(warp, codes, blocks, absmax, levels, out, out_gap);
+  dequantize_run<Out, kDoubleQuant, kHasGap>(warp, codes, blocks, absmax, codebook, out, out_gap);
 }
 
 template <typename Out>
-int dequantize(const uint8_t* codes, unsigned blocks, const Absmax& absmax, const float* levels, void* out,
+int dequantize(const uint8_t* codes, unsigned blocks, const Absmax& absmax, const float* codebook, void* out,
                int64_t out_gap, cudaStream_t stream) {
   constexpr int kVector = 2 * Vector<Out>::kPairs;  // weights
   if (out_gap % kVector) return QSHARDED_BAD_SIZE;
   const auto dense = absmax.scales ? dequantize_kernel<Out, true, false> : dequantize_kernel<Out, false, false>;
   const auto with_gap = absmax.scales ? dequantize_kernel<Out, true, true> : dequantize_kernel<Out, false, true>;
   (out_gap ? with_gap : dense)<<<ceil_div(blocks, kWarps * Vector<Out>::kWarpBlocks), kThreads, 0, stream>>>(
-      reinterpret_cast<const typename Vector<Out>::Codes*>(codes), blocks, absmax, levels, static_cast<uint4*>(out),
+      reinterpret_cast<const typename Vector<Out>::Codes*>(codes), blocks, absmax, codebook, static_cast<uint4*>(out),
       out_gap / kVector);
   return launch_result();
 }
+
+// ---- Several weights, with adapters behind their rows ----
 
 // Several weights of the same K, one below the other, and behind each row R entries: the row of the weight's scaled B in
 // its own columns, zeros in the others.
@@ -199,7 +210,7 @@ __device__ void write_tail(const Part& part, const Parts& parts, int64_t number)
 
 template <bool kDoubleQuant>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_parts_kernel(const __grid_constant__ Parts parts, const float* levels) {
+    dequantize_parts_kernel(const __grid_constant__ Parts parts, const float* codebook) {
   int which = 0;
   while (which + 1 < parts.count && blockIdx.x >= parts.of[which + 1].first_cta) ++which;
   const Part& part = parts.of[which];
@@ -209,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const unsigned warp = (blockIdx.x - part.first_cta) * kWarps + threadIdx.x / kWarp;
-  dequantize_run<__nv_bfloat16, kDoubleQuant, true>(warp, part.codes, part.blocks, part.absmax, levels, part.out,
+  dequantize_run<__nv_bfloat16, kDoubleQuant, true>(warp, part.codes, part.blocks, part.absmax, codebook, part.out,
                                                     parts.row_vectors - parts.weight_vectors);
 }
 
@@ -220,7 +231,7 @@ using namespace qsharded;
 
 int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blocks_per_row, const void* absmax,
                                  int64_t absmax_row_stride, const float* absmax_scales, const float* absmax_offset,
-                                 const float* absmax_map, const float* levels, void* out, int64_t out_row_stride,
+                                 const float* absmax_map, const float* codebook, void* out, int64_t out_row_stride,
                                  int dtype, void* stream) {
   const int64_t blocks = rows * blocks_per_row;
   if (blocks == 0) return QSHARDED_OK;
@@ -230,14 +241,14 @@ int qsharded_cuda_nf4_dequantize(const uint8_t* codes, int64_t rows, int64_t blo
   const auto on = static_cast<cudaStream_t>(stream);
   const auto count = static_cast<unsigned>(blocks);
   const int64_t gap = out_row_stride - blocks_per_row * kBlock;
-  if (dtype == QSHARDED_BFLOAT16) return dequantize<__nv_bfloat16>(codes, count, source, levels, out, gap, on);
-  if (dtype == QSHARDED_FLOAT16) return dequantize<__half>(codes, count, source, levels, out, gap, on);
-  if (dtype == QSHARDED_FLOAT32) return dequantize<float>(codes, count, source, levels, out, gap, on);
+  if (dtype == QSHARDED_BFLOAT16) return dequantize<__nv_bfloat16>(codes, count, source, codebook, out, gap, on);
+  if (dtype == QSHARDED_FLOAT16) return dequantize<__half>(codes, count, source, codebook, out, gap, on);
+  if (dtype == QSHARDED_FLOAT32) return dequantize<float>(codes, count, source, codebook, out, gap, on);
   return QSHARDED_BAD_DTYPE;
 }
 
 int qsharded_cuda_nf4_dequantize_parts(const qsharded_part* given, int count, int64_t blocks_per_row, int64_t tail,
-                                       const float* absmax_map, const float* levels, void* out, int64_t out_row_stride,
+                                       const float* absmax_map, const float* codebook, void* out, int64_t out_row_stride,
                                        void* stream) {
   constexpr int kVector = 8;
   const int64_t width = blocks_per_row * kBlock;
@@ -271,6 +282,6 @@ int qsharded_cuda_nf4_dequantize_parts(const qsharded_part* given, int count, in
   }
   if (ctas == 0) return QSHARDED_OK;
   const auto kernel = given[0].absmax_scales ? dequantize_parts_kernel<true> : dequantize_parts_kernel<false>;
-  kernel<<<ctas, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, levels);
+  kernel<<<ctas, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(parts, codebook);
   return launch_result();
 }

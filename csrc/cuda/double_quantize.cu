@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 constexpr int kThreads = 256;
 constexpr int kThresholds = 255;
-constexpr int kLevels = 8;                     // of their tree
+constexpr int kTreeDepth = 8;                  // of the thresholds' tree
 constexpr int kValues = kAbsmaxBlock / kWarp;  // of a lane
 
 // The thresholds as a complete binary tree, level after level: lanes that search meet in one entry or, but for the two
@@ -84,14 +84,14 @@ __device__ void fill(float (&tree)[kThresholds], const float* thresholds) {
   const unsigned node = threadIdx.x + 1;
   if (node > kThresholds) return;
   const unsigned level = 31 - __clz(node), place = node - (1u << level);
-  tree[threadIdx.x] = thresholds[((2 * place + 1) << (kLevels - 1 - level)) - 1];
+  tree[threadIdx.x] = thresholds[((2 * place + 1) << (kTreeDepth - 1 - level)) - 1];
 }
 
 // How many thresholds lie below.
 __device__ unsigned code_of(float scaled, const float (&tree)[kThresholds]) {
   unsigned node = 0;
 #pragma unroll
-  for (int level = 0; level < kLevels; ++level) node = 2 * node + 1 + (tree[node] < scaled);
+  for (int level = 0; level < kTreeDepth; ++level) node = 2 * node + 1 + (tree[node] < scaled);
   return node - kThresholds;
 }
 

@@ -31,41 +31,46 @@ Kernel<T> vector_small_kernel() {
   return {1, [](const LinearSizes&) { return int64_t{0}; }, launch_vector_small<T>};
 }
 
-template <typename T, typename Shape>
+template <typename T, typename Config>
 Kernel<T> mma_kernel() {
+  using Shape = MmaShape<Config>;
   return {kMostM, mma_workspace<Shape>, launch_mma<Shape, T>};
 }
 
-template <typename T, typename Shape>
+template <typename T, typename Config>
 Kernel<T> stream_kernel() {
+  using Shape = StreamShape<Config>;
   return {kMostM, mma_workspace<Shape>, launch_stream<Shape, T>};
 }
 
-template <typename T, typename Shape>
+template <typename T, typename Config>
 Kernel<T> wgmma_kernel() {
+  using Shape = WgmmaShape<Config>;
   return {Shape::kM, wgmma_workspace<Shape>, launch_wgmma<Shape, T>};
 }
 
-using MostWgmma = WgmmaShape<2, 256, 4, 1, 8>;
+using MostWgmma = WgmmaShape<Wgmma256>;
 
-// Kernels that are built for other targets are empty, and have no registers to move.
+// Whether setmaxnreg finds the registers that consumers ask for. Kernels that are built for other targets are empty, and
+// have none to hand over.
 template <typename T, Absmax kAbsmax>
-bool moves_registers() {
+bool fits_setmaxnreg() {
   cudaFuncAttributes found;
   if (cudaFuncGetAttributes(&found, linear_wgmma_kernel<MostWgmma, T, kAbsmax>) != cudaSuccess) {
     cudaGetLastError();  // no later launch is to find it
     return false;
   }
   const int allocated = (found.numRegs + 7) / 8 * 8;  // as the hardware does
-  return allocated * MostWgmma::kAllThreads >= MostWgmma::kRegisters;
+  return allocated * MostWgmma::kThreads >= MostWgmma::kRegisters;
 }
 
 template <typename T>
 bool wgmma_is_built() {
-  return moves_registers<T, Absmax::kFloats>() && moves_registers<T, Absmax::kCodes>() &&
-         moves_registers<T, Absmax::kBoxedCodes>();
+  return fits_setmaxnreg<T, Absmax::kFloats>() && fits_setmaxnreg<T, Absmax::kCodes>() &&
+         fits_setmaxnreg<T, Absmax::kBoxedCodes>();
 }
 
+// Devices that have so much shared memory are those for which kernels on rings are built.
 bool has_rings(const Device& device) {
   return device.major >= 9 && device.shared_bytes >= kMostRingBytes && tensor_map_encoder() != nullptr;
 }
@@ -76,35 +81,36 @@ bool has_wgmma(const Device& device) {
   return built;
 }
 
-// Smaller weights have too few tiles for blocks of more warpgroups.
+// Smaller weights have too few tiles for CTAs of more warpgroups.
 template <typename T>
 Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
   const bool large = weights >= kLarge;
-  if (m <= 32) return large ? wgmma_kernel<T, WgmmaShape<3, 32, 8, 2, 4>>() : wgmma_kernel<T, WgmmaShape<2, 32, 16, 2, 4>>();
-  if (m <= 64) return large ? wgmma_kernel<T, WgmmaShape<3, 64, 4, 2, 4>>() : wgmma_kernel<T, WgmmaShape<2, 64, 8, 2, 6>>();
-  return m <= 128 ? wgmma_kernel<T, WgmmaShape<2, 128, 4, 2, 8>>() : wgmma_kernel<T, MostWgmma>();
+  if (m <= 32) return large ? wgmma_kernel<T, Wgmma32Large>() : wgmma_kernel<T, Wgmma32>();
+  if (m <= 64) return large ? wgmma_kernel<T, Wgmma64Large>() : wgmma_kernel<T, Wgmma64>();
+  return m <= 128 ? wgmma_kernel<T, Wgmma128>() : wgmma_kernel<T, Wgmma256>();
 }
 
-bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.processors); }
+bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.sms); }
 
-// Tiles of such height that whole ones fill the processors, where one does; higher ones spare loads of x.
+// Tiles of such height that whole ones fill the SMs, where one does; higher ones spare loads of x.
 template <typename T>
 Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
   const bool few = s.m <= 8;
-  if (s.m > 16) return stream_kernel<T, StreamShape<2, 4, 1, 4, 6, 4>>();
+  if (s.m > 16) return stream_kernel<T, Stream64x32>();
   if (weights >= kLarge) {
-    return few ? stream_kernel<T, StreamShape<3, 4, 2, 1, 6, 4>>() : stream_kernel<T, StreamShape<3, 4, 2, 2, 6, 4>>();
+    return few ? stream_kernel<T, Stream128x8>() : stream_kernel<T, Stream128x16>();
   }
   if (fills(s, 112)) {
-    return few ? stream_kernel<T, StreamShape<2, 7, 1, 1, 8, 4>>() : stream_kernel<T, StreamShape<2, 7, 1, 2, 6, 4>>();
+    return few ? stream_kernel<T, Stream112x8>() : stream_kernel<T, Stream112x16>();
   }
   if (!fills(s, 64) && (fills(s, 32) || (few && weights < kSmall))) {
-    return few ? stream_kernel<T, StreamShape<4, 2, 1, 1, 16, 4>>() : stream_kernel<T, StreamShape<6, 2, 1, 2, 12, 4>>();
+    return few ? stream_kernel<T, Stream32x8>() : stream_kernel<T, Stream32x16>();
   }
-  return few ? stream_kernel<T, StreamShape<4, 2, 2, 1, 12, 4>>() : stream_kernel<T, StreamShape<3, 4, 1, 2, 9, 4>>();
+  return few ? stream_kernel<T, Stream64x8>() : stream_kernel<T, Stream64x16>();
 }
 
-// From benchmarks on an H200. The shapes of mma fit the shared memory of every device from sm_80 on.
+// From benchmarks on an H200. Devices with 99 KB of shared memory (sm_86, 89, 120) get linear_vector_small.cuh and
+// linear_mma.cuh; no other device but sm_90 gets wgmma.
 template <typename T>
 Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
@@ -112,15 +118,15 @@ Kernel<T> choose(const LinearSizes& s, const Device& device) {
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
   if (s.m <= (weights < kTiny ? 64 : 16) && has_rings(device)) return choose_stream<T>(s, weights);
   if (has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
-  return s.m <= 8 ? mma_kernel<T, MmaShape<4, 2, 2, 1, 1>>() : mma_kernel<T, MmaShape<4, 2, 2, 2, 1>>();
+  return s.m <= 8 ? mma_kernel<T, Mma128x8>() : mma_kernel<T, Mma128x16>();
 }
 
 template <typename T>
 int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void* y, void* workspace, void* stream) {
   const Device& device = Device::current();
-  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.processors}, device);
+  const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.sms}, device);
   LinearArguments<T> a = {w, nullptr, 0, nullptr, static_cast<const T*>(bias), static_cast<uint8_t*>(workspace),
-                          device.processors};
+                          device.sms};
   for (int64_t m0 = 0; m0 < m; m0 += kernel.most_m) {
     a.m = static_cast<int>(m - m0 < kernel.most_m ? m - m0 : kernel.most_m);
     a.x = static_cast<const T*>(x) + m0 * w.blocks_per_row * kBlock;
@@ -134,7 +140,7 @@ int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void*
 template <typename T>
 int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
   const Device& device = Device::current();
-  LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.processors};
+  LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.sms};
   const Kernel<T> kernel = choose<T>(sizes, device);
   sizes.m = std::min(m, kernel.most_m);
   return kernel.workspace(sizes);
@@ -154,12 +160,12 @@ int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, i
 int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                              int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                              const float* absmax_scales, const float* absmax_offset, const float* absmax_map,
-                             const float* levels, const void* bias, void* y, void* workspace, void* stream) {
+                             const float* codebook, const void* bias, void* y, void* workspace, void* stream) {
   if (m == 0 || rows == 0) return QSHARDED_OK;
   if (rows * blocks_per_row > kMostBlocks || blocks_per_row * kBlock > kMostColumns || m > INT32_MAX) {
     return QSHARDED_BAD_SIZE;
   }
-  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, levels, rows,
+  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, codebook, rows,
                           static_cast<int>(blocks_per_row)};
   if (dtype == QSHARDED_BFLOAT16) return run<__nv_bfloat16>(x, m, w, bias, y, workspace, stream);
   if (dtype == QSHARDED_FLOAT16) return run<__half>(x, m, w, bias, y, workspace, stream);

@@ -10,7 +10,7 @@ struct LinearSizes {
   int64_t m;  // rows of x
   int64_t rows;
   int blocks_per_row;
-  int processors;
+  int sms;  // of the device
 };
 
 template <typename T>
@@ -21,9 +21,9 @@ struct LinearArguments {
   T* y;
   const T* bias;  // or null
   uint8_t* workspace;
-  int processors;
+  int sms;
 
-  LinearSizes sizes() const { return {m, w.rows, w.blocks_per_row, processors}; }
+  LinearSizes sizes() const { return {m, w.rows, w.blocks_per_row, sms}; }
 };
 
 }  // namespace qsharded

@@ -1,7 +1,7 @@
-// What kernels share that multiply by mma.m16n8k16: the instruction, where a lane's sums belong, and the second kernel,
-// which sums what several thread blocks have of a tile.
+// What kernels share that multiply by mma.m16n8k16: the instruction, where a lane's accumulators belong, and the second
+// kernel, which adds the partial sums that several CTAs have of a tile.
 //
-// A shape has kSubtiles x 16 rows of W to a warp, kMTiles x 8 rows of x, and kRows x kM sums to a tile.
+// A shape has kSubtiles x 16 rows of W to a warp, kMTiles x 8 rows of x, and kRows x kM accumulators to a tile.
 #pragma once
 
 #include "linear_arguments.cuh"
@@ -22,7 +22,7 @@ __device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A warp's part of a tile of y: to y itself, or, where other thread blocks have parts of the tile too, to the workspace.
+// A warp's part of a tile of y: to y itself, or, where other CTAs have parts of the tile too, to the workspace.
 template <typename Shape, typename T>
 struct MmaTile {
   const LinearArguments<T>& a;
@@ -35,11 +35,11 @@ struct MmaTile {
     const int first_unit = tile * partition.chunks;
     const bool split = first_unit < partition.begin(blockIdx.x) ||
                        first_unit + partition.chunks > partition.begin(blockIdx.x + 1);
-    const int64_t slot = static_cast<int64_t>(blockIdx.y) * partition.slots() + partition.slot(tile, blockIdx.x);
-    partial = split ? reinterpret_cast<float*>(a.workspace) + slot * (Shape::kM * Shape::kRows) : nullptr;
+    const int64_t number = static_cast<int64_t>(blockIdx.y) * partition.partials() + partition.partial(tile, blockIdx.x);
+    partial = split ? reinterpret_cast<float*>(a.workspace) + number * (Shape::kM * Shape::kRows) : nullptr;
   }
 
-  // The lane's sum number i, as mma lays them out.
+  // The lane's accumulator number i, as mma lays them out.
   __device__ void write(int i, float sum) const {
     const int lane = threadIdx.x % kWarp;
     const int subtile = i / (Shape::kMTiles * 4), m_tile = i / 4 % Shape::kMTiles;
@@ -55,7 +55,7 @@ struct MmaTile {
   }
 };
 
-// Sums, in the order of the thread blocks, the partial sums of the tiles that several of them share.
+// Adds, in the order of the CTAs, the partial sums of the tiles that several of them share.
 template <typename T>
 __global__ void __launch_bounds__(256)
     sum_partials_kernel(const LinearArguments<T> a, const Partition partition, int tile_rows, int tile_m) {
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(256)
   const int m = blockIdx.y;
   const int tile = static_cast<int>(row / tile_rows);
   const bool inside = row < a.w.rows;
-  const int first = inside ? partition.first_block(tile) : 0, last = inside ? partition.last_block(tile) : 0;
-  wait_for_kernel_before();
+  const int first = inside ? partition.first_cta(tile) : 0, last = inside ? partition.last_cta(tile) : 0;
+  pdl_wait();
   if (first == last) return;
-  const int64_t slot = static_cast<int64_t>(m / tile_m) * partition.slots() + partition.slot(tile, first);
+  const int64_t number = static_cast<int64_t>(m / tile_m) * partition.partials() + partition.partial(tile, first);
   const float* partial =
-      reinterpret_cast<const float*>(a.workspace) + (slot * tile_m + m % tile_m) * tile_rows + row % tile_rows;
+      reinterpret_cast<const float*>(a.workspace) + (number * tile_m + m % tile_m) * tile_rows + row % tile_rows;
   const int64_t stride = static_cast<int64_t>(tile_m) * tile_rows;
   float sum = 0;
   for (int i = 0; i <= last - first; ++i) sum += __ldcg(partial + i * stride);
@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(256)
 
 template <typename Shape>
 int64_t mma_workspace(const LinearSizes& s) {
-  const int64_t slots = static_cast<int64_t>(ceil_div(s.m, Shape::kM)) * Shape::partition(s).slots();
-  return slots * Shape::kM * Shape::kRows * sizeof(float);
+  const int64_t partials = static_cast<int64_t>(ceil_div(s.m, Shape::kM)) * Shape::partition(s).partials();
+  return partials * Shape::kM * Shape::kRows * sizeof(float);
 }
 
 template <typename Shape, typename T>
 cudaError_t launch_sum_partials(const LinearArguments<T>& a, const Partition& partition, cudaStream_t stream) {
-  if (partition.slots() == 0) return cudaSuccess;
-  return launch_overlapping(sum_partials_kernel<T>, dim3(ceil_div(a.w.rows, 256), a.m), 256, 0, stream, a, partition,
+  if (partition.partials() == 0) return cudaSuccess;
+  return launch_pdl(sum_partials_kernel<T>, dim3(ceil_div(a.w.rows, 256), a.m), 256, 0, stream, a, partition,
                             Shape::kRows, Shape::kM);
 }
 

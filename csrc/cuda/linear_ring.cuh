@@ -1,7 +1,7 @@
-// How W comes to a ring in shared memory: boxes of codes and of absmax, brought by the copy engine of sm_90 and later, so
+// How W comes to a ring of stages in shared memory: boxes of codes and of absmax, brought by the TMA of sm_90 and later, so
 // that the load-store pipe, which bounds these kernels, is left to the look-ups.
 //
-// A box of codes is a tile of rows times a piece of 256 columns, rows of 128 bytes in the copy engine's swizzle.
+// A box of codes is a tile of rows times a k-tile of 256 columns, rows of 128 bytes in the TMA's swizzle.
 #pragma once
 
 #include <type_traits>
@@ -9,11 +9,17 @@
 #include "linear_weight.cuh"
 #include "tensor_map.cuh"
 
+// Shared memory for a ring: sm_90 to sm_110 have 227 KB, sm_120 and sm_121 99. Kernels on rings are empty there, which spares a
+// library four fifths of its code for sm_120.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define QSHARDED_HAS_RINGS 1
+#endif
+
 namespace qsharded {
 
 constexpr int kMostRingBytes = 227 << 10;  // of shared memory
 constexpr int kBoxAlignment = 1024;        // of boxes that are swizzled
-constexpr int kCodeRow = kPiece / 2;       // bytes of a box's row of codes
+constexpr int kCodeRow = kKTile / 2;       // bytes of a box's row of codes
 constexpr int kAbsmaxRow = 16;             // and of absmax, most of which others will want
 
 // What absmax are, and how they come.
@@ -107,15 +113,15 @@ struct RowsAbsmax {
   }
 };
 
-#if __CUDA_ARCH__ >= 900
-// Where a thread that orders copies is in a ring. Parity is that of the phase it waits for: of the one before the first, in
-// the beginning, when there is room.
-template <int kSlots>
-struct RingPlace {
-  unsigned slot = 0, parity = 1;
+#if QSHARDED_HAS_RINGS
+// Where a producer is in a ring. The phase is the parity of the one it waits for: of the one before the first, in the
+// beginning, when every stage is empty.
+template <int kStages>
+struct PipelineState {
+  unsigned stage = 0, phase = 1;
 
   __device__ void advance() {
-    if (++slot == kSlots) slot = 0, parity ^= 1;
+    if (++stage == kStages) stage = 0, phase ^= 1;
   }
 };
 
@@ -129,9 +135,9 @@ template <Absmax kAbsmax>
 __device__ inline void copy_weight(uint8_t* codes, uint8_t* absmax, const WeightMaps& maps, int row, int block,
                                    uint64_t* barrier) {
   if constexpr (kAbsmax == Absmax::kBoxedCodes) {
-    copy_box(absmax, maps.absmax, block / kAbsmaxRow * kAbsmaxRow, row, barrier);  // as boxes must begin
+    tma_load(absmax, maps.absmax, block / kAbsmaxRow * kAbsmaxRow, row, barrier);  // as boxes must begin
   }
-  copy_box(codes, maps.codes, block * (kBlock / 2), row, barrier);
+  tma_load(codes, maps.codes, block * (kBlock / 2), row, barrier);
 }
 
 __device__ inline uint2 load_shared_8(uint32_t address) {

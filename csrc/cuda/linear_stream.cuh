@@ -1,47 +1,96 @@
-// y = x W^T for few rows of x on sm_90 and sm_100: the copy engine streams W and x to a ring in shared memory
-// (linear_ring.cuh); from there on as in linear_mma.cuh.
+// y = x W^T for few rows of x on sm_90 and sm_100: the TMA streams W and x to a ring in shared memory (linear_ring.cuh);
+// from there on as in linear_mma.cuh.
 //
-// Units are those of a Partition: a tile of rows of W times a piece of 256 columns, each a slot of the ring. One warp
-// orders copies; groups of warps take units in turn. Lane t of four has block t of its rows.
+//                    k-tile: 256 columns, 4 quantization blocks         ring of kStages stages, each
+//                    lane t of four has block t of its rows               codes   [kRows, 128 bytes]  swizzled
+//                  +---------+---------+---------+---------+              x       [4 blocks, kM, 64]  swizzled
+//   row warp 0     | block 0 | block 1 | block 2 | block 3 |              absmax  [kRows, 16]
+//   (kSubtiles     |         |         |         |         |            beside it: the codebook of byte pairs,
+//    x 16 rows)    +---------+---------+---------+---------+            accumulators of the groups, absmax map, codebook
+//   row warp 1     |         |         |         |         |
+//                  +---------+---------+---------+---------+
+//
+//   producer warp (TMA) --> stage 0, 1, 2, .. --> group 0: units 0, kGroups, ..     --+
+//                                             --> group 1: units 1, kGroups + 1, .. --+--> joined per tile, in their order
+//
+// A unit is a (tile, k-tile) of a Partition and takes a stage. Groups of kRowWarps warps take units in turn: decode to
+// registers, mma.m16n8k16 into the group's own accumulators.
 #pragma once
 
 #include <algorithm>
 
-#include "linear_block_levels.cuh"
+#include "linear_block_codebook.cuh"
 #include "linear_mma_tile.cuh"
 #include "linear_ring.cuh"
 
 namespace qsharded {
 
-// kPermuted: of the eight words of a row's block, in one row of two, as is_permuted has it.
-template <int kGroups_, int kRowWarps_, int kSubtiles_, int kMTiles_, int kSlots_, int kPermuted_>
+// ---- Tile configuration ----
+
+// Named by a tile's rows of W and rows of x.
+struct Stream128x8 {
+  static constexpr int kGroups = 3;    // of warps, which take units in turn
+  static constexpr int kRowWarps = 4;  // warps of a group, one below the other
+  static constexpr int kSubtiles = 2;  // 16 rows of W each, a warp's
+  static constexpr int kMTiles = 1;    // 8 rows of x each
+  static constexpr int kStages = 6;    // of the ring
+  static constexpr int kPermuted = 4;  // of the eight words of a row's block, in one row of two; see is_permuted
+};
+struct Stream128x16 {
+  static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 2, kMTiles = 2, kStages = 6, kPermuted = 4;
+};
+struct Stream112x8 {
+  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 1, kStages = 8, kPermuted = 4;
+};
+struct Stream112x16 {
+  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 2, kStages = 6, kPermuted = 4;
+};
+struct Stream64x8 {
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 2, kMTiles = 1, kStages = 12, kPermuted = 4;
+};
+struct Stream64x16 {
+  static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 1, kMTiles = 2, kStages = 9, kPermuted = 4;
+};
+struct Stream64x32 {
+  static constexpr int kGroups = 2, kRowWarps = 4, kSubtiles = 1, kMTiles = 4, kStages = 6, kPermuted = 4;
+};
+struct Stream32x8 {
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 1, kStages = 16, kPermuted = 4;
+};
+struct Stream32x16 {
+  static constexpr int kGroups = 6, kRowWarps = 2, kSubtiles = 1, kMTiles = 2, kStages = 12, kPermuted = 4;
+};
+
+// What follows from a configuration.
+template <typename Config>
 struct StreamShape {
-  static constexpr int kGroups = kGroups_, kRowWarps = kRowWarps_, kSubtiles = kSubtiles_;
-  static constexpr int kMTiles = kMTiles_, kSlots = kSlots_, kPermuted = kPermuted_;
-  // A slot is one group's for good: whoever waits for a barrier's phase has waited for the one before it.
-  static_assert(kSlots % kGroups == 0 && kSlots > kGroups);
-  static constexpr int kWarps = kGroups * kRowWarps;  // and one that orders copies
-  static constexpr int kThreads = (kWarps + 1) * kWarp;
-  static_assert(kWarps * kWarp >= 256);  // the map's entries
+  static constexpr int kGroups = Config::kGroups, kRowWarps = Config::kRowWarps, kSubtiles = Config::kSubtiles;
+  static constexpr int kMTiles = Config::kMTiles, kStages = Config::kStages, kPermuted = Config::kPermuted;
+  // A stage is one group's for good: whoever waits for a barrier's phase has waited for the one before it.
+  static_assert(kStages % kGroups == 0 && kStages > kGroups);
+  static constexpr int kConsumerWarps = kGroups * kRowWarps;  // and a producer warp
+  static constexpr int kThreads = (kConsumerWarps + 1) * kWarp;
+  static_assert(kConsumerWarps * kWarp >= 256);  // the map's entries
   static constexpr int kRows = kRowWarps * kSubtiles * 16;
   static constexpr int kM = kMTiles * 8;
-  static constexpr int kSums = kSubtiles * kMTiles * 4;  // that a lane holds
+  static constexpr int kAccumulators = kSubtiles * kMTiles * 4;  // that a lane holds
 
-  // of a slot
-  static constexpr int kCodeBytes = kRows * kCodeRow, kXBytes = kM * kPiece * 2, kAbsmaxBytes = kRows * kAbsmaxRow;
+  // of a stage's memory
+  static constexpr int kCodeBytes = kRows * kCodeRow, kXBytes = kM * kKTile * 2, kAbsmaxBytes = kRows * kAbsmaxRow;
   static constexpr int kXAt = kCodeBytes, kAbsmaxAt = kXAt + kXBytes;
-  static constexpr int kSlotBytes = (kAbsmaxAt + kAbsmaxBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
+  static constexpr int kStageBytes = (kAbsmaxAt + kAbsmaxBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
 
-  // of the block's memory
-  static constexpr int kTableAt = kSlots * kSlotBytes, kSumsAt = kTableAt + LevelTable::kBytes;
-  static constexpr int kMapAt = kSumsAt + kWarps * kSums * kWarp * 4, kLevelsAt = kMapAt + kMapBytes;
-  static constexpr int kSharedBytes = kLevelsAt + 16 * 4;
+  // of the CTA's memory
+  static constexpr int kTableAt = kStages * kStageBytes, kAccumulatorsAt = kTableAt + CodebookTable::kBytes;
+  static constexpr int kMapAt = kAccumulatorsAt + kConsumerWarps * kAccumulators * kWarp * 4;
+  static constexpr int kCodebookAt = kMapAt + kMapBytes;
+  static constexpr int kSharedBytes = kCodebookAt + 16 * 4;
   static_assert(kSharedBytes + 1024 <= kMostRingBytes);  // with the barriers
 
-  // The launches of kM rows of x each share the processors.
+  // The tiles of kM rows of x share the SMs.
   static Partition partition(const LinearSizes& s) {
-    const int processors = std::max<int>(s.processors / ceil_div(s.m, kM), 1);
-    return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kPieceBlocks), processors);
+    const int sms = std::max<int>(s.sms / ceil_div(s.m, kM), 1);
+    return Partition::of(ceil_div(s.rows, kRows), ceil_div(s.blocks_per_row, kKTileBlocks), sms);
   }
 };
 
@@ -54,70 +103,72 @@ template <typename Shape, typename T>
 cudaError_t encode_maps(const LinearArguments<T>& a, StreamMaps* maps) {
   const cuuint64_t m = a.m, blocks = a.w.blocks_per_row;
   const BoxedTensor<3> x = {CU_TENSOR_MAP_DATA_TYPE_UINT16, a.x, {kBlock, m, blocks}, {blocks * kBlock * 2, kBlock * 2},
-                            {kBlock, Shape::kM, kPieceBlocks}, CU_TENSOR_MAP_SWIZZLE_128B};
+                            {kBlock, Shape::kM, kKTileBlocks}, CU_TENSOR_MAP_SWIZZLE_128B};
   const cudaError_t error = encode_weight(a.w, Shape::kRows, &maps->w);
   return error == cudaSuccess ? x.encode(&maps->x) : error;
 }
 
-#if __CUDA_ARCH__ >= 900
-// The ring, as one thread block sees it.
+#if QSHARDED_HAS_RINGS
+// ---- Ring, producer, and the groups' accumulators ----
+
+// The ring, as one CTA sees it.
 template <typename Shape>
 struct Ring {
-  uint8_t* slots;
-  uint64_t* full;   // barriers: a slot's copies are there
+  uint8_t* stages;
+  uint64_t* full;   // barriers: a stage's bytes have come
   uint64_t* empty;  // its group has read them
 
   __device__ void init() const {
-    for (int i = 0; i < Shape::kSlots; ++i) init_barrier(full + i, 1), init_barrier(empty + i, Shape::kRowWarps);
+    for (int i = 0; i < Shape::kStages; ++i) init_barrier(full + i, 1), init_barrier(empty + i, Shape::kRowWarps);
     publish_barriers();
   }
 };
 
-// Orders the copies of a thread block's units, one after the other; by one thread.
+// Issues the copies of a CTA's units, one after the other; one thread.
 template <typename Shape, Absmax kAbsmax>
-struct RingFiller {
+struct Producer {
   Ring<Shape> ring;
-  int tile, piece, m0;
-  RingPlace<Shape::kSlots> at = {};
+  int tile, k_tile, m0;
+  PipelineState<Shape::kStages> at = {};
 
-  __device__ void copy_next(const StreamMaps& maps, int pieces) {
-    wait_for(ring.empty + at.slot, at.parity);
-    uint8_t* const to = ring.slots + at.slot * Shape::kSlotBytes;
-    uint64_t* const full = ring.full + at.slot;
-    const int block = piece * kPieceBlocks;
+  __device__ void copy_next(const StreamMaps& maps, int k_tiles) {
+    wait_for(ring.empty + at.stage, at.phase);
+    uint8_t* const to = ring.stages + at.stage * Shape::kStageBytes;
+    uint64_t* const full = ring.full + at.stage;
+    const int block = k_tile * kKTileBlocks;
     expect_bytes(full, weight_bytes<kAbsmax>(Shape::kRows) + Shape::kXBytes);
     copy_weight<kAbsmax>(to, to + Shape::kAbsmaxAt, maps.w, tile * Shape::kRows, block, full);
-    copy_box(to + Shape::kXAt, maps.x, 0, m0, block, full);
-    if (++piece == pieces) piece = 0, ++tile;
+    tma_load(to + Shape::kXAt, maps.x, 0, m0, block, full);
+    if (++k_tile == k_tiles) k_tile = 0, ++tile;
     at.advance();
   }
 };
 
-// The groups' sums of a tile, for one place among a group's warps. The group whose unit is the tile's last, so that it has
-// least to wait for, adds them up in the order of the groups, while the others go on to the next tile.
+// The groups' accumulators of a tile, for one place among a group's warps. The group whose unit is the tile's last, so that
+// it has least to wait for, adds them up in the order of the groups, while the others go on to the next tile.
 template <typename Shape>
-struct GroupSums {
+struct GroupAccumulators {
   float* own;        // of this lane, in the first group
-  uint64_t* put;     // barriers: all groups' sums of a tile are there
+  uint64_t* put;     // barriers: all groups' accumulators of a tile are there
   uint64_t* summed;  // and have been read
 
   // Every lane arrives: one for its warp, after __syncwarp, is as right and as fast, but racecheck cannot tell.
   __device__ void init() const { init_barrier(put, Shape::kGroups * kWarp), init_barrier(summed, kWarp); }
 
-  // Tile number so much of this thread block's.
+  // Tile number so much of this CTA's.
   template <typename T>
-  __device__ void join(const float (&sums)[Shape::kSums], int group, int last, int number,
+  __device__ void join(const float (&accumulators)[Shape::kAccumulators], int group, int last, int number,
                        const MmaTile<Shape, T>& out) const {
-    constexpr int kGroup = Shape::kRowWarps * Shape::kSums * kWarp;
-    const int parity = number & 1;
-    wait_for(summed, parity ^ 1);  // of the tile before
+    constexpr int kGroup = Shape::kRowWarps * Shape::kAccumulators * kWarp;
+    const int phase = number & 1;
+    wait_for(summed, phase ^ 1);  // of the tile before
 #pragma unroll
-    for (int i = 0; i < Shape::kSums; ++i) own[group * kGroup + i * kWarp] = sums[i];
+    for (int i = 0; i < Shape::kAccumulators; ++i) own[group * kGroup + i * kWarp] = accumulators[i];
     arrive(put, true);
     if (group != last) return;
-    wait_for(put, parity);
+    wait_for(put, phase);
 #pragma unroll
-    for (int i = 0; i < Shape::kSums; ++i) {
+    for (int i = 0; i < Shape::kAccumulators; ++i) {
       float sum = 0;
 #pragma unroll
       for (int of = 0; of < Shape::kGroups; ++of) sum += own[of * kGroup + i * kWarp];
@@ -128,82 +179,84 @@ struct GroupSums {
 };
 #endif
 
+// ---- Kernel ----
+
 template <typename Shape, typename T, Absmax kAbsmax>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     linear_stream_kernel(const __grid_constant__ LinearArguments<T> a, const __grid_constant__ Partition partition,
                          const __grid_constant__ StreamMaps maps) {
-#if __CUDA_ARCH__ >= 900
+#if QSHARDED_HAS_RINGS
   constexpr int kSubtiles = Shape::kSubtiles, kGroups = Shape::kGroups;
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint64_t full[Shape::kSlots];
-  __shared__ uint64_t empty[Shape::kSlots];
+  __shared__ uint64_t full[Shape::kStages];
+  __shared__ uint64_t empty[Shape::kStages];
   __shared__ uint64_t put[Shape::kRowWarps];
   __shared__ uint64_t summed[Shape::kRowWarps];
   const Ring<Shape> ring = {shared, full, empty};
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, m0 = blockIdx.y * Shape::kM;
   const int begin = partition.begin(blockIdx.x), end = partition.begin(blockIdx.x + 1), chunks = partition.chunks;
 
-  if (warp == Shape::kWarps) {
-    RingFiller<Shape, kAbsmax> filler = {ring, begin / chunks, begin % chunks, m0};
+  if (warp == Shape::kConsumerWarps) {
+    Producer<Shape, kAbsmax> producer = {ring, begin / chunks, begin % chunks, m0};
     const int first_end = min(end, begin + kGroups);
     if (lane == 0) {
-      for (int i = 0; i < Shape::kRowWarps; ++i) GroupSums<Shape>{nullptr, put + i, summed + i}.init();
+      for (int i = 0; i < Shape::kRowWarps; ++i) GroupAccumulators<Shape>{nullptr, put + i, summed + i}.init();
       ring.init();
-      // the groups' first slots, ahead of a ring's worth of others
-      for (int unit = begin; unit < first_end; ++unit) filler.copy_next(maps, chunks);
+      // the groups' first stages, ahead of a ring's worth of others
+      for (int unit = begin; unit < first_end; ++unit) producer.copy_next(maps, chunks);
     }
     __syncthreads();
     if (lane != 0) return;
-    for (int unit = first_end; unit < end; ++unit) filler.copy_next(maps, chunks);
+    for (int unit = first_end; unit < end; ++unit) producer.copy_next(maps, chunks);
     return;
   }
 
-  let_next_kernel_start();
+  pdl_launch_dependents();
   const int group = warp / Shape::kRowWarps, row_warp = warp % Shape::kRowWarps, t = lane % 4;
   const int own_row = row_warp * kSubtiles * 16 + lane / 4;  // and every eighth after it
-  const unsigned blocks = a.w.blocks_per_row, padded_blocks = chunks * kPieceBlocks;
+  const unsigned blocks = a.w.blocks_per_row, padded_blocks = chunks * kKTileBlocks;
   float* const map = reinterpret_cast<float*>(shared + Shape::kMapAt);
-  float* const levels = reinterpret_cast<float*>(shared + Shape::kLevelsAt);
+  float* const codebook = reinterpret_cast<float*>(shared + Shape::kCodebookAt);
 
   int unit = begin + group, next_tile = unit / chunks;
-  unsigned block = unit % chunks * kPieceBlocks + t;
+  unsigned block = unit % chunks * kKTileBlocks + t;
   RowsAbsmax<2 * kSubtiles, kAbsmax> rows;
   const auto begin_tile = [&] { rows.begin(a.w, static_cast<unsigned>(next_tile) * Shape::kRows + own_row); };
   const auto load_absmax = [&](bool more) { rows.load(a.w, block, more && block < blocks); };
   begin_tile();
   const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);
   load_absmax(unit < end);
-  LevelTable::fill<Shape::kWarps * kWarp>(shared + Shape::kTableAt, a.w.levels);
+  CodebookTable::fill<Shape::kConsumerWarps * kWarp>(shared + Shape::kTableAt, a.w.codebook);
   absmax_map.store(map);
-  if (threadIdx.x < 16) levels[threadIdx.x] = __ldg(a.w.levels + threadIdx.x);
+  if (threadIdx.x < 16) codebook[threadIdx.x] = __ldg(a.w.codebook + threadIdx.x);
   __syncthreads();
 
-  const LevelTable table(shared + Shape::kTableAt);
-  const GroupSums<Shape> groups = {
-      reinterpret_cast<float*>(shared + Shape::kSumsAt) + row_warp * Shape::kSums * kWarp + lane, put + row_warp,
-      summed + row_warp};
+  const CodebookTable table(shared + Shape::kTableAt);
+  const GroupAccumulators<Shape> groups = {
+      reinterpret_cast<float*>(shared + Shape::kAccumulatorsAt) + row_warp * Shape::kAccumulators * kWarp + lane,
+      put + row_warp, summed + row_warp};
   const uint32_t swizzle = row_swizzle();
-  int slot = group, parity = 0;
+  int stage = group, phase = 0;
   const int first_tile = begin / chunks;
   for (int tile = first_tile; tile * chunks < end; ++tile) {
     const int tile_end = min(end, (tile + 1) * chunks);
-    float sums[Shape::kSums] = {};
+    float accumulators[Shape::kAccumulators] = {};
     for (; unit < tile_end; unit += kGroups) {
       const bool inside = block < blocks;
-      wait_for(full + slot, parity);
-      const uint8_t* const absmax_box = ring.slots + slot * Shape::kSlotBytes + Shape::kAbsmaxAt + own_row * kAbsmaxRow;
+      wait_for(full + stage, phase);
+      const uint8_t* const absmax_box = ring.stages + stage * Shape::kStageBytes + Shape::kAbsmaxAt + own_row * kAbsmaxRow;
       float absmax[2 * kSubtiles];
 #pragma unroll
       for (int i = 0; i < 2 * kSubtiles; ++i) {
         absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, block, inside, map, absmax_map.offset);
       }
-      block += kGroups * kPieceBlocks;
+      block += kGroups * kKTileBlocks;
       while (block >= padded_blocks) block -= padded_blocks, ++next_tile, begin_tile();
       load_absmax(unit + kGroups < end);
 
-      const uint32_t slot_at = shared_address(ring.slots) + slot * Shape::kSlotBytes;
-      const uint32_t codes = slot_at + own_row * kCodeRow;
-      const uint32_t x = slot_at + Shape::kXAt + (t * Shape::kM + lane / 4) * (kBlock * 2);
+      const uint32_t stage_at = shared_address(ring.stages) + stage * Shape::kStageBytes;
+      const uint32_t codes = stage_at + own_row * kCodeRow;
+      const uint32_t x = stage_at + Shape::kXAt + (t * Shape::kM + lane / 4) * (kBlock * 2);
 #pragma unroll
       for (int pair = 0; pair < kWords / 2; ++pair) {
         const int own = own_pair(pair);
@@ -225,29 +278,31 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
             uint32_t upper[4], lower[4];
             table.template decode<T>(word(1), absmax[2 * i + 1], lower);
             if (is_permuted(2 * pair + j, Shape::kPermuted)) {
-              BlockLevels<T>(reinterpret_cast<const float4*>(levels), absmax[2 * i]).decode(word(0), upper);
+              BlockCodebook<T>(reinterpret_cast<const float4*>(codebook), absmax[2 * i]).decode(word(0), upper);
             } else {
               table.template decode<T>(word(0), absmax[2 * i], upper);
             }
-            auto* sum = reinterpret_cast<float(*)[4]>(sums + i * Shape::kMTiles * 4);
+            auto* own_accumulators = reinterpret_cast<float(*)[4]>(accumulators + i * Shape::kMTiles * 4);
 #pragma unroll
             for (int m = 0; m < Shape::kMTiles; ++m) {
-              multiply(sum[m], upper[0], lower[0], upper[1], lower[1], b[m].x, b[m].y, T{});
-              multiply(sum[m], upper[2], lower[2], upper[3], lower[3], b[m].z, b[m].w, T{});
+              multiply(own_accumulators[m], upper[0], lower[0], upper[1], lower[1], b[m].x, b[m].y, T{});
+              multiply(own_accumulators[m], upper[2], lower[2], upper[3], lower[3], b[m].z, b[m].w, T{});
             }
           }
         }
       }
       __syncwarp();
-      arrive(empty + slot, lane == 0);
-      slot += kGroups;
-      if (slot >= Shape::kSlots) slot -= Shape::kSlots, parity ^= 1;
+      arrive(empty + stage, lane == 0);
+      stage += kGroups;
+      if (stage >= Shape::kStages) stage -= Shape::kStages, phase ^= 1;
     }
     const int last = (tile_end - 1 - begin) % kGroups;
-    groups.join(sums, group, last, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, row_warp));
+    groups.join(accumulators, group, last, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, row_warp));
   }
 #endif
 }
+
+// ---- Launch ----
 
 template <typename Shape, typename T>
 cudaError_t launch_stream(const LinearArguments<T>& a, cudaStream_t stream) {
@@ -258,7 +313,7 @@ cudaError_t launch_stream(const LinearArguments<T>& a, cudaStream_t stream) {
   error = encode_maps<Shape>(a, &maps);
   if (error != cudaSuccess) return error;
   const Partition partition = Shape::partition(a.sizes());
-  const dim3 grid(partition.blocks, ceil_div(a.m, Shape::kM));
+  const dim3 grid(partition.ctas, ceil_div(a.m, Shape::kM));
   kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(a, partition, maps);
   error = cudaGetLastError();
   return error != cudaSuccess ? error : launch_sum_partials<Shape>(a, partition, stream);

@@ -1,5 +1,5 @@
-// y = x W^T for one row of x and weights that are too small to pay for the tables of linear_vector.cuh: the levels of W's
-// bytes come from a table of pairs, and a thread block has whole rows, so that nothing is left to sum.
+// y = x W^T for one row of x and weights that are too small to pay for the tables of linear_vector.cuh: the values of W's
+// bytes come from a table of pairs, and a CTA has whole rows, so that nothing is left to sum.
 //
 // The warps share out a row's slices, in as many passes as it takes. Weights enter the sums unrounded, as there.
 #pragma once
@@ -12,7 +12,7 @@ namespace qsharded {
 
 constexpr int kFewestSmallWarps = 8;  // for the map's entries
 constexpr int kMostSmallWarps = 16;
-constexpr int kSmallBlocksPerProcessor = 2;  // of threads: one computes while the other waits for its warps
+constexpr int kSmallCtasPerSm = 2;  // one computes while the other waits for its warps
 
 // A lane's eight columns of x.
 template <typename T>
@@ -28,11 +28,11 @@ struct OwnColumns {
     for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(reinterpret_cast<const T*>(&packed)[i]);
   }
 
-  __device__ float times(const float2 (&levels)[4]) const {
-    float first = __fmul_rn(levels[0].x, x[0]), second = __fmul_rn(levels[0].y, x[1]);
+  __device__ float times(const float2 (&codebook)[4]) const {
+    float first = __fmul_rn(codebook[0].x, x[0]), second = __fmul_rn(codebook[0].y, x[1]);
 #pragma unroll
     for (int i = 1; i < 4; ++i) {
-      first = __fmaf_rn(levels[i].x, x[2 * i], first), second = __fmaf_rn(levels[i].y, x[2 * i + 1], second);
+      first = __fmaf_rn(codebook[i].x, x[2 * i], first), second = __fmaf_rn(codebook[i].y, x[2 * i + 1], second);
     }
     return first + second;
   }
@@ -40,9 +40,9 @@ struct OwnColumns {
 
 // At least 8 rows: the last batch ends with the last row, and may share rows with the one before it.
 template <typename T, bool kDoubleQuant>
-__global__ void __launch_bounds__(kMostSmallWarps* kWarp, kSmallBlocksPerProcessor)
+__global__ void __launch_bounds__(kMostSmallWarps* kWarp, kSmallCtasPerSm)
     linear_vector_small_kernel(const __grid_constant__ LinearArguments<T> a, int passes) {
-  __shared__ __align__(1024) uint8_t levels[LevelTable::kBytes];
+  __shared__ __align__(1024) uint8_t codebook[CodebookTable::kBytes];
   __shared__ float map[256];
   __shared__ float sums_of_warps[2][kMostSmallWarps][kRowBatch];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -54,11 +54,11 @@ __global__ void __launch_bounds__(kMostSmallWarps* kWarp, kSmallBlocksPerProcess
   const AbsmaxMap<kDoubleQuant> absmax_map(a.w);
   batch.template load<kDoubleQuant>(a.w, first_row(blockIdx.x), warp);
   own.load(a, warp);
-  LevelTable::fill<kFewestSmallWarps * kWarp>(levels, a.w.levels, blockDim.x);
+  CodebookTable::fill<kFewestSmallWarps * kWarp>(codebook, a.w.codebook, blockDim.x);
   absmax_map.store(map);
   __syncthreads();
 
-  const LevelTable table(levels);
+  const CodebookTable table(codebook);
   for (int number = blockIdx.x, turn = 0; number < batches; number += gridDim.x, ++turn) {
     float sum = 0;
     for (int pass = 0; pass < passes; ++pass) {
@@ -97,7 +97,7 @@ cudaError_t launch_vector_small(const LinearArguments<T>& a, cudaStream_t stream
   const auto kernel = a.w.absmax_scales ? linear_vector_small_kernel<T, true> : linear_vector_small_kernel<T, false>;
   const int slices = slices_of(a.w.blocks_per_row), passes = ceil_div(slices, kMostSmallWarps);
   const int warps = std::max(static_cast<int>(ceil_div(slices, passes)), kFewestSmallWarps);
-  const int batches = ceil_div(a.w.rows, kRowBatch), most = a.processors * kSmallBlocksPerProcessor;
+  const int batches = ceil_div(a.w.rows, kRowBatch), most = a.sms * kSmallCtasPerSm;
   kernel<<<std::min(batches, most), warps * kWarp, 0, stream>>>(a, passes);
   return cudaGetLastError();
 }

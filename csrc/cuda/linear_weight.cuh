@@ -1,8 +1,8 @@
 // How the fused product reads W: codes decoded, on their way through registers, to the bf16 or fp16 pairs that the tensor
-// cores take as their A operand. A weight is fp32 level * absmax rounded once, as dequantize has it, so both give the
-// same bits. (Rounded levels with scaled sums would need half the look-ups, and give others.)
+// cores take as their A operand. A weight is fp32 value * absmax rounded once, as dequantize has it, so both give the
+// same bits. (A rounded codebook with scaled accumulators would need half the look-ups, and give others.)
 //
-// Within a piece of 256 columns lane t of four holds block t of its row, 64 columns. The tensor cores see the columns in
+// Within a k-tile of 256 columns lane t of four holds block t of its row, 64 columns. The tensor cores see the columns in
 // another order; the activations are laid out in that order too.
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace qsharded {
 
-constexpr int kPieceBlocks = 4;  // a lane of four each
-constexpr int kPiece = kPieceBlocks * kBlock;
+constexpr int kKTileBlocks = 4;  // a lane of four each
+constexpr int kKTile = kKTileBlocks * kBlock;
 constexpr int kWords = kBlock / 8;  // of a block's codes, 32 bits each
 constexpr int kMapBytes = 256 * 4;
 
@@ -25,7 +25,7 @@ struct PackedWeight {
   const float* absmax_scales;
   const float* absmax_offset;
   const float* absmax_map;
-  const float* levels;
+  const float* codebook;
   int64_t rows;
   int blocks_per_row;
 };
@@ -142,27 +142,27 @@ struct Pair<__half> {
   }
 };
 
-// In shared memory, every byte's two levels, in 16 copies, so that the 16 lanes that shared memory serves at a time find
+// In shared memory, every byte's two codebook, in 16 copies, so that the 16 lanes that shared memory serves at a time find
 // theirs in different banks.
-struct LevelTable {
+struct CodebookTable {
   static constexpr int kCopies = 16;
   static constexpr int kRow = kCopies * 8;  // bytes
   static constexpr int kBytes = 256 * kRow;
 
   uint32_t own;  // this lane's copy of the first entry
 
-  __device__ explicit LevelTable(const uint8_t* table)
+  __device__ explicit CodebookTable(const uint8_t* table)
       : own(static_cast<uint32_t>(__cvta_generic_to_shared(table)) + threadIdx.x % kCopies * 8) {}
 
   // All loads are under way before the first store.
   template <int kFewestThreads>
-  static __device__ void fill(uint8_t* table, const float* levels, int threads = kFewestThreads) {
+  static __device__ void fill(uint8_t* table, const float* codebook, int threads = kFewestThreads) {
     constexpr int kVectors = kRow / 16, kRounds = (256 * kVectors + kFewestThreads - 1) / kFewestThreads;
     float2 pairs[kRounds];
 #pragma unroll
     for (int j = 0; j < kRounds; ++j) {
       const int byte = (threadIdx.x + j * threads) / kVectors % 256;
-      pairs[j] = make_float2(__ldg(levels + (byte >> 4)), __ldg(levels + (byte & 15)));
+      pairs[j] = make_float2(__ldg(codebook + (byte >> 4)), __ldg(codebook + (byte & 15)));
     }
 #pragma unroll
     for (int j = 0; j < kRounds; ++j) {
@@ -172,7 +172,7 @@ struct LevelTable {
     }
   }
 
-  // The levels of a word's four bytes.
+  // The values of a word's four bytes.
   __device__ void look_up(uint32_t word, float2 (&pairs)[4]) const {
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {

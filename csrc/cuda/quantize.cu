@@ -1,4 +1,10 @@
 // NF4 quantize: a block's absmax, and how many midpoints lie below weight * (1 / max(absmax, 1e-38)) in fp32.
+//
+//   bf16:  | lane 0: 8 weights | lane 1 | .. | lane 7 |   8 lanes share a block of 64 (fp32: 16 lanes of 4 weights)
+//              |                                          max over the lanes by shuffles -> absmax
+//              +-> Bins, in shared memory -> 8 codes = 4 bytes a lane
+//
+// A thread has kVectors vectors of 16 bytes, kThreads vectors apart.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -13,6 +19,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // 16-byte loads of a thread, all in flight before the first is used
 constexpr int kMidpoints = 15;
+
+// ---- Codes of scaled weights ----
 
 // [-1, 1] in 32 bins narrower than any two midpoints are apart: a bin has one midpoint at most, so one comparison ends
 // the search. Each table has one entry a bank, so no look-up waits for another.
@@ -52,6 +60,8 @@ __device__ inline unsigned code_of(float scaled, const Bins* bins) {
   // the sign of a difference is exact
   return below + (__float_as_uint(__fsub_rn(midpoint, scaled)) >> 31);
 }
+
+// ---- Magnitudes of weights ----
 
 // 16 bytes of weights: their fp32 values in pairs, and their largest magnitude in a form that `merge` reduces and
 // `value` reads. NaN is the largest of all.
@@ -133,6 +143,8 @@ __device__ unsigned encode(const uint4& weights, float scale, const Bins* bins) 
   }
   return codes;
 }
+
+// ---- Kernel ----
 
 template <typename In>
 using CodesOf = std::conditional_t<Weights<In>::kCount == 8, uint32_t, uint16_t>;

@@ -1,4 +1,4 @@
-// Matrices as the copy engine of sm_90 and later knows them: boxes of them come to shared memory on one thread's word.
+// Matrices as the TMA of sm_90 and later knows them: one thread's instruction brings a box of one to shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -49,7 +49,7 @@ struct BoxedTensor {
 
 #if __CUDA_ARCH__ >= 900
 // Boxes begin at multiples of 16 bytes: elsewhere the instruction is illegal.
-__device__ inline void copy_box(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier) {
+__device__ inline void tma_load(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(to)),
@@ -57,7 +57,7 @@ __device__ inline void copy_box(void* to, const CUtensorMap& map, int x, int y, 
       : "memory");
 }
 
-__device__ inline void copy_box(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
+__device__ inline void tma_load(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
           shared_address(to)),

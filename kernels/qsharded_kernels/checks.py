@@ -8,8 +8,8 @@ from torch import Tensor
 
 BLOCK = 64  # weights that share an absmax
 ABSMAX_BLOCK = 256  # absmax values that share a second-level scale
-LEVELS = 16
-MIDPOINTS = LEVELS - 1
+CODES = 16
+MIDPOINTS = CODES - 1
 ABSMAX_THRESHOLDS = 255
 ALIGNMENT = 16  # bytes that a GPU's thread reads or writes at a time
 
@@ -40,7 +40,7 @@ def prepare_dequantize(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
@@ -48,7 +48,7 @@ def prepare_dequantize(
     """Codes and absmax as kernels read them, and memory for the weight [N, K]: ``out`` where it is given."""
     codes_NP = aligned(codes_NP)
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
-    assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, codebook, absmax_map)
     shape = codes_NP.shape[0], codes_NP.shape[1] * 2
     if out is None:
         return codes_NP, absmax_NG, codes_NP.new_empty(shape, dtype=out_dtype)
@@ -64,7 +64,7 @@ def assert_encoded(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
 ) -> None:
     """What whoever reads a packed weight assumes."""
@@ -73,7 +73,7 @@ def assert_encoded(
     assert codes_NP.is_contiguous()
     assert codes_NP.dtype == torch.uint8
     assert absmax_NG.stride(1) == 1
-    _assert_table(levels, LEVELS)
+    _assert_table(codebook, CODES)
     if absmax_scales is None:
         assert absmax_NG.dtype == torch.float32
         return

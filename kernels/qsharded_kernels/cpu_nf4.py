@@ -17,8 +17,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16.
 
-    ``midpoints``: fp32 [15], the thresholds between levels, more than 1/15 apart. ``threads``: at most so many; None
-    takes PyTorch's number. ``isa``: one of ``ISA_NAMES`` instead of the best. NaN and infinity show in absmax.
+    ``midpoints``: fp32 [15], the thresholds between the codebook's values, more than 1/15 apart. ``threads``: at most
+    so many; None takes PyTorch's number. ``isa``: one of ``ISA_NAMES`` instead of the best. NaN and infinity show in
+    absmax.
 
     Raises:
         ValueError: this machine lacks ``isa``.
@@ -35,7 +36,7 @@ def dequantize(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
     *,
@@ -43,25 +44,25 @@ def dequantize(
     threads: int | None = None,
     isa: str | None = None,
 ) -> Tensor:
-    """The weight [N, K] in ``out_dtype``: fp32 level * absmax, rounded once.
+    """The weight [N, K] in ``out_dtype``: fp32 value * absmax, rounded once.
 
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
-    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
+    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``codebook``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned. ``threads`` and ``isa`` as in
     ``quantize``.
 
     Raises:
         ValueError: this machine lacks ``isa``.
     """
-    tables = absmax_scales, absmax_offset, levels, absmax_map
+    tables = absmax_scales, absmax_offset, codebook, absmax_map
     codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     assert out.is_contiguous()
     cpu.call(
         "nf4_dequantize",
         *(codes_NP, *absmax_NG.shape),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
-        *(levels, out, library.DTYPES[out_dtype], _isa_number(isa)),
+        *(codebook, out, library.DTYPES[out_dtype], _isa_number(isa)),
         threads=threads,
     )
     return out

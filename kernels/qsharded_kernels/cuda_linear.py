@@ -20,13 +20,13 @@ def linear(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
     bias_N: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
 
-    A weight is level * absmax in fp32 rounded once to x's dtype (for a single row of x most sizes go without), so that
+    A weight is value * absmax in fp32 rounded once to x's dtype (for a single row of x most sizes go without), so that
     identity activations give back what ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes
     and the device fix: the same call gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in
     fp32.
@@ -37,7 +37,7 @@ def linear(
     x_MK, codes_NP = checks.aligned(x_MK), checks.aligned(codes_NP)
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
     (M, K), (N, G) = x_MK.shape, absmax_NG.shape
-    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, levels, absmax_map)
+    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, codebook, absmax_map)
     assert x_MK.dtype in DTYPES, x_MK.dtype
     assert K == G * checks.BLOCK, (K, G)
     if bias_N is not None:
@@ -51,7 +51,7 @@ def linear(
         *(x_MK, dtype, M),
         *(codes_NP, N, G),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
-        *(levels, bias_N, y_MN),
+        *(codebook, bias_N, y_MN),
         torch.empty(workspace, dtype=torch.uint8, device=x_MK.device) if workspace else None,
     )
     return y_MN

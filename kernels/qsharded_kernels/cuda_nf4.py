@@ -15,7 +15,8 @@ from . import checks, cuda, library
 def quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, P] and absmax fp32 [N, G] of a weight in fp32, bf16 or fp16 on the GPU.
 
-    ``midpoints``: fp32 [15], the thresholds between levels, more than 1/15 apart. NaN and infinity show in absmax.
+    ``midpoints``: fp32 [15], the thresholds between the codebook's values, more than 1/15 apart. NaN and infinity show
+    in absmax.
     """
     weight_NK, codes_NP, absmax_NG = checks.prepare_quantize(weight_NK, midpoints)
     dtype = library.DTYPES[weight_NK.dtype]
@@ -28,27 +29,27 @@ def dequantize(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 level * absmax, rounded once.
+    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 value * absmax, rounded once.
 
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
-    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
+    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``codebook``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: [N, K] to write to, each row
     contiguous and 16-byte aligned.
     """
-    tables = absmax_scales, absmax_offset, levels, absmax_map
+    tables = absmax_scales, absmax_offset, codebook, absmax_map
     codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     cuda.call(
         "nf4_dequantize",
         *(codes_NP, *absmax_NG.shape),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
-        *(levels, out, out.stride(0), library.DTYPES[out_dtype]),
+        *(codebook, out, out.stride(0), library.DTYPES[out_dtype]),
     )
     return out
 
@@ -60,7 +61,9 @@ Part = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float,
 (fp32 or bf16) or None, its scale, and its first column among those behind the weights."""
 
 
-def dequantize_parts(parts: Sequence[Part], levels: Tensor, absmax_map: Tensor | None, out: Tensor, tail: int) -> None:
+def dequantize_parts(
+    parts: Sequence[Part], codebook: Tensor, absmax_map: Tensor | None, out: Tensor, tail: int
+) -> None:
     """Up to 4 weights of the same K into bf16 ``out`` [N, K + tail], one below the other, in one launch.
 
     The ``tail`` columns behind a weight's row, a multiple of 8, hold that row of scale * B in its own columns and zeros
@@ -85,6 +88,6 @@ def dequantize_parts(parts: Sequence[Part], levels: Tensor, absmax_map: Tensor |
         out.get_device(),
         "nf4_dequantize_parts",
         *(array, len(parts), G, tail),
-        *(None if absmax_map is None else absmax_map.data_ptr(), levels.data_ptr()),
+        *(None if absmax_map is None else absmax_map.data_ptr(), codebook.data_ptr()),
         *(out.data_ptr(), out.stride(0)),
     )

@@ -67,7 +67,7 @@ def _declare_cpu(library: CDLL) -> None:
     library.qsharded_cpu_nf4_dequantize.argtypes = [
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_int),  # levels, out, dtype
+        *(c_void_p, c_void_p, c_int),  # codebook, out, dtype
         *(c_int, c_int),  # isa, threads
     ]
     library.qsharded_cpu_absmax_row_sums.argtypes = [
@@ -103,11 +103,11 @@ def _declare_cuda(library: CDLL) -> None:
     library.qsharded_cuda_nf4_dequantize.argtypes = [
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_int64, c_int, c_void_p),  # levels, out, its row stride, dtype, stream
+        *(c_void_p, c_void_p, c_int64, c_int, c_void_p),  # codebook, out, its row stride, dtype, stream
     ]
     library.qsharded_cuda_nf4_dequantize_parts.argtypes = [
         *(POINTER(Part), c_int, c_int64, c_int64),  # parts, how many, blocks_per_row, tail
-        *(c_void_p, c_void_p),  # map, levels
+        *(c_void_p, c_void_p),  # map, codebook
         *(c_void_p, c_int64, c_void_p),  # out, its row stride, stream
     ]
     library.qsharded_cuda_absmax_row_sums.argtypes = [
@@ -136,7 +136,7 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_int, c_int64),  # x, dtype, m
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_void_p),  # levels, bias, y
+        *(c_void_p, c_void_p, c_void_p),  # codebook, bias, y
         *(c_void_p, c_void_p),  # workspace, stream
     ]
     library.qsharded_cuda_adamw8bit.argtypes = [

@@ -15,7 +15,7 @@ from . import checks
 BLOCK = tl.constexpr(checks.BLOCK)
 ABSMAX_BLOCK = tl.constexpr(checks.ABSMAX_BLOCK)
 MIDPOINTS = tl.constexpr(checks.MIDPOINTS)
-LEVELS = tl.constexpr(checks.LEVELS)
+CODES = tl.constexpr(checks.CODES)
 CODES_PER_WORD = tl.constexpr(8)
 WORDS = tl.constexpr(checks.BLOCK // 8)
 SMALLEST_ABSMAX = tl.constexpr(1e-38)  # keeps the reciprocal finite in an all-zero block
@@ -53,20 +53,20 @@ def dequantize(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    levels: Tensor,
+    codebook: Tensor,
     absmax_map: Tensor | None,
     out_dtype: torch.dtype,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 level * absmax, rounded once.
+    """The weight [N, K] in ``out_dtype`` (fp32, bf16 or fp16): fp32 value * absmax, rounded once.
 
     ``absmax_NG``: uint8 codes, decoded as map[code] * scales[(n*G + g) // 256] + offset with every step rounded to
     fp32, or, with scales, offset and map None, fp32. Its rows may be strided.
-    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``levels``: fp32 [16];
+    ``absmax_scales``: fp32 [ceil(N*G/256)]; ``absmax_offset``: fp32, one element; ``codebook``: fp32 [16];
     ``absmax_map``: fp32 [256]. ``out``: contiguous [N, K] to write to, 16-byte aligned.
     """
-    tables = absmax_scales, absmax_offset, levels, absmax_map
+    tables = absmax_scales, absmax_offset, codebook, absmax_map
     codes_NP, absmax_NG, out = checks.prepare_dequantize(codes_NP, absmax_NG, *tables, out_dtype, out)
     assert out.is_contiguous()
     N, G = absmax_NG.shape
@@ -78,7 +78,7 @@ def dequantize(
             absmax_scales,
             absmax_offset,
             absmax_map,
-            levels,
+            codebook,
             _bits_of_bf16(out),
             N * G,
             G,
@@ -125,11 +125,11 @@ def _reciprocal(absmax_B):
 
 @triton.jit
 def _nearest_codes(scaled_BW, midpoints_ptr):
-    """How many midpoints lie below each value: the index of the nearest level, a tie going down.
+    """How many midpoints lie below each value: the index of the nearest value, a tie going down.
 
     [-1, 1] is cut into bins that hold one midpoint at most: a bin's look-up and one comparison end the search.
     """
-    i_M = tl.arange(0, LEVELS)
+    i_M = tl.arange(0, CODES)
     midpoint_M = tl.load(midpoints_ptr + i_M, mask=i_M < MIDPOINTS, other=0)
     bin_M = tl.where(i_M < MIDPOINTS, _bins(midpoint_M), BINS)
     bin_S = tl.arange(0, BINS)
@@ -158,7 +158,7 @@ def _dequantize_kernel(
     scales_ptr,
     offset_ptr,
     map_ptr,
-    levels_ptr,
+    codebook_ptr,
     out_ptr,
     blocks,
     blocks_per_row,
@@ -182,8 +182,8 @@ def _dequantize_kernel(
     shift_E = 4 * (i_E ^ 1)  # a byte's first code is its high nibble
     code_QE = (word_Q[:, None] >> shift_E[None, :]) & 15
     # from shared memory, where look-ups of 16 entries meet no conflict
-    level_V = tl.gather(tl.load(levels_ptr + tl.arange(0, LEVELS)), code_QE.reshape(code_QE.numel), 0)
-    value_QE = _from_fp32(level_V.reshape(code_QE.shape) * absmax_Q[:, None], out_ptr.dtype.element_ty)
+    value_V = tl.gather(tl.load(codebook_ptr + tl.arange(0, CODES)), code_QE.reshape(code_QE.numel), 0)
+    value_QE = _from_fp32(value_V.reshape(code_QE.shape) * absmax_Q[:, None], out_ptr.dtype.element_ty)
     value_at_QE = i_Q[:, None] * CODES_PER_WORD + i_E[None, :]
     tl.store(out_ptr + first_block * BLOCK + value_at_QE, value_QE, mask=inside_Q[:, None])
 

@@ -26,11 +26,11 @@ from qsharded.checkpoint.base_identity import base_metadata
 from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.manifest import Manifest, write_manifest
-from qsharded.checkpoint.rank_tensors import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.checkpoint.resume import ADAPTER, OPTIMIZER, PARTIAL, STATE_FILE, Progress, checkpoint_folder
 from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
+from qsharded.checkpoint.training_state import RankTensors, Rows, opened, own_state, own_weights
 from qsharded.distributed.agreement import first_error, found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.durable_files import sync_folder
 from qsharded.utils.strict_json import without_nan

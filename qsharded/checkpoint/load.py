@@ -5,19 +5,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded.checkpoint import fill, stacked
+from qsharded.checkpoint import fill_shards, stacked
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder, find_checkpoint
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.distributed.agreement import groups_of, refused_by_all
-from qsharded.distributed.layout import SHARDED, Layout
+from qsharded.distributed.choose_layout import SHARDED, Layout
 from qsharded.distributed.placement import parallelize
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.layer import add_lora, lora_layers, reset_adapters
@@ -27,6 +28,7 @@ from qsharded.models.parts import part_names
 from qsharded.quant.convert import Filter, quantize_
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
 from qsharded.utils.untrusted_json import read_json
@@ -74,7 +76,9 @@ def load_model(
         OSError: a file that cannot be read, likewise.
     """
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
+        raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype!r}")
+    refuse_other_kind(path_or_id, (str, Path), "path_or_id", "a folder or a Hub id")
+    refuse_other_kind(lora, (LoRAConfig, NoneType), "lora", "a LoRAConfig")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with refused_by_all(groups_of(mesh), device):
         folder = find_checkpoint(path_or_id, revision, weights=not random_init)
@@ -135,12 +139,12 @@ class Outline:
         groups = groups_of(mesh)
         with refused_by_all(groups, device):
             fills, source = self._fills(device, seed)
-        fill.run(fills, source, device, groups)
+        fill_shards.run(fills, source, device, groups)
         self.model.fill_buffers()
         reset_adapters(self.model, seed)
         return self.model
 
-    def _fills(self, device: torch.device, seed: int) -> tuple[list[fill.Fill], WeightSource]:
+    def _fills(self, device: torch.device, seed: int) -> tuple[list[fill_shards.Fill], WeightSource]:
         """What fills this rank's part of the model, and out of what."""
         if self.packed is not None:
             return _packed_fills(self.model, self.packed), self.packed.source
@@ -229,19 +233,21 @@ def checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill.Fill]:
+def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill_shards.Fill]:
     """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(stacked.shapes_in_files(source, expected_shapes(model)))
     packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
     return packed + _plain_fills(model, source)
 
 
-def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill.Fill:
+def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill_shards.Fill:
     rows = own_rows(layer.weight)
-    return fill.QuantizingFill(source, name, layer.in_features, rows, layer.quant_format, fill.LayerSink(layer))
+    return fill_shards.QuantizingFill(
+        source, name, layer.in_features, rows, layer.quant_format, fill_shards.LayerSink(layer)
+    )
 
 
-def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
+def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill_shards.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
     layers = packed_layers(model)
     tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
@@ -250,19 +256,19 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill.Fill]:
     return fills + _plain_fills(model, packed.source)
 
 
-def _bytes_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill.Fill]:
+def _bytes_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
     parts = packed.storage_format.parts(packed.source, name, layer.out_features, layer.in_features)
     first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))
-    yield fill.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
+    yield fill_shards.RowsFill(packed.source, parts.codes, codes.view(torch.uint8), first)
     if parts.scales is None or parts.offset is None:
-        yield fill.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
+        yield fill_shards.RowsFill(packed.source, parts.absmax, absmax.view(torch.float32), first)
         return
     absmax.view(torch.uint8)[:, G:].zero_()
-    yield fill.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
+    yield fill_shards.RowsFill(packed.source, parts.absmax, absmax.view(torch.uint8)[:, :G], first)
     assert layer.weight_absmax_scales is not None
     assert layer.weight_absmax_offset is not None
-    yield fill.RowsFill(packed.source, parts.scales, layer.weight_absmax_scales)
+    yield fill_shards.RowsFill(packed.source, parts.scales, layer.weight_absmax_scales)
     layer.weight_absmax_offset.fill_(parts.offset)
 
 
@@ -272,19 +278,19 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
 
 
-def _plain_fills(model: nn.Module, source: WeightSource) -> list[fill.Fill]:
+def _plain_fills(model: nn.Module, source: WeightSource) -> list[fill_shards.Fill]:
     plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
     return [of_one for name, parameter in plain for of_one in _fills_of(source, name, parameter)]
 
 
-def _fills_of(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill.Fill]:
+def _fills_of(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill_shards.Fill]:
     own = local(parameter).detach()
     if stacked.is_stacked(source, name):
         yield from stacked.fills(source, name, parameter)
     elif own.dim():
-        yield fill.RowsFill(source, name, own, own_rows(parameter).start)
+        yield fill_shards.RowsFill(source, name, own, own_rows(parameter).start)
     else:  # a buffer that is one number
-        yield fill.RowsFill(source, name, own.view(1))
+        yield fill_shards.RowsFill(source, name, own.view(1))
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

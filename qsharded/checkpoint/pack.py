@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsharded.checkpoint import fill, packed_format
+from qsharded.checkpoint import fill_shards, packed_format
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.packed_format import Form, StorageFormat
@@ -106,7 +106,7 @@ class _Writer:
         known = {name: spec for entry in specs for name, spec in entry.items() if spec is not None}
         late = [name for entry in specs for name, spec in entry.items() if spec is None]
         with SafetensorsFile(path, known, late) as file:
-            fill.run([self._fill(name, file) for name in names], self.source, self.device)
+            fill_shards.run([self._fill(name, file) for name in names], self.source, self.device)
         return file
 
     def _specs(self, name: str) -> Mapping[str, Spec | None]:
@@ -114,12 +114,12 @@ class _Writer:
             return {name: (self.source.dtype(name), self.source.shape(name))}
         return packed_format.packed_specs(self.form, self.quant_format, name, *self.source.shape(name))
 
-    def _fill(self, name: str, file: SafetensorsFile) -> fill.Fill:
+    def _fill(self, name: str, file: SafetensorsFile) -> fill_shards.Fill:
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
         sink = _FileSink(file, self.form, self.quant_format, name, N, K, dtype)
-        return fill.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
+        return fill_shards.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
 
 
 class _CopyFill:
@@ -129,7 +129,7 @@ class _CopyFill:
         N, *others = source.shape(name)
         row_bytes = math.prod(others) * source.dtype(name).itemsize
         self.chunks = row_chunks_of(source, name, 0, N, row_bytes)
-        self._file, self._finite = file, fill.FiniteCheck(name)
+        self._file, self._finite = file, fill_shards.FiniteCheck(name)
 
     def take(self, chunk: RowChunk, values: Tensor) -> None:
         self._finite.add(values)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, load_adapter, peft_config
 from qsharded.checkpoint.manifest import read_manifest
-from qsharded.checkpoint.rank_tensors import load_state, opened
+from qsharded.checkpoint.training_state import load_state, opened
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import read_json
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from qsharded.checkpoint import fill
+from qsharded.checkpoint import fill_shards
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.utils.sharding import local, own_rows
@@ -56,7 +56,7 @@ def _of_parts(source: WeightSource, name: str, shape: tuple[int, ...]) -> dict[s
     return {part: (R // len(parts), D) for parts in experts for part in parts}
 
 
-def fills(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill.Fill]:
+def fills(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill_shards.Fill]:
     """What fills this rank's experts of ``parameter``."""
     assert isinstance(source, SafetensorsFolder)
     own_ERD, rows = local(parameter).detach(), own_rows(parameter)
@@ -64,5 +64,5 @@ def fills(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill.F
         first = 0
         for part in parts:
             count = source.shape(part)[0]
-            yield fill.RowsFill(source, part, own_ERD[index, first : first + count])
+            yield fill_shards.RowsFill(source, part, own_ERD[index, first : first + count])
             first += count

@@ -12,7 +12,7 @@ from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import check, read_json
 

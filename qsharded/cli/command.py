@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from datetime import timedelta
 import torch
 
 from qsharded.config.options import Check
-from qsharded.distributed.fsdp import World, start_world
+from qsharded.distributed.world import World, start_world
 from qsharded.quant.formats import BLOCK_SIZES
+from qsharded.utils import signals
 
 BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
+_MAIN_FIRST_S = 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -27,17 +30,29 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 @contextmanager
 def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
     """Turn errors of these kinds (a user's mistakes) into one line and exit status 1, instead of
-    a traceback from every rank."""
+    a traceback from every rank; of a mistake that all ranks find, the main rank tells."""
     try:
         yield
     except kinds as error:
         rank = "" if world.is_main else f" (rank {world.rank})"
-        print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
+        if _is_first_to_tell(world):
+            print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
+def _is_first_to_tell(world: World) -> bool:
+    """Whether no other rank has told of a failure, most likely the same. The others give the main rank the time to."""
+    if world.size == 1:
+        return True
+    if world.is_main:
+        signals.tell_ranks(signals.FAILED)
+        return True
+    time.sleep(_MAIN_FIRST_S)
+    return not signals.another_left()
+
+
 def join_world(prog: str, timeout: timedelta | None = None) -> World:
-    """:func:`~qsharded.distributed.fsdp.start_world`, with a line and exit status 1 where this process cannot join."""
+    """:func:`~qsharded.distributed.world.start_world`, with a line and exit status 1 where this process cannot join."""
     unjoined = World(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"), None)
     with errors_named(prog, unjoined, (ValueError, OSError)):
         try:

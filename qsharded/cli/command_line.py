@@ -37,7 +37,7 @@ def _start(argv: Sequence[str], ranks: int) -> list[str]:
 
 
 def _launcher() -> list[str]:
-    """torchrun's command line where it started this process; it ends with the command and its arguments."""
+    """The command line of torchrun or ``qsharded train`` where it started this process; it ends with our arguments."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     try:
@@ -45,7 +45,8 @@ def _launcher() -> list[str]:
     except OSError:
         return []
     words = [os.fsdecode(word) for word in read.split(b"\0")[:-1]]
-    is_script = len(words) > 1 and Path(words[1]).name == "torchrun"  # which names its Python itself
+    # these name their Python themselves
+    is_script = len(words) > 1 and Path(words[1]).name in ("torchrun", "qsharded")
     return words[1:] if is_script else words
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded.distributed.fsdp import DamagedGather, World, start_world, stop_world
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import World, start_world, stop_world
 from qsharded.utils import collectives
 
 _ROUNDS = 5

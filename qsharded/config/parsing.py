@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from qsharded.config.options import REQUIRED, Command, Option, options
+from qsharded.config.other_names import other_names
 from qsharded.config.rendering import help_text, usage
 from qsharded.config.values import from_toml, from_words, to_toml
 
@@ -64,15 +65,15 @@ class _Parser(argparse.ArgumentParser):
             _add(self, item)
 
     def show_help(self, argv: Sequence[str]) -> None:
-        if not {"-h", "--help"} & set(argv):
+        if not {"-h", "--help", "--help-all"} & set(argv):
             return
         # Once, not once a rank.
         if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(help_text(self.command))
+            sys.stdout.write(help_text(self.command, all_options="--help-all" in argv))
         raise SystemExit(0)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
+        self.exit(2, f"{self.prog}: error: {message}\n(--help-all lists every option)\n")
 
 
 class _Once(argparse.Action):
@@ -110,8 +111,20 @@ def _given(parser: _Parser, argv: Sequence[str]) -> Given:
     _refuse_rest(parser.known, rest)
     flags = vars(arguments)
     path = flags.pop("config", None)
-    table = read_toml(Path(path), parser.command) if path else {}
+    table = read_toml(_config_file(path), parser.command) if path else {}
     return {**table, **{name: _value(parser.known[name], words) for name, words in flags.items()}}
+
+
+def _config_file(path: str) -> Path:
+    """The file; where it is missing a ValueError names the folder that was looked at, and the TOML files there."""
+    file = Path(path)
+    if file.exists():
+        return file
+    folder = file.parent.absolute()
+    if not folder.is_dir():
+        raise ValueError(f"--config {path} is missing, and so is the folder {folder}")
+    others = sorted(one.name for one in folder.glob("*.toml"))
+    raise ValueError(f"--config {path} is missing; {folder} has {', '.join(others) or 'no .toml file'}")
 
 
 def _value(item: Option, words: Any) -> Any:
@@ -151,7 +164,8 @@ def _refuse_rest(known: Mapping[str, Option], rest: Sequence[str]) -> None:
 
 def _unknown(key: str, known: Mapping[str, Option]) -> str:
     keys = ["config", *(item.key for item in known.values())]
-    nearest = difflib.get_close_matches(key.replace("_", "-"), keys, n=1)
+    spelled = key.replace("_", "-")
+    nearest = other_names(spelled, keys) or difflib.get_close_matches(spelled, keys, n=1)
     return f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 

@@ -6,7 +6,7 @@ A command that takes another's options too names the groups that it lists in ``s
 import inspect
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, get_origin
 
@@ -17,22 +17,40 @@ _CONFIG_HELP = "A TOML file with the same keys as the flags, without the dashes 
 
 
 def usage(command: type[Command]) -> str:
-    """The one line that says how to call the command."""
-    return f"python -m {command.prog} [--config FILE] [--KEY VALUE ...]"
+    """The one line that says how to call the command; `python -m qsharded.NAME` is the same."""
+    return f"{command.prog.replace('.', ' ')} [--config FILE] [--KEY VALUE ...]"
 
 
-def help_text(command: type[Command], width: int | None = None) -> str:
-    """The text of --help, `width` columns wide (the terminal's width and at most 100 by default)."""
+def help_text(command: type[Command], width: int | None = None, *, all_options: bool = False) -> str:
+    """The text of --help, `width` columns wide (the terminal's width and at most 100 by default).
+
+    Where the command says which options are `common`, those alone, unless `all_options` is set.
+    """
     width = width or min(shutil.get_terminal_size().columns, 100)
-    groups = (f"{group}\n" + "".join(_entry(item, width) for item in items) for group, items in _groups(command))
+    common, listed = _common(command), _listed(command)
+    shown = [item for item in listed if all_options or not common or item.name in common]
+    groups = (f"{group}\n" + "".join(_entry(item, width) for item in items) for group, items in _groups(shown))
     config = _two_columns("--config FILE", _CONFIG_HELP, width)
-    return "\n".join([f"usage: {usage(command)}\n", _description(command, width), config, *groups])
+    left = len(listed) - len(shown)
+    more = [f"{left} more options: --help-all\n"] if left else []
+    head = f"usage: {usage(command)}\n{_example(command)}"
+    return "\n".join([head, _description(command, width), config, *groups, *more])
+
+
+def _common(command: type[Command]) -> tuple[str, ...]:
+    """The fields that --help shows; none is all."""
+    return getattr(command, "common", ())
+
+
+def _example(command: type[Command]) -> str:
+    example = getattr(command, "example", "")
+    return f"example: {example}\n" if example else ""
 
 
 def markdown(command: type[Command]) -> str:
     """The same options as a Markdown page."""
     head = f"# {command.prog}\n\n```\n{usage(command)}\n```\n\n{_description(command, 120)}\n"
-    groups = (f"## {group}\n\n{_TABLE_HEAD}" + "".join(map(_row, items)) for group, items in _groups(command))
+    groups = (f"## {group}\n\n{_TABLE_HEAD}" + "".join(map(_row, items)) for group, items in _groups(_listed(command)))
     return head + f"`--config FILE`: {_CONFIG_HELP}\n\n" + "\n".join(groups)
 
 
@@ -44,10 +62,14 @@ def _row(item: Option) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
-def _groups(command: type[Command]) -> Iterator[tuple[str, Iterator[Option]]]:
+def _listed(command: type[Command]) -> list[Option]:
+    """The options of the groups that the command shows; all, where it says nothing of that."""
     shown = getattr(command, "shown_groups", None)
-    listed = (item for item in options(command) if shown is None or item.about.group in shown)
-    return groupby(listed, key=lambda item: item.about.group)
+    return [item for item in options(command) if shown is None or item.about.group in shown]
+
+
+def _groups(items: Iterable[Option]) -> Iterator[tuple[str, Iterator[Option]]]:
+    return groupby(items, key=lambda item: item.about.group)
 
 
 def _description(command: type[Command], width: int) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
+from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
 
 _model = partial(option, group="Model")
@@ -24,8 +25,8 @@ _plan = partial(option, group="Plan")
 class TrainConfig:
     """Train a LoRA adapter on a model whose frozen weights are kept in 4 bits (NF4) and sharded over the ranks.
 
-    On several GPUs call it as `torchrun --standalone --nproc-per-node N -m qsharded.train`. With no --model it trains
-    the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
+    `qsharded train` starts a rank for each GPU of this machine; under torchrun or srun it starts none. With no --model
+    it trains the built-in model on the built-in dataset, with settings that suit them; flags beat those too.
 
     What the chat template leaves out of rows is counted in the run's summary (reasoning, definitions of tools, system
     messages) or refused, naming the row (tool calls and their answers). Where an answer's text cannot be told from the
@@ -34,6 +35,13 @@ class TrainConfig:
     """
 
     prog: ClassVar[str] = "qsharded.train"
+    example: ClassVar[str] = "qsharded train --model meta-llama/Llama-3.1-8B-Instruct --dataset rows.jsonl"
+    common: ClassVar[tuple[str, ...]] = (
+        "model", "adapter", "dataset", "max_length", "packing", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "ranks", "cpu_offload", "lora_r", "lora_alpha", "lora_target_modules",
+        "learning_rate", "num_train_epochs", "max_steps", "output_dir", "save_steps", "resume_from_checkpoint",
+        "eval_split", "dry_run",
+    )  # fmt: skip
 
     model: str = _model("Hugging Face checkpoint: a folder, or a Hub id.", metavar="PATH|ID", unset="the built-in one")
     revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
@@ -143,6 +151,14 @@ class TrainConfig:
     per_device_train_batch_size: int = _batch("Rows in a micro-batch of one rank.", 4, unit="rows", check=AT_LEAST_1)
     gradient_accumulation_steps: int = _batch(
         "Micro-batches of a rank in an optimizer step.", 4, unit="micro-batches", check=AT_LEAST_1
+    )
+    ranks: int | None = _memory(
+        "Processes that `qsharded train` starts on this machine; 1 starts none. Those of torchrun or srun count where "
+        "they have started this one.",
+        None,
+        unit="ranks",
+        check=AT_LEAST_1,
+        unset="one for each GPU, or one",
     )
     activation_checkpointing: ModeOrAuto = _memory(
         "What the backward pass computes again. none: nothing; full keeps each layer's input alone: a third more work "
@@ -331,6 +347,21 @@ class TrainConfig:
         "Memory of one GPU to plan for.", None, unit="GiB", check=POSITIVE, unset="that of this machine's GPUs"
     )
 
+    gpu: CardName | None = _plan(
+        "Card to plan for: how much memory it has and, an estimate, how fast it is.", None, unset="this machine's"
+    )
+    host_memory_gib: float | None = _plan(
+        "Host memory of the machine to plan for, for all ranks on it.",
+        None,
+        unit="GiB",
+        check=POSITIVE,
+        unset="this machine's, unless other GPUs are planned for",
+    )
+    sweep: bool = _plan(
+        "Print too what other cards, and other numbers of them, train: the longest row that each holds, and how fast.",
+        False,
+    )
+
     @property
     def datasets(self) -> tuple[str, ...]:
         """Every ``--dataset``."""
@@ -364,8 +395,7 @@ class TrainConfig:
         _check_date(self.template_date)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
-        if not self.dry_run and (self.gpus or self.gpu_memory_gib):
-            raise ValueError("--gpus and --gpu-memory-gib are what --dry-run plans for: give it with them")
+        _check_planned(self)
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
         if self.eval_steps and not (self.eval_dataset or self.eval_split):
@@ -384,6 +414,13 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_planned(config: TrainConfig) -> None:
+    fields = ("gpus", "gpu_memory_gib", "gpu", "host_memory_gib", "sweep")
+    given = [f"--{name.replace('_', '-')}" for name in fields if getattr(config, name)]
+    if given and not config.dry_run:
+        raise ValueError(f"{' and '.join(given)}: for `qsharded plan` (--dry-run) alone")
 
 
 def _check_profile(config: TrainConfig) -> None:

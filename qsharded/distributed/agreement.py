@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils import collectives
 
 _T = TypeVar("_T")

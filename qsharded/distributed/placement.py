@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsharded.distributed import vocab_parallel
+from qsharded.distributed.choose_layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.distributed.cpu_offload import OffloadedWeights
 from qsharded.distributed.fsdp import layers_of, shard
-from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
 from qsharded.utils.checkpointing_modes import KEEP_ALL, Checkpointing

@@ -5,13 +5,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsharded.distributed import fsdp
+from qsharded.distributed.exact_all_gather import DamagedGather
+from qsharded.distributed.world import World
 from qsharded.utils import collectives
 
 # Every bf16 pattern once: what any two bytes of packed weights can look like.
 _WORDS_RC = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(1024, 128)
 
 
-def check_gather(world: fsdp.World) -> None:
+def check_gather(world: World) -> None:
     """Bring all 65,536 bf16 patterns through :func:`parallel.shard` and its gather; every rank calls this.
 
     Raises:
@@ -24,14 +26,14 @@ def check_gather(world: fsdp.World) -> None:
     changed = sum(changed_bytes(world, param_dtype, adapter_dtype) for param_dtype, adapter_dtype in dtypes)
     total = collectives.all_reduce(torch.tensor(changed, device=world.device), dist.ReduceOp.SUM, world.group)
     if total.item():
-        raise fsdp.DamagedGather(
+        raise DamagedGather(
             f"PyTorch {torch.__version__} changed {total.item()} bytes of the probe that was gathered over "
             f"{world.size} ranks on {world.device.type}: packed weights would be damaged. Use a PyTorch version that "
             "qsharded supports, and report this one; python -m qsharded.doctor checks again"
         )
 
 
-def changed_bytes(world: fsdp.World, param_dtype: torch.dtype | None, adapter_dtype: torch.dtype) -> int:
+def changed_bytes(world: World, param_dtype: torch.dtype | None, adapter_dtype: torch.dtype) -> int:
     """How many of the probe's 131,072 bytes a forward of this rank sees changed."""
     probe = _Probe(world.device, adapter_dtype)
     fsdp.shard(probe, world.mesh, param_dtype=param_dtype)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qsharded.fused.layer import EVERYTHING, LayerInput, Policy, can_fuse, fused_forward
+from qsharded.models.activation_checkpointing import Forward, Waiting, recomputed
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer
 from qsharded.models.kv_cache import KVCache
-from qsharded.models.recompute import Forward, Waiting, recomputed
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 
 KEPT: dict[Mode, frozenset[str]] = {

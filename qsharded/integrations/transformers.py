@@ -22,11 +22,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qsharded.checkpoint.fill import FiniteCheck, shared
+from qsharded.checkpoint.fill_shards import FiniteCheck, shared
 from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
 from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
-from qsharded.distributed import fsdp
 from qsharded.distributed.agreement import refused_by_all
+from qsharded.distributed.exact_all_gather import use_exact_gather
 from qsharded.integrations import bitsandbytes_format
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
@@ -155,7 +155,7 @@ class QShardedQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.requires_grad_(False)
-        fsdp.use_exact_gather(model)
+        use_exact_gather(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -11,14 +11,24 @@ import torch
 from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat
 from qsharded.config import TrainConfig
-from qsharded.distributed.layout import Layout, choose_layout, frozen_bytes
+from qsharded.distributed.choose_layout import Layout, choose_layout, frozen_bytes
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.choice import AnyConfig
 from qsharded.plan import captured_layers
 from qsharded.plan.activations import StepWork, step_work
 from qsharded.plan.optimizer import pageable_bytes, state_bytes
-from qsharded.plan.parameters import ADAPTERS, Held, parameters, pinned_bytes
+from qsharded.plan.parameters import (
+    ADAPTERS,
+    CODES,
+    EMBEDDING,
+    OTHERS,
+    SCALES,
+    UNPACKED,
+    Held,
+    parameters,
+    pinned_bytes,
+)
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.checkpointing_modes import Mode
 
@@ -188,9 +198,19 @@ class Planner:
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None  # as load_model shards
 
 
+_RESIDENT = {
+    CODES: "this rank's part of the packed weights: 4 bits each",
+    SCALES: "of their blocks: absmax, in 8 bits where it is quantized too",
+    UNPACKED: "its part of matrices that stay in 16 or 32 bits",
+    EMBEDDING: "its part, in 16 or 32 bits",
+    OTHERS: "its part",
+    ADAPTERS: "its part of all that is trained, in --lora-dtype",
+}
+
+
 def _resident(held: Held) -> list[Row]:
     return [
-        *(Row(name, size) for name, size in held.resident.items()),
+        *(Row(name, size, note=_RESIDENT[name]) for name, size in held.resident.items()),
         Row("gradients", held.resident[ADAPTERS], note="of what trains"),
         Row("library workspaces", _LIBRARY_BYTES, note="cuBLAS"),
     ]

@@ -1,5 +1,6 @@
 """Host memory and disk of a training run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qsharded.utils.hardware import GIB
 
 # An interpreter that has loaded PyTorch and CUDA's libraries: an estimate, it differs between their versions.
 _INTERPRETER_BYTES = int(2.5 * GIB)
+_INTERPRETER, _LOADING, _WEIGHTS = "interpreter", "reading the checkpoint", "frozen weights"
 # What loading may hold of a checkpoint at a time, beyond that: bounded for any size of model.
 _LOADING_BYTES = 2 * GIB
 
@@ -31,18 +33,47 @@ class Need:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class HostVerdict:
+    """What all ranks on a host take of its memory, and what it has; None where that is not known."""
+
+    needed: int
+    available: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the host holds it."""
+        return None if self.available is None else self.needed <= self.available
+
+    @property
+    def words(self) -> str:
+        """Needed of available, as a part of a sentence."""
+        if self.available is None:
+            return f"{self.needed / GIB:.1f} GiB of the host (--host-memory-gib says how much there is)"
+        return f"{self.needed / GIB:.1f} of {self.available / GIB:.1f} GiB of the host"
+
+
+def host_verdict(needs: Iterable[Need], ranks: int, available: int | None) -> HostVerdict:
+    """The host's: ``ranks`` of them are on it. What loading holds is given back, before the rest is taken by and by."""
+    by_name = {need.name: need.bytes for need in needs}
+    loading = by_name.pop(_LOADING, 0)
+    kept = sum(by_name.values())
+    weights = by_name.get(_INTERPRETER, 0) + by_name.get(_WEIGHTS, 0)
+    return HostVerdict(ranks * max(kept, weights + loading), available)
+
+
 def host_memory(model: CausalLM, plan: Plan) -> list[Need]:
     """What a rank takes of its machine's memory; the dataset's rows come to that."""
     sharing = plan.ranks // plan.config.dp_replicate
     needs = [
-        Need("interpreter", _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
-        Need("reading the checkpoint", _LOADING_BYTES, "at most, and given back"),
+        Need(_INTERPRETER, _INTERPRETER_BYTES, "Python, PyTorch, CUDA's libraries"),
+        Need(_LOADING, _LOADING_BYTES, "at most, and given back"),
         Need(
             "checkpoint's copy",
             _checkpoint(model, plan.config, sharing),
             "adapters and optimizer state, while they are written",
         ),
-        Need("frozen weights", plan.on_host.weights, "--cpu-offload"),
+        Need(_WEIGHTS, plan.on_host.weights, "--cpu-offload"),
         Need("optimizer state", plan.on_host.optimizer, "paged: the GPU has no room for it"),
         Need("activations", plan.on_host.activations, "--activation-checkpointing offloaded"),
     ]

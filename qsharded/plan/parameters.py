@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.distributed import fsdp
-from qsharded.distributed.layout import SHARDED, Layout, is_vocab_parallel
+from qsharded.distributed.choose_layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.models import CausalLM
 from qsharded.models.parts import head_of, layers_of, part_names
 from qsharded.quant.linear import PackedLinear

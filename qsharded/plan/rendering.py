@@ -4,25 +4,27 @@ from collections.abc import Iterable, Sequence
 
 from qsharded.plan.alternatives import Alternative
 from qsharded.plan.gpu_memory import Plan, Row
-from qsharded.plan.host_memory import Need
+from qsharded.plan.host_memory import HostVerdict, Need
 from qsharded.utils.hardware import GIB
 
 
-def render(plan: Plan, alternatives: Sequence[Alternative]) -> str:
-    """The GPU memory of a rank: every class, the peak, the verdict, and what would fit."""
+def render(plan: Plan, alternatives: Sequence[Alternative], host: HostVerdict, about: Sequence[str]) -> str:
+    """The verdict and what would fit, what is planned, and the GPU memory of a rank: every class, and the peak."""
     config = plan.config
     step = f"{config.per_device_train_batch_size} x {config.max_length} tokens"
     lines = [
+        _verdict(plan, host),
+        *suggestions(plan, alternatives),
+        "",
         f"plan for {config.model} on {plan.ranks} GPU{'s' * (plan.ranks > 1)}, {step} a GPU and micro-batch",
+        *about,
         "",
         "GPU memory of a rank, GiB",
         *(_line(row.name, row.bytes, _remark(row, plan)) for row in plan.rows),
         _line("allocated at the peak", plan.allocated, f"in the {plan.peak_phase}"),
         _line("needed", plan.needed, "with what PyTorch reserves beyond it, and CUDA's own"),
-        "",
-        _verdict(plan),
     ]
-    return "\n".join(lines + suggestions(plan, alternatives)) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def render_needs(title: str, needs: Iterable[Need], have: str) -> str:
@@ -41,11 +43,12 @@ def _remark(row: Row, plan: Plan) -> str:
     return row.note if plan.peak_phase in row.phases else f"(not at the peak: {row.note})"
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: Plan, host: HostVerdict) -> str:
     if plan.gpu_bytes is None:
-        return "verdict: unknown, there is no GPU here; --gpu-memory-gib says how much one has"
-    compared = f"{plan.needed / GIB:.1f} of {plan.gpu_bytes / GIB:.1f} GiB"
-    return f"verdict: {'fits' if plan.fits else 'DOES NOT FIT'}, {compared}"
+        needed = f"needs {plan.needed / GIB:.1f} GiB of each GPU and {host.words}"
+        return f"verdict: unknown, there is no GPU here; it {needed}; --gpu or --gpu-memory-gib says how much one has"
+    compared = f"{plan.needed / GIB:.1f} of {plan.gpu_bytes / GIB:.1f} GiB of each GPU, {host.words}"
+    return f"verdict: {'fits' if plan.fits and host.fits is not False else 'DOES NOT FIT'}, {compared}"
 
 
 def suggestions(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:

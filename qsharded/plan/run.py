@@ -5,7 +5,7 @@ import torch
 from qsharded.config import TrainConfig
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import ModelConfig
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Plan, Planner
 
 

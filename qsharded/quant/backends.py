@@ -104,12 +104,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
 
 def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch, on any device."""
-    absmax = packed.absmax
-    if packed.absmax_scales is not None and packed.absmax_offset is not None:
-        absmax = formats.dequantize_absmax(absmax, packed.absmax_scales, packed.absmax_offset)
-    else:
-        absmax = packed.quant_format.scale_encoding.decode(absmax)
-    return formats.dequantize_blocks(packed.codes, absmax, dtype, packed.quant_format)
+    return formats.dequantize_blocks(packed.codes, packed.decoded_absmax(), dtype, packed.quant_format)
 
 
 # Double quantization, whole and in the steps that ranks take together: as the functions of these names in ``formats``.

@@ -7,6 +7,7 @@ from torch import nn
 
 from qsharded.quant import formats, unquantized
 from qsharded.quant.linear import PackedLinear
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 Filter = Callable[[str, nn.Linear], bool]
 
@@ -33,8 +34,10 @@ def quantize_(
     layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
 
     Raises:
-        ValueError: no layer was quantized, a weight holds NaN or infinity, or there is no such format.
+        ValueError: ``model`` is a linear layer itself or no module, no layer was quantized, a weight holds NaN or
+            infinity, or there is no such format.
     """
+    _refuse_what_is_no_model(model)
     block_size = formats.QuantFormat(quant_type, block_size).block_size
     pack = partial(PackedLinear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head
@@ -52,6 +55,15 @@ def quantize_(
         model.set_submodule(name, pack(linear, f"{name}.weight"))
     unquantized.tell(model, torn, block_size, total)
     return model
+
+
+def _refuse_what_is_no_model(model: nn.Module) -> None:
+    refuse_other_kind(model, nn.Module, "model", "an nn.Module")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "quantize_ replaces the linear layers inside a model, and this is a linear layer itself: "
+            "qsharded.nn.PackedLinear.from_linear(layer) makes a packed one of it"
+        )
 
 
 def _all_but_the_head(name: str, _: nn.Linear) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qsharded.quant import blockwise8
 from qsharded.quant.scale_encoding import ABSMAX, ScaleEncoding
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 BLOCK = 64
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -127,11 +128,11 @@ NF4_64 = QuantFormat()
 
 
 @dataclass(frozen=True)
-class NF4Weight:
+class ReferenceWeight:
     """What the reference quantizer makes of a weight [N, K]: all that is stored, and the absmax that dequantizing uses.
 
-    It computes in plain PyTorch, on its own, and so is what kernels and packed layers are held to. What the stack
-    passes is :class:`qsharded.quant.packed_weight.PackedWeight`: stored tensors alone, served by kernels, sharded.
+    It computes in plain PyTorch, on its own, and so is what kernels and packed layers are held to. What kernels make,
+    with the same attributes, is :class:`qsharded.nf4.NF4Weight`.
     Without double quantization ``absmax_codes`` and its fellows are None.
 
     Attributes:
@@ -157,8 +158,9 @@ class NF4Weight:
 
 def quantize(
     weight: Tensor, *, quant_type: str = "nf4", block_size: int = BLOCK, double_quant: bool = True
-) -> NF4Weight:
-    """Quantize ``weight`` [N, K] (bfloat16, float16 or float32) on its own device, to the format of those two names.
+) -> ReferenceWeight:
+    """The reference: ``weight`` [N, K] (bfloat16, float16 or float32) quantized in plain PyTorch on its own device, to
+    the format of those two names. :func:`qsharded.nf4.quantize` gives the same bytes by kernels.
 
     Raises:
         ValueError: not two-dimensional, empty, K no multiple of ``block_size``, a format or dtype that there is not,
@@ -168,14 +170,15 @@ def quantize(
     check_weight(weight, quant_format)
     codes, absmax = quantize_blocks(weight, quant_format)
     if not (double_quant and quant_format.scale_encoding.nests):
-        return NF4Weight(codes, quant_format.scale_encoding.decode(absmax), None, None, None, quant_format)
+        return ReferenceWeight(codes, quant_format.scale_encoding.decode(absmax), None, None, None, quant_format)
     absmax_codes, scales, offset = double_quantize(absmax)
     dequantized = dequantize_absmax(absmax_codes, scales, offset)
-    return NF4Weight(codes, dequantized, absmax_codes, scales, offset, quant_format)
+    return ReferenceWeight(codes, dequantized, absmax_codes, scales, offset, quant_format)
 
 
 def check_weight(weight: Tensor, quant_format: QuantFormat = NF4_64, name: str = "weight") -> None:
     """Raise ValueError where ``weight`` cannot be quantized, naming it ``name``."""
+    refuse_other_kind(weight, Tensor, name, "a torch.Tensor")
     if weight.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be bfloat16, float16 or float32 to be quantized, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:

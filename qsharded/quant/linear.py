@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qsharded.quant import formats, ops
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 
 class PackedLinear(nn.Module):
@@ -77,6 +78,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: as ``nf4.quantize``, naming the weight ``name``.
         """
+        refuse_other_kind(linear, nn.Linear, "linear", "an nn.Linear")
         weight = linear.weight.detach()
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         new = cls(*sizes, quant_type=quant_type, block_size=block_size, double_quant=double_quant, device=weight.device)

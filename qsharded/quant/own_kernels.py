@@ -3,6 +3,8 @@
 They are for blocks of 64. They dequantize with whatever codebook they are given, and quantize to NF4 alone.
 """
 
+import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -38,6 +40,24 @@ class CodebookKernels(Kernels):
 
     def _writes_to(self, out: Tensor) -> bool:
         return out.is_contiguous()
+
+
+class TritonCuda(CodebookKernels):
+    """Those of Triton. ``fuses``: whether they multiply few rows of x too, which no GPU has been measured with."""
+
+    def __init__(self, nf4: ModuleType, absmax: ModuleType, fuses: bool) -> None:
+        super().__init__(nf4, absmax)
+        self._fuses = fuses
+
+    def multiplies(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:
+        from qsharded_kernels import triton_linear as fused
+
+        if not self._fuses or 0 in packed.shape or not dequantizes(packed.quant_format):
+            return False
+        return 0 < M <= fused.MOST_ROWS and dtype in fused.DTYPES
+
+    def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        return triton_linear(x_MK, packed, bias)
 
 
 class CompiledCuda(CodebookKernels):
@@ -79,6 +99,26 @@ def tables(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     return formats.codebook(device, packed.quant_format.quant_type), blockwise8.dynamic_map(True, device)
 
 
+def triton_linear(x_MK: Tensor, packed: PackedWeight, bias: Tensor | None, *, splits: int | None = None) -> Tensor:
+    """``x W^T + bias`` for at most 16 rows, by Triton with the codebook rounded to x's dtype."""
+    from qsharded_kernels import triton_linear as fused
+
+    rounded, factor = _rounded_codebook(packed.device, packed.quant_format.quant_type, x_MK.dtype)
+    return fused.linear(x_MK, *packed.tensors, rounded, factor, tables(packed)[1], bias, splits=splits)
+
+
+# Multiplied by these before they are rounded, the values err least, and with no bias that sums would gather: found by
+# search over four decimals for NF4, as its normal weights are spread; FP4's are twelfths, and so exact.
+_FACTORS = {("nf4", torch.bfloat16): 1.1888, ("nf4", torch.float16): 1.3243}
+_FACTORS |= {("fp4", dtype): 12.0 for dtype in (torch.bfloat16, torch.float16)}
+
+
+@cache
+def _rounded_codebook(device: torch.device, quant_type: str, dtype: torch.dtype) -> tuple[Tensor, float]:
+    factor = _FACTORS.get((quant_type, dtype), 1.0)
+    return (formats.codebook(device, quant_type).double() * factor).to(dtype), factor
+
+
 def compiled_for_cpu(device: torch.device) -> Kernels | None:
     """Where the library was built."""
     return CodebookKernels(cpu_nf4, compiled_absmax) if cpu.is_available() else None
@@ -90,7 +130,8 @@ def compiled_for_cuda(device: torch.device) -> Kernels | None:
 
 
 def triton_for_cuda(device: torch.device) -> Kernels | None:
-    """On any GPU."""
+    """On any GPU. The fused product only where QSHARDED_BACKEND asks for Triton, until a table of measurements says
+    when it pays."""
     from qsharded_kernels import triton_absmax, triton_nf4  # here: Triton loads slowly
 
-    return CodebookKernels(triton_nf4, triton_absmax)
+    return TritonCuda(triton_nf4, triton_absmax, fuses=os.environ.get("QSHARDED_BACKEND") == "triton")

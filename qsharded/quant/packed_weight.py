@@ -30,7 +30,7 @@ class QuantizedAbsmax(NamedTuple):
 @dataclass(frozen=True)
 class PackedWeight:
     """A quantized weight [N, K] as it is stored, sharded, and given to operations and kernels: what all of the stack
-    passes. (``formats.NF4Weight`` is what the reference quantizer returns, for those who look into the numbers.)
+    passes. (:class:`qsharded.nf4.NF4Weight` is for those who look into the numbers.)
 
     Attributes:
         codes: uint8 [N, P].
@@ -60,6 +60,12 @@ class PackedWeight:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    def decoded_absmax(self) -> Tensor:
+        """fp32 [N, G]: each block's scale as dequantizing uses it, in plain PyTorch."""
+        if self.absmax_scales is not None and self.absmax_offset is not None:
+            return formats.dequantize_absmax(self.absmax, self.absmax_scales, self.absmax_offset)
+        return self.quant_format.scale_encoding.decode(self.absmax)
 
     def stored_rows(self) -> tuple[Tensor, Tensor]:
         """Codes and absmax as bf16 rows, [N, K/4] and [N, ceil(G/2)] or [N, 2G]: the same bytes, padded where G is odd.

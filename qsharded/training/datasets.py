@@ -8,7 +8,7 @@ from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
 from qsharded.data.facts import facts_of
 from qsharded.data.shown import text
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview
 from qsharded.training.resuming import Resumed, kept_accumulation
 from qsharded.training.tokenized import load_datasets

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsharded.data import Prompt, Step, Tokenizer
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.models.generation import generate
 from qsharded.training import objective

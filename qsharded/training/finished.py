@@ -11,7 +11,7 @@ from qsharded.checkpoint.resume import ADAPTER, Progress, checkpoints
 from qsharded.config import TrainConfig
 from qsharded.config.resume_roles import PATHS, options_of
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils.untrusted_json import read_json
 
 FINISHED_FILE = "finished.json"

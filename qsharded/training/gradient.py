@@ -8,7 +8,7 @@ import torch
 
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Step
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.optim import ScaledOptimizer, clipping_scale
 from qsharded.training.objective import SUPERVISED, BatchSums, Objective

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 
 from qsharded.config import TrainConfig
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.plan.alternatives import nearest
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.dry_run import planner_of
 from qsharded.plan.gpu_memory import Plan, Planner
 from qsharded.plan.host_memory import host_memory

@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.writable_output import missing_folders, remove_empty
 from qsharded.utils.process_identity import ProcessIdentity
 

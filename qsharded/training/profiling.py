@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from qsharded.config import TrainConfig
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 
 _WARM_UP = 1  # steps that are recorded and thrown away, as the first recorded one is slow
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils import signals
 
 _ANSWER_S = 10  # from a store that answers in milliseconds

@@ -9,7 +9,7 @@ from pathlib import Path
 from qsharded.checkpoint.resume import checkpoints
 from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.finished import is_marked
 from qsharded.training.run_record import RECORD_FILE, starter
 from qsharded.utils.process_identity import ProcessIdentity

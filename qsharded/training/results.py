@@ -18,7 +18,7 @@ from qsharded.checkpoint.resume import ADAPTER, Progress, checkpoint_folder
 from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import first_error, found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training import disk_room
 from qsharded.training.divergence import advice, has_diverged, skipped_more_than_allowed
 from qsharded.training.finished import mark_finished

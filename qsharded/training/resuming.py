@@ -20,7 +20,7 @@ from qsharded.config.resume_roles import PATHS, options_of
 from qsharded.data import Mixture, Tokenizer
 from qsharded.data.fingerprint import RowsFingerprint
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils import collectives
 
 _DERIVED = ("rows_per_step", "moments")

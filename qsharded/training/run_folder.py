@@ -13,7 +13,7 @@ from qsharded.checkpoint.resume import checkpoints, step_of
 from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkpoints, set_aside
 from qsharded.config import TrainConfig, write_toml
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training import bad_batches, hang_report
 from qsharded.training.disk_room import Sizes, refuse_full_disk
 from qsharded.training.finished import FINISHED_FILE, is_marked

@@ -18,7 +18,7 @@ from qsharded.checkpoint.files import write_json
 from qsharded.config import TrainConfig
 from qsharded.data.sources import find_files
 from qsharded.distributed.agreement import found_by_main
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils import collectives
 from qsharded.utils.process_identity import ProcessIdentity
 

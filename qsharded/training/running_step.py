@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.gradient import GradientSums
 from qsharded.utils import collectives
 

@@ -14,12 +14,12 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.base_model import base_note, find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
+from qsharded.config.builtin import builtin_note
 from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.row_source import files_of
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
-from qsharded.distributed.fsdp import World, mesh_of
-from qsharded.distributed.layout import (
+from qsharded.distributed.choose_layout import (
     Layout,
     choose_layout,
     free_host_memory,
@@ -27,10 +27,11 @@ from qsharded.distributed.layout import (
     least_free_memory,
     least_memory,
 )
+from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loader, read_data
@@ -235,6 +236,8 @@ def _summary(
         f"adapters (r = {setup.lora.r}, alpha = {setup.lora.lora_alpha:g}), on {world.size} x {world.device.type}",
         *data.lines(config),
     ]
+    if note := builtin_note(config):
+        lines.append(note)
     limit = setup.model.config.max_position_embeddings
     if config.max_length > limit:
         lines.append(f"note: --max-length {config.max_length} is beyond the {limit} positions the model was made for")

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.utils import collectives, heartbeat, signals
 
 _T = TypeVar("_T")

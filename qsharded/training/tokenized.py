@@ -12,7 +12,7 @@ from qsharded.data.cache import SMALL_BYTES, DataCache, default_folder
 from qsharded.data.fill import Enough
 from qsharded.data.row_source import row_source
 from qsharded.distributed.agreement import first_error
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.data_options import reading
 from qsharded.utils import heartbeat
 

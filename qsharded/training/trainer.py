@@ -14,7 +14,7 @@ from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
 from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
 from qsharded.training import evaluation, results
 from qsharded.training.bad_batches import BadBatches

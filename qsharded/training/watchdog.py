@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from qsharded.config import TrainConfig
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.hang_report import RankStatus, main_frame, said_of, write_stacks
 from qsharded.utils import heartbeat
 from qsharded.utils.exit_codes import HANG

@@ -71,6 +71,11 @@ def gpu_memory() -> int | None:
     return min(sizes, default=None)
 
 
+def gpu_name() -> str | None:
+    """What CUDA calls the first GPU; None where there is none."""
+    return torch.cuda.get_device_name(0) if torch.cuda.device_count() else None
+
+
 def default_ranks() -> int:
     """How many ranks torchrun was asked for; without it, one for each GPU, or one."""
     return int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1

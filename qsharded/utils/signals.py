@@ -148,6 +148,16 @@ def watch_ranks(look: Callable[[], str], tell: Callable[[str], object]) -> None:
     _listener.look, _listener.tell = look, tell
 
 
+def tell_ranks(how: str) -> None:
+    """Say how this rank leaves, where others watch."""
+    _listener.tell(how)
+
+
+def another_left() -> str:
+    """How another rank has left, if one has and this one watches."""
+    return _listener.look()
+
+
 def follow(how: str) -> NoReturn:
     """End the process because another rank left with that signal, or FAILED and has said why."""
     if how == FAILED:

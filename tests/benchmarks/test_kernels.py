@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.kernels import __main__ as command
-from benchmarks.kernels import ceilings, context, measure, peers, plots, shapes, timing
+from benchmarks.kernels import ceilings, context, fused_rows, measure, peers, plots, report, shapes, timing
 from benchmarks.kernels.case import Case, Contender, relative_error
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.ops import OPERATIONS
@@ -122,6 +123,31 @@ def test_unknown_peers_and_operations_are_refused(capsys: pytest.CaptureFixture[
     assert "'dequantise' is none of dequantize" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("parse", [command.parse_arguments, fused_rows.parse_arguments])
+def test_unknown_shapes_are_an_error_of_the_command_line(
+    parse: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--shapes", "llama3-8b,gpt2"])
+    assert exit_.value.code == 2
+    assert "error: --shapes: 'gpt2' is none of llama3-8b, llama3-70b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--peers", "apex", "'apex' is none of bitsandbytes, torchao"),
+        ("--name", "a/b", "'a/b' must be a file's name"),
+    ],
+)
+def test_peers_and_names_are_checked_before_anything_is_measured(
+    flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.parse_arguments([flag, value])
+    assert message in capsys.readouterr().err
+
+
 def test_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ImportError(f"no {name} here")
@@ -136,7 +162,10 @@ def test_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as exit_:
         command.main()
     assert not exit_.value.code
-    record = json.loads((tmp_path / "kernels.json").read_text())
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert path.stem.startswith("dequantize-quantize-linear-input-grad_")
+    assert record["date"] in path.stem
     assert {row["op"] for row in record["rows"]} == set(OPERATIONS)
     assert {row["M"] for row in record["rows"] if row["op"] == "linear"} == {3}
     assert all(row["times"]["p20"] <= row["times"]["median"] <= row["times"]["p80"] for row in record["rows"])
@@ -156,6 +185,52 @@ def test_plots_are_drawn(tmp_path: Path, clock: None) -> None:
     conversion = case_of({"2": torch.ones(4), "6": torch.ones(4), "7": torch.zeros(4)})
     product = replace(conversion, op="linear", rows=16, baseline="6")
     rows = [row for case in (conversion, product) for row in measure.measure(case, LIMITS, CPU, repeats=1)]
-    paths = plots.save(rows, tmp_path)
-    assert [path.name for path in paths] == ["kernels_speedup.png", "kernels_fraction.png"]
+    paths = plots.save(record_of(rows), tmp_path, "run")
+    assert [path.name for path in paths] == ["run_speedup.png", "run_fraction.png"]
     assert all(path.stat().st_size > 1000 for path in paths)
+    plots.remove(tmp_path, "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_plot_says_what_was_measured_on_what_and_when(tmp_path: Path, clock: None) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    titles: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "suptitle", lambda self, text, **_: titles.append(text))
+        plots.save(record_of(measure.measure(case_of({"2": torch.ones(4)}), LIMITS, CPU, repeats=1)), tmp_path, "run")
+    (title,) = titles
+    for part in ("NVIDIA H200", "bfloat16", "2026-01-02", "0123abc", "torch 2.11.0", "driver 580.1"):
+        assert part in title
+
+
+def record_of(rows: list[measure.Row]) -> dict[str, Any]:
+    """A record that some GPU has made."""
+    made = {"date": "2026-01-02", "commit": "0123abc", "gpu": "NVIDIA H200", "device": "cuda", "driver": "580.1"}
+    versions = {"versions": {"torch": "2.11.0"}, "dtype": "bfloat16"}
+    return made | versions | {"rows": [row.as_record() for row in rows]}
+
+
+def test_no_record_takes_the_name_of_another(tmp_path: Path, clock: None) -> None:
+    record = record_of(measure.measure(case_of({"2": torch.ones(4)}), LIMITS, CPU, repeats=1))
+    names = []
+    for _ in range(3):
+        names.append(report.free_name(tmp_path, "dequantize", record))
+        (tmp_path / f"{names[-1]}.json").touch()
+    first = "dequantize_nvidia-h200_2026-01-02_0123abc"
+    assert names == [first, f"{first}_2", f"{first}_3"]
+    on_cpu = record | {"device": "cpu", "processor": "EPYC 9654", "threads": 2, "commit": None}
+    assert report.free_name(tmp_path, "linear", on_cpu) == "linear_epyc-9654-2-threads_2026-01-02"
+
+
+def test_a_name_that_is_given_loses_the_plots_of_its_older_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: None
+) -> None:
+    def none(*_: object) -> list[Path]:
+        raise ImportError
+
+    monkeypatch.setattr(plots, "save", none)
+    stale = tmp_path / "mine_speedup.png"
+    stale.touch()
+    arguments = command.parse_arguments(["--name", "mine", "--out", str(tmp_path), "--device", "cpu"])
+    command.save(arguments, LIMITS, measure.measure(case_of({"2": torch.ones(4)}), LIMITS, CPU, repeats=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]

@@ -17,17 +17,17 @@ from qsharded.checkpoint import background_writer, files
 from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.checkpoint.intact import newest_sound
 from qsharded.checkpoint.manifest import verify
-from qsharded.checkpoint.rank_tensors import own_weights
 from qsharded.checkpoint.resume import Progress, checkpoints, load_checkpoint, read_progress, refuse_other
 from qsharded.checkpoint.retention import drop_partial_checkpoints
+from qsharded.checkpoint.training_state import own_weights
 from qsharded.config import TrainConfig
-from qsharded.distributed import fsdp
+from qsharded.distributed.world import World
 from qsharded.nn import LoRAConfig
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils.untrusted_json import read_json
 
 LORA = LoRAConfig(r=2, target_modules=["layer"])
-WORLD = fsdp.World.single_process(torch.device("cpu"))
+WORLD = World.single_process(torch.device("cpu"))
 
 
 class Tiny(nn.Module):
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_what_was_saved(tmp_path: Path) -> None:
 def test_saving_does_not_wait_and_keeps_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread stands still until the model has long changed; a second checkpoint waits for the first."""
     go, write_tensors = threading.Event(), files.write_tensors
-    monkeypatch.setattr("qsharded.checkpoint.rank_tensors.write_tensors", lambda *a: go.wait() and write_tensors(*a))
+    monkeypatch.setattr("qsharded.checkpoint.training_state.write_tensors", lambda *a: go.wait() and write_tensors(*a))
     model, optimizer = make(1.0)
     with CheckpointWriter(tmp_path, WORLD, None) as to:
         save(to, model, optimizer, 1)
@@ -107,7 +107,7 @@ def test_what_a_gpu_holds_is_copied_before_it_changes(tmp_path: Path) -> None:
     model, optimizer = make(0.0)
     model.cuda()
     busy = torch.randn(8192, 8192, device="cuda")
-    with CheckpointWriter(tmp_path, fsdp.World.single_process(torch.device("cuda", 0)), None) as to:
+    with CheckpointWriter(tmp_path, World.single_process(torch.device("cuda", 0)), None) as to:
         for step in (1, 2):
             for _ in range(20):
                 busy = (busy @ busy).clamp(-1, 1)
@@ -126,7 +126,7 @@ def failing(*args: Any) -> None:
 def test_an_error_of_the_thread_is_raised_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr("qsharded.checkpoint.rank_tensors.write_tensors", failing)
+    monkeypatch.setattr("qsharded.checkpoint.training_state.write_tensors", failing)
     to = CheckpointWriter(tmp_path, WORLD, None)
     save(to, *make(1.0), 1)
     calls: dict[str, Callable[[], object]] = {
@@ -143,7 +143,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(
 def test_another_error_goes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qsharded.checkpoint.rank_tensors.write_tensors", failing)
+    monkeypatch.setattr("qsharded.checkpoint.training_state.write_tensors", failing)
     with pytest.raises(KeyError), CheckpointWriter(tmp_path, WORLD, None) as to:  # noqa: PT012
         save(to, *make(1.0), 1)
         raise KeyError
@@ -154,7 +154,7 @@ def test_a_rank_that_never_writes_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(background_writer, "_PATIENCE_S", 0.1)
     with (
         pytest.raises(CheckpointNotWritten, match=r"rank 1 did not write .*rank-00001\.json"),
-        CheckpointWriter(tmp_path, fsdp.World(0, 2, torch.device("cpu"), None), None) as to,
+        CheckpointWriter(tmp_path, World(0, 2, torch.device("cpu"), None), None) as to,
     ):
         save(to, *make(1.0), 1)
 
@@ -171,7 +171,7 @@ def test_the_wait_for_other_ranks_ends_before_they_time_out_in_a_collective() ->
 def test_an_error_on_its_way_waits_for_no_rank_that_may_be_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KeyError), CheckpointWriter(tmp_path, fsdp.World(0, 2, WORLD.device, None), None) as to:  # noqa: PT012
+    with pytest.raises(KeyError), CheckpointWriter(tmp_path, World(0, 2, WORLD.device, None), None) as to:  # noqa: PT012
         save(to, *make(1.0), 1)
         raise KeyError
     assert capsys.readouterr().err == ""
@@ -184,7 +184,7 @@ def test_all_ranks_wait_for_a_slow_disk_before_training_goes_on(
     """Outside of training's collectives: they ask each other after the wait and before anything is copied."""
     calls, first_error = [], background_writer.first_error
 
-    def waiting(world: fsdp.World, error: Exception | None) -> str | None:
+    def waiting(world: World, error: Exception | None) -> str | None:
         calls.append([path.name for path in checkpoints(tmp_path)])
         return first_error(world, error)
 
@@ -283,7 +283,7 @@ def test_any_error_of_the_thread_names_the_checkpoint(tmp_path: Path, monkeypatc
     def broken(*args: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("qsharded.checkpoint.rank_tensors.write_tensors", broken)
+    monkeypatch.setattr("qsharded.checkpoint.training_state.write_tensors", broken)
     with pytest.raises(CheckpointNotWritten, match="step-000001 was not written: broken"):
         write(tmp_path, 1)
 

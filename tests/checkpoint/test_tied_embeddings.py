@@ -18,7 +18,7 @@ from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model as load
 from qsharded.checkpoint.report import inspect_path
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD
-from qsharded.distributed.layout import Layout
+from qsharded.distributed.choose_layout import Layout
 from qsharded.integrations.transformers import QShardedConfig
 from qsharded.utils.sharding import whole
 from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qsharded.config import TrainConfig, builtin, builtin_overrides, parse
+from qsharded.config import TrainConfig, builtin, builtin_overrides, parse, parse_train
 
 
 @pytest.fixture
@@ -28,3 +28,9 @@ def test_the_shipped_run_is_valid_and_its_files_exist() -> None:
     config = parse([], TrainConfig, fill=builtin_overrides)
     paths = (config.model, config.dataset, config.eval_dataset, config.exact_match_dataset)
     assert all(Path(path).exists() for path in paths if path is not None)
+
+
+def test_rows_for_the_built_in_model_are_told_as_perhaps_a_slip(folder: Path) -> None:
+    assert "without --model the built-in one is trained" in builtin.builtin_note(parse_train(["--dataset", "d"]))
+    assert builtin.builtin_note(parse_train([])) == ""
+    assert builtin.builtin_note(parse_train(["--model", "m", "--dataset", "d"])) == ""

@@ -7,6 +7,7 @@ import pytest
 
 from qsharded.config import TrainConfig, parse, read_toml, write_toml
 from qsharded.config.options import options
+from qsharded.config.other_names import NAMES
 from tools.make_docs import PAGES
 
 GIVEN = ("--model", "m", "--dataset", "d")
@@ -270,9 +271,48 @@ def test_text_that_is_no_toml_names_the_file(tmp_path: Path, capsys: pytest.Capt
 
 def test_missing_file_and_missing_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "absent.toml")
-    assert absent in error_of([*GIVEN, "--config", absent], capsys)
+    assert error_of([*GIVEN, "--config", absent], capsys).endswith(
+        f"--config {absent} is missing; {tmp_path} has no .toml file"
+    )
+    toml(tmp_path, "")
+    assert f"{tmp_path} has run.toml" in error_of([*GIVEN, "--config", absent], capsys)
+    elsewhere = str(tmp_path / "other" / "run.toml")
+    assert f"so is the folder {tmp_path / 'other'}" in error_of([*GIVEN, "--config", elsewhere], capsys)
     assert error_of(["--model", "m"], capsys) == "qsharded.train: error: --dataset is required"
     assert "--lora-r" in error_of([*GIVEN, "--lora-r"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("lr", "learning-rate"),
+        ("epochs", "num-train-epochs"),
+        ("batch_size", "per-device-train-batch-size"),
+        ("model_name_or_path", "model"),
+        ("rank", "lora-r"),
+        ("nproc_per_node", "ranks"),
+        ("learning_rte", "learning-rate"),
+    ],
+)
+def test_other_trainers_names_suggest_ours(theirs: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"unknown key {theirs.replace('_', '-')!r}; did you mean {ours!r}?" in error_of(
+        [*GIVEN, f"--{theirs}", "1"], capsys
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_trainers_names_never_hide_an_option(page: str) -> None:
+    keys = {item.key for item in options(PAGES[page])}
+    for key in keys & set(NAMES):
+        assert not set(NAMES[key].split()) & keys, key
+
+
+def test_other_trainers_names_lead_to_options_and_to_one_each() -> None:
+    assert set(NAMES) <= {item.key for command in PAGES.values() for item in options(command)}
+    for command in PAGES.values():
+        keys = [item.key for item in options(command)]
+        theirs = [name for key in keys for name in NAMES.get(key, "").split()]
+        assert len(theirs) == len(set(theirs))
 
 
 def test_help_is_printed_once_for_all_ranks(
@@ -281,7 +321,7 @@ def test_help_is_printed_once_for_all_ranks(
     with pytest.raises(SystemExit) as exit:
         parse(["--lora-r", "x", "--help"], TrainConfig)
     assert exit.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: python -m qsharded.train ")
+    assert capsys.readouterr().out.startswith("usage: qsharded train ")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as exit:
         parse(["-h"], TrainConfig)
@@ -333,6 +373,9 @@ def changed(config: TrainConfig) -> TrainConfig:
         "sharding": "auto",
         "max_steps": 12,
         "gpus": 3,
+        "ranks": 2,
+        "gpu": "H200",
+        "host_memory_gib": 64.0,
         "gpu_memory_gib": 1.5,
         "eval_split": 0.0,
     }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
-from qsharded.distributed import fsdp
+from qsharded.distributed.exact_all_gather import ExactAllGather
 
 Dtypes = dict[str, set[torch.dtype]]
 
@@ -16,7 +16,7 @@ def record_dtypes() -> Dtypes:
     """Filled from now on, by this rank, which ends with its test: of what is gathered, and of the buffers in which
     gradients are reduced over shards and replicas."""
     dtypes: Dtypes = {"gathered": set(), "reduced": set()}
-    gather, allocate = fsdp.ExactAllGather.__call__, DefaultReduceScatter.allocate
+    gather, allocate = ExactAllGather.__call__, DefaultReduceScatter.allocate
 
     def gather_recorded(self: Any, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtypes["gathered"].add(input_tensor.dtype)
@@ -26,6 +26,6 @@ def record_dtypes() -> Dtypes:
         dtypes["reduced"].add(dtype)
         return allocate(self, size, dtype=dtype, device=device)
 
-    fsdp.ExactAllGather.__call__ = gather_recorded
+    ExactAllGather.__call__ = gather_recorded
     DefaultReduceScatter.allocate = allocate_recorded
     return dtypes

@@ -8,12 +8,13 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.gather import ALL_PATTERNS
 from qsharded.distributed import fsdp, self_test
+from qsharded.distributed.world import start_world
 from tests.distributed import as_cuda
 from tests.distributed.harness import run_ranks
 
 
 def call_without_an_input() -> None:
-    world = fsdp.start_world()
+    world = start_world()
     probe = fsdp.shard(self_test._Probe(world.device, torch.float32), world.mesh)
     probe()
 

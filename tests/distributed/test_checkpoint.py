@@ -14,9 +14,9 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.checkpoint.manifest import verify
-from qsharded.checkpoint.rank_tensors import Rows
 from qsharded.checkpoint.resume import Progress, load_checkpoint, read_progress
-from qsharded.distributed import fsdp
+from qsharded.checkpoint.training_state import Rows
+from qsharded.distributed.world import World, start_world
 from qsharded.nn import LoRAConfig
 from qsharded.utils.seeds import derived_seed
 from qsharded.utils.sharding import local, own_rows
@@ -68,8 +68,8 @@ class CodedOptimizer(Optimizer):
         self.encode(parameter, torch.cat(runs)[rows.start - first : rows.stop - first])
 
 
-def start(folder: Path, layout: str) -> tuple[fsdp.World, nn.Module, list[nn.Parameter]]:
-    world = fsdp.start_world()
+def start(folder: Path, layout: str) -> tuple[World, nn.Module, list[nn.Parameter]]:
+    world = start_world()
     mesh = world.mesh
     if layout == "hsdp":  # each rank holds every row
         mesh = init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("replicate", "shard"))

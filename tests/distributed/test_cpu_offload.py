@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qsharded.distributed import cpu_offload
 from qsharded.distributed.cpu_offload import OffloadedWeights
 from qsharded.distributed.placement import materialize
-from qsharded.models.recompute import recomputed
+from qsharded.models.activation_checkpointing import recomputed
 
 FORWARD = ["fetch 0", "fetch 1", "run 0", "fetch 2", "run 1", "fetch 3", "run 2", "run 3"]
 BACKWARD = ["fetch 3", "fetch 2", "run 3", "fetch 1", "run 2", "fetch 0", "run 1", "run 0"]

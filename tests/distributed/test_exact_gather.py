@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.gather import damaged_bytes, streamed_damage
 from qsharded.distributed import fsdp
+from qsharded.distributed.exact_all_gather import ExactAllGather
 from tests.distributed.harness import run_ranks
 
 
@@ -75,7 +76,7 @@ def test_exact_gather_keeps_every_pattern_compiled(replicas: int) -> None:
 
 def gather_without_the_mark() -> str:
     """What happens when PyTorch fills the buffer by other means than the copy-in that is known."""
-    gather = fsdp.ExactAllGather()
+    gather = ExactAllGather()
     buffer = gather.allocate((8,), dtype=torch.bfloat16, device=torch.device("cpu"))
     group = init_device_mesh("cpu", (2,)).get_group()
     try:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsharded.distributed.layout import Layout
+from qsharded.distributed.choose_layout import Layout
 from tests.distributed.harness import run_ranks
 from tests.models.parity import Result, assert_close, case, load_folders, results
 from tests.models.variants import VARIANTS

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.load import load_model
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.generate import GenerateConfig, main, run
 from qsharded.nn import LoRAConfig
 from tests.checkpoints import write_checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, Step, StepLoader, make_batch
-from qsharded.distributed import fsdp
+from qsharded.distributed.world import World, start_world
 from qsharded.nn import LoRAConfig
 from qsharded.training import objective
 from qsharded.training.gradient import accumulate_gradient
@@ -43,7 +43,7 @@ def gradient(
     folder: Path, batch_size: int, accumulation: int, packing: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Every trainable parameter's gradient over one step of all rows, whole."""
-    world = fsdp.start_world()
+    world = start_world()
     lora = LoRAConfig(r=4, modules_to_save=["lm_head"])
     model = load_model(folder, mesh=world.mesh, lora=lora, dtype=dtype, seed=3)
     with torch.no_grad():  # with B at zero, A's gradient would be zero too
@@ -82,7 +82,7 @@ def test_dropout_differs_by_rank_step_and_micro_batch(folder: Path, monkeypatch:
 
     monkeypatch.setattr(objective, "batch_loss", noted)
     for rank, step_number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        world = fsdp.World(rank, 2, torch.device("cpu"), None)
+        world = World(rank, 2, torch.device("cpu"), None)
         accumulate_gradient(model, step, world, seed=0, step_number=step_number)
     assert len(set(losses[:8])) == 8
     assert losses[8:] == losses[:8]

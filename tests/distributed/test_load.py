@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qsharded.checkpoint import load_model, read_ahead
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.distributed.layout import SHARDED, Layout
+from qsharded.distributed.choose_layout import SHARDED, Layout
 from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.quant import formats
 from qsharded.utils.sharding import local, own_rows, whole

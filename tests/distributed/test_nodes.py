@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qsharded import generate, train
-from qsharded.distributed import fsdp
+from qsharded.distributed.world import start_world
 from qsharded.training.metrics import read_metrics
 from tests.distributed.harness import free_port, run_ranks
 
@@ -20,7 +20,7 @@ BUILTIN = Path(train.__file__).parent / "builtin"
 
 def prepare(folder: Path) -> str:
     """What a download does: the first of a node brings the file, the others find it."""
-    world = fsdp.start_world()
+    world = start_world()
     file = folder / f"node{world.rank // 2}"
 
     def download() -> str:
@@ -46,7 +46,7 @@ def fail_to_prepare() -> str:
     def refuse() -> None:
         raise ValueError(f"the Hub refused rank {world.rank}")
 
-    world = fsdp.start_world()
+    world = start_world()
     with pytest.raises(ValueError, match="the Hub refused") as caught:
         world.first_on_node(refuse)
     return str(caught.value)
@@ -108,7 +108,7 @@ def test_a_rank_that_cannot_join_says_so_in_one_line(
         monkeypatch.setenv(name, str(value))
     for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(fsdp, "let_reserved_memory_grow", lambda: None)
+    monkeypatch.setattr("qsharded.distributed.world.let_reserved_memory_grow", lambda: None)
 
     def fail(*_: object, **__: object) -> None:
         raise failure or AssertionError("a rank without a GPU must not wait for others")

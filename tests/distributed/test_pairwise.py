@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qsharded.config import TrainConfig
 from qsharded.data import Batch, Example, Step, StepLoader
-from qsharded.distributed import fsdp
 from qsharded.distributed import vocab_parallel as parallel_head
+from qsharded.distributed.world import start_world
 from qsharded.lora.disabled import adapters_disabled
 from qsharded.models import CausalLM
 from qsharded.training import setup
@@ -66,7 +66,7 @@ def pairs() -> list[Example]:
 
 
 def train(model: Path, rows: Path, out: Path, packing: bool, vocab_parallel: bool) -> None:
-    world = fsdp.start_world()
+    world = start_world()
     batch_size = 4 // world.size
     config = TrainConfig(
         model=str(model),

@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsharded.checkpoint import load_model
-from qsharded.distributed import fsdp, vocab_parallel
-from qsharded.distributed.fsdp import World
-from qsharded.distributed.layout import Layout
+from qsharded.distributed import vocab_parallel
+from qsharded.distributed.choose_layout import Layout
 from qsharded.distributed.placement import check_shares
+from qsharded.distributed.world import World, mesh_of
 from qsharded.nn import LoRAConfig
 from qsharded.utils.sharding import local
 from tests.checkpoints import write_checkpoint
@@ -34,7 +34,7 @@ def held(folder: Path, replicas: int, modes: list[dict[str, Any]]) -> list[Held]
     """In each mode (bytes here, bytes in all, whether it trains) of each parameter."""
     ranks = dist.get_world_size()
     world = World(dist.get_rank(), ranks, torch.device("cpu"), init_device_mesh("cpu", (ranks,)))
-    mesh = fsdp.mesh_of(world, replicas)
+    mesh = mesh_of(world, replicas)
     return [_held(load_model(folder, mesh=mesh, lora=LoRAConfig(r=4), device="cpu", **mode)) for mode in modes]
 
 
@@ -117,7 +117,7 @@ def test_a_large_frozen_vocabulary_is_split(folder: Path) -> None:
 def test_ranks_that_cannot_be_divided_are_told() -> None:
     world = World(0, 6, torch.device("cpu"), None)
     with pytest.raises(ValueError, match="--dp-replicate 4 does not divide the 6 ranks"):
-        fsdp.mesh_of(world, 4)
+        mesh_of(world, 4)
 
 
 def test_contradictions_are_refused(folder: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 
 from qsharded import generate, train
 from qsharded.distributed import fsdp, self_test
+from qsharded.distributed.exact_all_gather import DamagedGather
 from qsharded.distributed.self_test import check_gather
+from qsharded.distributed.world import start_world
 from tests.distributed.harness import run_ranks
 
 
@@ -20,8 +22,8 @@ def use_plain_gather() -> None:
 
 def what_the_probe_says() -> str:
     try:
-        check_gather(fsdp.start_world())
-    except fsdp.DamagedGather as error:
+        check_gather(start_world())
+    except DamagedGather as error:
         return str(error)
     return ""
 

@@ -14,8 +14,8 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.data import Cursor, Example, StepLoader
 from qsharded.distributed import fsdp
-from qsharded.distributed.fsdp import World
-from qsharded.distributed.layout import Layout
+from qsharded.distributed.choose_layout import Layout
+from qsharded.distributed.world import World, mesh_of
 from qsharded.models.generation import generate
 from qsharded.nn import LoRAConfig
 from qsharded.training import evaluation
@@ -57,7 +57,7 @@ def train(folder: Path, world_size: int, replicas: int, modes: list[dict[str, An
 
 
 def _train(folder: Path, world: World, replicas: int, mode: dict[str, Any]) -> Result:
-    mesh = fsdp.mesh_of(world, replicas)
+    mesh = mesh_of(world, replicas)
     model = load_model(folder, mesh=mesh, device="cpu", seed=3, **{"dtype": torch.float32} | mode)
     loader = StepLoader(
         examples(),

@@ -12,7 +12,7 @@ from qsharded.config import TrainConfig
 from qsharded.data import Tokenizer, load_examples
 from qsharded.data.cache import DataCache
 from qsharded.data.fill import Fill
-from qsharded.distributed.fsdp import World, start_world
+from qsharded.distributed.world import World, start_world
 from qsharded.training import datasets
 from qsharded.training.tokenized import load_datasets
 from tests.checkpoints import write_chat_rows

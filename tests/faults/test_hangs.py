@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qsharded.config import TrainConfig
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.hang_report import RankStatus, said_of
 from qsharded.training.watchdog import watched
 from qsharded.utils import heartbeat

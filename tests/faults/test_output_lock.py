@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qsharded import train
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training import output_lock
 from qsharded.training.output_lock import LOCK_FILE, output_locked
 from qsharded.utils.process_identity import ProcessIdentity

@@ -16,7 +16,7 @@ import torch
 from qsharded import train
 from qsharded.checkpoint.files import write_json
 from qsharded.config import TrainConfig
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.training.restarting import OWN_STORE, after_restart
 from qsharded.training.run_record import RECORD_FILE, hub_commit
 from qsharded.utils.process_identity import ProcessIdentity

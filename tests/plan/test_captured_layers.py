@@ -15,7 +15,7 @@ from qsharded.models.parts import layers_of
 from qsharded.nn import LoRAConfig
 from qsharded.plan import captured_layers
 from qsharded.plan.activations import StepWork
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
 from qsharded.plan.parameters import UNPACKED
 from qsharded.utils.checkpointing_modes import Mode

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from qsharded import train
 from qsharded.checkpoint.packed_format import own_config
 from qsharded.quant.formats import QuantFormat, dequantize_workspace
+from qsharded.utils.cards import CARDS
 from tests.checkpoints import LLAMA, pack_by_bitsandbytes, write_checkpoint
 
 SHAPE = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32000}
@@ -91,7 +93,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "config.json is missing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main(["--model", str(tmp_path), "--dataset", "d", "--gpus", "2"])
-    assert "--gpus and --gpu-memory-gib are what --dry-run plans for" in capsys.readouterr().err
+    assert "--gpus: for `qsharded plan` (--dry-run) alone" in capsys.readouterr().err
 
 
 def test_a_folder_of_bitsandbytes_is_planned_with_the_blocks_that_it_holds(
@@ -148,3 +150,89 @@ def test_packed_checkpoints_are_planned_as_they_are_packed(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         train.main(["--model", str(model), "--dry-run"])
     assert "quant_method 'gptq' is not read here" in capsys.readouterr().err
+
+
+def test_the_verdict_comes_first_and_what_would_fit_behind_it(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    fitting = printed(capsys, model, "--gpus", "1", "--gpu-memory-gib", "80")[1]
+    assert fitting.startswith("verdict: fits, ")
+    crowded = ["--gpus", "1", "--gpu-memory-gib", "16", "--activation-checkpointing", "none"]
+    text = printed(capsys, model, *crowded, "--per-device-train-batch-size", "8")[1]
+    assert text.startswith("verdict: DOES NOT FIT, ")
+    assert text.splitlines()[1] == "what fits, one of:"
+
+
+def test_the_host_is_counted_with_all_its_ranks(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    flags = ["--gpus", "4", "--gpu-memory-gib", "80", "--activation-checkpointing", "full", "--cpu-offload"]
+    status, text = printed(capsys, model, *flags, "--host-memory-gib", "64")
+    needed = float(re.search(r"([\d.]+) of 64\.0 GiB of the host", text)[1])
+    # what loading takes beside the weights is given back before the checkpoint's copy is made
+    kept, copy = figure(text, "interpreter") + figure(text, "frozen weights"), figure(text, "checkpoint's copy")
+    assert needed == pytest.approx(4 * (kept + max(figure(text, "reading the checkpoint"), copy)), abs=0.06)
+    assert (status, text[:13]) == (0, "verdict: fits")
+    status, text = printed(capsys, model, *flags, "--host-memory-gib", f"{needed - 1:.1f}")
+    assert (status, text[:21]) == (1, "verdict: DOES NOT FIT")
+    # of another machine's host nothing is known, so that it is asked for
+    status, text = printed(capsys, model, *flags)
+    assert status == 0
+    assert f"{needed:.1f} GiB of the host (--host-memory-gib says how much there is)" in text.splitlines()[0]
+
+
+def test_parameters_tokens_and_the_estimate_are_told(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    flags = ["--gpus", "2", "--max-length", "512", "--gradient-accumulation-steps", "3", "--lora-r", "8"]
+    text = printed(capsys, model, *flags, "--gpu", "H100", "--max-steps", "700000")[1]
+    kv = SHAPE["num_key_value_heads"] * 4096 // SHAPE["num_attention_heads"]
+    layer = 2 * 4096 * 4096 + 2 * 4096 * kv + 3 * 4096 * 14336
+    norms, ends = 8 * 2 * 4096 + 4096, 2 * 32000 * 4096
+    adapters = 8 * 8 * (2 * (4096 + 4096) + 2 * (4096 + kv) + 3 * (4096 + 14336))
+    assert f"parameters: {8 * layer + norms + ends:,} frozen, {adapters:,} trained" in text
+    tokens = 2 * 4 * 3 * 512
+    assert f"tokens of an optimizer step: {tokens:,}, " in text
+    found = re.search(r"estimate, not measured: ([\d,]+) tokens/s in all; 700,000 steps take ([\d.]+) hours", text)
+    speed, hours = float(found[1].replace(",", "")), float(found[2])
+    assert hours == pytest.approx(700_000 * tokens / speed / 3600, rel=0.01)
+    assert "of 79.1 GiB" in text.splitlines()[0]
+    assert "estimate" not in printed(capsys, model, *flags, "--gpu-memory-gib", "80")[1]
+
+
+def test_every_row_is_explained(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    text = printed(capsys, model, "--gpus", "2", "--gpu-memory-gib", "80")[1]
+    table = text.partition("GPU memory of a rank, GiB\n")[2].partition("\n\n")[0].splitlines()
+    assert len(table) > 10
+    assert all(re.search(r"\d\.\d{3}  \S", line) for line in table), table
+
+
+def test_a_sweep_says_which_cards_how_many_and_how_long_a_row(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    limit = 8192
+    (model / "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": limit}))
+    text = printed(capsys, model, "--gpus", "1", "--gpu", "RTX4090", "--sweep")[1]
+    rows = re.findall(r"^  (\S+) +(\d) +(\d+) ", text, re.MULTILINE)
+    found = {(card, int(gpus)): int(length) for card, gpus, length in rows}
+    assert len(found) == 16
+    assert set(found.values()) == {limit}  # a small model
+
+
+def test_the_longest_row_of_a_sweep_is_the_last_that_the_card_holds(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 1, "max_position_embeddings": 4096}))
+    flags = ["--gpus", "1", "--gpu", "H200", "--per-device-train-batch-size", "1", "--activation-checkpointing", "full"]
+    needed = figure(printed(capsys, model, *flags, "--max-length", "2048")[1], "needed")
+    for memory, longest in ((needed + 0.001, 2048), (needed - 0.001, 1024)):
+        monkeypatch.setitem(CARDS, "RTX4090", replace(CARDS["RTX4090"], memory_gib=memory))
+        text = printed(capsys, model, *flags, "--sweep")[1]
+        assert int(re.search(r"^  RTX4090 +1 +(\d+) ", text, re.MULTILINE)[1]) == longest
+
+
+def test_a_plan_of_a_hub_id_downloads_no_weights(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert printed(capsys, Path("owner/name"), "--gpus", "1", "--gpu-memory-gib", "80")[0] == 0
+    assert "config.json" in asked or "*.json" in asked
+    assert not any("safetensors" in pattern and "index" not in pattern for pattern in asked)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
-from qsharded.distributed.layout import Layout
+from qsharded.distributed.choose_layout import Layout
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.decoder import DecoderLayer
 from qsharded.nn import LoRAConfig

@@ -1,7 +1,10 @@
 import copy
 import logging
+import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -219,3 +222,37 @@ def test_adapters_are_not_quantized() -> None:
         return
     assert isinstance(model[0].lora_A, nn.Linear)
     assert model[0].lora_A.weight.requires_grad
+
+
+def test_a_linear_layer_itself_is_refused_with_what_packs_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"this is a linear layer itself: qsharded\.nn\.PackedLinear\.from_linear\(layer\)"
+    ):
+        quantize_(nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quantize_(np.ones((4, 64))), "model must be an nn.Module, got numpy.ndarray"),
+        (lambda: quantize_(None), "model must be an nn.Module, got NoneType"),
+        (
+            lambda: qsharded.nf4.quantize(np.ones((4, 64))),
+            "weight must be a torch.Tensor, got numpy.ndarray: torch.from_numpy(array)",
+        ),
+        (lambda: qsharded.nf4.quantize([[1.0] * 64]), "weight must be a torch.Tensor, got list"),
+        (
+            lambda: qsharded.nn.PackedLinear.from_linear(np.ones((4, 64))),
+            "linear must be an nn.Linear, got numpy.ndarray",
+        ),
+        (lambda: qsharded.load_model(None), "path_or_id must be a folder or a Hub id, got NoneType"),
+        (lambda: qsharded.load_model("m", lora=16), "lora must be a LoRAConfig, got int"),
+        (
+            lambda: qsharded.load_model("m", dtype="bfloat16"),
+            "dtype must be torch.bfloat16 or torch.float32, got 'bfloat16'",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -198,7 +198,7 @@ nested_or_not = pytest.mark.parametrize("double_quant", [True, False])
 
 def packed_weight(
     quant_type: str, block_size: int, blocks: int, double_quant: bool
-) -> tuple[formats.NF4Weight, Packed]:
+) -> tuple[formats.ReferenceWeight, Packed]:
     weight = random_weight((N, blocks * block_size), torch.float32)
     kind = {"quant_type": quant_type, "block_size": block_size}
     packed = formats.quantize(weight, **kind, double_quant=double_quant)

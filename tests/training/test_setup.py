@@ -10,8 +10,8 @@ import torch
 from qsharded.checkpoint.load import Outline, skeleton
 from qsharded.config import TrainConfig
 from qsharded.data import Tokenizer
-from qsharded.distributed.fsdp import World
-from qsharded.distributed.layout import Layout, frozen_bytes
+from qsharded.distributed.choose_layout import Layout, frozen_bytes
+from qsharded.distributed.world import World
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.training import datasets, setup

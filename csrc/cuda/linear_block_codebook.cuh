@@ -12,28 +12,28 @@ __device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selecto
   return bytes;
 }
 
-// Of a block's words `permuted` are to be decoded so, the others by LevelTable: the one keeps the integer pipe busy, the other
-// the load-store pipe.
+// Of a block's words `permuted` are to be decoded so, the others by CodebookTable: the one keeps the integer pipe busy, the
+// other the load-store pipe.
 __device__ constexpr bool is_permuted(int word, int permuted) {
   return (word + 1) * permuted / kWords != word * permuted / kWords;
 }
 
 template <typename T>
-struct BlockLevels {
+struct BlockCodebook {
   uint32_t low[4], high[4];  // bytes of the 16 weights
 
-  // levels: in shared memory
-  __device__ BlockLevels(const float4* levels, float absmax) {
+  // codebook: in shared memory
+  __device__ BlockCodebook(const float4* codebook, float absmax) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float4 four = levels[i];
+      const float4 four = codebook[i];
       const uint32_t first = Pair<T>::pack(__fmul_rn(four.x, absmax), __fmul_rn(four.y, absmax));
       const uint32_t second = Pair<T>::pack(__fmul_rn(four.z, absmax), __fmul_rn(four.w, absmax));
       low[i] = permute(first, second, 0x6420), high[i] = permute(first, second, 0x7531);
     }
   }
 
-  // The word's weights, as LevelTable::decode has them.
+  // The word's weights, as CodebookTable::decode has them.
   __device__ void decode(uint32_t word, uint32_t (&weights)[4]) const {
     // a code's lower three bits find one byte among each half's eight, its highest bit says which half's
     uint32_t within = word & 0x77777777u, which = (word >> 1 & 0x44444444u) | 0x32103210u;

@@ -10,7 +10,7 @@ from qsharded.config import TrainConfig
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import ModelConfig
 from qsharded.plan.alternatives import nearest
-from qsharded.plan.checkpointing import choose_checkpointing
+from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
 from qsharded.utils.checkpointing_modes import KEEP_ALL, Checkpointing
 from tests.checkpoints import LLAMA

@@ -13,7 +13,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.fused.projections import Projection
 from qsharded.models import CausalLM
-from qsharded.models.recompute import Mode, recomputed
+from qsharded.models.activation_checkpointing import Mode, recomputed
 from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.plan.simulation import LiveBytes
 from qsharded.quant import backends

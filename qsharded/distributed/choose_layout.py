@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qsharded.distributed import vocab_parallel
-from qsharded.distributed.fsdp import World
+from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.utils import collectives, hardware
 

@@ -1,0 +1,74 @@
+"""What generating and chatting share: the model with its adapter, what ends an answer, and tokens as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qsharded.checkpoint.adapter import load_adapter, read_lora_config
+from qsharded.checkpoint.load import load_model
+from qsharded.data import Tokenizer
+from qsharded.distributed.world import World
+from qsharded.models import CausalLM
+from qsharded.models.choice import ModelCode
+
+
+def end_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:
+    """What ends an answer. An adapter's tokenizer does not know of the model's generation_config.json."""
+    has_its_own = (checkpoint / "tokenizer.json").is_file()
+    return {*tokenizer.eos_ids, *(Tokenizer.from_folder(checkpoint).eos_ids if has_its_own else ())}
+
+
+def load_with_adapter(
+    checkpoint: Path, adapter: Path | None, dtype: torch.dtype, world: World, code: ModelCode = "auto"
+) -> CausalLM:
+    """The model, on every rank its part."""
+    # Adapters in the activations' dtype: training casts its masters to it in every forward.
+    lora = read_lora_config(adapter, dtype) if adapter else None
+    model = load_model(checkpoint, mesh=world.mesh, lora=lora, dtype=dtype, device=world.device, model_code=code)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
+
+
+def check_vocabulary(ids: Sequence[Sequence[int]], model: CausalLM, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where a token of ``ids`` is none of the model's."""
+    largest = max(max(row, default=0) for row in ids)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives {tokenizer.decode([largest])!r} the id {largest}, but the model has "
+            f"{model.config.vocab_size} tokens: it is another model's tokenizer"
+        )
+
+
+class TextStream:
+    """Tokens in, text out, in whole characters: a character may take several tokens.
+
+    A token's text depends on its neighbours (a space in front, bytes of one character), so each is decoded behind the
+    last ones that gave text; special tokens give none.
+
+    Args:
+        tokenizer: whose tokens they are.
+        before: the tokens in front of the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._behind, self._waiting = list(before), list[int]()
+
+    def add(self, token: int) -> str:
+        """The text that ``token`` completes."""
+        self._waiting.append(token)
+        text = self._text_of_waiting()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._behind, self._waiting = self._waiting, []
+        return text
+
+    def rest(self) -> str:
+        """The text of what is left, complete or not."""
+        return self._text_of_waiting()
+
+    def _text_of_waiting(self) -> str:
+        known = self._tokenizer.decode(self._behind, skip_special_tokens=True)
+        return self._tokenizer.decode(self._behind + self._waiting, skip_special_tokens=True)[len(known) :]

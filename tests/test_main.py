@@ -1,0 +1,82 @@
+"""``qsharded NAME``: which command runs with which words, and what is said where there is none."""
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import qsharded
+from qsharded import __main__ as front
+from qsharded.cli import launch
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_console_script_is_this_function() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"qsharded": f"{front.main.__module__}:main"}
+
+
+def test_every_command_is_a_module_and_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        front.main(["--help"])
+    assert leave.value.code == 0
+    listed = capsys.readouterr().out
+    for name, one in front.SUBCOMMANDS.items():
+        assert importlib.util.find_spec(one.module), name
+        assert f"\n  {name} " in listed
+
+
+def test_every_command_of_the_layers_table_has_a_name() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [line] = [line for line in table.splitlines() if "commands, each `qsharded NAME`" in line]
+    names = line.partition("  ")[0].split()
+    assert {f"qsharded.{name}" for name in names} == {one.module for one in front.SUBCOMMANDS.values()}
+
+
+def test_no_command_is_a_mistake_that_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        front.main([])
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == front.help_text()
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        front.main(["trian", "--model", "m"])
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == "qsharded: error: there is no command 'trian'; did you mean 'train'?\n"
+
+
+def test_a_command_gets_its_words_and_plan_is_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(front, "run_module", lambda module, argv: ran.append((module, list(argv))))
+    monkeypatch.setattr(launch, "train", lambda argv: ran.append(("launch", list(argv))))
+    front.main(["merge", "--adapter", "a"])
+    front.main(["plan", "--gpus", "2"])
+    front.main(["train", "--lora-r", "4"])
+    assert ran == [
+        ("qsharded.merge", ["--adapter", "a"]),
+        ("qsharded.train", ["--dry-run", "--gpus", "2"]),
+        ("launch", ["--lora-r", "4"]),
+    ]
+
+
+def test_as_a_process_it_tells_its_version_and_loads_no_torch() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "qsharded", "--version"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"qsharded {qsharded.__version__}\n"
+    assert " torch" not in done.stderr
+
+
+def test_a_module_runs_as_the_process_would_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shown_words.py").write_text("import sys\nprint(__name__, sys.argv[1:])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["qsharded", "merge", "--adapter", "a"])
+    front.run_module("shown_words", ["--adapter", "a"])
+    assert capsys.readouterr().out == "__main__ ['--adapter', 'a']\n"

@@ -1,6 +1,5 @@
 """``python -m qsharded.merge``: a checkpoint and an adapter in, one merged checkpoint out."""
 
-from qsharded.models.config_spellings import ignoring
 from qsharded.utils import signals
 
 if __name__ == "__main__":
@@ -27,6 +26,7 @@ from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_oc
 from qsharded.config import check_values, option, parse
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
+from qsharded.models.config_spellings import ignoring
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")

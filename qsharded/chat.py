@@ -1,6 +1,6 @@
 """``python -m qsharded.chat``: a conversation with a model in NF4, with or without an adapter."""
 
-from qsharded.utils import collectives, signals
+from qsharded.utils import signals
 
 if __name__ == "__main__":
     signals.take_over("qsharded.chat")
@@ -37,6 +37,7 @@ from qsharded.models.choice import ModelCode
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
+from qsharded.utils import collectives
 from qsharded.utils.untrusted_json import read_json
 
 _model = partial(option, group="Model")

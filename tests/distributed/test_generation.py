@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.models.generation import generate
+from qsharded.models.kv_cache import KVCache
 
 from .harness import run_ranks
 
@@ -16,6 +17,9 @@ class _Counter(nn.Module):
         self.config = SimpleNamespace(num_hidden_layers=0)
         self.anchor = nn.Parameter(torch.zeros(()))
         self.forwards = 0
+
+    def new_cache(self, length: int) -> KVCache:
+        return KVCache(0, length)
 
     def forward(self, input_ids_BS: Tensor, **_: object) -> Tensor:
         self.forwards += 1

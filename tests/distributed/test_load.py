@@ -214,12 +214,6 @@ def test_an_adapted_head_trains_alike_on_any_number_of_ranks(folder: Path) -> No
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
-def test_an_adapter_on_a_tied_head_is_refused_by_name(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"lm_head\.weight are one tied weight, which target_modules cannot adapt"):
-        load_model(folder, lora=LoRAConfig(r=3, target_modules=["q_proj", "lm_head"]))
-
-
 def refusal(path: Path, world_size: int) -> str:
     with pytest.raises(ValueError, match="NaN or infinity") as error:
         load_model(path, mesh=init_device_mesh("cpu", (world_size,)), dtype=torch.bfloat16)

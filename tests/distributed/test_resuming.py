@@ -84,7 +84,7 @@ def test_ranks_refuse_in_the_same_words_and_keep_the_batch_of_other_ranks(folder
         "adapter": "was trained on another base model",
     }.items():
         assert complaint in main[name]
-        assert other[name] == main[name]
+        assert other[name] == ""  # it found the same, and leaves the telling to the main rank
         assert main[name].count("\n") == 1
     line = "gradient accumulation: 1 in place of 2, so that a step keeps its 4 rows on 2 ranks\n"
     assert main["taken"].count(line) == 1

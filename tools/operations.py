@@ -3,7 +3,8 @@
 import torch
 
 import qsharded.quant.ops  # noqa: F401 - registers them
-from qsharded.quant.formats import BLOCK_SIZES, CODEBOOKS
+from qsharded.quant.codebooks import CODEBOOKS
+from qsharded.quant.formats import BLOCK_SIZES
 
 _HEAD = """# `torch.ops.qsharded`
 

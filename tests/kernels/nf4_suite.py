@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qsharded.quant import formats
+from qsharded.quant.codebooks import CODEBOOKS
 from tests.kernels import cases
 
 
@@ -80,7 +81,7 @@ class NF4Suite:
     def test_dequantize_equals_reference(self, dtype: torch.dtype, shape: tuple[int, int]) -> None:
         self.assert_dequantizes(cases.double_quantized(shape[0], shape[1] // 64), dtype)
 
-    @pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
+    @pytest.mark.parametrize("quant_type", CODEBOOKS)
     @pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
     def test_dequantize_every_pair_of_bytes(self, dtype: torch.dtype, quant_type: str) -> None:
         self.assert_dequantizes(cases.every_pair_of_bytes(quant_type), dtype)

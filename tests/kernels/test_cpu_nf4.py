@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qsharded.quant import formats
+from qsharded.quant.codebooks import CODEBOOKS
 from qsharded_kernels import cpu, cpu_nf4, library
 from tests.kernels import cases
 
@@ -78,7 +79,7 @@ def test_dequantize_equals_reference(isa: str, dtype: torch.dtype, shape: tuple[
     cases.assert_same_bits(cpu_nf4.dequantize(*encoded.arguments(), dtype, isa=isa), encoded.expected(dtype))
 
 
-@pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
 @pytest.mark.parametrize("dtype", formats.FLOAT_DTYPES)
 def test_dequantize_every_pair_of_bytes(isa: str, dtype: torch.dtype, quant_type: str) -> None:
     encoded = cases.every_pair_of_bytes(quant_type)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded.quant import formats
+from qsharded.quant.codebooks import CODEBOOKS
 from qsharded_kernels import cuda_linear, cuda_nf4
 from tests.kernels import cases
 
@@ -99,7 +99,7 @@ def test_identity_returns_the_weight(dtype: torch.dtype, M: int, make: Callable[
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64, 128, 256])
 def test_every_pair_of_bytes(M: int, dtype: torch.dtype, quant_type: str, contiguous: bool) -> None:

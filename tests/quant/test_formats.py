@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qsharded.quant import blockwise8, formats
+from qsharded.quant.codebooks import CODEBOOKS
 from tests.golden import nf4_tensors
 from tests.kernels.cases import assert_same_bits, every_finite_half, hard_weight, random_weight, rounding_ties
 
@@ -109,7 +110,7 @@ def test_every_16_bit_number_equals_bitsandbytes_live(bitsandbytes: ModuleType) 
             assert_encodes_like(theirs(bitsandbytes, weight), weight)
 
 
-@pytest.mark.parametrize("quant_type", formats.CODEBOOKS)
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
 @pytest.mark.parametrize("block_size", formats.BLOCK_SIZES)
 def test_other_kinds_equal_bitsandbytes_live(bitsandbytes: ModuleType, quant_type: str, block_size: int) -> None:
     kind = formats.QuantFormat(quant_type, block_size)
@@ -281,7 +282,7 @@ def test_every_byte_dequantizes_to_its_two_values_at_every_scale(name: str) -> N
     dequantized = formats.dequantize_blocks(codes, scales.unsqueeze(1).expand(-1, 8), DTYPES[name])
     assert dequantized.shape == (len(scales), 512)
     for row, scale in zip(dequantized, scales, strict=True):
-        values = [formats.CODEBOOKS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
+        values = [CODEBOOKS["nf4"][code] for byte in range(256) for code in (byte >> 4, byte & 15)]
         assert_same_bits(row, (torch.tensor(values) * scale).to(DTYPES[name]))
 
 

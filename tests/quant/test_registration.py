@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.quant import backends, formats, ops
+from qsharded.quant.codebooks import CODEBOOKS
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.kernels import Kernels
 from qsharded.quant.linear import PackedLinear
@@ -56,7 +57,7 @@ class UniformKernels(Kernels):
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing stays registered, and QSHARDED_BACKEND is asked anew."""
     caches = backends.wanted_backend, backends._kernels
-    monkeypatch.setattr(formats, "CODEBOOKS", dict(formats.CODEBOOKS))
+    monkeypatch.setattr(formats, "CODEBOOKS", dict(CODEBOOKS))
     monkeypatch.setattr(formats, "SCALE_ENCODINGS", dict(formats.SCALE_ENCODINGS))
     monkeypatch.setattr(backends, "_registered", {device: dict(f) for device, f in backends._registered.items()})
     for cached in caches:

@@ -15,7 +15,7 @@ from qsharded.models import CausalLM
 from qsharded.utils.checkpointing_modes import Mode
 from qsharded.utils.sharding import whole
 from tests.distributed.harness import run_ranks
-from tests.models.architecture_list import ARCHITECTURES
+from tests.models.architecture_list import ARCHITECTURES, SLOW
 from tests.models.architectures import (
     assert_parity,
     batch_of,
@@ -29,6 +29,7 @@ from tests.models.architectures import (
     write_random_adapter,
 )
 
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ARCHITECTURES]
 Computed = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 
@@ -43,9 +44,9 @@ def rows_of(model_type: str) -> list[list[Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("architectures")
-    return {name: write_architecture(root / name, name) for name in ARCHITECTURES}
+def folders(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Path]:
+    root, left_out = tmp_path_factory.mktemp("architectures"), frozenset() if pytestconfig.getoption("--slow") else SLOW
+    return {name: write_architecture(root / name, name) for name in ARCHITECTURES if name not in left_out}
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,14 @@ def sharded(folders: dict[str, Path]) -> dict[str, Computed]:
     return computed
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_rank_computes_what_transformers_and_peft_do(
     name: str, of_one_rank: dict[str, Computed], of_peft: dict[str, Computed]
 ) -> None:
     assert_same(of_one_rank[name], of_peft[name])
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_compute_what_transformers_and_peft_do(
     name: str, of_two_ranks: list[dict[str, Computed]], of_peft: dict[str, Computed]
 ) -> None:

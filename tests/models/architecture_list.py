@@ -78,3 +78,8 @@ ARCHITECTURES = {
         "Qwen3.5 text", {"layer_types": ["linear_attention", "full_attention"]}, packs=False, is_native=True
     ),
 }
+
+SLOW = frozenset(
+    "apertus gpt_neox jais2 nanochat phi qwen3_moe granitemoe olmoe lfm2 mpt qwen3_5_text".split()  # noqa: SIM905
+)
+"""Those that differ little from others here: they run with --slow."""

@@ -13,10 +13,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.answering import TextStream, check_vocabulary, end_ids, load_with_adapter
+from qsharded.cli.answering import ModelOptions, TextStream, check_vocabulary, end_ids, load_with_adapter
 from qsharded.cli.base_model import (
     base_or_builtin_model,
     find_adapter,
@@ -33,21 +33,19 @@ from qsharded.distributed.self_test import check_gather
 from qsharded.distributed.world import World, stop_world
 from qsharded.lora.disabled import adapters_disabled
 from qsharded.models import CausalLM
-from qsharded.models.choice import ModelCode
 from qsharded.models.config_spellings import ignoring
 from qsharded.models.generation import generate
 from qsharded.training.rank_failures import one_cause
 from qsharded.utils import collectives
 from qsharded.utils.untrusted_json import read_json
 
-_model = partial(option, group="Model")
 _talk = partial(option, group="Conversation")
 _sampling = partial(option, group="Answers")
 _OWN_FILE = "generation_config.json's, or"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(ModelOptions):
     """Talk with a model whose weights are kept in 4 bits (NF4), as they are in training; it knows the turns before.
 
     A line is a message. /system TEXT sets the system message and begins anew, /reset begins anew, /adapter off and
@@ -59,27 +57,6 @@ class ChatConfig:
     prog: ClassVar[str] = "qsharded.chat"
     example: ClassVar[str] = "qsharded chat --adapter output/adapter"
 
-    model: str = _model(
-        "Hugging Face checkpoint: a folder, or a Hub id.",
-        metavar="PATH|ID",
-        unset="the base model that the adapter names, or the built-in one",
-    )
-    revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str | None = _model(
-        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
-    )
-    allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
-    ignore_config_key: tuple[str, ...] = _model(
-        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
-        "given once for each.",
-        (),
-        metavar="NAME",
-    )
-    dtype: Literal["auto", "bfloat16", "float32"] = _model(
-        "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
-        "auto",
-    )
-    model_code: ModelCode = _model("Whose code computes the model: as in qsharded.train.", "auto")
     system: str | None = _talk("System message to begin with.", None, unset="none, or the chat template's own")
     max_new_tokens: int = _sampling("Longest answer.", 512, unit="tokens", check=AT_LEAST_1)
     temperature: float | None = _sampling(

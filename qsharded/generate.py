@@ -11,10 +11,10 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.answering import TextStream, check_vocabulary, end_ids, load_with_adapter
+from qsharded.cli.answering import ModelOptions, TextStream, check_vocabulary, end_ids, load_with_adapter
 from qsharded.cli.base_model import (
     base_or_builtin_model,
     find_adapter,
@@ -37,13 +37,12 @@ from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
 
-_model = partial(option, group="Model")
 _prompt = partial(option, group="Prompts")
 _sampling = partial(option, group="Answers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(ModelOptions):
     """Answer prompts with a model whose weights are kept in 4 bits (NF4), as they are in training.
 
     Answers appear as they are written. A model that one GPU cannot hold is sharded: call it as `torchrun --standalone
@@ -52,31 +51,6 @@ class GenerateConfig:
 
     prog: ClassVar[str] = "qsharded.generate"
     example: ClassVar[str] = 'qsharded generate --adapter output/adapter --prompt "Spell cat backwards"'
-
-    model: str = _model(
-        "Hugging Face checkpoint: a folder, or a Hub id.",
-        metavar="PATH|ID",
-        unset="the base model that the adapter names, or the built-in one",
-    )
-    revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    adapter: str | None = _model(
-        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
-    )
-    allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
-    ignore_config_key: tuple[str, ...] = _model(
-        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
-        "given once for each.",
-        (),
-        metavar="NAME",
-    )
-    dtype: Literal["auto", "bfloat16", "float32"] = _model(
-        "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
-        "auto",
-    )
-
-    model_code: Literal["auto", "native", "transformers"] = _model(
-        "Whose code computes the model: as in qsharded.train.", "auto"
-    )
 
     prompt: tuple[str, ...] = _prompt(
         "What to answer, as the user of a chat; - reads it from standard input. Given several times, each is answered "

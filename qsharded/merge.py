@@ -24,6 +24,7 @@ from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mis
 from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
+from qsharded.config.options import ignored_config_keys
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
 from qsharded.models.config_spellings import ignoring
@@ -53,12 +54,7 @@ class MergeConfig:
         unset="the base model that the adapter names",
     )
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    ignore_config_key: tuple[str, ...] = _in(
-        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
-        "given once for each.",
-        (),
-        metavar="NAME",
-    )
+    ignore_config_key: tuple[str, ...] = ignored_config_keys("What is merged")
     allow_other_base: bool = _in("Merge an adapter that records other base weights than those of --model.", False)
     base: Base = _in(
         "Weights to add the adapter to. 16bit: the checkpoint's own, which answer best in general and are what most "

@@ -22,6 +22,7 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
+from qsharded.config.options import ignored_config_keys
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
 from qsharded.models.config_spellings import ignoring
@@ -45,12 +46,7 @@ class QuantizeConfig:
 
     model: str = _in("Hugging Face checkpoint in 16 or 32 bits: a folder, or a Hub id.", metavar="PATH|ID")
     revision: str | None = _in("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
-    ignore_config_key: tuple[str, ...] = _in(
-        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
-        "given once for each.",
-        (),
-        metavar="NAME",
-    )
+    ignore_config_key: tuple[str, ...] = ignored_config_keys("What is quantized")
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
     format: Form = _out(
         "Whose files. qsharded: ours. bitsandbytes: what transformers loads with it; qsharded reads them too.",

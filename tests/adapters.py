@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qsharded.checkpoint import load_model
+from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.quant import formats
 
 
@@ -43,4 +45,18 @@ def round_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             layer.weight.data = formats.quantize(layer.weight.data).dequantize(layer.weight.dtype)
+    return model
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Our model's, or those of transformers'."""
+    with torch.no_grad():
+        said = model(ids)
+    return getattr(said, "logits", said)
+
+
+def with_adapter(checkpoint: Path, adapter: Path) -> Any:
+    """Our model in fp32 on the CPU, with the adapter of a folder."""
+    model = load_model(checkpoint, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu")
+    load_adapter(model, adapter)
     return model

@@ -1,16 +1,45 @@
-"""What generating and chatting share: the model with its adapter, what ends an answer, and tokens as text."""
+"""What generating and chatting share: a model's options, the model with its adapter, and tokens as text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
+from qsharded.config import option
+from qsharded.config.options import ignored_config_keys
 from qsharded.data import Tokenizer
 from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.models.choice import ModelCode
+
+_model = partial(option, group="Model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model answers."""
+
+    model: str = _model(
+        "Hugging Face checkpoint: a folder, or a Hub id.",
+        metavar="PATH|ID",
+        unset="the base model that the adapter names, or the built-in one",
+    )
+    revision: str | None = _model("Branch, tag or commit of a Hub id.", None, unset="the Hub's main branch")
+    adapter: str | None = _model(
+        "PEFT adapter: a folder, or a Hub id.", None, metavar="PATH|ID", unset="none, the base model answers"
+    )
+    allow_other_base: bool = _model("Take an --adapter that records other base weights than those of --model.", False)
+    ignore_config_key: tuple[str, ...] = ignored_config_keys("Model")
+    dtype: Literal["auto", "bfloat16", "float32"] = _model(
+        "Type of the activations and of the weights that stay out of NF4; auto is bfloat16 on GPUs, float32 on CPUs.",
+        "auto",
+    )
+    model_code: ModelCode = _model("Whose code computes the model: as in qsharded.train.", "auto")
 
 
 def end_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:

@@ -67,6 +67,15 @@ def option(help: str, default: Any = REQUIRED, *, group: str, **about: Any) -> A
     return field(default=default, metadata=metadata)
 
 
+def ignored_config_keys(group: str) -> Any:
+    """The option of every command that reads a model's config.json."""
+    help = (
+        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
+        "given once for each."
+    )
+    return option(help, (), group=group, metavar="NAME")
+
+
 @dataclass(frozen=True)
 class Option:
     """One option, as the parser, the checks and the documentation see it."""

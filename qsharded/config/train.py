@@ -6,7 +6,16 @@ from datetime import date
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from qsharded.config.options import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Check, check_values, option
+from qsharded.config.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FRACTION,
+    POSITIVE,
+    Check,
+    check_values,
+    ignored_config_keys,
+    option,
+)
 from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
 
@@ -54,12 +63,7 @@ class TrainConfig:
         "any of its causal language models; auto takes native where it has the family.",
         "auto",
     )
-    ignore_config_key: tuple[str, ...] = _model(
-        "Key of config.json to pass over though it is not known, if you are sure that it changes nothing; the flag is "
-        "given once for each.",
-        (),
-        metavar="NAME",
-    )
+    ignore_config_key: tuple[str, ...] = ignored_config_keys("Model")
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
     adapter: str | None = _model(
         "PEFT adapter to go on training, a folder or a Hub id; its own configuration replaces the --lora options.",

@@ -99,8 +99,8 @@ def least_memory(world: World) -> int:
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
     else:
-        total = hardware.memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(collectives.all_reduce(torch.tensor(total, device=world.device), dist.ReduceOp.MIN, world.group))
+        total = hardware.memory() // _ranks_on_node()
+    return _least(total, world)
 
 
 def least_free_memory(world: World) -> int:
@@ -109,9 +109,18 @@ def least_free_memory(world: World) -> int:
         free = torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
     else:
         free = free_host_memory() // 2
-    return int(collectives.all_reduce(torch.tensor(free, device=world.device), dist.ReduceOp.MIN, world.group))
+    return _least(free, world)
 
 
 def free_host_memory() -> int:
     """Bytes of this rank's part of what its machine has left."""
-    return hardware.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return hardware.available_memory() // _ranks_on_node()
+
+
+def _ranks_on_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _least(count: int, world: World) -> int:
+    """The smallest of the ranks' counts."""
+    return int(collectives.all_reduce(torch.tensor(count, device=world.device), dist.ReduceOp.MIN, world.group))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.distributed.world import World
 from qsharded.training.gradient import GradientSums
 from qsharded.utils import collectives
@@ -89,10 +90,8 @@ class _Figures:
         over_ranks = torch.stack([sums.loss, *(sums.metrics[name] for name in names)])
         collectives.all_reduce(over_ranks, dist.ReduceOp.SUM, world.group)
         on_device = torch.cat([over_ranks, grad_norm.to(over_ranks.dtype)[None]])
-        if world.device.type != "cuda":
-            return cls(names, on_device, None)
-        values = torch.empty_like(on_device, device="cpu", pin_memory=True).copy_(on_device, non_blocking=True)
-        return cls(names, values, torch.cuda.current_stream(world.device).record_event())
+        values = HostCopies().copy("step", {"figures": on_device})["figures"]
+        return cls(names, values, mark_stream(world.device))
 
     def read(self) -> tuple[float, Mapping[str, float], float]:
         if self.there is not None:

@@ -121,7 +121,7 @@ class Trainer:
                     if read_before is not None:
                         self._read(read_before, window)
                     self.log.advance(progress.step)
-                    if running.is_done() or self._is_looked_at(progress.step):
+                    if running.is_done() or self._is_looked_at():
                         unread = None
                         self._read(running, window)
                     self._evaluate_and_save(window)
@@ -136,11 +136,15 @@ class Trainer:
         steps = self.setup.loader.steps(Cursor(progress.epoch, progress.row))
         return map(Step.pin_memory, steps) if self.world.device.type == "cuda" else steps
 
-    def _is_looked_at(self, step: int) -> bool:
-        """Whether something after that step needs its figures, or to find it done."""
-        config = self.config
-        intervals = (config.eval_steps, config.save_steps)
-        return step >= self.setup.total_steps or any(every and step % every == 0 for every in intervals)
+    def _is_looked_at(self) -> bool:
+        """Whether something after this step needs its figures, or to find it done."""
+        is_last = self.setup.progress.step >= self.setup.total_steps
+        return is_last or self._is_due(self.config.eval_steps) or self._is_due(self.config.save_steps)
+
+    def _is_due(self, every: int | None) -> bool:
+        """Whether what comes every so many steps comes now; what follows the last step is not the loop's."""
+        step = self.setup.progress.step
+        return step < self.setup.total_steps and bool(every and step % every == 0)
 
     def train_step(self, step: Step, rate: float) -> RunningStep:
         """One optimizer step, which the device may still be at work on."""
@@ -201,13 +205,10 @@ class Trainer:
         )
 
     def _evaluate_and_save(self, window: LogWindow) -> None:
-        config, step = self.config, self.setup.progress.step
-        if step >= self.setup.total_steps:  # what follows the last step is not the loop's
-            return
-        if config.eval_steps and step % config.eval_steps == 0:
+        if self._is_due(self.config.eval_steps):
             self._log_validation()
             window.restart_clock()
-        if config.save_steps and step % config.save_steps == 0:
+        if self._is_due(self.config.save_steps):
             self._save()
             window.restart_clock()
 

@@ -7,7 +7,7 @@ Mode = Literal["none", "selective", "full", "offloaded"]
 """none keeps all that a backward reads; selective keeps what attention takes and puts out, the dearest for its size;
 full keeps a layer's input alone; offloaded keeps that in host memory. Each takes less memory than the one before."""
 
-ModeOrAuto = Literal["auto", "none", "selective", "full", "offloaded"]
+ModeOrAuto = Literal["auto", Mode]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qsharded import merge, train
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
+from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.report import inspect_path
 from qsharded.nn import LoRAConfig
-from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
+from tests.adapters import logits_of, recast, round_to_nf4, transformers_model, with_adapter, write_adapter
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows, write_checkpoint
 from tests.utils.test_durable_files import room_in_a_file
 
@@ -30,15 +30,7 @@ def write(folder: Path, **config: Any) -> Path:
 
 
 def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        said = model(IDS)
-    return getattr(said, "logits", said)
-
-
-def ours(checkpoint: Path, adapter: Path) -> Any:
-    model = load_model(checkpoint, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu")
-    load_adapter(model, adapter)
-    return model
+    return logits_of(model, IDS)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -57,7 +49,7 @@ def test_a_file_says_the_same_here_and_in_peft(tmp_path: Path, tied: bool) -> No
     for adapter in (theirs, tmp_path / "ours"):
         base = round_to_nf4(transformers_model(checkpoint))
         said.append(logits(PeftModel.from_pretrained(base, adapter)))
-        assert torch.equal(logits(ours(checkpoint, adapter)), said[-1])
+        assert torch.equal(logits(with_adapter(checkpoint, adapter)), said[-1])
         assert inspect_path(adapter).problems == []
     assert not torch.equal(said[0], said[1])
 
@@ -70,7 +62,7 @@ def test_the_embedding_that_a_file_brings_is_used_as_peft_uses_it(tmp_path: Path
     weights[PREFIX + "base_layer.weight"] *= 1.5
     save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
     expected = logits(PeftModel.from_pretrained(round_to_nf4(transformers_model(checkpoint)), adapter))
-    assert torch.equal(logits(ours(checkpoint, adapter)), expected)
+    assert torch.equal(logits(with_adapter(checkpoint, adapter)), expected)
     merge.main(["--model", str(checkpoint), "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
     expected = logits(PeftModel.from_pretrained(transformers_model(checkpoint), adapter))
     torch.testing.assert_close(logits(transformers_model(tmp_path / "merged")), expected, rtol=1e-5, atol=1e-5)

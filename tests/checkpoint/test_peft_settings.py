@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qsharded import merge, train
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter
+from qsharded.checkpoint.adapter import read_lora_config, save_adapter
 from qsharded.lora.layer import lora_layers
 from qsharded.nn import LoRAConfig
-from tests.adapters import recast, round_to_nf4, transformers_model, write_adapter
+from tests.adapters import logits_of, recast, round_to_nf4, transformers_model, with_adapter, write_adapter
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows, write_checkpoint
 
 IDS = torch.arange(24).view(2, 12) * 7 % 97
@@ -47,15 +47,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        said = model(IDS)
-    return getattr(said, "logits", said)
-
-
-def ours(checkpoint: Path, adapter: Path) -> Any:
-    model = load_model(checkpoint, lora=read_lora_config(adapter), dtype=torch.float32, device="cpu")
-    load_adapter(model, adapter)
-    return model
+    return logits_of(model, IDS)
 
 
 def by_peft(checkpoint: Path, adapter: Path) -> Tensor:
@@ -73,7 +65,7 @@ def test_settings_that_choose_layers_are_read_and_written_as_peft_means_them(
     tmp_path: Path, checkpoint: Path, choice: dict[str, Any]
 ) -> None:
     theirs = write_adapter(tmp_path / "theirs", checkpoint, **choice)
-    model = ours(checkpoint, theirs)
+    model = with_adapter(checkpoint, theirs)
     assert torch.equal(logits(model), by_peft(checkpoint, theirs))
     save_adapter(model, read_lora_config(theirs), tmp_path / "ours", base_model=str(checkpoint))
     assert torch.equal(by_peft(checkpoint, tmp_path / "ours"), logits(model))
@@ -112,7 +104,7 @@ def test_frozen_ends_that_a_file_brings_are_used_as_in_peft_and_told_if_they_are
         edit(tmp_path / "adapter", **ends)
     expected = by_peft(checkpoint, tmp_path / "adapter")
     caplog.set_level(logging.INFO)
-    assert torch.equal(logits(ours(checkpoint, tmp_path / "adapter")), expected)
+    assert torch.equal(logits(with_adapter(checkpoint, tmp_path / "adapter")), expected)
     assert ("brings another base_model.model.model.embed_tokens.weight than the base" in caplog.text) == other
     caplog.clear()
     merged = ["--model", str(checkpoint), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
@@ -136,7 +128,7 @@ def test_an_adapted_head_is_read_with_the_weight_that_it_brings_and_merged(
     if other:
         edit(adapter, **{name: load_file(adapter / WEIGHTS)[name] * 1.5})
     caplog.set_level(logging.INFO)
-    assert torch.equal(logits(ours(checkpoint, adapter)), by_peft(checkpoint, adapter))
+    assert torch.equal(logits(with_adapter(checkpoint, adapter)), by_peft(checkpoint, adapter))
     assert (f"{adapter / WEIGHTS} brings another {name} than the base model's" in caplog.text) == other
     merge.main(["--model", str(checkpoint), "--adapter", str(adapter), "--output", str(tmp_path / "merged")])
     whole = logits(PeftModel.from_pretrained(transformers_model(checkpoint), adapter))
@@ -160,7 +152,7 @@ def test_the_trainer_trains_a_head_and_peft_reads_it(tmp_path: Path, tied: bool)
     train.main([*flags, "--lora-target-modules", "q_proj,lm_head", "--learning-rate", "0.01", "--dtype", "float32"])
     adapter = tmp_path / "out" / "adapter"
     assert load_file(adapter / WEIGHTS)[HEAD + "lora_B.weight"].abs().max() > 0
-    assert torch.equal(logits(ours(model, adapter)), by_peft(model, adapter))
+    assert torch.equal(logits(with_adapter(model, adapter)), by_peft(model, adapter))
     resumed = ["--resume-from-checkpoint", "auto", "--max-steps", "3"]
     train.main([*flags[:6], *resumed, "--lora-target-modules", "q_proj,lm_head", "--dtype", "float32"])
 
@@ -171,7 +163,7 @@ def test_a_pickled_adapter_is_named_with_a_command_that_converts_it(tmp_path: Pa
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.bin is pickled, which is not read") as raised:
-        ours(checkpoint, adapter)
+        with_adapter(checkpoint, adapter)
     command = str(raised.value).split("python -c ")[1].strip('"')
     subprocess.run([sys.executable, "-c", command], cwd=adapter, check=True)
-    assert torch.equal(logits(ours(checkpoint, adapter)), expected)
+    assert torch.equal(logits(with_adapter(checkpoint, adapter)), expected)

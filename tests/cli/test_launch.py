@@ -140,7 +140,9 @@ def test_the_kernels_kill_is_told_from_others(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_signal_is_passed_on_and_is_the_exit_status(tmp_path: Path) -> None:
-    text = "signal.signal(signal.SIGUSR1, lambda *_: (print('told'), sys.exit(0)))\nprint('up', rank)\ntime.sleep(60)\n"
+    # one write a line: both ranks have the same pipe, and print takes several
+    text = "signal.signal(signal.SIGUSR1, lambda *_: (os.write(1, b'told\\n'), sys.exit(0)))\n"
+    text += "os.write(1, f'up {rank}\\n'.encode())\ntime.sleep(60)\n"
     command = launched(tmp_path, text)
     command.wait_for("up 0")
     command.wait_for("up 1")

@@ -1,7 +1,7 @@
 """Embedding and head whose rows stay where they are: each rank holds V / W of them, and no rank ever gathers them.
 
 These take the place of a decoder's ``embed_tokens`` and ``lm_head`` where both are frozen; what they compute across
-ranks is in :mod:`qsharded.distributed.vocab_parallel_autograd`. The weight stays a parameter of the same name, a
+ranks is in ``vocab_parallel_autograd`` and ``vocab_parallel_loss``. The weight stays a parameter of the same name, a
 DTensor cut by rows (or a plain tensor on one rank), so that the checkpoint is read into it as into any other.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from qsharded.distributed import vocab_parallel_autograd
+from qsharded.distributed import vocab_parallel_autograd, vocab_parallel_loss
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK
 from qsharded.models.decoder import Head
 from qsharded.models.parts import embedding_of, head_of, part_names
@@ -51,10 +51,8 @@ class VocabParallelHead(Head):
         if targets_BS is None:
             return vocab_parallel_autograd.logits(hidden_TD, weight_vD, rows).unflatten(0, hidden_BSD.shape[:2])
         if per_token:
-            return vocab_parallel_autograd.log_probs(hidden_TD, weight_vD, targets_BS, rows, softcap=self.softcap)
-        return vocab_parallel_autograd.cross_entropy(
-            hidden_TD, weight_vD, targets_BS.flatten(), rows, softcap=self.softcap
-        )
+            return vocab_parallel_loss.log_probs(hidden_TD, weight_vD, targets_BS, rows, softcap=self.softcap)
+        return vocab_parallel_loss.cross_entropy(hidden_TD, weight_vD, targets_BS.flatten(), rows, softcap=self.softcap)
 
 
 def can_split(model: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qsharded.models.attention_inputs import AttentionInputs, has_flash_kernel
 from qsharded.models.softcap_attention import SoftcapAttention
+from qsharded.models.window_attention import WindowAttention
 
 Saved = tuple[Any, ...]
 """What a backend keeps from its forward for its backward, beside q, k, v and the output."""
@@ -36,6 +37,7 @@ FindAttention = Callable[[Tensor, AttentionInputs, int], Attention | None]
 
 _registered: list[FindAttention] = []
 _CUDNN_HEAD_DIM = 128
+_MOST_FILLED_UP = 1.2
 
 
 def register_attention(find: FindAttention) -> None:
@@ -85,18 +87,33 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
         return SdpaAttention()
-    return CudnnAttention() if _suits_cudnn(x_BSD, inputs, head_dim) else FlashAttention()
+    if not _is_fast_in_cudnn(x_BSD, head_dim):
+        return FlashAttention()
+    if inputs.window is not None:
+        return WindowAttention(CudnnAttention()) if _suits_two_halves(x_BSD.shape[1], inputs) else FlashAttention()
+    return CudnnAttention() if inputs.boundaries is None and _is_planned_length(x_BSD.shape[1]) else FlashAttention()
 
 
-def _suits_cudnn(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> bool:
-    """cuDNN is faster on Hopper, but plans each shape anew, in some milliseconds: it gets long rows of few lengths. Not
-    every version of it has a backward for wider heads, such as Gemma 3's and Falcon 3's of 256."""
-    length = x_BSD.shape[1]
-    if head_dim > _CUDNN_HEAD_DIM:
-        return False
-    if inputs.boundaries is not None or inputs.window is not None or length < 1024 or length % 256:
-        return False
-    return x_BSD.is_cuda and torch.cuda.get_device_capability(x_BSD.device)[0] == 9
+def _is_fast_in_cudnn(x_BSD: Tensor, head_dim: int) -> bool:
+    """cuDNN is faster on Hopper. Not every version of it has a backward for wider heads, such as Gemma 3's and Falcon
+    3's of 256."""
+    is_narrow = head_dim <= _CUDNN_HEAD_DIM
+    return is_narrow and x_BSD.is_cuda and torch.cuda.get_device_capability(x_BSD.device)[0] == 9
+
+
+def _is_planned_length(length: int) -> bool:
+    """cuDNN plans each shape anew, in some milliseconds: it gets long rows of few lengths."""
+    return length >= 1024 and length % 256 == 0
+
+
+def _suits_two_halves(length: int, inputs: AttentionInputs) -> bool:
+    """cuDNN through PyTorch takes no window; as two causal halves it is faster than FlashAttention unless much of a
+    row's last chunk is empty."""
+    assert inputs.window is not None
+    chunks = -(-length // inputs.window)
+    is_full = chunks * inputs.window <= _MOST_FILLED_UP * length
+    has_rows = inputs.boundaries is not None and inputs.boundaries.are_rows
+    return has_rows and is_full and _is_planned_length(inputs.window)
 
 
 class SdpaAttention:

@@ -20,6 +20,7 @@ from qsharded.training import evaluation, results
 from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
+from qsharded.training.host_work import little_host_work
 from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
 from qsharded.training.objective import SUPERVISED, Objective
@@ -109,7 +110,7 @@ class Trainer:
         """
         progress, window = self.setup.progress, LogWindow(self.setup.progress)
         unread: RunningStep | None = None  # the device may be at work on it
-        with profiled(self.config, self.world, progress.step) as profiler:
+        with little_host_work(), profiled(self.config, self.world, progress.step) as profiler:
             try:
                 for step in one_ahead(self._steps()):
                     if progress.step >= self.setup.total_steps:

@@ -3,7 +3,7 @@
 The data makes such batches and the model reads them; this is below both. Axes: B rows, S positions, N documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ class Boundaries:
     Attributes:
         starts: int32 [N + 1], ascending from 0 to B * S, where attention runs.
         longest: tokens of the longest document, or more.
+        are_rows: every document is a whole row, known without looking at ``starts``.
     """
 
     starts: Tensor
     longest: int
+    are_rows: bool = False
 
     @classmethod
     def of(cls, documents_BS: Tensor) -> "Boundaries":
@@ -41,12 +43,12 @@ class Boundaries:
     @classmethod
     def of_rows(cls, rows: int, length: int, device: torch.device) -> "Boundaries":
         """Of rows that are one document each."""
-        return cls(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device), length)
+        return cls(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device), length, True)
 
     def to(self, device: torch.device | str) -> "Boundaries":
         """The same on ``device``."""
-        return Boundaries(self.starts.to(device, non_blocking=True), self.longest)
+        return replace(self, starts=self.starts.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Boundaries":
         """The same in page-locked memory."""
-        return Boundaries(self.starts.pin_memory(), self.longest)
+        return replace(self, starts=self.starts.pin_memory())

@@ -8,14 +8,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.distributed import vocab_parallel_autograd
+from qsharded.distributed import vocab_parallel_autograd, vocab_parallel_loss
 from qsharded.utils import collectives
 from qsharded.utils.sharding import RowRange, rows_of_rank
 from tests.distributed.harness import run_ranks
 
 DIM = 12
 # fp64 sums in another order: some 1e-15 of values near 1. In bf16 each rank's part of a gradient is rounded once more.
-TOLERANCES = {torch.float64: 1e-13, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def inputs(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,7 @@ def loss_gaps(vocab: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[f
     if dist.get_rank() == 1:
         targets_T[:] = -100  # a rank with padding alone
     scale = 1 + dist.get_rank()  # what a rank does with its loss is its own affair
-    loss = vocab_parallel_autograd.cross_entropy(hidden_TD, *_split(weight_VD, targets_T), chunk_size)
+    loss = vocab_parallel_loss.cross_entropy(hidden_TD, *_split(weight_VD, targets_T), chunk_size)
     (loss * scale).backward()
     exact_TD = hidden_TD.detach().double().requires_grad_()
     expected = F.cross_entropy(exact_TD @ weight_VD.double().T, targets_T, reduction="sum")
@@ -78,12 +78,26 @@ def test_loss_and_gradient_equal_pytorchs(
         assert max(gaps) <= TOLERANCES[dtype]
 
 
+def gaps_with_kernels(vocab: int, chunk_size: int | None, softcap: float | None) -> tuple[float, float]:
+    """Those of the log-probabilities, by the kernels that a GPU takes, which are interpreted here."""
+    vocab_parallel_loss._Chunk._has_kernels = lambda self: True
+    return log_prob_gaps(vocab, torch.float32, chunk_size, softcap)
+
+
+@pytest.mark.parametrize(("world_size", "vocab", "softcap"), [(2, 17, None), (4, 5, 0.7)])
+def test_kernels_give_the_same_where_each_has_a_part_of_a_row(
+    world_size: int, vocab: int, softcap: float | None
+) -> None:
+    for gaps in run_ranks(gaps_with_kernels, world_size, vocab, 3, softcap):
+        assert max(gaps) <= TOLERANCES[torch.float32]
+
+
 def log_prob_gaps(vocab: int, dtype: torch.dtype, chunk_size: int | None, softcap: float | None) -> tuple[float, float]:
     """How far each token's log-probability and the gradient lie from PyTorch's of this rank's tokens alone."""
     hidden_TD, weight_VD, targets_T = inputs(vocab, dtype)
     targets_T[3] = -100
     factors_T = torch.linspace(-2, 3, len(targets_T), dtype=torch.float64) * (1 + dist.get_rank())
-    found_T = vocab_parallel_autograd.log_probs(hidden_TD, *_split(weight_VD, targets_T), chunk_size, softcap)
+    found_T = vocab_parallel_loss.log_probs(hidden_TD, *_split(weight_VD, targets_T), chunk_size, softcap)
     (found_T * factors_T).sum().backward()
     exact_TD = hidden_TD.detach().double().requires_grad_()
     logits_TV = exact_TD @ weight_VD.double().T
@@ -201,7 +215,7 @@ def is_target_refused(unknown: int) -> bool:
     targets_T[3] = unknown
     weight_vD, rows = own(weight_VD)
     try:  # with no group, as above
-        vocab_parallel_autograd.cross_entropy(hidden_TD, weight_vD, targets_T, dataclasses.replace(rows, group=None))
+        vocab_parallel_loss.cross_entropy(hidden_TD, weight_vD, targets_T, dataclasses.replace(rows, group=None))
     except RuntimeError as error:
         return "out of bounds" in str(error)
     return False

@@ -1,0 +1,136 @@
+"""A sliding window as two causal attentions, for kernels that know no windows.
+
+Rows are cut into chunks as long as the window W. A query sees of its own chunk what is before it, and of the chunk
+before, its place among W being i, the keys behind place i. With queries and keys in opposite order these too are a
+causal triangle. The two results are merged by their log-sum-exps, as ring attention merges them; given the merged
+output and log-sum-exp, each kernel's backward yields its part of the gradients.
+
+    own chunk, W x W      chunk before, without query W - 1 and key 0, both flipped
+    x . . .               x . .
+    x x . .               x x .
+    x x x .               x x x
+    x x x x
+
+Axes: B rows, S tokens of a row, n chunks of a row, W the window, H query heads, G key-value heads, E head dim.
+Source: Liu et al., "Ring Attention", arXiv:2310.01889, for the merging.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsharded.models.attention_inputs import AttentionInputs
+from qsharded.quant.backends import wanted_backend
+
+Saved = tuple[Any, ...]
+
+
+class CausalAttention(Protocol):
+    """Attention to all earlier keys of a row; the first that it saves is the log-sum-exp of the scores, fp32
+    [B, H, S] or [B, H, S, 1], and its backward uses no more of the forward than this and the output it is given."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]: ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class WindowAttention:
+    """Sliding windows by a kernel that is causal alone, in rows of one document each."""
+
+    def __init__(self, causal: CausalAttention) -> None:
+        self._causal = causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        chunks = _Chunks.of(q, inputs)
+        q, k, v = (chunks.cut(tensor) for tensor in (q, k, v))
+        own, (log_sum, *rest_own) = self._causal.forward(q, k, v, chunks.inputs)
+        before, (log_sum_before, *rest_before) = self._causal.forward(*chunks.before(q, k, v), chunks.inputs)
+        shape, shape_before = log_sum.shape, log_sum_before.shape
+        chunks.merge_(own, log_sum.view(shape[:3]), before, log_sum_before.view(shape_before[:3]))
+        return chunks.join(own), (log_sum, tuple(rest_own), shape_before, tuple(rest_before))
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log_sum, rest_own, shape_before, rest_before = saved
+        chunks = _Chunks.of(q, inputs)
+        grad, q, k, v, out = (chunks.cut(tensor) for tensor in (grad, q, k, v, out))
+        grads = self._causal.backward(grad, q, k, v, out, (log_sum, *rest_own), chunks.inputs)
+        flipped = chunks.late_flipped(grad), *chunks.before(q, k, v), chunks.late_flipped(out)
+        of_queries = chunks.late_flipped(log_sum.view(log_sum.shape[:3]).transpose(1, 2)).transpose(1, 2)
+        saved_before = (of_queries.contiguous().view(shape_before), *rest_before)
+        grads_before = self._causal.backward(*flipped, saved_before, chunks.inputs)
+        chunks.late(grads[0]).add_(chunks.apart(grads_before[0]).flip(2))
+        for total, part in zip(grads[1:], grads_before[1:], strict=True):
+            chunks.seen_later(total).add_(chunks.apart(part).flip(2))
+        grad_q, grad_k, grad_v = map(chunks.join, grads)
+        return grad_q, grad_k, grad_v
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Rows cut into chunks: tensors [B n, W, ...], the last chunk of a row filled up with zeros."""
+
+    rows: int
+    length: int
+    window: int
+    inputs: AttentionInputs
+
+    @classmethod
+    def of(cls, q: Tensor, inputs: AttentionInputs) -> "_Chunks":
+        assert inputs.window is not None
+        return cls(q.shape[0], q.shape[1], inputs.window, replace(inputs, window=None, boundaries=None))
+
+    @property
+    def of_row(self) -> int:
+        return -(-self.length // self.window)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """[B, S, H, E] -> [B n, W, H, E]."""
+        missing = self.of_row * self.window - self.length
+        filled = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+        return filled.unflatten(1, (self.of_row, self.window)).flatten(0, 1)
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """[B n, W, H, E] -> [B, S, H, E]."""
+        return tensor.unflatten(0, (self.rows, self.of_row)).flatten(1, 2)[:, : self.length]
+
+    def late(self, tensor: Tensor) -> Tensor:
+        """The queries that see keys of the chunk before theirs: a view [B, n - 1, W - 1, ...]."""
+        return tensor.unflatten(0, (self.rows, self.of_row))[:, 1:, :-1]
+
+    def seen_later(self, tensor: Tensor) -> Tensor:
+        """The keys that queries of the next chunk see: a view [B, n - 1, W - 1, ...]."""
+        return tensor.unflatten(0, (self.rows, self.of_row))[:, :-1, 1:]
+
+    def late_flipped(self, tensor: Tensor) -> Tensor:
+        """:meth:`late` ones in opposite order, [B (n - 1), W - 1, ...]."""
+        return self.late(tensor).flip(2).flatten(0, 1)
+
+    def before(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and the chunk before them, in opposite order."""
+        k, v = (self.seen_later(tensor).flip(2).flatten(0, 1) for tensor in (k, v))
+        return self.late_flipped(q), k, v
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """[B (n - 1), W - 1, ...] -> [B, n - 1, W - 1, ...]."""
+        return tensor.unflatten(0, (self.rows, self.of_row - 1))
+
+    def merge_(self, out: Tensor, log_sum: Tensor, flipped: Tensor, flipped_log_sum: Tensor) -> None:
+        """Into the own chunk's output [B n, W, H, E] and log-sum-exp [B n, H, W], those of the chunk before."""
+        if out.is_cuda and wanted_backend() != "reference":
+            from qsharded_kernels import triton_merge  # here: Triton loads slowly
+
+            triton_merge.merge_(out, log_sum, flipped, flipped_log_sum, self.of_row)
+            return
+        one = self.late(log_sum.transpose(1, 2))[..., None]
+        two = self.apart(flipped_log_sum.transpose(1, 2)).flip(2)[..., None]
+        both = torch.logaddexp(one, two)
+        merged = (one - both).exp() * self.late(out) + (two - both).exp() * self.apart(flipped).flip(2)
+        self.late(out).copy_(merged)
+        one.copy_(both)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from qsharded.distributed.copy_engine_gather import copy_engine_gather
 from qsharded.utils import collectives
 
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,8 +62,11 @@ class ExactAllGather:
                 f"PyTorch {torch.__version__} filled FSDP2's gather buffer in a way qsharded does not know, which may "
                 "damage packed weights; use a PyTorch version that qsharded supports"
             )
-        own = input_tensor.as_subclass(torch.Tensor).view(torch.uint8)
-        return collectives.all_gather_into(output_tensor.view(torch.uint8), own, group, async_op)
+        own, output = input_tensor.as_subclass(torch.Tensor).view(torch.uint8), output_tensor.view(torch.uint8)
+        if (gather := copy_engine_gather(group, output.device)) is None:
+            return collectives.all_gather_into(output, own, group, async_op)
+        gather(output.view(group.size(), -1), own)
+        return None  # it is done when the caller's stream comes so far
 
 
 def use_exact_gather(model: nn.Module) -> None:

@@ -106,6 +106,7 @@ def _is_able(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def _workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace | None:
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here uses it, and few machines offer it
     try:
         from torch.distributed import _symmetric_memory
 

@@ -18,16 +18,16 @@ def merge_(out: Tensor, log_sum: Tensor, flipped: Tensor, flipped_log_sum: Tenso
 
     Args:
         out, log_sum: of the own chunk, [C, W, H, E], and fp32 [C, H, W] in a run.
-        flipped, flipped_log_sum: of the one before, [P, W - 1, H, E] and fp32 [P, H, W - 1], with the queries in
-            opposite order, and without the last, which sees none of it.
+        flipped, flipped_log_sum: of the one before, [P, W, H, E] and fp32 [P, H, W], with the first W - 1 queries in
+            opposite order, and the last, which is passed over.
         chunks_of_row: n.
     """
-    P, queries, H, E = flipped.shape
+    P, W, H, E = flipped.shape
     assert out.stride(3) == flipped.stride(3) == 1
     assert log_sum.is_contiguous()
     assert flipped_log_sum.is_contiguous()
     with torch.cuda.device_of(out):
-        _merge_kernel[(queries, P)](
+        _merge_kernel[(W - 1, P)](
             out,
             log_sum,
             flipped,
@@ -60,16 +60,16 @@ def _merge_kernel(
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    query, queries = tl.program_id(0), tl.num_programs(0)
+    query, last = tl.program_id(0), tl.num_programs(0)
     late = tl.program_id(1).to(tl.int64)
     chunk = late // (n - 1) * n + late % (n - 1) + 1
-    mirrored = queries - 1 - query
+    mirrored = last - 1 - query
     head, dim = tl.arange(0, HEADS), tl.arange(0, DIMS)
     is_head = head < H
     inside = is_head[:, None] & (dim < E)[None, :]
-    at_log_sum = (chunk * H + head) * (queries + 1) + query
+    at_log_sum = (chunk * H + head) * (last + 1) + query
     one = tl.load(log_sum_ptr + at_log_sum, mask=is_head, other=0.0)
-    two = tl.load(flipped_log_sum_ptr + (late * H + head) * queries + mirrored, mask=is_head, other=0.0)
+    two = tl.load(flipped_log_sum_ptr + (late * H + head) * (last + 1) + mirrored, mask=is_head, other=0.0)
     largest = tl.maximum(one, two)
     both = largest + tl.log(tl.exp(one - largest) + tl.exp(two - largest))
     tl.store(log_sum_ptr + at_log_sum, both, mask=is_head)

@@ -31,7 +31,8 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     # Where things lie, how fast and in whose memory it is computed, what is shown and saved.
     "free": (
         "data_cache", "adapter", "allow_other_base", "model_code", "ignore_config_key", "activation_checkpointing",
-        "checkpointed_layers", "sharding", "dp_replicate", "cpu_offload", "max_skipped_steps", "deterministic",
+        "checkpointed_layers", "sharding", "reshard_after_forward", "dp_replicate", "cpu_offload", "max_skipped_steps",
+        "deterministic",
         "output_dir", "overwrite_output_dir", "logging_steps", "show_rows", "show_characters", "save_steps",
         "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset", "eval_dataset_split",
         "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "dry_run", "gpus", "gpu_memory_gib",

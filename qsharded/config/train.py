@@ -183,6 +183,11 @@ class TrainConfig:
         "whole if they take less than half of a rank's memory.",
         "full",
     )
+    reshard_after_forward: Literal["always", "never", "auto"] = _memory(
+        "Free a layer that was gathered for its forward and gather it again for its backward, or keep it, which is "
+        "faster; with auto it is kept if the plan says that all layers fit beside the rest.",
+        "auto",
+    )
     dp_replicate: int = _memory(
         "Groups of ranks that hold the model once each, and cut it over their own ranks only (HSDP): for nodes with "
         "slow wires between them.",
@@ -415,6 +420,8 @@ class TrainConfig:
         if self.sharding == "replicate" and (self.cpu_offload or self.dp_replicate > 1):
             other = "--cpu-offload" if self.cpu_offload else f"--dp-replicate {self.dp_replicate}"
             raise ValueError(f"--sharding replicate keeps all weights on every GPU, which {other} contradicts")
+        if self.cpu_offload and self.reshard_after_forward == "never":
+            raise ValueError("--cpu-offload frees each layer after its forward: leave --reshard-after-forward out")
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)

@@ -27,16 +27,20 @@ class Layout:
         on_host: in host memory, from where a layer's come while the one before it runs.
         vocab_parallel: embedding and head are never gathered whole; None decides by their size. It takes both to be
             frozen, and nothing is split where all is replicated.
+        keeps_gathered: a layer that was gathered for its forward stays whole until its backward.
 
     Raises:
-        ValueError: replicated and on the host.
+        ValueError: replicated and on the host, or gathered and on the host.
     """
 
     replicated: bool = False
     on_host: bool = False
     vocab_parallel: bool | None = None
+    keeps_gathered: bool = False
 
     def __post_init__(self) -> None:
+        if self.on_host and self.keeps_gathered:
+            raise ValueError("weights from the host are freed after each layer's forward: they cannot stay gathered")
         if self.replicated and self.on_host:
             raise ValueError("frozen weights are either replicated, for models that fit, or kept on the host, not both")
 
@@ -56,6 +60,9 @@ class LayoutOptions(Protocol):
 
     @property
     def dp_replicate(self) -> int: ...
+
+    @property
+    def reshard_after_forward(self) -> Literal["always", "never", "auto"]: ...
 
 
 def choose_layout(options: LayoutOptions, ranks: int, frozen: int, room: Callable[[], int]) -> tuple[Layout, str]:
@@ -77,7 +84,11 @@ def choose_layout(options: LayoutOptions, ranks: int, frozen: int, room: Callabl
 
 
 def _layout(options: LayoutOptions, replicated: bool) -> Layout:
-    return Layout(replicated=replicated, on_host=options.cpu_offload)
+    return Layout(
+        replicated=replicated,
+        on_host=options.cpu_offload,
+        keeps_gathered=options.reshard_after_forward == "never" and not replicated,
+    )
 
 
 def is_vocab_parallel(model: CausalLM, layout: Layout, is_shared: bool) -> bool:

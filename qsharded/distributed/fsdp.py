@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qsharded.distributed.exact_all_gather import use_exact_gather
@@ -49,6 +49,17 @@ def shard(
     wrap(model)
     use_exact_gather(model)
     return model
+
+
+def keep_gathered(model: nn.Module) -> None:
+    """Let the layers of a sharded ``model`` stay whole between forward and backward; freed where none will come."""
+    layers = [layer for layer in layers_of(model) if isinstance(layer, FSDPModule)]
+
+    def choose(*_: object) -> None:
+        for layer in layers:
+            layer.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
+
+    model.register_forward_pre_hook(choose)
 
 
 def _device_type(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsharded.distributed import vocab_parallel
 from qsharded.distributed.choose_layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.distributed.cpu_offload import OffloadedWeights
-from qsharded.distributed.fsdp import layers_of, shard
+from qsharded.distributed.fsdp import keep_gathered, layers_of, shard
 from qsharded.fused.forwards import layer_forwards
 from qsharded.models import CausalLM
 from qsharded.utils.checkpointing_modes import KEEP_ALL, Checkpointing
@@ -49,6 +49,8 @@ def parallelize(
         layer.forward = forward
     if mesh is not None:
         shard(model, mesh, param_dtype=param_dtype, replicate_frozen=layout.replicated)
+        if layout.keeps_gathered:
+            keep_gathered(model)
     materialize(model, device, on_host=placed if layout.on_host else frozenset())
     model.tie_weights()  # each module got a parameter of its own
     check_shares(model, mesh, layout)

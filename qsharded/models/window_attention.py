@@ -2,14 +2,16 @@
 
 Rows are cut into chunks as long as the window W. A query sees of its own chunk what is before it, and of the chunk
 before, its place among W being i, the keys behind place i. With queries and keys in opposite order these too are a
-causal triangle. The two results are merged by their log-sum-exps, as ring attention merges them; given the merged
-output and log-sum-exp, each kernel's backward yields its part of the gradients.
+causal triangle; query W - 1, which sees none of them, is put at its end, where its result is passed over. The two
+results are merged by their log-sum-exps, as ring attention merges them; given the merged output and log-sum-exp, each
+kernel's backward yields its part of the gradients.
 
-    own chunk, W x W      chunk before, without query W - 1 and key 0, both flipped
-    x . . .               x . .
-    x x . .               x x .
-    x x x .               x x x
-    x x x x
+                     own chunk          chunk before
+    query 0          x . . .            query 2   x . . .
+    query 1          x x . .            query 1   x x . .
+    query 2          x x x .            query 0   x x x .
+    query 3          x x x x            query 3   - - - -
+    of keys          0 1 2 3                      3 2 1 0
 
 Axes: B rows, S tokens of a row, n chunks of a row, W the window, H query heads, G key-value heads, E head dim.
 Source: Liu et al., "Ring Attention", arXiv:2310.01889, for the merging.
@@ -61,13 +63,15 @@ class WindowAttention:
         chunks = _Chunks.of(q, inputs)
         grad, q, k, v, out = (chunks.cut(tensor) for tensor in (grad, q, k, v, out))
         grads = self._causal.backward(grad, q, k, v, out, (log_sum, *rest_own), chunks.inputs)
-        flipped = chunks.late_flipped(grad), *chunks.before(q, k, v), chunks.late_flipped(out)
+        flipped_grad = chunks.late_flipped(grad)
+        flipped_grad[:, -1] = 0  # of the query that sees nothing
+        flipped = flipped_grad, *chunks.before(q, k, v), chunks.late_flipped(out)
         of_queries = chunks.late_flipped(log_sum.view(log_sum.shape[:3]).transpose(1, 2)).transpose(1, 2)
         saved_before = (of_queries.contiguous().view(shape_before), *rest_before)
         grads_before = self._causal.backward(*flipped, saved_before, chunks.inputs)
-        chunks.late(grads[0]).add_(chunks.apart(grads_before[0]).flip(2))
+        chunks.late(grads[0]).add_(chunks.apart(grads_before[0])[:, :, :-1].flip(2))
         for total, part in zip(grads[1:], grads_before[1:], strict=True):
-            chunks.seen_later(total).add_(chunks.apart(part).flip(2))
+            chunks.apart(total)[:, :-1].add_(chunks.apart(part).flip(2))
         grad_q, grad_k, grad_v = map(chunks.join, grads)
         return grad_q, grad_k, grad_v
 
@@ -100,26 +104,23 @@ class _Chunks:
         """[B n, W, H, E] -> [B, S, H, E]."""
         return tensor.unflatten(0, (self.rows, self.of_row)).flatten(1, 2)[:, : self.length]
 
+    def apart(self, tensor: Tensor) -> Tensor:
+        """[B m, ...] -> [B, m, ...], m being n, or n - 1 of what concerns a chunk and the one before it."""
+        return tensor.unflatten(0, (self.rows, -1))
+
     def late(self, tensor: Tensor) -> Tensor:
         """The queries that see keys of the chunk before theirs: a view [B, n - 1, W - 1, ...]."""
-        return tensor.unflatten(0, (self.rows, self.of_row))[:, 1:, :-1]
-
-    def seen_later(self, tensor: Tensor) -> Tensor:
-        """The keys that queries of the next chunk see: a view [B, n - 1, W - 1, ...]."""
-        return tensor.unflatten(0, (self.rows, self.of_row))[:, :-1, 1:]
+        return self.apart(tensor)[:, 1:, :-1]
 
     def late_flipped(self, tensor: Tensor) -> Tensor:
-        """:meth:`late` ones in opposite order, [B (n - 1), W - 1, ...]."""
-        return self.late(tensor).flip(2).flatten(0, 1)
+        """:meth:`late` ones in opposite order and the one that sees none behind them, [B (n - 1), W, ...]."""
+        order = torch.arange(self.window - 2, -2, -1, device=tensor.device).remainder_(self.window)
+        return self.apart(tensor)[:, 1:, order].flatten(0, 1)
 
     def before(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and the chunk before them, in opposite order."""
-        k, v = (self.seen_later(tensor).flip(2).flatten(0, 1) for tensor in (k, v))
+        k, v = (self.apart(tensor)[:, :-1].flip(2).flatten(0, 1) for tensor in (k, v))
         return self.late_flipped(q), k, v
-
-    def apart(self, tensor: Tensor) -> Tensor:
-        """[B (n - 1), W - 1, ...] -> [B, n - 1, W - 1, ...]."""
-        return tensor.unflatten(0, (self.rows, self.of_row - 1))
 
     def merge_(self, out: Tensor, log_sum: Tensor, flipped: Tensor, flipped_log_sum: Tensor) -> None:
         """Into the own chunk's output [B n, W, H, E] and log-sum-exp [B n, H, W], those of the chunk before."""
@@ -129,8 +130,8 @@ class _Chunks:
             triton_merge.merge_(out, log_sum, flipped, flipped_log_sum, self.of_row)
             return
         one = self.late(log_sum.transpose(1, 2))[..., None]
-        two = self.apart(flipped_log_sum.transpose(1, 2)).flip(2)[..., None]
+        two = self.apart(flipped_log_sum.transpose(1, 2))[:, :, :-1].flip(2)[..., None]
         both = torch.logaddexp(one, two)
-        merged = (one - both).exp() * self.late(out) + (two - both).exp() * self.apart(flipped).flip(2)
+        merged = (one - both).exp() * self.late(out) + (two - both).exp() * self.apart(flipped)[:, :, :-1].flip(2)
         self.late(out).copy_(merged)
         one.copy_(both)

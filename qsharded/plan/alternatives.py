@@ -71,6 +71,9 @@ def _frugal(planner: Planner, plan: Plan) -> tuple[Plan, str]:
 
 def _share(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
     """Fewer copies of the frozen weights."""
+    if config.reshard_after_forward == "never":
+        config = replace(config, reshard_after_forward="always")
+        yield "--reshard-after-forward always", config, None
     if config.sharding != "full":
         yield "--sharding full", replace(config, sharding="full"), None
     if config.dp_replicate > 1:

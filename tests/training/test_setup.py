@@ -15,7 +15,6 @@ from qsharded.distributed.world import World
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
 from qsharded.training import datasets, setup
-from qsharded.utils.checkpointing_modes import Checkpointing
 from tests.checkpoints import LLAMA, write_checkpoint
 from tests.data.folders import chat, make_folder, write_rows
 from tests.data.templates import THINKING
@@ -97,12 +96,12 @@ def test_auto_keeps_what_there_is_room_for(
     monkeypatch.setattr(setup, "least_free_memory", lambda world: room)
     outline = Outline.of(write_checkpoint(tmp_path), LORA, torch.float32, random_init=False)
     config = TrainConfig(model="m", dataset="d")
-    checkpointing, why = setup._checkpointing(config, World.single_process(torch.device("cpu")), outline, LORA)
+    chosen, why = setup._for_speed(config, World.single_process(torch.device("cpu")), outline, LORA)
     assert why.startswith(f"activation checkpointing: {expected}")
-    assert checkpointing.mode == expected.split(",")[0]
+    assert chosen.checkpointing.mode == expected.split(",")[0]
 
 
 def test_checkpointing_that_is_given_is_taken_without_a_word() -> None:
     config = TrainConfig(model="m", dataset="d", activation_checkpointing="offloaded", checkpointed_layers=3)
     world: Any = None
-    assert setup._checkpointing(config, world, world, LORA) == (Checkpointing("offloaded", 3), "")
+    assert setup._for_speed(config, World.single_process(torch.device("cpu")), world, LORA) == (config, "")

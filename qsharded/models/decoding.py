@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsharded.models.attention import has_outside_attention
 from qsharded.models.attention_inputs import StepInputs
@@ -20,6 +21,8 @@ from qsharded.models.kv_cache import KVCache
 from qsharded.models.sampling import Sampling
 from qsharded.utils import collectives
 
+# not cuDNN, which plans each shape anew, and would do so within a capture
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KEYS_AT_ONCE = 256  # by which a graph's keys grow: a graph takes as long to capture as a step or two
 
 
@@ -99,7 +102,7 @@ class GraphDecoding:
 
     def _step(self) -> None:
         inputs = self._inputs.at(self._position_B1, self._place_1, self._keys)
-        with self._cache.fixed(self._place_1, self._keys):
+        with self._cache.fixed(self._place_1, self._keys), sdpa_kernel(_BACKENDS):
             logits_B1V = self._model.step(self._token_B1, inputs, self._cache)
         self._next_B.copy_(self._sampling.choose(logits_B1V[:, -1], self._noise_BV))
         self._token_B1.copy_(self._next_B.clamp(min=0)[:, None])

@@ -17,6 +17,8 @@ from qsharded.models.sampling import NOT_FINITE, Sampling
 from qsharded.utils import collectives
 from qsharded.utils.documents import PADDING
 
+_KEYS = 8  # a cache has room for whole eights of them: attention reads masks 16 bytes at a time
+
 
 class LogitsNotFinite(ValueError):
     """The model's logits hold NaN or infinity, of which no token can be chosen."""
@@ -77,7 +79,7 @@ def _steps(
     """The rows' next tokens, as often as asked for, at most ``max_new_tokens`` times."""
     device = _device(model)
     ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
-    cache = model.new_cache(ids_BS.shape[1] + max_new_tokens)
+    cache = model.new_cache(-(-(ids_BS.shape[1] + max_new_tokens) // _KEYS) * _KEYS)
     generator = torch.Generator(device).manual_seed(seed)
     noise_BV: Tensor | None = None
     gaps_B1 = None if documents_BS is None else (documents_BS == PADDING).sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Decoding steps by CUDA graphs: what a token takes some 600 launches for is captured once and replayed.
+"""Decoding steps by CUDA graphs: what a token takes hundreds of launches for is captured once and replayed.
 
 A graph does the same work on the same memory every time. So a step reads tokens, positions and the place where its keys
 go from tensors, advances them itself, and attends to a fixed number of keys, of which a mask hides those to come; when

@@ -1,14 +1,16 @@
-"""A transformers model generating with bitsandbytes, with our kernels behind bitsandbytes, and with NF4Linear layers.
+"""A transformers model generating with bitsandbytes, with our kernels behind bitsandbytes, and with NF4Linear layers;
+and our own model.
 
-    python -m benchmarks.generation [--ways graph compiled-graph generate] [--record FILE]
+    python -m benchmarks.generation [--ways graph compiled-graph generate] [--variants native ...] [--record FILE]
 
-The model has the shape of Llama-3-8B and random weights, quantized once: the three variants share their bytes. Each
-generates greedily at batch 1, 8 and 64, in three ways: token by token from a CUDA graph of one forward over
-transformers' static cache, plain (graph) and compiled (compiled-graph), and by ``generate()`` as it comes. Takes about
-six minutes on an H200, most of it to compile.
+The models have the shape of Llama-3-8B and random weights; those of transformers share their bytes. Each generates
+greedily at batch 1, 8 and 64, in three ways: token by token from a CUDA graph of one forward, over transformers' static
+cache or our own, plain (graph) and compiled (compiled-graph), and by ``generate()`` as it comes. Takes about six
+minutes on an H200, most of it to compile.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import qsharded
+from benchmarks import native_generation
 from benchmarks.gpu_training import SHAPES
 from benchmarks.record import command, environment, write
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, to_bitsandbytes, uninstall
@@ -35,6 +38,7 @@ WANTED = {1: 1.5, 8: 2.0, 64: 2.0}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, NATIVE], default=[*VARIANTS, NATIVE])
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/generation.json"))
     arguments = parser.parse_args()
     record = environment() | {
@@ -46,7 +50,8 @@ def main() -> None:
         "wanted_over_bitsandbytes": WANTED,
     }
     rows: list[dict[str, Any]] = []
-    for row in measure(SHAPES["llama3-8b"], torch.device("cuda"), BATCHES, NEW_TOKENS, arguments.ways):
+    what = BATCHES, NEW_TOKENS, arguments.ways, arguments.variants
+    for row in measure(SHAPES["llama3-8b"], torch.device("cuda"), *what):
         rows.append(row)
         record |= {"rows": rows, "over_bitsandbytes": ratios(rows)}
         write(arguments.record, record)  # each time: compiling takes long
@@ -54,19 +59,41 @@ def main() -> None:
 
 
 def measure(
-    shape: dict[str, Any], device: torch.device, batches: tuple[int, ...], new: int, ways: Iterable[str]
+    shape: dict[str, Any],
+    device: torch.device,
+    batches: tuple[int, ...],
+    new: int,
+    ways: Iterable[str],
+    variants: Iterable[str],
 ) -> Iterator[dict[str, Any]]:
     """One row for each way to run it, variant and batch, printed as it comes."""
-    model = random_model(shape, device)
-    for way in ways:
-        for variant, prepare in VARIANTS.items():
-            prepare(model)
-            for batch in batches:
-                ids = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
-                row = {"variant": variant, "batch": batch, "way": way} | _attempt(WAYS[way], model, ids, new)
-                print(json.dumps(row), flush=True)
-                yield row
+    theirs = [name for name in variants if name != NATIVE]
+    model: Any = random_model(shape, device) if theirs else None
+    for way, variant in itertools.product(ways, theirs):
+        VARIANTS[variant](model)
+        yield from _rows(WAYS[way], model, {"variant": variant, "way": way}, shape, device, batches, new)
     uninstall()
+    del model
+    if NATIVE in variants:
+        native = native_generation.random_native_model(shape, device)
+        for way in (way for way in ways if way in NATIVE_WAYS):
+            yield from _rows(NATIVE_WAYS[way], native, {"variant": NATIVE, "way": way}, shape, device, batches, new)
+
+
+def _rows(
+    run: Callable[..., list[float]],
+    model: Any,
+    named: dict[str, str],
+    shape: dict[str, Any],
+    device: torch.device,
+    batches: tuple[int, ...],
+    new: int,
+) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        ids = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
+        row = {"variant": named["variant"], "batch": batch, "way": named["way"]} | _attempt(run, model, ids, new)
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 def random_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
@@ -179,6 +206,13 @@ WAYS: dict[str, Callable[..., list[float]]] = {
     "graph": _by_graph,
     "compiled-graph": _by_compiled_graph,
     "generate": _by_generate,
+}
+
+
+NATIVE = "native"
+NATIVE_WAYS: dict[str, Callable[..., list[float]]] = {
+    "graph": lambda model, ids, new: native_generation.replayed(model, ids, new, _seconds, ROUNDS),
+    "generate": lambda model, ids, new: native_generation.by_generate(model, ids, new, _seconds, ROUNDS),
 }
 
 

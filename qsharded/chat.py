@@ -241,6 +241,7 @@ class Chat:
                 eos_ids=self.ends,
                 seed=self.config.seed + self.answers,
                 on_token=take,
+                graphs=True,
                 **vars(self.sampling),
             )
         self.answers += 1

@@ -163,6 +163,7 @@ def _answer(
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
+        graphs=True,
         on_token=(lambda _, token: print(text.add(token), end="", flush=True)) if shown else None,
     )
     if shown:

@@ -67,13 +67,24 @@ def assert_encoded(
     codebook: Tensor,
     absmax_map: Tensor | None,
 ) -> None:
+    """What whoever dequantizes a packed weight assumes."""
+    _assert_table(codebook, CODES)
+    assert_packed(codes_NP, absmax_NG, absmax_scales, absmax_offset, absmax_map)
+
+
+def assert_packed(
+    codes_NP: Tensor,
+    absmax_NG: Tensor,
+    absmax_scales: Tensor | None,
+    absmax_offset: Tensor | None,
+    absmax_map: Tensor | None,
+) -> None:
     """What whoever reads a packed weight assumes."""
     N, G = absmax_NG.shape
     assert codes_NP.shape == (N, G * BLOCK // 2), (codes_NP.shape, absmax_NG.shape)
     assert codes_NP.is_contiguous()
     assert codes_NP.dtype == torch.uint8
     assert absmax_NG.stride(1) == 1
-    _assert_table(codebook, CODES)
     if absmax_scales is None:
         assert absmax_NG.dtype == torch.float32
         return

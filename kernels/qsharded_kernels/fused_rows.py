@@ -32,9 +32,19 @@ def capability(device: torch.device) -> str:
 
 def for_card(name: str, capability: str) -> MostRows:
     """The figures of the card of that name, else of one of its capability, else ``UNKNOWN_CARD``."""
-    cards = read()
-    alike = [card for card in cards if card["gpu"] == name] or [c for c in cards if c["capability"] == capability]
-    return {int(size): rows for size, rows in alike[0]["most_rows"].items()} if alike else UNKNOWN_CARD
+    card = alike(read(), name, capability)
+    return UNKNOWN_CARD if card is None else by_size(card["most_rows"])
+
+
+def alike(cards: list[dict[str, Any]], name: str, capability: str) -> dict[str, Any] | None:
+    """The card of that name, else one of its capability, else None."""
+    found = [card for card in cards if card["gpu"] == name] or [c for c in cards if c["capability"] == capability]
+    return found[0] if found else None
+
+
+def by_size(most: dict[str, int]) -> MostRows:
+    """As JSON has it, whose keys are strings."""
+    return {int(size): rows for size, rows in most.items()}
 
 
 def for_size(most: MostRows, weights: int) -> int:

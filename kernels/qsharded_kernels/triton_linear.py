@@ -1,11 +1,23 @@
 """x W^T on a 4-bit weight in Triton, for few rows of x; without a GPU under TRITON_INTERPRET=1.
 
-The weight's codes look up a codebook that is rounded to x's dtype; fp32 accumulators are scaled by absmax once for each
-block and row. Rounded as it stands NF4's codebook would bias the sums, so callers multiply it by a ``factor`` before
-they round it, and y is divided by that.
+    y[m, n] = sum over g of (absmax[n, g] * sum over k in g of x[m, k] * value[code[n, k]]) / factor (+ bias[n])
 
-Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row; within a kernel
-m, n, k = a tile's share of M, N, K. The callers check what users pass; the assertions here guard raw memory.
+The codebook's values are rounded to x's dtype; fp32 accumulators are scaled by absmax once a block and row. Rounded as
+it stands NF4's codebook would bias the sums, so callers multiply it by a ``factor`` before they round it.
+
+A program has a tile of W's rows and a part of K, four blocks at a time:
+
+    codes [TILE_N, 8 words a block] -> decoded in registers -> A of the tensor cores [TILE_N, 64]
+    x     [TILE_M, 64]              -> shared memory        -> B of the tensor cores [64, TILE_M]
+    accumulators [TILE_N, TILE_M] += absmax [TILE_N] * (A B)
+
+W is the left operand, for that one has 16 rows an instruction and the other 8: few rows of x waste the least. The
+values stay in the registers of the thread that read their codes: rows and columns are taken in the order in which the
+tensor cores' lanes hold them (``_row_order``, ``_column_order``). A version of Triton that lays them out otherwise
+gives the same sums, by way of shared memory.
+
+Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row, S = parts of K.
+The callers check what users pass; the assertions here guard raw memory.
 """
 
 import torch
@@ -14,17 +26,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
+from .triton_decode import INTERPRETED, decode, tables
+from .triton_split_sums import add_parts, empty_partials, splits_to_fill
+from .triton_tiles import LinearTile
 
 BLOCK = tl.constexpr(checks.BLOCK)
+WORDS = tl.constexpr(checks.BLOCK // 8)
 ABSMAX_BLOCK = tl.constexpr(checks.ABSMAX_BLOCK)
-CODES = tl.constexpr(checks.CODES)
+AT_ONCE = tl.constexpr(4)  # blocks in a turn of the loop: as many absmax codes as a word holds
 DTYPES = (torch.bfloat16, torch.float16)
-MOST_ROWS = 16  # one tile of x: what tensor cores take at the least
-
-_TILE_M, _TILE_N = 16, 64
-_SUMMED_AT_ONCE = 256
-_WARPS = 4
-_INTERPRETED = triton.knobs.runtime.interpret  # as triton.jit found it
+MOST_ROWS = 64
 
 
 def linear(
@@ -33,110 +44,189 @@ def linear(
     absmax_NG: Tensor,
     absmax_scales: Tensor | None,
     absmax_offset: Tensor | None,
-    rounded_codebook: Tensor,
+    lookups: Tensor,
     factor: float,
     absmax_map: Tensor | None,
     bias_N: Tensor | None = None,
     *,
+    tile: LinearTile,
     splits: int | None = None,
 ) -> Tensor:
-    """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16, for at most 16 rows of x.
+    """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16, for at most ``MOST_ROWS`` rows of x.
 
-    ``rounded_codebook``: x's dtype [16], the values times ``factor``. ``absmax_NG`` and what follows it: as in
-    ``triton_nf4.dequantize``. ``bias_N``: of x's dtype, added in fp32. ``splits``: into how many parts K is cut, whose
-    sums are added in their order; None takes enough to fill the GPU. The same call gives the same bits.
+    ``lookups``: of ``triton_decode.lookups``, for the codebook times ``factor`` in x's dtype. ``absmax_NG`` and what
+    follows it: as in ``triton_nf4.dequantize``. ``bias_N``: of x's dtype, added in fp32. ``splits``: into how many
+    parts K is cut at the least; None takes enough to fill the GPU. The same call gives the same bits.
     """
     (M, K), (N, G) = x_MK.shape, absmax_NG.shape
     assert 0 < M <= MOST_ROWS, M
     assert K == G * checks.BLOCK, (K, G)
     assert x_MK.dtype in DTYPES, x_MK.dtype
-    assert (rounded_codebook.dtype, rounded_codebook.shape) == (x_MK.dtype, (checks.CODES,)), rounded_codebook.dtype
-    checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, rounded_codebook.float(), absmax_map)
-    x_MK, codes_NP, dtype = x_MK.contiguous(), codes_NP.contiguous(), x_MK.dtype
+    dtype = x_MK.dtype
+    x_MK, codes_NP = x_MK.contiguous(), checks.aligned(codes_NP)
+    if INTERPRETED.value:  # numpy has no bf16; in fp32 the same products are exact
+        x_MK, bias_N = x_MK.float(), None if bias_N is None else bias_N.float()
     absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
-    if _INTERPRETED:  # numpy has no bf16; in fp32 the same products are exact
-        x_MK, rounded_codebook = x_MK.float(), rounded_codebook.float()
-    splits = min(splits or _splits(N, x_MK.device), G)
-    partials_SMN = torch.empty(splits, M, N, dtype=torch.float32, device=x_MK.device)
+    checks.assert_packed(codes_NP, absmax_NG, absmax_scales, absmax_offset, absmax_map)
     y_MN = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
+    per_split = _blocks_per_split(N, G, tile, splits, x_MK.device)
+    splits = triton.cdiv(G, per_split)
+    partials_SMN = empty_partials(splits, M, N, x_MK.device) if splits > 1 else y_MN
     tables = absmax_scales, absmax_offset, absmax_map
+    tile_m = max(8, triton.next_power_of_2(M))
     with torch.cuda.device_of(x_MK):
-        _partials_kernel[(triton.cdiv(N, _TILE_N), splits)](
-            *(x_MK, codes_NP, absmax_NG, absmax_NG.stride(0)),
-            *(absmax_NG if table is None else table for table in tables),
-            *(rounded_codebook, partials_SMN, M, N, G, triton.cdiv(G, splits)),
+        _linear_kernel[(triton.cdiv(N, tile.rows), splits)](
+            *(x_MK, codes_NP.view(torch.int32)),
+            *(absmax_NG, absmax_NG.stride(0), *(absmax_NG if table is None else table for table in tables)),
+            *(lookups, y_MN if bias_N is None else bias_N.contiguous(), partials_SMN),
+            *(M, N, G, per_split, 1 / factor),
+            DTYPE=_TYPES[dtype],
+            DECODER=tile.decoder,
+            TILE_M=tile_m,
+            TILE_N=tile.rows,
+            WARPS=tile.warps,
+            RUN=_run(tile, tile_m),
             DOUBLE_QUANT=absmax_scales is not None,
-            TILE_M=_TILE_M,
-            TILE_N=_TILE_N,
-            num_warps=_WARPS,
-        )
-        _sum_kernel[(triton.cdiv(N, _SUMMED_AT_ONCE), M)](
-            *(partials_SMN, y_MN if bias_N is None else bias_N.to(y_MN.dtype), y_MN, M, N, splits, 1 / factor),
+            WHOLE_TURNS=G % AT_ONCE.value == 0,
+            WRITES_Y=splits == 1,
             HAS_BIAS=bias_N is not None,
-            AT_ONCE=_SUMMED_AT_ONCE,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
+        if splits > 1:
+            add_parts(partials_SMN, y_MN, bias_N, 1 / factor)
     return y_MN.to(dtype)
 
 
-def _splits(N: int, device: torch.device) -> int:
-    """Twice as many programs as there are SMs: one waits for memory while another computes."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, 2 * sms // triton.cdiv(N, _TILE_N))
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
-def _partials_kernel(
+def _blocks_per_split(N: int, G: int, tile: LinearTile, splits: int | None, device: torch.device) -> int:
+    """A multiple of ``AT_ONCE``, and at most as many as touch two of a row's second-level scales."""
+    splits = splits or splits_to_fill(triton.cdiv(N, tile.rows), tile.programs_per_sm, device)
+    per_split = triton.cdiv(triton.cdiv(G, splits), AT_ONCE.value) * AT_ONCE.value
+    return min(per_split, checks.ABSMAX_BLOCK)
+
+
+def _run(tile: LinearTile, tile_m: int) -> int:
+    """How many of a row's values follow each other in a lane of the left operand, as Triton lays it out: 2 in
+    ``wgmma``, which takes four warps, 64 rows and 16 columns, and 2 of what comes from ``tl.gather``; else 4."""
+    wgmma = tile.warps % 4 == 0 and tile.rows >= 64 and tile_m >= 16
+    return 2 if wgmma or tile.decoder == "gather" else 4
+
+
+@triton.jit(do_not_specialize=["M", "blocks_per_split"])  # one compilation for all of them
+def _linear_kernel(
     x_ptr,
-    codes_ptr,
+    words_ptr,
     absmax_ptr,
     absmax_row_stride,
     scales_ptr,
     offset_ptr,
     map_ptr,
-    codebook_ptr,
-    partials_ptr,
+    lookups_ptr,
+    bias_ptr,
+    out_ptr,
     M,
     N,
     G,
     blocks_per_split,
-    DOUBLE_QUANT: tl.constexpr,
+    scale,
+    DTYPE: tl.constexpr,
+    DECODER: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    RUN: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    WHOLE_TURNS: tl.constexpr,
+    WRITES_Y: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """A tile of W's rows over one of K's parts, block after block."""
-    row_n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
-    row_m, k = tl.arange(0, TILE_M), tl.arange(0, BLOCK)
-    byte = tl.arange(0, BLOCK // 2)
-    codebook_C = tl.load(codebook_ptr + tl.arange(0, CODES))
     first = tl.program_id(1) * blocks_per_split
-    sums_mn = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for block in range(first, tl.minimum(first + blocks_per_split, G)):
-        at_n = row_n * G + block
-        codes_nb = tl.load(codes_ptr + at_n[:, None] * (BLOCK // 2) + byte[None, :], mask=row_n[:, None] < N, other=0)
-        codes_nb = codes_nb.to(tl.int32)
-        code_nk = tl.join(codes_nb >> 4, codes_nb & 15).reshape(
-            TILE_N * BLOCK
-        )  # a byte's first code is its high nibble
-        value_nk = tl.gather(codebook_C, code_nk, 0).reshape(TILE_N, BLOCK)
-        x_mk = tl.load(x_ptr + (row_m[:, None] * G + block) * BLOCK + k[None, :], mask=row_m[:, None] < M, other=0)
-        absmax_n = tl.load(absmax_ptr + row_n * absmax_row_stride + block, mask=row_n < N, other=0)
+    last = tl.minimum(first + blocks_per_split, G)
+    i_n, m = tl.arange(0, TILE_N), tl.arange(0, TILE_M)
+    n = tl.program_id(0) * TILE_N + i_n
+    # rows beyond the last are read as the last, and not written
+    row_n = tl.minimum(n, N - 1).to(tl.int64)
+    read_n = tl.minimum(tl.program_id(0) * TILE_N + _row_order(i_n, WARPS), N - 1).to(tl.int64)
+    word = tl.max_contiguous(tl.multiple_of(tl.arange(0, WORDS), 2), 2)  # a lane reads two
+    words_nw_ptr = words_ptr + (read_n * G * WORDS)[:, None] + word[None, :]
+    x_km_ptr = x_ptr + _column_order(tl.arange(0, BLOCK), RUN)[:, None] + (tl.minimum(m, M - 1) * G * BLOCK)[None, :]
+    absmax_n_ptr = absmax_ptr + row_n * absmax_row_stride
+    scale_n, next_scale_n, until_n = _second_level(scales_ptr, row_n * G, first, N * G, DOUBLE_QUANT)
+    decoding = tables(lookups_ptr, DECODER)
+    acc_nm = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for start in range(first, last, AT_ONCE):
+        block_b = start + tl.arange(0, AT_ONCE)
+        absmax_nb = _load(absmax_n_ptr[:, None] + block_b[None, :], (block_b < last)[None, :], WHOLE_TURNS)
         if DOUBLE_QUANT:
-            scale_n = tl.load(scales_ptr + at_n // ABSMAX_BLOCK, mask=row_n < N, other=0)
-            absmax_n = tl.load(map_ptr + absmax_n.to(tl.int32)) * scale_n + tl.load(offset_ptr)
-        sums_mn += tl.dot(x_mk, value_nk.trans(), input_precision="ieee") * absmax_n[None, :]
-    at_mn = (tl.program_id(1) * M + row_m[:, None]) * N + row_n[None, :]
-    tl.store(partials_ptr + at_mn, sums_mn, mask=(row_m[:, None] < M) & (row_n[None, :] < N))
+            absmax_nb = tl.load(map_ptr + absmax_nb.to(tl.int32))
+            absmax_nb *= tl.where(block_b[None, :] < until_n[:, None], scale_n[:, None], next_scale_n[:, None])
+            absmax_nb += tl.load(offset_ptr)
+        even_n2, odd_n2 = tl.split(absmax_nb.reshape(TILE_N, 2, 2))
+        for b in tl.static_range(AT_ONCE):
+            inside = start + b < last
+            word_nw = _load(words_nw_ptr + (start + b) * WORDS, inside, WHOLE_TURNS)
+            x_km = _load(x_km_ptr + (start + b) * BLOCK, inside, WHOLE_TURNS)
+            value_nk = _as_operand(decode(word_nw, decoding, DTYPE, DECODER), WARPS, RUN)
+            first_n, second_n = tl.split(even_n2 if b % 2 == 0 else odd_n2)
+            absmax_n = first_n if b < 2 else second_n
+            acc_nm += tl.dot(value_nk, x_km, input_precision="ieee") * absmax_n[:, None]
+    inside_nm = (n < N)[:, None] & (m < M)[None, :]
+    if WRITES_Y:
+        acc_nm *= scale
+        if HAS_BIAS:
+            acc_nm += tl.load(bias_ptr + row_n).to(tl.float32)[:, None]
+        tl.store(out_ptr + m[None, :] * N + n[:, None], acc_nm.to(out_ptr.dtype.element_ty), mask=inside_nm)
+    else:
+        tl.store(out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None], acc_nm, mask=inside_nm)
 
 
 @triton.jit
-def _sum_kernel(partials_ptr, bias_ptr, y_ptr, M, N, splits, scale, HAS_BIAS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """The parts' sums, from first to last."""
-    row_n = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
-    m = tl.program_id(1)
-    sum_n = tl.zeros((AT_ONCE,), tl.float32)
-    for split in range(splits):
-        sum_n += tl.load(partials_ptr + (split * M + m).to(tl.int64) * N + row_n, mask=row_n < N, other=0)
-    sum_n *= scale
-    if HAS_BIAS:
-        sum_n += tl.load(bias_ptr + row_n, mask=row_n < N, other=0).to(tl.float32)
-    tl.store(y_ptr + m * N + row_n, sum_n.to(y_ptr.dtype.element_ty), mask=row_n < N)
+def _load(ptr, inside, WHOLE_TURNS: tl.constexpr):
+    """What lies there; 0 beyond the part's last block, which a whole number of turns does not reach."""
+    if WHOLE_TURNS:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=inside, other=0)
+
+
+@triton.jit
+def _second_level(scales_ptr, row_start_n, first, absmax_values, DOUBLE_QUANT: tl.constexpr):
+    """The scale of each row's absmax from block ``first`` on, the one after it, and the block where that begins."""
+    if DOUBLE_QUANT:
+        at_n = (row_start_n + first) // ABSMAX_BLOCK
+        next_at_n = tl.minimum(at_n + 1, (absmax_values - 1) // ABSMAX_BLOCK)
+        until_n = (at_n + 1) * ABSMAX_BLOCK - row_start_n
+        return tl.load(scales_ptr + at_n), tl.load(scales_ptr + next_at_n), until_n.to(tl.int32)
+    else:
+        return row_start_n, row_start_n, row_start_n
+
+
+@triton.jit
+def _row_order(i_n, WARPS: tl.constexpr):
+    """Which row of the tile is read i-th: of what a load spreads over lanes, warps and registers in this order, a warp
+    has eight rows at a time, and of the left operand sixteen that follow each other."""
+    lane, warp, half, turn = i_n % 8, i_n // 8 % WARPS, i_n // (8 * WARPS) % 2, i_n // (16 * WARPS)
+    return ((turn * WARPS + warp) * 2 + half) * 8 + lane
+
+
+@triton.jit
+def _column_order(k, RUN: tl.constexpr):
+    """Which column of a block is multiplied k-th: a lane holds 16 columns, that is two words, of each row."""
+    c, b, a = k % 2, k // 2 % 2 if RUN == 4 else k // 8 % 2, k // 16 % 2
+    lane, word = (k // 4 if RUN == 4 else k // 2) % 4, k // 32
+    return tl.max_contiguous(tl.multiple_of(lane * 16 + word * 8 + a * 4 + b * 2 + c, RUN), RUN)
+
+
+@triton.jit
+def _as_operand(value, WARPS: tl.constexpr, RUN: tl.constexpr):
+    """Decoded words [TILE_N, 8, 2, 2, 2] as the left operand [TILE_N, 64], in these orders."""
+    TILE_N: tl.constexpr = value.shape[0]
+    # turn, half, warp, row lane, column lane, word, a, b, c
+    axes = value.reshape(TILE_N // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2)
+    if RUN == 4:
+        return axes.permute(0, 2, 1, 3, 5, 6, 4, 7, 8).reshape(TILE_N, BLOCK)
+    else:
+        return axes.permute(0, 2, 1, 3, 5, 6, 7, 4, 8).reshape(TILE_N, BLOCK)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsharded.fused import one_token
 from qsharded.fused.layer import EVERYTHING, LayerInput, Policy, can_fuse, fused_forward
 from qsharded.models.activation_checkpointing import Forward, Waiting, recomputed
 from qsharded.models.attention_inputs import AttentionInputs
@@ -35,7 +36,8 @@ def layer_forwards(
 
     Args:
         layers: the modules.
-        plain: their forwards as they are written, for what cannot be fused: a cache, dropout, a layer of another kind.
+        plain: their forwards as they are written, for what cannot be fused: dropout, a layer of another
+            kind, a cache with more than one token a row.
         checkpointing: what waits for the backward.
         weights_present: with a layer's index and a device: a context in which its modules hold their weights, where
             these are elsewhere between calls. ``plain`` sees to that by itself.
@@ -67,6 +69,8 @@ def _forward(
     inputs: AttentionInputs,
     cache: KVCache | None = None,
 ) -> Tensor:
+    if cache is not None and policy.weights_present is None and one_token.takes(layer, x_BSD, inputs):
+        return one_token.forward(layer, x_BSD, inputs, cache)
     plain = cache is None and inputs.query_scale_BS is None
     if plain and _is_recorded(layer, x_BSD) and not _is_watched(x_BSD) and can_fuse(layer):
         return fused_forward(layer, x_BSD, inputs, policy)

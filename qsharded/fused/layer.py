@@ -142,8 +142,8 @@ class _Weights:
         a, mlp, config = layer.self_attn, layer.mlp, layer.config
         places = config.norms.before_attention, config.norms.before_mlp
         behind = config.norms.after_attention, config.norms.after_mlp
-        norm_1, norm_2 = (_factor(layer, name) for name in places)
-        after_1, after_2 = (_factor(layer, name, config.residual_multiplier) for name in behind)
+        norm_1, norm_2 = (norm_factor(layer, name) for name in places)
+        after_1, after_2 = (norm_factor(layer, name, config.residual_multiplier) for name in behind)
         return cls(
             qkv=Group([Projection.of(p) for p in a.input_projections()]),
             o=Group([Projection.of(a.o_proj)]),
@@ -155,7 +155,7 @@ class _Weights:
             after_2=after_2,
             multiplier=config.residual_multiplier,
             eps=config.rms_norm_eps,
-            rotary=_rotary(layer, shape, inputs),
+            rotary=rotary_of(layer, shape, inputs),
             activation=config.activation,
             attention=choose_attention(like, inputs, a.head_dim),
         )
@@ -167,24 +167,24 @@ class _Weights:
         return (tensor for group in self.groups() for tensor in group.trained())
 
 
-def _factor(layer: DecoderLayer, name: str | None, multiplier: float = 1.0) -> Tensor | None:
+def norm_factor(layer: DecoderLayer, name: str | None, multiplier: float = 1.0) -> Tensor | None:
     """What the layer's norm of this name multiplies by, [D]."""
-    return None if name is None else _norm_factor(layer.get_submodule(name), multiplier)
+    return None if name is None else factor_of(layer.get_submodule(name), multiplier)
 
 
-def _norm_factor(norm: nn.Module, multiplier: float = 1.0) -> Tensor:
+def factor_of(norm: nn.Module, multiplier: float = 1.0) -> Tensor:
     weight: Tensor = norm.get_parameter("weight")
     if isinstance(norm, OffsetRMSNorm):
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
     return weight if multiplier == 1 else weight * multiplier
 
 
-def _rotary(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
+def rotary_of(layer: DecoderLayer, shape: torch.Size, inputs: AttentionInputs) -> Rotary:
     a = layer.self_attn
     cos_MR, sin_MR = (table.expand(*shape[:2], -1).flatten(0, 1) for table in (inputs.cos_BSR, inputs.sin_BSR))
     norms = None
     if isinstance(a.q_norm, nn.RMSNorm) and isinstance(a.k_norm, nn.RMSNorm):
-        norms = _norm_factor(a.q_norm), _norm_factor(a.k_norm)
+        norms = factor_of(a.q_norm), factor_of(a.k_norm)
     eps = layer.config.rms_norm_eps
     return Rotary(cos_MR, sin_MR, a.heads, a.kv_heads, a.head_dim, norms, eps, a.interleaved)
 

@@ -61,6 +61,11 @@ def unregister_attention(find: FindAttention) -> None:
     _registered.remove(find)
 
 
+def has_outside_attention() -> bool:
+    """Whether any backend is registered from outside."""
+    return bool(_registered)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
     attention = _from_outside(q, inputs, q.shape[-1])
@@ -137,6 +142,8 @@ class SdpaAttention:
 def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | None, scale: float | None) -> Tensor:
     """On the meta device, where plans run a layer, by the kernels that PyTorch takes on a GPU, which hold no scores."""
     groups = q_BHSE.shape[1] // k_BGTE.shape[1]
+    if groups > 1 and q_BHSE.shape[2] == 1 and not q_BHSE.is_meta:
+        return _one_query(q_BHSE, k_BGTE, v_BGTE, mask_BST, scale)
     if q_BHSE.is_meta and mask_BST is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHSE, k_BGTE, v_BGTE, 0.0, True)[0]
     if mask_BST is None:
@@ -152,6 +159,14 @@ def _sdpa(q_BHSE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_BST: Tensor | Non
         additive = mask_BST.to(q_BHSE.dtype).expand(-1, q_BHSE.shape[1], -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSE, k_BGTE, v_BGTE, additive, True)[0]
     return F.scaled_dot_product_attention(q_BHSE, k_BGTE, v_BGTE, attn_mask=mask_BST, scale=scale)
+
+
+def _one_query(q_BH1E: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, mask_B11T: Tensor | None, scale: float | None) -> Tensor:
+    """The heads of a group as queries of one head, all with one sight: no kernel has to know of groups, and neither
+    keys nor values are copied."""
+    q_BGHE = q_BH1E.squeeze(2).unflatten(1, (k_BGTE.shape[1], -1))
+    out_BGHE = F.scaled_dot_product_attention(q_BGHE, k_BGTE, v_BGTE, attn_mask=mask_B11T, scale=scale)
+    return out_BGHE.flatten(1, 2).unsqueeze(2)
 
 
 class FlashAttention:

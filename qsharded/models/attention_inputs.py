@@ -35,7 +35,8 @@ class AttentionInputs:
             each head is rotated. Where a layer has no rotary embedding, they turn by nothing.
         window: how many latest keys a query sees, itself included; None: all.
         boundaries: of the documents, where a kernel takes them.
-        mask_BST: boolean [B or 1, 1, S, T], True where a query sees a key; window and documents are in it.
+        mask_BST: boolean [B or 1, 1, S, T], True where a query sees a key; window and documents are in it. In steps
+            of a CUDA graph: what is added to the scores, in the activations' dtype.
         scale: of the scores; None: 1 / sqrt(E).
         softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
         query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
@@ -188,3 +189,51 @@ def attention_mask(
     if documents_BT is not None:
         mask_BST = mask_BST & (documents_BT[:, keys - queries :, None] == documents_BT[:, None, :])
     return mask_BST[:, None]
+
+
+class StepInputs:
+    """The inputs of one query a row, in steps of a CUDA graph: its position, and its place among the keys, are tensors.
+
+    Args:
+        dtype: of the activations.
+        length: the most tokens of a row.
+        gaps_B1: how many keys of padding each row begins with; None: none.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, length: int, device: torch.device, gaps_B1: Tensor | None
+    ) -> None:
+        positions_1S = torch.arange(length, device=device)[None]
+        self._config, self._dtype, self._gaps_B1 = config, dtype, gaps_B1
+        self._tables = {
+            rope: _tables(config, rope, positions_1S, dtype, None, length) for rope in set(config.rope_of_layer)
+        }
+        self._query_scale_1S = _query_scale(config, positions_1S, dtype, length)
+
+    def at(self, position_B1: Tensor, place_1: Tensor, keys: int) -> tuple[AttentionInputs, ...]:
+        """Of each layer in turn, where the query is at ``place`` [1] of ``keys`` keys; those behind it are not seen."""
+        config = self._config
+        tables = {
+            rope: (cos_1SR[0][position_B1], sin_1SR[0][position_B1])
+            for rope, (cos_1SR, sin_1SR) in self._tables.items()
+        }
+        scale_1S = self._query_scale_1S
+        shared = partial(
+            AttentionInputs,
+            scale=config.attention_scale,
+            query_scale_BS=None if scale_1S is None else scale_1S[0][position_B1],
+        )
+        masks = {window: self._mask(place_1, keys, _narrow(window, keys)) for window in set(config.layer_windows)}
+        kinds = list(zip(config.layer_windows, config.rope_of_layer, strict=True))
+        made = {(window, rope): shared(*tables[rope], mask_BST=masks[window]) for window, rope in set(kinds)}
+        return tuple(made[kind] for kind in kinds)
+
+    def _mask(self, place_1: Tensor, keys: int, window: int | None) -> Tensor:
+        key_1T = torch.arange(keys, device=place_1.device)[None]
+        seen_BT = key_1T <= place_1
+        if window is not None:
+            seen_BT = seen_BT & (key_1T > place_1 - window)
+        if self._gaps_B1 is not None:
+            seen_BT = seen_BT & (key_1T >= self._gaps_B1)
+        hidden_BT = torch.zeros_like(seen_BT, dtype=self._dtype).masked_fill(~seen_BT, -torch.inf)
+        return hidden_BT[:, None, None]

@@ -8,6 +8,7 @@ Axes: B batch, S sequence, T keys (S, and before them the cache's), D hidden siz
 E head dim, V vocabulary.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,20 +87,27 @@ class Decoder(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(past, past + length, device=input_ids_BS.device)[None]
 
-        x_BSD = self._embedded(input_ids_BS)
         # Nothing of these depends on the layer, but for its window and its rotary embedding.
         inputs = attention_inputs(
             self.config,
             positions_BS.expand(input_ids_BS.shape),
-            x_BSD.dtype,
+            self.dtype,
             documents_BT=documents_BT,
             boundaries=boundaries,
             keys=past + length,
         )
-        for layer, of_layer in zip(self.layers, inputs, strict=True):
-            x_BSD = layer(x_BSD, of_layer, cache)
+        hidden_BSD = self.through_layers(input_ids_BS, inputs, cache)
         if cache is not None:
             cache.advance(length)
+        return hidden_BSD
+
+    def through_layers(
+        self, input_ids_BS: Tensor, inputs: tuple[AttentionInputs, ...], cache: KVCache | None
+    ) -> Tensor:
+        """Hidden states [B, S, D]; ``inputs``: each layer's in turn."""
+        x_BSD = self._embedded(input_ids_BS)
+        for layer, of_layer in zip(self.layers, inputs, strict=True):
+            x_BSD = layer(x_BSD, of_layer, cache)
         return self.norm(x_BSD)
 
     def _embedded(self, input_ids_BS: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ class Decoder(nn.Module):
         if multiplier == 1:
             return x_BSD
         if self.config.embedding_multiplier_rounded:
-            multiplier = torch.tensor(multiplier, dtype=x_BSD.dtype, device="cpu").item()
+            multiplier = _rounded(multiplier, x_BSD.dtype)
         return x_BSD * multiplier
 
     def _check_length(self, past: int, length: int) -> None:
@@ -124,6 +132,11 @@ class Decoder(nn.Module):
                 "tokens, and the cached keys have the shorter one's: ask for fewer new tokens, or begin with a longer "
                 "prompt"
             )
+
+
+@cache  # found before a step is captured, which cannot ask for a value
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 class Head(nn.Linear):
@@ -212,10 +225,9 @@ class CausalLM(nn.Module):
         hidden_BSD = self.model(input_ids_BS, positions_BS, document_ids_BS, boundaries, cache)
         if last_only:
             hidden_BSD = hidden_BSD[:, -1:]
-        if self.config.logit_multiplier != 1:
-            hidden_BSD = hidden_BSD * self.config.logit_multiplier
         if targets_BS is None:
-            return capped(self.lm_head(hidden_BSD), self.config.logit_softcap)
+            return self._logits(hidden_BSD)
+        hidden_BSD = self._for_head(hidden_BSD)
         if isinstance(self.lm_head, Head):
             return self.lm_head(hidden_BSD, targets_BS, per_token=per_token)
         # A head that was replaced (by LoRA, say) maps x to y and no more: the loss has to come from its logits.
@@ -226,3 +238,15 @@ class CausalLM(nn.Module):
             losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
             return -losses_T.view(targets_BS.shape)
         return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+
+    def step(self, input_ids_B1: Tensor, attention: tuple[AttentionInputs, ...], cache: KVCache) -> Tensor:
+        """Logits `[B, 1, V]` of one more token a row, from a caller who sees to positions, padding and the cache's
+        length. attention: what each layer attends with."""
+        return self._logits(self.model.through_layers(input_ids_B1, attention, cache))
+
+    def _for_head(self, hidden_BSD: Tensor) -> Tensor:
+        multiplier = self.config.logit_multiplier
+        return hidden_BSD if multiplier == 1 else hidden_BSD * multiplier
+
+    def _logits(self, hidden_BSD: Tensor) -> Tensor:
+        return capped(self.lm_head(self._for_head(hidden_BSD)), self.config.logit_softcap)

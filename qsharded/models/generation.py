@@ -12,8 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsharded.models.decoder import CausalLM
+from qsharded.models.decoding import GraphDecoding, can_replay
+from qsharded.models.sampling import NOT_FINITE, Sampling
 from qsharded.utils import collectives
 from qsharded.utils.documents import PADDING
+
+_KEYS = 8  # a cache has room for whole eights of them: attention reads masks 16 bytes at a time
 
 
 class LogitsNotFinite(ValueError):
@@ -33,42 +37,70 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     before_forward: Callable[[], object] = lambda: None,
+    graphs: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt; return the new tokens of each, without the end-of-sequence token that stopped it.
 
-    temperature 0 takes the likeliest token. Otherwise tokens are sampled with `seed` from the `top_k` likeliest (0:
-    all), and of these from the likeliest that together reach probability `top_p` (https://arxiv.org/abs/1904.09751).
-    on_token(prompt's number, token) is called for every token as it comes, before_forward() as often on every rank.
+    temperature, top_k, top_p: as in :class:`Sampling`, drawn with `seed`.
+    on_token(prompt's number, token) is called for every token as it comes, before_forward() before every forward.
+    graphs: replay CUDA graphs from the second token on where they serve (:mod:`qsharded.models.decoding`), for answers
+    of more than some ten tokens.
 
     Where torch.distributed is initialised, every rank must call this: ranks stop together, so that a sharded model
     sees the same number of forwards on each. Dropout is off meanwhile.
 
     Raises ValueError for an empty prompt or no prompt, and for settings out of range; LogitsNotFinite, on all ranks.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    device = _device(model)
-    ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
-    cache = model.new_cache(ids_BS.shape[1] + max_new_tokens)
-    generator = torch.Generator(device).manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p)
+    _check(prompts, max_new_tokens)
     answers = [_Answer(eos_ids) for _ in prompts]
-
+    device = _device(model)
     with _evaluating(model):
-        for _ in range(max_new_tokens):
-            before_forward()
-            logits_BV = model(
-                ids_BS, positions_BS=positions_BS, document_ids_BS=documents_BS, cache=cache, last_only=True
-            )[:, -1]
-            _refuse_not_finite(logits_BV)
-            next_B = _choose(logits_BV, temperature, top_k, top_p, generator)
-            for index, token in enumerate(next_B.tolist()):
+        steps = _steps(model, prompts, max_new_tokens, sampling, seed, graphs, before_forward)
+        for tokens in steps:
+            _refuse_not_finite(tokens, device)
+            for index, token in enumerate(tokens):
                 if answers[index].take(token) and on_token is not None:
                     on_token(index, token)
             if _all_ranks(all(answer.stopped for answer in answers), device):
                 break
-            ids_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
-            if documents_BS is not None:
-                documents_BS = documents_BS[:, -1:]  # the last position is never padding
     return [answer.tokens for answer in answers]
+
+
+def _steps(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    graphs: bool,
+    before_forward: Callable[[], object],
+) -> Iterator[list[int]]:
+    """The rows' next tokens, as often as asked for, at most ``max_new_tokens`` times."""
+    device = _device(model)
+    ids_BS, positions_BS, documents_BS = _left_pad(prompts, device)
+    cache = model.new_cache(-(-(ids_BS.shape[1] + max_new_tokens) // _KEYS) * _KEYS)
+    generator = torch.Generator(device).manual_seed(seed)
+    noise_BV: Tensor | None = None
+    gaps_B1 = None if documents_BS is None else (documents_BS == PADDING).sum(dim=1, keepdim=True)
+    for step in range(max_new_tokens):
+        before_forward()
+        inputs = {"positions_BS": positions_BS, "document_ids_BS": documents_BS, "cache": cache}
+        logits_BV = model(ids_BS, **inputs, last_only=True)[:, -1]
+        if step == 0:
+            noise_BV = sampling.noise(logits_BV)
+        if noise_BV is not None:
+            noise_BV.exponential_(generator=generator)
+        next_B = sampling.choose(logits_BV, noise_BV)
+        yield next_B.tolist()
+        ids_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
+        if documents_BS is not None:
+            documents_BS = documents_BS[:, -1:]  # the last position is never padding
+        if graphs and can_replay(model):
+            last_B1 = positions_BS - 1
+            decoding = GraphDecoding(model, cache, next_B, last_B1, gaps_B1, sampling, noise_BV, generator)
+            yield from decoding.tokens(max_new_tokens - 1)
+            return
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -92,7 +124,7 @@ class _Answer:
         return not self.stopped
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if not prompts:
         raise ValueError("prompts is empty: give at least one (on every rank)")
     for index, prompt in enumerate(prompts):
@@ -100,12 +132,6 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: f
             raise ValueError(f"prompt {index} has no tokens: start it with the tokenizer's BOS token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (all tokens) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -122,33 +148,12 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids_BS, positions_BS, documents_BS if any(gaps) else None
 
 
-def _refuse_not_finite(logits_BV: Tensor) -> None:
+def _refuse_not_finite(tokens: Sequence[int], device: torch.device) -> None:
     """On all ranks, should it be on one: the others would wait for it in the next forward."""
-    if not _all_ranks(bool(logits_BV.isfinite().all()), logits_BV.device):
+    if not _all_ranks(NOT_FINITE not in tokens, device):
         raise LogitsNotFinite(
             "the model's logits are not finite: weights of the model or its adapter are damaged, or training diverged"
         )
-
-
-def _choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row, `[B]`."""
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    if top_p < 1:
-        logits_BV = _nucleus(logits_BV, top_p)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
-
-
-def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Rule out every token whose likelier ones already reach `top_p` together (the likeliest always stays)."""
-    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-    chances_BV = sorted_BV.softmax(dim=-1)
-    likelier_BV = chances_BV.cumsum(dim=-1) - chances_BV
-    return sorted_BV.masked_fill(likelier_BV >= top_p, -torch.inf).gather(-1, order_BV.argsort(dim=-1))
 
 
 def _all_ranks(done: bool, device: torch.device) -> bool:

@@ -1,5 +1,8 @@
 """Keys and values of the tokens already read. Axes: B batch, G key-value heads, S new tokens, T all, E head dim."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ class KVCache:
         self._values: list[Tensor | None] = [None] * num_layers
         self._states: dict[int, tuple[Tensor, Tensor]] = {}
         self._documents_BT: Tensor | None = None
+        self._fixed: tuple[Tensor, int] | None = None
 
     def state(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """What a layer that keeps a state instead of keys and values put here last."""
@@ -39,6 +43,16 @@ class KVCache:
         """Store a layer's new keys and values; return all of them, `[B, G, T, E]` each."""
         return self._append(self._keys, layer, keys_BGSE), self._append(self._values, layer, values_BGSE)
 
+    @contextmanager
+    def fixed(self, place_1: Tensor, keys: int) -> Iterator[None]:
+        """Meanwhile layers store one token, at the place that an int64 tensor holds, and get ``keys`` keys and values:
+        those behind that place are zeros. So a CUDA graph can be replayed as the text grows."""
+        self._fixed = place_1, keys
+        try:
+            yield
+        finally:
+            self._fixed = None
+
     def advance(self, tokens: int) -> None:
         """Count `tokens` as read, once every layer has stored them."""
         self.length += tokens
@@ -54,7 +68,11 @@ class KVCache:
         batch, heads, tokens, dim = new_BGSE.shape
         room = store[layer]
         if room is None:
-            room = store[layer] = new_BGSE.new_empty(batch, heads, self.max_length, dim)
+            # zeros: what a mask hides must still be numbers
+            room = store[layer] = new_BGSE.new_zeros(batch, heads, self.max_length, dim)
+        if self._fixed is not None:
+            place_1, keys = self._fixed
+            return room.index_copy_(2, place_1, new_BGSE)[:, :, :keys]
         end = self.length + tokens
         room[:, :, self.length : end] = new_BGSE
         return room[:, :, :end]

@@ -102,6 +102,16 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     return F.linear(x, dequantize(packed, x.dtype), bias)
 
 
+def input_grad(grad: Tensor, packed: PackedWeight) -> Tensor:
+    """``grad @ W`` of checked arguments, likewise."""
+    N, K = packed.shape
+    M = grad.shape[:-1].numel()
+    for kernels in _kernels(packed.device):
+        if kernels.multiplies_grad(packed, M, grad.dtype):
+            return kernels.input_grad(grad.reshape(-1, N), packed).view(*grad.shape[:-1], K)
+    return grad.contiguous() @ dequantize(packed, grad.dtype)
+
+
 def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch, on any device."""
     return formats.dequantize_blocks(packed.codes, packed.decoded_absmax(), dtype, packed.quant_format)

@@ -50,3 +50,11 @@ class Kernels:
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias`` [M, N] without the dequantized weight in memory."""
         raise NotImplementedError
+
+    def multiplies_grad(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:
+        """Whether :meth:`input_grad` is for ``M`` tokens of ``dtype``, and pays."""
+        return False
+
+    def input_grad(self, grad_MN: Tensor, packed: PackedWeight) -> Tensor:
+        """``grad @ W`` [M, K] without the dequantized weight in memory."""
+        raise NotImplementedError

@@ -212,9 +212,8 @@ def _check_input_grad(grad: Tensor, packed: PackedWeight) -> None:
 
 
 def _input_grad(grad: Tensor, packed: PackedWeight) -> Tensor:
-    weight = backends.dequantize(packed, grad.dtype)
     with _autocast_off(grad):
-        return grad.contiguous() @ weight
+        return backends.input_grad(grad, packed)
 
 
 def _input_grad_output(grad: Tensor, packed: PackedWeight) -> Tensor:

@@ -6,6 +6,7 @@ They are for blocks of 64. They dequantize with whatever codebook they are given
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class CodebookKernels(Kernels):
 
 
 class TritonCuda(CodebookKernels):
-    """Those of Triton. ``fuses``: whether they multiply few rows of x too, which no GPU has been measured with."""
+    """Those of Triton. ``fuses``: whether they multiply few rows of x too."""
 
     def __init__(self, nf4: ModuleType, absmax: ModuleType, fuses: bool) -> None:
         super().__init__(nf4, absmax)
@@ -51,13 +52,20 @@ class TritonCuda(CodebookKernels):
 
     def multiplies(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:
         from qsharded_kernels import triton_linear as fused
+        from qsharded_kernels import triton_tiles
 
-        if not self._fuses or 0 in packed.shape or not dequantizes(packed.quant_format):
+        if not self._fuses or 0 in packed.shape or not dequantizes(packed.quant_format) or dtype not in fused.DTYPES:
             return False
-        return 0 < M <= fused.MOST_ROWS and dtype in fused.DTYPES
+        return 0 < M <= min(fused.MOST_ROWS, triton_tiles.most_rows(*packed.shape, packed.device))
 
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         return triton_linear(x_MK, packed, bias)
+
+    def multiplies_grad(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:
+        return self.multiplies(packed, M, dtype)
+
+    def input_grad(self, grad_MN: Tensor, packed: PackedWeight) -> Tensor:
+        return triton_input_grad(grad_MN, packed)
 
 
 class CompiledCuda(CodebookKernels):
@@ -99,12 +107,27 @@ def tables(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     return formats.codebook(device, packed.quant_format.quant_type), blockwise8.dynamic_map(True, device)
 
 
-def triton_linear(x_MK: Tensor, packed: PackedWeight, bias: Tensor | None, *, splits: int | None = None) -> Tensor:
-    """``x W^T + bias`` for at most 16 rows, by Triton with the codebook rounded to x's dtype."""
+def triton_linear(
+    x_MK: Tensor, packed: PackedWeight, bias: Tensor | None, *, tile: Any = None, splits: int | None = None
+) -> Tensor:
+    """``x W^T + bias`` for few rows, by Triton with the codebook rounded to x's dtype. ``tile``: a ``LinearTile`` in
+    place of the table's."""
     from qsharded_kernels import triton_linear as fused
+    from qsharded_kernels import triton_tiles
 
-    rounded, factor = _rounded_codebook(packed.device, packed.quant_format.quant_type, x_MK.dtype)
-    return fused.linear(x_MK, *packed.tensors, rounded, factor, tables(packed)[1], bias, splits=splits)
+    lookups, factor = _lookups(packed.device, packed.quant_format.quant_type, x_MK.dtype)
+    tile = tile or triton_tiles.linear_tile(*packed.shape, len(x_MK), packed.device)
+    absmax_map = blockwise8.dynamic_map(True, packed.device)
+    return fused.linear(x_MK, *packed.tensors, lookups, factor, absmax_map, bias, tile=tile, splits=splits)
+
+
+def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None, splits: int | None = None) -> Tensor:
+    """``dy W`` for few rows, by Triton. ``tile``: an ``InputGradTile`` in place of the table's."""
+    from qsharded_kernels import triton_input_grad as fused
+    from qsharded_kernels import triton_tiles
+
+    tile = tile or triton_tiles.input_grad_tile(*packed.shape, len(grad_MN), packed.device)
+    return fused.input_grad(grad_MN, *packed.tensors, *tables(packed), tile=tile, splits=splits)
 
 
 # Multiplied by these before they are rounded, the values err least, and with no bias that sums would gather: found by
@@ -114,9 +137,12 @@ _FACTORS |= {("fp4", dtype): 12.0 for dtype in (torch.bfloat16, torch.float16)}
 
 
 @cache
-def _rounded_codebook(device: torch.device, quant_type: str, dtype: torch.dtype) -> tuple[Tensor, float]:
+def _lookups(device: torch.device, quant_type: str, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """What the product looks up in place of the codebook, and the factor that is in it."""
+    from qsharded_kernels import triton_decode
+
     factor = _FACTORS.get((quant_type, dtype), 1.0)
-    return (formats.codebook(device, quant_type).double() * factor).to(dtype), factor
+    return triton_decode.lookups((formats.codebook(device, quant_type).double() * factor).to(dtype)), factor
 
 
 def compiled_for_cpu(device: torch.device) -> Kernels | None:
@@ -130,8 +156,8 @@ def compiled_for_cuda(device: torch.device) -> Kernels | None:
 
 
 def triton_for_cuda(device: torch.device) -> Kernels | None:
-    """On any GPU. The fused product only where QSHARDED_BACKEND asks for Triton, until a table of measurements says
-    when it pays."""
+    """On any GPU. They multiply where the compiled library does not, or where QSHARDED_BACKEND asks for them."""
     from qsharded_kernels import triton_absmax, triton_nf4  # here: Triton loads slowly
 
-    return TritonCuda(triton_nf4, triton_absmax, fuses=os.environ.get("QSHARDED_BACKEND") == "triton")
+    asked = os.environ.get("QSHARDED_BACKEND") == "triton"
+    return TritonCuda(triton_nf4, triton_absmax, fuses=asked or not cuda.is_available(device))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.models import CausalLM, KVCache
-from qsharded.models.generation import LogitsNotFinite, _choose, generate
+from qsharded.models.generation import LogitsNotFinite, generate
+from qsharded.models.sampling import Sampling
 
 from .families import VOCAB, pair, random_ids
 
@@ -117,7 +118,10 @@ DRAWS = 20_000
 )
 def test_sampling_frequencies(settings: tuple[float, int, float], weights: Tensor) -> None:
     expected = weights / weights.sum()
-    drawn = _choose(PROBABILITIES.log().expand(DRAWS, -1), *settings, torch.Generator().manual_seed(0))
+    logits, sampling = PROBABILITIES.log().expand(DRAWS, -1), Sampling(*settings)
+    noise = sampling.noise(logits)
+    assert noise is not None
+    drawn = sampling.choose(logits, noise.exponential_(generator=torch.Generator().manual_seed(0)))
     got = drawn.bincount(minlength=5) / DRAWS
     # Five standard deviations of a binomial count; a token of probability 0 must never come.
     assert ((got - expected).abs() <= 5 * (expected * (1 - expected) / DRAWS).sqrt()).all()

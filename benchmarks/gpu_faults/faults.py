@@ -159,7 +159,7 @@ def _words(pid: int) -> bytes:
 def restart_found(found: list[int], said: str, finals: list[dict[str, str]], killed_at: int, seconds: float) -> Found:
     """``finals``: hashes of the undisturbed run's files and of the other's."""
     whole, killed = finals
-    came = {
+    came: dict[str, Any] = {
         "exit_statuses": found,
         "killed_at_step": killed_at,
         "seconds_from_kill_to_end": round(seconds, 1),

@@ -11,6 +11,8 @@ import torch
 
 from qsharded import train
 from qsharded.cli.command import run_as_process
+from qsharded.data import Batch
+from qsharded.models import CausalLM
 from qsharded.training import objective, trainer
 
 _NO_ROOM = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.50 GiB"
@@ -20,10 +22,10 @@ def main() -> None:
     fault, _, step = sys.argv.pop(1).partition(":")
     accumulate, loss = trainer.accumulate_gradient, objective.batch_loss
 
-    def faulty(*args: Any) -> torch.Tensor:
+    def faulty(model: CausalLM, batch: Batch) -> torch.Tensor:
         if fault == "out-of-memory":
             raise torch.OutOfMemoryError(_NO_ROOM)
-        return loss(*args) * (torch.inf if torch.distributed.get_rank() == 1 else 1)
+        return loss(model, batch) * (torch.inf if torch.distributed.get_rank() == 1 else 1)
 
     def accumulate_faulty(*args: Any, step_number: int, **named: Any) -> Any:
         objective.batch_loss = faulty if step_number + 1 == int(step) else loss

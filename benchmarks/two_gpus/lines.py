@@ -3,30 +3,13 @@
 python -m benchmarks.two_gpus.lines NAME FOLDER RESULT [--short]    # one of them, in this process
 """
 
-import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from benchmarks.two_gpus import small
 from benchmarks.two_gpus.large import LARGE, LARGEST_GAP, LARGEST_LOSS_GAP, Large
-from benchmarks.two_gpus.runner import Found, Job
+from benchmarks.two_gpus.line import Line, run_one
 
 _AS_ONE_GPU = f"losses of one GPU within {small.LOSS_GAP:g}, gradient norms within {small.NORM_GAP:g}, relative"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line: ``run`` is given the folder that all lines share, and what else is as in ``Job``."""
-
-    name: str
-    asked: str
-    run: Callable[[Path], Found]
-    limit_s: float = 75
-    alone: bool = False
-    after: str | None = None
 
 
 def _mode(name: str, **options: object) -> Line:
@@ -64,25 +47,5 @@ def lines(short: bool = False) -> list[Line]:
     ]
 
 
-def job(line: Line, folder: Path, short: bool) -> Job:
-    """The line as a command."""
-    result = folder / f"{line.name}.found.json"
-    words = [line.name, str(folder), str(result), *(["--short"] if short else [])]
-    command = [sys.executable, "-m", "benchmarks.two_gpus.lines", *words]
-    patience = 4 if short else 1  # a machine without GPUs has few cores, and ranks on each
-    return Job(line.name, line.asked, command, result, patience * line.limit_s, line.alone, line.after)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--short", action="store_true")
-    given = parser.parse_args()
-    chosen = {line.name: line for line in lines(given.short)}[given.name]
-    chosen.run(given.folder).write(given.result)
-
-
 if __name__ == "__main__":
-    main()
+    run_one(lines)

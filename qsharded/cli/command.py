@@ -45,7 +45,7 @@ def _is_first_to_tell(world: World) -> bool:
     if world.size == 1:
         return True
     if world.is_main:
-        signals.tell_ranks(signals.FAILED)
+        signals.tell_ranks(signals.failed(1))
         return True
     time.sleep(_MAIN_FIRST_S)
     return not signals.another_left()

@@ -116,11 +116,13 @@ def least_memory(world: World) -> int:
 
 def least_free_memory(world: World) -> int:
     """Bytes that the ranks may still take of the GPU with least left, or of a CPU's memory half of each one's part."""
-    if world.device.type == "cuda":
-        free = torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
-    else:
-        free = free_host_memory() // 2
-    return _least(free, world)
+    is_gpu = world.device.type == "cuda"
+    return _least(free_gpu_memory(world.device) if is_gpu else free_host_memory() // 2, world)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take of its GPU, and what it has taken."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def free_host_memory() -> int:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from qsharded.config import TrainConfig
+from qsharded.distributed.choose_layout import free_gpu_memory
 from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.plan.alternatives import nearest
@@ -31,7 +32,12 @@ class NoRoom(Exception):
     Args:
         explain: gives the message for the user. It plans, which takes seconds, so it is called once the other ranks
             know that this one tells the cause.
+
+    Attributes:
+        exit_status: of every rank, as a launcher passes on that of the first one that leaves.
     """
+
+    exit_status = OUT_OF_MEMORY
 
     def __init__(self, explain: Callable[[], str]) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ def memory_errors_end(prog: str, world: World) -> Iterator[None]:
         yield
     except NoRoom as error:
         print(f"{prog}: error (rank {world.rank}): {error.explain()}", file=sys.stderr, flush=True)
-        raise SystemExit(OUT_OF_MEMORY) from None
+        raise SystemExit(error.exit_status) from None
 
 
 @contextmanager
@@ -94,10 +100,15 @@ def _of_gpu(config: TrainConfig, world: World, model: CausalLM | None) -> list[s
     table = [f"  {name:<24}{_gib(planned.get(name)):>9}{_gib(measured.get(name)):>10}" for name in names]
     table.append(f"  {'allocated at the peak':<24}{_gib(plan.allocated):>9}{_gib(_peak(world)):>10}")
     # What fits by the plan did not fit: what is suggested must need less.
-    smaller = min(plan.needed - 1, planner.gpu_bytes or plan.needed)
+    smaller = min(plan.needed - 1, _room(planner, world) or plan.needed)
     less = replace(planner, gpu_bytes=smaller)
     lines = suggestions(replace(plan, gpu_bytes=smaller), nearest(less, replace(plan, gpu_bytes=smaller)))
     return [f"  {'GPU memory, GiB':<24}{'planned':>9}{'measured':>10}", *table, *lines]
+
+
+def _room(planner: Planner, world: World) -> int | None:
+    """Bytes that this rank may have of its GPU, where others may be at home too; None where there is no GPU."""
+    return free_gpu_memory(world.device) if world.device.type == "cuda" else planner.gpu_bytes
 
 
 def _plan(planner: Planner, config: TrainConfig, ranks: int) -> Plan:

@@ -63,10 +63,10 @@ def one_cause(prog: str, world: World) -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code:
-            notice.post(signals.FAILED)
+            notice.post(signals.failed(end.code if isinstance(end.code, int) else 1))
         raise
     except Exception as error:
-        if not notice.post(signals.FAILED):
+        if not notice.post(signals.failed(getattr(error, "exit_status", 1))):
             _follow(notice.read())
         signals.watch_ranks(lambda: "", lambda _: None)  # this rank tells the cause, however long that takes
         if not _is_of_a_collective(error):
@@ -76,11 +76,12 @@ def one_cause(prog: str, world: World) -> Iterator[None]:
 
 
 def _follow(how: str) -> NoReturn:
-    """Leave after the rank that left first, without a word of this one's own error."""
+    """Leave as the rank that left first, without a word of this one's own error."""
     time.sleep(_AFTER_THE_FIRST_S)
-    if how != signals.FAILED:
+    status = signals.failure_status(how or signals.failed(1))
+    if status is None:
         signals.follow(how)
-    raise SystemExit(1)
+    raise SystemExit(status)
 
 
 def _is_of_a_collective(error: Exception) -> bool:

@@ -31,7 +31,17 @@ class _Answer(Enum):
     NOTE = auto()
 
 
-FAILED = "failed"  # how another rank has left, where it was no signal
+_FAILED = "failed:"
+
+
+def failed(status: int) -> str:
+    """How a rank has left with an exit status, where it was no signal."""
+    return f"{_FAILED}{status}"
+
+
+def failure_status(how: str) -> int | None:
+    """The exit status of a rank that failed; None for one that a signal ended, or that has said nothing."""
+    return int(how.removeprefix(_FAILED)) if how.startswith(_FAILED) else None
 
 
 class _Listener:
@@ -159,9 +169,9 @@ def another_left() -> str:
 
 
 def follow(how: str) -> NoReturn:
-    """End the process because another rank left with that signal, or FAILED and has said why."""
-    if how == FAILED:
-        os._exit(1)
+    """End the process because another rank left with that signal, or failed and has said why: with its exit status."""
+    if (status := failure_status(how)) is not None:
+        os._exit(status)
     number = signal.Signals(int(how))
     say(_listener.prog, f"stopped by {number.name}{_listener.meanwhile}")
     os._exit(128 + number)

@@ -93,5 +93,4 @@ def test_of_ranks_that_have_no_room_one_tells_it(model: Path, dataset: Path, tmp
     ends = run_ranks(fail_on_every_rank, 2, arguments(model, dataset, tmp_path / "out", **OPTIONS))
     told = [(status, said) for status, said in ends if said]
     assert len(told) == 1
-    assert told[0][0] == OUT_OF_MEMORY
-    assert {status for status, _ in ends} == {OUT_OF_MEMORY, 1}
+    assert {status for status, _ in ends} == {OUT_OF_MEMORY}  # which a launcher passes on, whoever leaves first

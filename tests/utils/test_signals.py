@@ -117,7 +117,7 @@ def test_what_torchrun_hands_on_is_no_second_signal_but_its_next_one_is(monkeypa
         assert listener.noted is signal.SIGTERM
 
 
-@pytest.mark.parametrize(("how", "ends"), [("failed", ("", 1)), ("15", ("stopped by SIGTERM, too soon", 143))])
+@pytest.mark.parametrize(("how", "ends"), [("failed:74", ("", 74)), ("15", ("stopped by SIGTERM, too soon", 143))])
 def test_torchruns_signal_after_another_ranks_end_is_not_told_as_one_of_the_users(
     monkeypatch: pytest.MonkeyPatch, how: str, ends: tuple[str, int]
 ) -> None:

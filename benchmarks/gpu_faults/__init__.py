@@ -1,0 +1,1 @@
+"""What of the faults in docs/faults.md takes GPUs to be shown."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -237,7 +237,7 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill_shards.
     """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(stacked.shapes_in_files(source, expected_shapes(model)))
     packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
-    return packed + _plain_fills(model, source)
+    return packed + plain_fills(model, source)
 
 
 def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill_shards.Fill:
@@ -253,7 +253,7 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill_shards
     tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
     packed.source.check(stacked.shapes_in_files(packed.source, _plain_shapes(model)), tensors)
     fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
-    return fills + _plain_fills(model, packed.source)
+    return fills + plain_fills(model, packed.source)
 
 
 def _bytes_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
@@ -278,9 +278,12 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
 
 
-def _plain_fills(model: nn.Module, source: WeightSource) -> list[fill_shards.Fill]:
+def plain_fills(
+    model: nn.Module, source: WeightSource, chosen: Callable[[str], bool] = lambda name: True
+) -> list[fill_shards.Fill]:
+    """What fills that of ``model`` which is not packed, as far as the names of its tensors are ``chosen``."""
     plain = ((checkpoint_name(name), parameter) for name, parameter in _plain_parameters(model))
-    return [of_one for name, parameter in plain for of_one in _fills_of(source, name, parameter)]
+    return [fill for name, parameter in plain if chosen(name) for fill in _fills_of(source, name, parameter)]
 
 
 def _fills_of(source: WeightSource, name: str, parameter: Tensor) -> Iterator[fill_shards.Fill]:

@@ -5,7 +5,7 @@ Axes: N = out_features, K = in_features, P = K/2, G = blocks in a row.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,23 @@ from qsharded.models.choice import read_config
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
-from qsharded.quant.packed_weight import QuantizedAbsmax
+from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
 from qsharded.utils.sharding import RowRange
 from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
 
+Ready = Callable[[str], PackedWeight | None]
+"""From the name of a tensor, as a model of text has it, to its packed weight where one is made already."""
+
 
 def quantize_checkpoint(
-    checkpoint: Path, target: Path, form: Form, device: torch.device, quant_format: QuantFormat = NF4_64
+    checkpoint: Path,
+    target: Path,
+    form: Form,
+    device: torch.device,
+    quant_format: QuantFormat = NF4_64,
+    ready: Ready = lambda name: None,
 ) -> None:
     """Write ``checkpoint`` with its linear layers packed: safetensors under the same names, their index, config.json.
 
@@ -48,13 +56,12 @@ def quantize_checkpoint(
         form: "qsharded", or "bitsandbytes" for transformers and bitsandbytes.
         device: to quantize on.
         quant_format: what to quantize to.
+        ready: weights that are in it already, which are written as they are.
 
     Raises:
         ValueError: the checkpoint is damaged, not supported, packed already, or not finite; or no layer fits.
     """
-    described = read_json(checkpoint / "config.json")
-    if packed_format.read_storage_format(described):
-        raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
+    described = read_unpacked(checkpoint)
     config, source = open_tied(checkpoint, read_config(described))
     if config.wrapper and form != packed_format.QUANT_METHOD:
         raise ValueError(
@@ -70,7 +77,7 @@ def quantize_checkpoint(
         return name if parts is source else source.name_in_files(name)
 
     layers = {in_parts(name): layer for name, layer in packed_layers(model).items()}
-    writer = _Writer(parts, layers, form, quant_format, device)
+    writer = _Writer(parts, layers, form, quant_format, device, {in_parts(name): name for name in shapes}, ready)
     names_of = writer.names_by_file([*map(in_parts, shapes), *source.other_parts()])
     files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if source.index is not None:
@@ -81,15 +88,29 @@ def quantize_checkpoint(
     write_json(target / "config.json", described_as(described, config) | {packed_format.CONFIG_KEY: said})
 
 
+def read_unpacked(checkpoint: Path) -> dict[str, Any]:
+    """config.json of a checkpoint in 16 or 32 bits.
+
+    Raises:
+        ValueError: it is packed already, or no config.json.
+    """
+    described = read_json(checkpoint / "config.json")
+    if packed_format.read_storage_format(described):
+        raise ValueError(f"{checkpoint} is packed already; give --model the 16-bit checkpoint it was made from")
+    return described
+
+
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the tensors of ``source``, those of ``layers`` packed."""
+    """Writes the tensors of ``source``, those of ``layers`` packed. ``names_here``: what a model of text calls them."""
 
     source: SafetensorsFolder
     layers: Mapping[str, PackedLinear]
     form: Form
     quant_format: QuantFormat
     device: torch.device
+    names_here: Mapping[str, str]
+    ready: Ready
 
     def names_by_file(self, to_write: Iterable[str]) -> dict[Path, list[str]]:
         """The tensors to write, by the file that holds them."""
@@ -119,6 +140,8 @@ class _Writer:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
         sink = _FileSink(file, self.form, self.quant_format, name, N, K, dtype)
+        if (made := self.ready(self.names_here[name])) is not None:
+            return _ReadyFill(made, sink)
         return fill_shards.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
 
 
@@ -140,6 +163,28 @@ class _CopyFill:
 
     def finish(self, device: torch.device) -> None:
         """Nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class _ReadyFill:
+    """A packed weight that is written as it is."""
+
+    packed: PackedWeight
+    sink: "_FileSink"
+    chunks: Sequence[RowChunk] = ()
+
+    def take(self, chunk: RowChunk, values: Tensor) -> None:
+        raise AssertionError("it has no chunks")
+
+    def check(self) -> None:
+        """It was checked when it was made."""
+
+    def finish(self, device: torch.device) -> None:
+        codes, absmax, scales, offset = self.packed.tensors
+        assert scales is not None
+        assert offset is not None
+        self.sink.put_codes(0, codes)
+        self.sink.put_absmax(QuantizedAbsmax(absmax, scales, offset))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_lora_config
+from qsharded.checkpoint.calibration_record import CalibrationRecord
 from qsharded.checkpoint.expected_tensors import bitsandbytes_states, expected_tensors, packed_bytes
 from qsharded.checkpoint.files import FileRecord, read_record
 from qsharded.checkpoint.load import expected_shapes, skeleton
 from qsharded.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from qsharded.checkpoint.negative_scales import count_negative_scales
 from qsharded.checkpoint.packed_format import CONFIG_KEY, StorageFormat, own_config, own_quant_format
 from qsharded.checkpoint.resume import STATE_FILE
 from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
@@ -148,6 +150,7 @@ def _model(folder: Path) -> Report:
     codes = packed_bytes(tensors)
     report.classes.update(_by_class(tensors.values(), lambda tensor: _model_class(tensor, codes)))
     _note_unpacked(report)
+    _note_calibration(report, folder, tensors)
     if paths and len(there) == len(paths) and all(map(_names, there)):  # or most would be missing
         _check_against_config(report, folder, described, tensors)
     return report
@@ -201,6 +204,24 @@ def _note_unpacked(report: Report) -> None:
         total = sum(report.classes.values())
         named = " and ".join(f"{size:,} of {kind}" for kind, size in unpacked.items() if size)
         report.notes.append(f"of {total:,} bytes {sum(unpacked.values()):,} are not packed: {named}")
+
+
+def _note_calibration(report: Report, folder: Path, tensors: Mapping[str, Stored]) -> None:
+    """How the weights were rounded, and scales that no rounding to nearest gives."""
+    try:
+        record = CalibrationRecord.read(folder)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    if record:
+        report.notes.append(f"calibrated: {record}")
+    with suppress(ValueError, KeyError):  # of damaged files, which the scan has named
+        negative, blocks = count_negative_scales(SafetensorsFolder(folder), tensors)
+        if negative:
+            report.notes.append(
+                f"{negative:,} of {blocks:,} blocks have a negative scale, under which the codebook is mirrored: such "
+                "are chosen by calibration, and every reader of the format multiplies by them as they are"
+            )
 
 
 def _check_against_config(

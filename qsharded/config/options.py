@@ -44,6 +44,7 @@ class Check:
 POSITIVE = Check("above 0", lambda value: value > 0)
 AT_LEAST_0 = Check("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
+AT_LEAST_2 = Check("at least 2", lambda value: value >= 2)
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

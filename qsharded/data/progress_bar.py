@@ -14,13 +14,19 @@ class ProgressBar:
     Args:
         title: what the line begins with.
         total: bytes; 0 where they are unknown.
+        unit: what is counted in the place of rows.
         stream: by default standard error.
     """
 
     def __init__(
-        self, title: str, total: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        title: str,
+        total: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        unit: str = "rows",
     ) -> None:
-        self._title, self._total, self._clock = title, total, clock
+        self._title, self._total, self._clock, self._unit = title, total, clock, unit
         self._stream = stream or sys.stderr
         self._every = _BAR_S if self._stream.isatty() else _LINE_S
         self._begun = self._shown = clock()
@@ -34,11 +40,11 @@ class ProgressBar:
         now = self._clock()
         if now - self._shown >= self._every:
             self._shown = now
-            self._write(f"{self._title}: {self._share(nbytes)}{rows:,} rows{self._left(nbytes, now)}")
+            self._write(f"{self._title}: {self._share(nbytes)}{rows:,} {self._unit}{self._left(nbytes, now)}")
 
     def done(self, rows: int) -> None:
         """The last word."""
-        self._write(f"{self._title}: {rows:,} rows in {_minutes(self._clock() - self._begun)}")
+        self._write(f"{self._title}: {rows:,} {self._unit} in {_minutes(self._clock() - self._begun)}")
         if self._stream.isatty():
             self._stream.write("\n")
 

@@ -33,7 +33,7 @@ SCALE_ENCODINGS: dict[str, ScaleEncoding] = {"nf4": ABSMAX, "fp4": ABSMAX}
 _CODES = 16
 Size = tuple[int, ...]
 
-_SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
+SMALLEST_ABSMAX = 1e-38  # keeps the reciprocal finite in an all-zero block, whose codes then are those of 0
 _ELEMENTS_AT_A_TIME = 1 << 24  # bounds the fp32 and int32 temporaries to 64 MiB each, whatever the weight's size
 
 
@@ -225,13 +225,14 @@ def quantize_blocks(weight_NK: Tensor, quant_format: QuantFormat = NF4_64) -> tu
 def _quantize_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor, Tensor]:
     blocks_NGB = weight_NK.float().contiguous().unflatten(1, (-1, quant_format.block_size))
     absmax_NG = quant_format.scale_encoding.encode(blocks_NGB.abs().amax(-1))
-    reciprocal = 1 / quant_format.scale_encoding.decode(absmax_NG).clamp(min=_SMALLEST_ABSMAX)
+    reciprocal = 1 / quant_format.scale_encoding.decode(absmax_NG).clamp(min=SMALLEST_ABSMAX)
     scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
-    codes = _nearest_codes(scaled, quant_format.quant_type).flatten(1)
+    codes = nearest_codes(scaled, quant_format.quant_type).flatten(1)
     return codes[:, ::2] << 4 | codes[:, 1::2], absmax_NG
 
 
-def _nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
+def nearest_codes(scaled: Tensor, quant_type: str = "nf4") -> Tensor:
+    """uint8, of the shape of ``scaled`` (fp32 from -1 to 1): the codes of the codebook's nearest values."""
     # bucketize puts a value that equals a threshold below it: a tie goes down
     index = torch.bucketize(scaled, thresholds(scaled.device, quant_type), out_int32=True)
     if quant_type == "nf4":
@@ -303,19 +304,19 @@ def absmax_scales(absmax_NG: Tensor, offset: Tensor, *, first_row: int, rows: in
     """
     G = absmax_NG.shape[1]
     scales = torch.zeros(second_level_blocks(rows, G), dtype=torch.float32, device=absmax_NG.device)
-    block = _second_level_block(absmax_NG, first_row).flatten()
+    block = second_level_block(absmax_NG, first_row).flatten()
     return scales.scatter_reduce_(0, block, (absmax_NG - offset).abs().flatten(), "amax")
 
 
 def encode_absmax(absmax_NG: Tensor, scales: Tensor, offset: Tensor, *, first_row: int) -> Tensor:
     """uint8 [N, G] of the rows from ``first_row`` on, under the whole weight's scales and offset."""
-    own_scales = scales[_second_level_block(absmax_NG, first_row)]
+    own_scales = scales[second_level_block(absmax_NG, first_row)]
     return blockwise8.nearest_codes(absmax_NG - offset, own_scales)
 
 
 def dequantize_absmax(codes_NG: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     """fp32 [N, G] of a whole weight: map entry times scale, plus offset, each rounded to fp32."""
-    return blockwise8.dequantize(codes_NG, scales[_second_level_block(codes_NG, 0)]) + offset
+    return blockwise8.dequantize(codes_NG, scales[second_level_block(codes_NG, 0)]) + offset
 
 
 def second_level_blocks(N: int, G: int) -> int:
@@ -323,7 +324,7 @@ def second_level_blocks(N: int, G: int) -> int:
     return -(-N * G // blockwise8.BLOCK)
 
 
-def _second_level_block(rows_NG: Tensor, first_row: int) -> Tensor:
+def second_level_block(rows_NG: Tensor, first_row: int) -> Tensor:
     """int64 [N, G]: the 256-block in which each absmax of these rows lies."""
     N, G = rows_NG.shape
     flat = torch.arange(first_row * G, (first_row + N) * G, device=rows_NG.device)

@@ -51,11 +51,17 @@ def double_quantize(absmax_NG: Tensor, rows: SharedRows | None = None) -> Quanti
     """A whole weight's absmax, or ``rows`` of it, in 8 bits: on any number of ranks to the same bytes."""
     if rows is None:
         return QuantizedAbsmax(*backends.double_quantize(absmax_NG))
+    scales, offset = second_level(absmax_NG, rows)
+    codes = backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start)
+    return QuantizedAbsmax(codes, scales, offset)
+
+
+def second_level(absmax_NG: Tensor, rows: SharedRows) -> tuple[Tensor, Tensor]:
+    """Its scales fp32 [ceil(total*G/256)] and its offset fp32 [], of the whole weight, alike on all of its ranks."""
     offset = _agreed_offset(absmax_NG, rows)
     scales = backends.absmax_scales(absmax_NG, offset, first_row=rows.start, rows=rows.total)
     rows.all_reduce(scales, dist.ReduceOp.MAX)
-    codes = backends.encode_absmax(absmax_NG, scales, offset, first_row=rows.start)
-    return QuantizedAbsmax(codes, scales, offset)
+    return scales, offset
 
 
 def _agreed_offset(absmax_NG: Tensor, rows: SharedRows) -> Tensor:

@@ -17,6 +17,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.report import inspect_path
 from qsharded.config import TrainConfig
+from qsharded.distributed.world import World
 from qsharded.fused import forwards
 from qsharded.fused.layer import beyond_fused
 from qsharded.merge import MergeConfig, run
@@ -143,9 +144,8 @@ def test_a_packed_multimodal_checkpoint_trains_as_the_original_and_keeps_the_oth
     variant: str, tmp_path: Path
 ) -> None:
     folders = case(variant)
-    quantize.run(
-        quantize.QuantizeConfig(model=str(folders.checkpoint), output=str(tmp_path / "p")), torch.device("cpu")
-    )
+    config = quantize.QuantizeConfig(model=str(folders.checkpoint), output=str(tmp_path / "p"))
+    quantize.run(config, World.single_process(torch.device("cpu")))
     assert_close(results(load_folders(tmp_path / "p", folders.adapter)), results(load(variant)))
     before, after = (load_file(path / "model.safetensors") for path in (folders.checkpoint, tmp_path / "p"))
     others = [name for name in before if "language_model" not in name and "lm_head" not in name]
@@ -195,7 +195,7 @@ def test_layers_that_predict_further_tokens_are_passed_over_and_carried_through(
     assert_close(results(load_folders(tmp_path / "base", folders.adapter)), results(load("qwen3_5_text")))
     run(MergeConfig(model=str(tmp_path / "base"), adapter=str(folders.adapter), output=str(tmp_path / "merged")))
     packed = quantize.QuantizeConfig(model=str(tmp_path / "base"), output=str(tmp_path / "packed"))
-    quantize.run(packed, torch.device("cpu"))
+    quantize.run(packed, World.single_process(torch.device("cpu")))
     for folder in ("merged", "packed"):
         written = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(written[name], tensor) for name, tensor in further.items())

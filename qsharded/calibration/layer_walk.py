@@ -1,0 +1,146 @@
+"""A decoder of which one layer at a time is in memory, in 16 or 32 bits, and the activations between its layers.
+
+It asks of a model that its forward calls its layers one after the other with hidden states first, which holds for our
+decoders and those of transformers alike.
+
+Axes: R rows, S tokens in a row, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsharded.checkpoint import fill_shards
+from qsharded.checkpoint.load import plain_fills
+from qsharded.checkpoint.row_chunks import WeightSource
+from qsharded.models import CausalLM
+from qsharded.models.parts import layers_of, part_names
+
+_TOKENS_AT_ONCE = 8192
+
+
+class LayerWalk:
+    """Runs calibration rows through a model, layer by layer.
+
+    Args:
+        model: on the meta device, nothing packed.
+        source: its weights.
+        ids_RS: int64; this rank's rows.
+        device: to compute on.
+    """
+
+    def __init__(self, model: CausalLM, source: WeightSource, ids_RS: Tensor, device: torch.device) -> None:
+        self._model, self._source, self._device = model, source, device
+        self.layers = list(layers_of(model))
+        self._prefix = part_names(model).layers + "."
+        rows = max(1, _TOKENS_AT_ONCE // ids_RS.shape[1])
+        self._ids = list(ids_RS.split(rows))
+        self._hidden: list[Tensor] = []
+
+    def name(self, layer: int, linear: str) -> str:
+        """What a checkpoint calls the weight of a layer's linear."""
+        return f"{self._prefix}{layer}.{linear}.weight"
+
+    def begin(self) -> None:
+        """Bring what is not of the layers into memory, but for the head, and embed the rows."""
+        head = part_names(self._model).head
+        others = [m for name, m in self._model.named_modules() if not f"{name}.".startswith((self._prefix, f"{head}."))]
+        for module in self._model.modules():
+            _allocate_buffers(module, self._device)
+        for module in others:
+            _allocate(module, self._device)
+        self._fill(lambda name: not name.startswith((self._prefix, f"{head}.")))
+        self._model.fill_buffers()
+        with self._stopping_at(0):
+            self._hidden = [self._host(self._arguments(ids)[0][0]) for ids in self._ids]
+
+    @contextmanager
+    def in_memory(self, layer: int) -> Iterator[nn.Module]:
+        """One of the layers with its weights, for as long as the context lasts."""
+        module = self.layers[layer]
+        for part in module.modules():
+            _allocate(part, self._device)
+        self._fill(lambda name: name.startswith(f"{self._prefix}{layer}."))
+        try:
+            yield module
+        finally:
+            for part in module.modules():
+                _allocate(part, torch.device("meta"))
+
+    @torch.no_grad()
+    def run(self, layer: int, *, keep: bool) -> None:
+        """Every row through ``layer``, which is in memory; its outputs are the next one's inputs if they are kept."""
+        forward = self.layers[layer].forward
+        with self._stopping_at(layer):
+            for number, ids in enumerate(self._ids):
+                (_, *others), named = self._arguments(ids)
+                out = forward(self._hidden[number].to(self._device, non_blocking=True), *others, **named)
+                if keep:
+                    self._hidden[number] = self._host(out if isinstance(out, Tensor) else out[0])
+
+    def _fill(self, chosen: Callable[[str], bool]) -> None:
+        fill_shards.run(plain_fills(self._model, self._source, chosen), self._source, self._device)
+
+    def _host(self, hidden_RSD: Tensor) -> Tensor:
+        if not hidden_RSD.is_cuda:
+            return hidden_RSD
+        return torch.empty(hidden_RSD.shape, dtype=hidden_RSD.dtype, pin_memory=True).copy_(hidden_RSD)
+
+    @contextmanager
+    def _stopping_at(self, layer: int) -> Iterator[None]:
+        """Have the model's forward pass by the layers before ``layer``, and stop there."""
+        for number, module in enumerate(self.layers):
+            module.__dict__["forward"] = _stop if number == layer else _pass_by
+        try:
+            yield
+        finally:
+            for module in self.layers:
+                del module.__dict__["forward"]
+
+    @torch.no_grad()
+    def _arguments(self, ids_RS: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model's forward gives to the layer that it is stopped at."""
+        try:
+            self._model(ids_RS.to(self._device))
+        except _Stopped as stopped:
+            return stopped.arguments, stopped.named
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # it takes something else from a layer
+            kind = getattr(self._model.config, "model_type", "this model")
+            raise ValueError(
+                f"{kind}: its code does not pass hidden states from layer to layer, so it cannot be calibrated; use "
+                f"--method nearest ({error})"
+            ) from error
+        raise AssertionError("the forward calls no layer")
+
+
+class _Stopped(Exception):
+    def __init__(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments, self.named = arguments, named
+
+
+def _stop(*arguments: Any, **named: Any) -> Tensor:
+    raise _Stopped(arguments, named)
+
+
+def _pass_by(hidden_RSD: Tensor, *others: Any, **named: Any) -> Tensor:
+    return hidden_RSD
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory there for what checkpoints hold of ``module`` itself, its values unset."""
+    for name, parameter in module.named_parameters(recurse=False):
+        module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+
+
+def _allocate_buffers(module: nn.Module, device: torch.device) -> None:
+    """The same for what they do not hold, which is small and stays."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(buffer, device=device)

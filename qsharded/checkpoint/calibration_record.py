@@ -1,0 +1,69 @@
+"""How the weights of a packed checkpoint were rounded: a file beside them, which no loader needs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qsharded.checkpoint.files import write_json
+from qsharded.utils.untrusted_json import integer, map_of, number, read_json, require, text
+
+CALIBRATION_FILE = "qsharded_calibration.json"
+_COUNT = integer(1, 1 << 48)
+_SCHEMA = {
+    "method": text(64),
+    "rows": _COUNT,
+    "length": _COUNT,
+    "sources": map_of(_COUNT, 1 << 12),
+    "data": text(64),
+    "damping": map_of(number(0, 1e3, or_equal=True), 8),
+    "quant_format": text(64),
+}
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What decided the rounding.
+
+    Attributes:
+        method: "compensated" or "search".
+        rows, length: of the calibration, and tokens in one.
+        sources: how many of the rows are from each dataset.
+        data: a hash of the rows' ids.
+        damping: parts of the diagonal of the inputs' second moments that were added to it, by what they are part of.
+        quant_format: in words.
+    """
+
+    method: str
+    rows: int
+    length: int
+    sources: Mapping[str, int]
+    data: str
+    damping: Mapping[str, float]
+    quant_format: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> None:
+        """Have the packed checkpoint in ``folder`` say it."""
+        write_json(folder / CALIBRATION_FILE, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> "CalibrationRecord | None":
+        """What the checkpoint in ``folder`` says; None where its weights were rounded to nearest.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = folder / CALIBRATION_FILE
+        if not path.is_file():
+            return None
+        read = read_json(path)
+        require(read, _SCHEMA, str(path))
+        return cls(**{key: read[key] for key in _SCHEMA})
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{count} of {name}" for name, count in self.sources.items())
+        return f"{self.method}, on {self.rows} rows of {self.length:,} tokens ({shares})"

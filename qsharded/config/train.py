@@ -249,7 +249,7 @@ class TrainConfig:
     )
 
     output_dir: str = _output(
-        "Folder to write adapter/, checkpoints/, metrics.jsonl, config.toml and run.json to; one run at a time.",
+        "Folder to write adapter/, checkpoints/, report.html, metrics.jsonl and the like to; one run at a time.",
         "output",
         metavar="PATH",
     )

@@ -12,9 +12,8 @@ from qsharded.config import TrainConfig
 from qsharded.config.resume_roles import PATHS, options_of
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
+from qsharded.report.run_files import FINISHED_FILE
 from qsharded.utils.untrusted_json import read_json
-
-FINISHED_FILE = "finished.json"
 
 
 class AlreadyFinished(Exception):

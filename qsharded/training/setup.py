@@ -22,29 +22,28 @@ from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_
 from qsharded.distributed.choose_layout import (
     Layout,
     choose_layout,
-    free_host_memory,
     frozen_bytes,
-    least_free_memory,
     least_memory,
 )
 from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
-from qsharded.plan.choose_checkpointing import choose_checkpointing
-from qsharded.plan.gpu_memory import Planner
+from qsharded.plan.gpu_memory import Plan
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loader, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
+from qsharded.training.memory_choices import choose_memory
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
-from qsharded.training.run_record import write_record
+from qsharded.training.run_record import RunFacts, write_record
 from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils import heartbeat
 from qsharded.utils.checkpointing_modes import Checkpointing
+from qsharded.utils.untrusted_json import read_json
 
 
 @dataclass
@@ -90,14 +89,15 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     end_if_finished(config, world, resume_from, progress, total_steps)
     if base.adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, base, progress))
-    model, choices = _load_model(config, world, base)
+    chosen = choose_memory(config, world, base.outline, base.lora)
+    model, why_layout = _load_model(config, world, base, chosen.config.checkpointing)
     setup = _setup(config, world, base, data, model, progress, total_steps)
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
     claim_output_dir(config, world, resume_from)
-    write_record(config, world, base.folder)
+    write_record(config, world, _facts(base, data, setup, chosen.plan))
     setup.summary = _summary(config, world, setup, data, resume_from)
-    setup.summary += [line for line in (*choices, data.note, *notes) if line]
+    setup.summary += [line for line in (why_layout, chosen.why, data.note, *notes) if line]
     return setup
 
 
@@ -128,17 +128,16 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
     return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 
-def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, tuple[str, str]]:
-    """The model where it trains, and why its layout and checkpointing are what they are, where that was left open."""
+def _load_model(config: TrainConfig, world: World, base: _Base, checkpointing: Checkpointing) -> tuple[CausalLM, str]:
+    """The model where it trains, and why its layout is what it is, where that was left open."""
     layout, why = _layout(config, world, frozen_bytes(base.outline.model))
-    checkpointing, chosen = _checkpointing(config, world, base.outline, base.lora)
     mesh = mesh_of(world, config.dp_replicate)
     model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=checkpointing, seed=config.seed)
     if config.packing:
         model.refuse_packing_that_leaks()
     if base.adapter:
         load_adapter(model, base.adapter)
-    return model, (why, chosen)
+    return model, why
 
 
 def _setup(
@@ -185,14 +184,17 @@ def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str
     return choose_layout(config, world.size, frozen, lambda: least_memory(world))
 
 
-def _checkpointing(config: TrainConfig, world: World, outline: Outline, lora: LoRAConfig) -> tuple[Checkpointing, str]:
-    """How activations are checkpointed, and if that was left open, why so."""
-    if config.activation_checkpointing != "auto":
-        return config.checkpointing, ""
-    planner = Planner(outline.model.config, lora, outline.dtype, least_free_memory(world), outline.packed)
-    host = free_host_memory() if world.device.type == "cuda" else None
-    chosen, line = choose_checkpointing(planner, config, world.size, host)
-    return chosen.checkpointing, line
+def _facts(base: _Base, data: RunData, setup: TrainingSetup, plan: Plan | None) -> RunFacts:
+    return RunFacts(
+        folder=base.folder,
+        model_type=str(read_json(base.folder / "config.json").get("model_type", "")),
+        parameters=parameter_count(setup.model),
+        trained=sum(parameter.numel() for _, parameter in trainable(setup.model)),
+        data=data,
+        progress=setup.progress,
+        total_steps=setup.total_steps,
+        plan=plan,
+    )
 
 
 def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[str]:

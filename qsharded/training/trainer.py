@@ -16,6 +16,7 @@ from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
 from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
+from qsharded.report.run_files import METRICS_FILE
 from qsharded.training import evaluation, results
 from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
@@ -25,6 +26,7 @@ from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
 from qsharded.training.objective import SUPERVISED, Objective
 from qsharded.training.profiling import profiled
+from qsharded.training.run_report import RunReport
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
@@ -47,6 +49,7 @@ class Trainer:
     log: MetricsLog
     writer: CheckpointWriter
     again: Again
+    report: RunReport
     objective: Objective = SUPERVISED
 
     @classmethod
@@ -58,10 +61,11 @@ class Trainer:
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
         with (
-            MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
+            RunReport(folder, world.is_main) as report,
+            MetricsLog(folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
-            trainer = cls(config, world, setup, log, writer, again, **others)
+            trainer = cls(config, world, setup, log, writer, again, report, **others)
             with trainer.results.displacement_told():
                 yield trainer
 
@@ -122,6 +126,7 @@ class Trainer:
                     if read_before is not None:
                         self._read(read_before, window)
                     self.log.advance(progress.step)
+                    self.report.has_steps()
                     if running.is_done() or self._is_looked_at():
                         unread = None
                         self._read(running, window)
@@ -215,6 +220,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.refuse_displaced()
+        self.report.write_soon()
         refusal = self.results.save()
         if refusal is not None and self.world.is_main:
             name = self.results.checkpoint.name
@@ -255,5 +261,6 @@ class Trainer:
         self.log.evaluation(setup.progress.step, setup.epochs_done(), {"exact_match": result.accuracy})
         self.log.message(f"exact match {when}: {result.accuracy:.1%} of {len(prompts)} held-out prompts; samples:")
         for prompt, answer in list(zip(prompts, result.answers, strict=True))[:4]:
+            self.log.sample(setup.progress.step, prompt.text, answer, prompt.answer)
             verdict = "right" if answer.strip() == prompt.answer.strip() else f"wrong, should be {prompt.answer!r}"
             self.log.message(f"  {prompt.text!r} -> {answer!r} ({verdict})")

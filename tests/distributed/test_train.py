@@ -17,9 +17,9 @@ from torch import Tensor
 from qsharded import train
 from qsharded.checkpoint import background_writer, load_model
 from qsharded.data import Example, Tokenizer, load_examples
+from qsharded.report.run_files import read_metrics
 from qsharded.training import evaluation, objective, trainer
 from qsharded.training import run_folder as output
-from qsharded.training.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint
 from tests.distributed.harness import run_ranks
 

@@ -76,8 +76,7 @@ def _set_name(key: str) -> str:
 def marks(run: Run) -> list[tuple[float, str]]:
     """Where the run was gone on with, and where its best step is."""
     resumed = [(one["first_step"], "resumed") for one in starts(run) if one.get("first_step")]
-    best = run.record.get("best")
-    return resumed + ([(best["step"], "best")] if best else [])
+    return resumed + ([(run.best_kept["step"], "best")] if run.best_kept else [])
 
 
 def starts(run: Run) -> list[dict[str, Any]]:

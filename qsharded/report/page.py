@@ -34,8 +34,8 @@ def page(run: Run) -> str:
 def _status(run: Run) -> str:
     started = str(run.record.get("started", ""))[:16].replace("T", " ")
     state = "finished" if run.finished else "not finished"
-    if run.record.get("stopped_early"):
-        state = "ended early, as its best step was not beaten"
+    if run.stopped_early:
+        state = "finished early, as later evaluations were no better"
     done = f"{state}: {figures.steps(run)} steps"
     spent = figures.seconds(run)
     return "; ".join(
@@ -52,6 +52,9 @@ def _status(run: Run) -> str:
 
 
 def _notes(run: Run) -> Iterator[str]:
+    if run.best_kept:
+        best, value = run.best_kept, figure(run.best_kept["measure"], run.best_kept["value"])
+        yield f"best/ has the adapter of step {best['step']:,}, whose {best['measure']} of {value} is the best"
     skipped = int(max((value for _, value in run.curve("skipped_steps")), default=0))
     if skipped:
         yield f"{skipped:,} steps were skipped, as their gradient was not finite"

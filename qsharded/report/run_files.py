@@ -7,10 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qsharded.config.evaluated import is_better_high
 from qsharded.utils.untrusted_json import read_json
 
 RECORD_FILE, METRICS_FILE, SAMPLES_FILE = "run.json", "metrics.jsonl", "samples.jsonl"
 SETTINGS_FILE, FINISHED_FILE, REPORT_FILE = "config.toml", "finished.json", "report.html"
+BEST_FOLDER, BEST_FILE = "best", "best.json"
 Point = tuple[float, float]
 
 
@@ -34,6 +36,8 @@ class Run:
         rows: of metrics.jsonl: those of training have a ``loss``, the others what an evaluation measured.
         samples: of samples.jsonl: ``step``, ``prompt``, ``answer``, and ``reference`` where there is one.
         finished: whether it has reached its end.
+        stopped_early: the step at which it ended as ``--early-stopping-patience`` was out.
+        best_kept: of best/best.json: ``measure``, ``value`` and ``step`` of the adapter there.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Run:
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     finished: bool
+    stopped_early: int | None = None
+    best_kept: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -53,13 +59,16 @@ class Run:
         for name in (METRICS_FILE, SETTINGS_FILE):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no run: it has no {name}; give the --output-dir of a run")
+        finished = _read_if_there(folder / FINISHED_FILE)
         return cls(
-            folder.resolve().name,
-            read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {},
-            _settings(folder / SETTINGS_FILE),
-            _rows(folder / METRICS_FILE),
-            _rows(folder / SAMPLES_FILE) if (folder / SAMPLES_FILE).is_file() else [],
-            (folder / FINISHED_FILE).is_file(),
+            name=folder.resolve().name,
+            record=_read_if_there(folder / RECORD_FILE) or {},
+            settings=_settings(folder / SETTINGS_FILE),
+            rows=_rows(folder / METRICS_FILE),
+            samples=_rows(folder / SAMPLES_FILE) if (folder / SAMPLES_FILE).is_file() else [],
+            finished=finished is not None,
+            stopped_early=(finished or {}).get("stopped_early"),
+            best_kept=_read_if_there(folder / BEST_FOLDER / BEST_FILE),
         )
 
     @cached_property
@@ -99,9 +108,8 @@ class Run:
         return chosen(found, key=lambda point: point[1], default=None)
 
 
-def is_better_high(key: str) -> bool:
-    """Whether a larger value of this measure is the better one."""
-    return "exact_match" in key
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
 
 
 def _settings(path: Path) -> dict[str, Any]:

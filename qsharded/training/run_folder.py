@@ -14,7 +14,15 @@ from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkp
 from qsharded.config import TrainConfig, write_toml
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
-from qsharded.report.run_files import FINISHED_FILE, METRICS_FILE, RECORD_FILE, REPORT_FILE, SAMPLES_FILE, SETTINGS_FILE
+from qsharded.report.run_files import (
+    BEST_FOLDER,
+    FINISHED_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+)
 from qsharded.training import bad_batches, hang_report
 from qsharded.training.disk_room import Sizes, refuse_full_disk
 from qsharded.training.finished import is_marked
@@ -88,7 +96,7 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
 
 def _refuse_unwritable(config: TrainConfig) -> None:
     if not _may_be_done(config):
-        refuse_unwritable(Path(config.output_dir), (_ADAPTER, "checkpoints"), _TRACES)
+        refuse_unwritable(Path(config.output_dir), (_ADAPTER, BEST_FOLDER, "checkpoints"), _TRACES)
 
 
 def _may_be_done(config: TrainConfig) -> bool:
@@ -204,7 +212,7 @@ def _continues(folder: Path, resume_from: Path | None) -> bool:
 
 
 def _results(folder: Path) -> list[Path]:
-    return [path for path in (folder / _ADAPTER, *checkpoints(folder)) if path.exists()]
+    return [path for path in (folder / _ADAPTER, folder / BEST_FOLDER, *checkpoints(folder)) if path.exists()]
 
 
 def _traces(folder: Path) -> list[Path]:

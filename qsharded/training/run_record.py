@@ -131,9 +131,9 @@ def _data(config: TrainConfig, data: RunData) -> list[dict[str, Any]]:
         _described(name, "training", part) | {"commits": _commits(name, config.dataset_split)}
         for name, part in data.train.parts.items()
     ]
-    if data.evaluation is not None:
-        held_out = config.eval_dataset or "part of the training data, held out"
-        parts.append(_described(held_out, "evaluation", data.evaluation))
+    for name, part in data.evaluation.items():
+        source = config.eval_sets.get(name, "part of the training data, held out")
+        parts.append(_described(source, f"evaluation {name}".strip(), part))
     return parts
 
 

@@ -1,7 +1,7 @@
 """What a training run is made of, prepared in the order in which mistakes are cheapest to find: data, then model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from qsharded.config import TrainConfig
 from qsharded.config.builtin import builtin_note
 from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
+from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.row_source import files_of
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.choose_layout import (
@@ -31,7 +32,7 @@ from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.gpu_memory import Plan
 from qsharded.training.data_options import template_options
-from qsharded.training.datasets import RunData, eval_loader, read_data
+from qsharded.training.datasets import RunData, eval_loaders, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
 from qsharded.training.memory_choices import choose_memory
@@ -55,8 +56,9 @@ class TrainingSetup:
     lora: LoRAConfig
     optimizer: ScaledOptimizer
     loader: StepLoader
-    eval_loader: StepLoader | None
+    eval_loaders: Mapping[str, StepLoader]
     prompts: Sequence[Prompt]
+    samples: Sequence[Prompt]
     total_steps: int
     base_model: str
     progress: Progress
@@ -155,8 +157,9 @@ def _setup(
         lora=base.lora,
         optimizer=_optimizer(config, model),
         loader=data.loader,
-        eval_loader=eval_loader(config, world, base.tokenizer, data.evaluation),
+        eval_loaders=eval_loaders(config, world, base.tokenizer, data.evaluation),
         prompts=data.prompts,
+        samples=data.samples,
         total_steps=total_steps,
         base_model=str(base.folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
@@ -169,13 +172,11 @@ def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
     split, streaming = config.dataset_split, config.streaming
     refuse_overlaps([(dataset, files_of(dataset, split, streaming=streaming)) for dataset in config.datasets])
-    sources = [
-        (config.eval_dataset, eval_dataset_split(config)),
-        (config.exact_match_dataset, "train"),
-    ]
-    for source, split in sources:
-        if source is not None:
-            files_of(source, split)
+    for source in config.eval_sets.values():
+        files_of(source, eval_dataset_split(config))
+    for prompts in (config.exact_match_dataset, config.sample_prompts):
+        if prompts is not None and not prompts.endswith(TEXT_FILE):
+            files_of(prompts, "train")
     return find_checkpoint(config.model, config.revision, weights=not config.random_init)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     loader: StepLoader = datasets._loader(
         config, world, tokenizer, data, config.per_device_train_batch_size, shuffle=True
     )
-    datasets._check_vocabulary(1 << 20, data, None, [])
+    datasets._check_vocabulary(1 << 20, [data.examples])
     loader.steps_in_epoch(0)
     RowsFingerprint.of(data.examples, tokenizer.files)
     steps = loader.steps()

@@ -23,7 +23,7 @@ import torch
 from benchmarks.launch import flags_of, torchrun
 from benchmarks.record import command, environment, write
 from qsharded import train
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 
 BUILTIN = Path(train.__file__).parent / "builtin"
 LLAMA3 = {

@@ -6,11 +6,12 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qsharded.utils.environment import processor, version
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -29,16 +30,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """Its model where Linux says it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
 def command(module: str) -> str:
     """The command line that runs ``module`` as now."""
     return " ".join(["python -m", module, *sys.argv[1:]])
@@ -50,14 +41,6 @@ def commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     said = os.environ.get("QSHARDED_COMMIT")
     return said or subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def write(path: Path, record: dict[str, Any]) -> Path:

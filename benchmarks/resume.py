@@ -25,7 +25,7 @@ import torch
 from benchmarks.gpu_training import SHAPES, shape_options
 from benchmarks.launch import flags_of
 from benchmarks.record import command, environment, write
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 15, 4, 10
 POLL_S = 0.01

@@ -25,7 +25,7 @@ from benchmarks.record import environment, write
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.data import Tokenizer
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 
 CHUNK = 1024
 LARGEST_PERPLEXITY_GAP = 0.005  # relative to transformers + bitsandbytes

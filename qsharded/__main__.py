@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "generate": Subcommand("qsharded.generate", "answer prompts, with or without an adapter"),
     "merge": Subcommand("qsharded.merge", "fold an adapter into its base model"),
     "quantize": Subcommand("qsharded.quantize", "pack a checkpoint once for all runs"),
+    "compare": Subcommand("qsharded.compare", "how runs differ: settings, figures and curves"),
     "preview": Subcommand("qsharded.preview", "rows as the model will see them, before a run"),
     "inspect": Subcommand("qsharded.inspect", "what a folder or file holds, and whether it is sound"),
     "launch": Subcommand("qsharded.launch", "torchrun, with what runs on several nodes need"),

@@ -19,6 +19,7 @@ from qsharded.config import parse
 from qsharded.quant import backends, formats, ops
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils import hardware
+from qsharded.utils.environment import version
 from qsharded.utils.hardware import GIB
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -82,8 +83,8 @@ def _text(finding: Finding) -> str:
 def check_versions() -> Iterator[Finding]:
     """Python, this package, PyTorch and what it brings."""
     yield Finding(f"qsharded {qsharded.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    versions = {name: _version(name) for name in ("triton", "safetensors", "transformers", "peft", "bitsandbytes")}
-    yield Finding(", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    versions = {name: version(name) for name in ("triton", "safetensors", "transformers", "peft", "bitsandbytes")}
+    yield Finding(", ".join(f"{name} {found}" for name, found in versions.items() if found))
     supported = _supported("torch")
     runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     fits = supported is None or supported[0] <= _release(torch.__version__) < supported[1]
@@ -91,13 +92,6 @@ def check_versions() -> Iterator[Finding]:
         "" if fits else "install a PyTorch that qsharded supports: pip install 'torch" + _requirement("torch") + "'"
     )
     yield Finding(f"PyTorch {torch.__version__}, {runtime}", remedy, not fits)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _requirement(package: str) -> str:

@@ -79,9 +79,8 @@ def run(config: PreviewConfig) -> None:
 def _sources(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     """(its name for people, the dataset, the split) of everything that the run reads."""
     yield from ((f"data {source}", source, config.dataset_split) for source in config.datasets)
-    if config.eval_dataset:
-        split = config.eval_dataset_split or config.dataset_split
-        yield f"evaluation data {config.eval_dataset}", config.eval_dataset, split
+    for source in config.eval_sets.values():
+        yield f"evaluation data {source}", source, config.eval_dataset_split or config.dataset_split
 
 
 def _read(config: TrainConfig, source: str, split: str, tokenizer: Tokenizer) -> Dataset:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qsharded.chat import ChatConfig
+from qsharded.compare import CompareConfig
 from qsharded.config import TrainConfig
 from qsharded.config.rendering import markdown
 from qsharded.doctor import DoctorConfig
@@ -23,6 +24,7 @@ PAGES = {
     "quantize.md": QuantizeConfig,
     "inspect.md": InspectConfig,
     "preview.md": PreviewConfig,
+    "compare.md": CompareConfig,
     "doctor.md": DoctorConfig,
 }
 

@@ -19,7 +19,7 @@ from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
 from qsharded.models import ModelConfig
 from qsharded.plan.run import plan
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 from qsharded.utils.hardware import GIB
 
 OFFLOADED = {"activation_checkpointing": "offloaded", "lora_dtype": "bfloat16"}

@@ -20,7 +20,7 @@ from benchmarks.two_gpus.runner import Found, marked, own_mark
 from qsharded.checkpoint.load import skeleton
 from qsharded.distributed.vocab_parallel import is_large
 from qsharded.models import ModelConfig
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 
 RANKS = 2
 LEAST_EXACT = 0.99

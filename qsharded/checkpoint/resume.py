@@ -44,6 +44,7 @@ class Progress:
         settings: the options that matter when a run goes on; :mod:`qsharded.config.resume_roles` says how.
         data, base: fingerprints of the rows and of the base weights; empty where an older version wrote them.
         changes: of options, each with the step from which it holds.
+        best: the best evaluation so far, as ``training.best`` keeps it; empty where none is compared.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Progress:
     data: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
     skipped_before: int = 0
 
     @property

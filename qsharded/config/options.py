@@ -18,6 +18,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
@@ -116,7 +118,7 @@ def options(command: type[Command]) -> list[Option]:
 
 def _option(item: dataclasses.Field[Any], hint: Any) -> Option:
     optional = get_origin(hint) in (Union, UnionType) and type(None) in get_args(hint)
-    kind = next(inner for inner in get_args(hint) if inner is not type(None)) if optional else hint
+    kind = reduce(or_, (inner for inner in get_args(hint) if inner is not type(None))) if optional else hint
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     return Option(item.name, str if choices else kind, optional, choices, default, item.metadata["about"])

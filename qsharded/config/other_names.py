@@ -38,6 +38,8 @@ NAMES = {
     "eval-split": "val-split val-set-size test-size val-size",
     "eval-steps": "eval-every eval-interval",
     "per-device-eval-batch-size": "eval-batch-size",
+    "save-best": "metric-for-best-model load-best-model-at-end early-stopping-metric",
+    "early-stopping-patience": "early-stopping patience early-stop-patience",
     "max-new-tokens": "max-tokens n-predict",
     "temperature": "temp",
 }

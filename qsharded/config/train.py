@@ -6,6 +6,7 @@ from datetime import date
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from qsharded.config.evaluated import EXACT_MATCH, eval_sets, measures
 from qsharded.config.options import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -254,7 +255,7 @@ class TrainConfig:
     )
 
     output_dir: str = _output(
-        "Folder to write adapter/, checkpoints/, metrics.jsonl, config.toml and run.json to; one run at a time.",
+        "Folder to write adapter/, checkpoints/, report.html, metrics.jsonl and the like to; one run at a time.",
         "output",
         metavar="PATH",
     )
@@ -316,10 +317,11 @@ class TrainConfig:
         check=AT_LEAST_0,
     )
 
-    eval_dataset: str | None = _eval(
-        "Rows to measure loss and perplexity on, from one of the sources that --dataset takes.",
+    eval_dataset: str | tuple[str, ...] | None = _eval(
+        "Rows to measure loss and perplexity on, from one of the sources that --dataset takes. Several sets are "
+        "measured each by itself, as eval_NAME_loss; where no NAME is given it is the file's, without its ending.",
         None,
-        metavar="PATH|ID",
+        metavar="[NAME=]PATH|ID ...",
         unset="none",
     )
     eval_dataset_split: str | None = _eval("Split to read of --eval-dataset.", None, unset="as --dataset-split")
@@ -343,6 +345,38 @@ class TrainConfig:
         metavar="PATH|ID",
         unset="none",
     )
+    save_best: str | None = _eval(
+        "Measure, such as eval_loss, eval_NAME_loss or exact_match, by which the best adapter so far is kept, in best/ "
+        "of --output-dir; it is taken at each --eval-steps and after training.",
+        None,
+        metavar="MEASURE",
+        unset="none is kept",
+    )
+    early_stopping_patience: int | None = _eval(
+        "Evaluations in a row that may be no better than the best one, by --save-best; the run ends at the last.",
+        None,
+        unit="evaluations",
+        check=AT_LEAST_1,
+        unset="never",
+    )
+    early_stopping_threshold: float = _eval(
+        "By how much an evaluation must be better to count as better there.", 0.0, check=AT_LEAST_0
+    )
+    sample_prompts: str | None = _eval(
+        "Prompts to answer, greedily, before and after training, in the log and in report.html: a .txt file with one a "
+        "line, or rows as --exact-match-dataset takes them.",
+        None,
+        metavar="PATH|ID",
+        unset="none",
+    )
+    sample_steps: int | None = _eval(
+        "Steps from one answering of --sample-prompts to the next.",
+        None,
+        unit="steps",
+        check=AT_LEAST_1,
+        unset="only before and after training",
+    )
+    sample_max_new_tokens: int = _eval("Longest answer to --sample-prompts.", 128, unit="tokens", check=AT_LEAST_1)
 
     dry_run: bool = _plan(
         "Print what the run takes of GPU memory, host memory and disk, and the nearest settings that fit, and leave. "
@@ -377,6 +411,18 @@ class TrainConfig:
         return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
     @property
+    def eval_sets(self) -> dict[str, str]:
+        """Every ``--eval-dataset`` by its name, which is "" of one that was given none."""
+        given = self.eval_dataset or ()
+        return eval_sets((given,) if isinstance(given, str) else given)
+
+    @property
+    def measures(self) -> list[str]:
+        """What evaluations measure."""
+        names = [""] if self.eval_split else list(self.eval_sets)
+        return measures(names, exact_match=self.exact_match_dataset is not None)
+
+    @property
     def checkpointing(self) -> Checkpointing:
         """What the options say, once "auto" is replaced (``plan.checkpointing``)."""
         assert self.activation_checkpointing != "auto", "auto is chosen by the plan first"
@@ -407,8 +453,11 @@ class TrainConfig:
         _check_planned(self)
         if self.eval_dataset and self.eval_split:
             raise ValueError(f"--eval-split is for runs without --eval-dataset, got {self.eval_split} and one")
-        if self.eval_steps and not (self.eval_dataset or self.eval_split):
+        if self.eval_steps and not (self.eval_sets or self.eval_split or self.save_best == EXACT_MATCH):
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
+        _check_best(self)
+        if self.sample_steps and not self.sample_prompts:
+            raise ValueError("--sample-steps needs prompts to answer: give --sample-prompts")
         if self.one_example_per_answer and self.train_on == "all":
             raise ValueError("--one-example-per-answer learns the answers: it does not go with --train-on all")
         _check_checkpointing(self)
@@ -425,6 +474,21 @@ class TrainConfig:
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
+
+
+def _check_best(config: TrainConfig) -> None:
+    stopping, measured = config.early_stopping_patience is not None, config.measures
+    if not config.save_best:
+        if stopping or config.early_stopping_threshold:
+            raise ValueError("--early-stopping-patience and -threshold need --save-best, which says what is compared")
+        return
+    if config.save_best not in measured:
+        known = ", ".join(measured) or "nothing: give --eval-dataset, --eval-split or --exact-match-dataset"
+        raise ValueError(f"--save-best {config.save_best!r} is not measured by this run, which measures {known}")
+    if not config.eval_steps:
+        raise ValueError("--save-best compares evaluations: say with --eval-steps how often there is one")
+    if config.early_stopping_threshold and not stopping:
+        raise ValueError("--early-stopping-threshold is for --early-stopping-patience")
 
 
 def _check_planned(config: TrainConfig) -> None:

@@ -20,11 +20,11 @@ def from_words(item: Option, words: Sequence[str]) -> Any:
     Raises:
         ValueError: a table's entry is no KEY=VALUE.
     """
-    if item.repeated:
-        return _texts(item, words)
     text = " ".join(words)
     if text == "" and item.optional:
         return None
+    if item.repeated:
+        return _texts(item, words)
     if get_origin(item.kind) is dict:
         return dict(_pair(item, entry) for entry in _entries(item, text))
     if get_origin(item.kind) is list:

@@ -10,6 +10,8 @@ from qsharded.data.omissions import omissions
 from qsharded.data.records import read_rows
 from qsharded.data.tokenizer import Tokenizer
 
+TEXT_FILE = ".txt"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -18,12 +20,12 @@ class Prompt:
     Attributes:
         ids: of the prompt, the chat template's assistant header included.
         text: the prompt as a person reads it: of a conversation, the last message before the answer.
-        answer: the reference, as text.
+        answer: the reference, as text; "" where there is none.
     """
 
     ids: list[int]
     text: str
-    answer: str
+    answer: str = ""
 
 
 def load_prompts(
@@ -53,6 +55,29 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"{source} holds no rows to take prompts from")
     return prompts
+
+
+def plain_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
+    """The lines of a text file but the blank ones, as a user writes them in a chat, or, where the tokenizer has no chat
+    template, as the beginning of a text.
+
+    Raises:
+        ValueError: there are none, or the file cannot be read.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    prompts = [Prompt(_asked(line, tokenizer), line) for line in lines if line]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts: write one a line")
+    return prompts
+
+
+def _asked(text: str, tokenizer: Tokenizer) -> list[int]:
+    if not tokenizer.has_chat_template:
+        return tokenizer.with_bos(tokenizer.encode(text))
+    return tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True))
 
 
 def _prompt(record: Record, tokenizer: Tokenizer) -> Prompt:

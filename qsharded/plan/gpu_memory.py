@@ -101,9 +101,14 @@ class Plan:
         return self.of_phase(self.peak_phase)
 
     @property
+    def reserved(self) -> int:
+        """About what ``torch.cuda.max_memory_reserved`` will say."""
+        return int(self.allocated * _RESERVED_OVER_ALLOCATED)
+
+    @property
     def needed(self) -> int:
         """What the GPU must have: with what the allocator reserves beyond that, and with what lies outside of it."""
-        return int(self.allocated * _RESERVED_OVER_ALLOCATED) + _OUTSIDE_BYTES
+        return self.reserved + _OUTSIDE_BYTES
 
     @property
     def fits(self) -> bool | None:

@@ -1,12 +1,14 @@
 """What a run trains on and evaluates: datasets read, checked against the model, and cut into steps."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qsharded.config import TrainConfig
-from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
+from qsharded.data import Dataset, Example, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
 from qsharded.data.facts import facts_of
+from qsharded.data.prompts import TEXT_FILE, plain_prompts
 from qsharded.data.shown import text
 from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview
@@ -16,11 +18,18 @@ from qsharded.training.tokenized import load_datasets
 
 @dataclass(frozen=True)
 class RunData:
-    """What is trained on and evaluated, and a line on the steps that it makes, where there is something to say."""
+    """What is trained on and evaluated, and a line on the steps that it makes, where there is something to say.
+
+    Attributes:
+        evaluation: the sets by their names.
+        prompts: with the answers that they are to have.
+        samples: whose answers are shown.
+    """
 
     train: Mixture
-    evaluation: Dataset | None
+    evaluation: Mapping[str, Dataset]
     prompts: Sequence[Prompt]
+    samples: Sequence[Prompt]
     loader: StepLoader
     note: str
     tokenizer: Tokenizer
@@ -32,8 +41,8 @@ class RunData:
             share = f"; {rows:,} an epoch ({rows / sum(taken):.1%} of the mixture)" if len(taken) > 1 else ""
             shown = preview(config, f"data {name}", part, self.tokenizer, share)
             lines += text.lines(shown, text.marks_for(sys.stdout))
-        if self.evaluation is not None:
-            shown = preview(replace(config, show_rows=0), "evaluation", self.evaluation, self.tokenizer)
+        for name, part in self.evaluation.items():
+            shown = preview(replace(config, show_rows=0), f"evaluation {name}".strip(), part, self.tokenizer)
             lines += text.lines(shown, text.BRACKETS)
         return lines
 
@@ -49,27 +58,29 @@ def read_data(
     accumulation, note = kept_accumulation(config, world.size, resumed)
     batches = replace(config, gradient_accumulation_steps=accumulation)
     train, evaluation = load_datasets(batches, tokenizer, world)
-    prompts = _prompts(config, tokenizer)
-    _check_vocabulary(vocab_size, train, evaluation, prompts)
+    prompts, samples = _prompts(config, tokenizer, config.exact_match_dataset), _samples(config, tokenizer)
+    _check_vocabulary(vocab_size, [train.examples, *(part.examples for part in evaluation.values())], prompts, samples)
     loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
-    return RunData(train, evaluation, prompts, loader, note, tokenizer)
+    return RunData(train, evaluation, prompts, samples, loader, note, tokenizer)
 
 
-def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
-    if config.exact_match_dataset is None:
+def _prompts(config: TrainConfig, tokenizer: Tokenizer, source: str | None) -> Sequence[Prompt]:
+    if source is None:
         return []
-    return load_prompts(
-        config.exact_match_dataset, tokenizer, format=config.dataset_format, columns=config.dataset_columns
-    )
+    return load_prompts(source, tokenizer, format=config.dataset_format, columns=config.dataset_columns)
 
 
-def _check_vocabulary(
-    vocab_size: int, train_data: Mixture, eval_data: Dataset | None, prompts: Sequence[Prompt]
-) -> None:
+def _samples(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
+    source = config.sample_prompts
+    if source is not None and source.endswith(TEXT_FILE):
+        return plain_prompts(Path(source), tokenizer)
+    return _prompts(config, tokenizer, source)
+
+
+def _check_vocabulary(vocab_size: int, read: Sequence[Sequence[Example]], *prompts: Sequence[Prompt]) -> None:
     """An id beyond the embedding would stop a GPU with no word of the row at fault."""
-    read = [train_data.examples, eval_data.examples if eval_data else []]
-    in_rows = (int(facts_of(examples)["largest"].max(initial=0)) for examples in read)
-    largest = max(*in_rows, *(max(prompt.ids) for prompt in prompts))
+    in_rows = [int(facts_of(examples)["largest"].max(initial=0)) for examples in read]
+    largest = max(*in_rows, 0, *(max(prompt.ids) for some in prompts for prompt in some))
     if largest >= vocab_size:
         raise ValueError(
             f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "
@@ -95,8 +106,9 @@ def _loader(
     )
 
 
-def eval_loader(config: TrainConfig, world: World, tokenizer: Tokenizer, data: Dataset | None) -> StepLoader | None:
-    """In the order of the rows, each once."""
-    if data is None:
-        return None
-    return _loader(config, world, tokenizer, data, config.per_device_eval_batch_size, shuffle=False)
+def eval_loaders(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Mapping[str, Dataset]
+) -> dict[str, StepLoader]:
+    """Of each set, in the order of the rows, each once."""
+    size = config.per_device_eval_batch_size
+    return {name: _loader(config, world, tokenizer, part, size, shuffle=False) for name, part in data.items()}

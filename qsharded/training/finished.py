@@ -12,22 +12,28 @@ from qsharded.config import TrainConfig
 from qsharded.config.resume_roles import PATHS, options_of
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
+from qsharded.report.run_files import FINISHED_FILE
 from qsharded.utils.untrusted_json import read_json
 
-FINISHED_FILE = "finished.json"
+_PATIENCE = "early_stopping_patience"
 
 
 class AlreadyFinished(Exception):
     """The run that is to be resumed has been trained to its end; the message says so."""
 
 
-def mark_finished(config: TrainConfig, progress: Progress) -> None:
+def mark_finished(config: TrainConfig, progress: Progress, total_steps: int) -> None:
     """Write into the output folder that the run is at its end. To be called once the adapter is on the disk.
+
+    Of a run that has ended before ``total_steps``, as its patience was out, it says so: with more patience it goes on.
 
     Raises:
         NotWritten: it could not be.
     """
-    write_json(Path(config.output_dir, FINISHED_FILE), _run(config, progress, progress.step))
+    mark = _run(config, progress, total_steps)
+    if progress.step < total_steps:
+        mark |= {"stopped_early": progress.step, _PATIENCE: config.early_stopping_patience}
+    write_json(Path(config.output_dir, FINISHED_FILE), mark)
 
 
 def is_marked(folder: Path) -> bool:
@@ -58,10 +64,12 @@ def _end(config: TrainConfig, resume_from: Path | None, now: Mapping[str, Any]) 
     if not is_marked(folder) or not (adapter / WEIGHTS_FILE).is_file():
         return None
     marked = _read(folder / FINISHED_FILE)
+    if "stopped_early" in marked:
+        now = {**now, _PATIENCE: config.early_stopping_patience}
     differs = [key for key, value in now.items() if marked.get(key) != value]
     if not differs and resume_from in (None, *checkpoints(folder)[-1:]):  # a newer one was damaged: it is made again
         return (
-            f"the run in {folder} is finished: {now['steps']} of {now['steps']} steps, the adapter is in {adapter}. "
+            f"the run in {folder} is finished: {_done(marked)} of {now['steps']} steps, the adapter is in {adapter}. "
             "Nothing to do; to train anew, choose another --output-dir"
         )
     if resume_from is None and not config.overwrite_output_dir:
@@ -72,6 +80,13 @@ def _end(config: TrainConfig, resume_from: Path | None, now: Mapping[str, Any]) 
             "--output-dir, or replace it with --overwrite-output-dir"
         )
     return None
+
+
+def _done(marked: Mapping[str, Any]) -> str:
+    early = marked.get("stopped_early")
+    return (
+        str(marked["steps"]) if early is None else f"ended early, as --early-stopping-patience was out, after {early}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """What a run reports: metrics.jsonl, and on standard output a progress bar (on a terminal) or plain lines."""
 
-import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from qsharded.utils.durable_files import AppendedFile, Displaced, write_whole
-from qsharded.utils.strict_json import without_nan
+from qsharded.report.run_files import SAMPLES_FILE
+from qsharded.training.row_file import RowFile
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class MetricsLog:
     """Writes the run's metrics; where `is_main` is false every method does nothing.
 
     A run that resumes passes `first_step`, the steps already done: rows of later steps, which the interrupted run
-    left in the file, are dropped, since those steps are run again. The file is written anew where it is 0.
+    left in the file, are dropped, since those steps are run again. The file is written anew where it is 0. Each row
+    says how many `seconds` the run has taken since it began to train, its earlier starts included.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class MetricsLog:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._is_main = is_main
-        self._file = _reopen(Path(path), first_step) if is_main else None
-        self._is_full = False
+        self._is_main, self._clock = is_main, clock
         self._screen = _Screen(stream or sys.stdout)
         self._progress = _Progress(total_steps, first_step, clock)
         self._status = ""
+        self._file = RowFile(Path(path), first_step, self.message) if is_main else None
+        self._open_samples = partial(RowFile, Path(path).with_name(SAMPLES_FILE), first_step, self.message)
+        has_samples = is_main and Path(path).with_name(SAMPLES_FILE).exists()
+        self._samples = self._open_samples() if has_samples else None
+        self._begun = clock() - (self._file.kept[-1].get("seconds", 0) if self._file and self._file.kept else 0)
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +90,15 @@ class MetricsLog:
         self._write({"step": step, "epoch": epoch, **values})
         self._screen.line(f"{self._progress.count(step)} " + " ".join(f"{key} {_brief(values[key])}" for key in values))
 
+    def sample(self, step: int, prompt: str, answer: str, reference: str | None = None) -> None:
+        """Write what the model answers at this step into samples.jsonl, beside the metrics; nothing is printed."""
+        if not self._is_main:
+            return
+        if self._samples is None:
+            self._samples = self._open_samples()
+        row = {"step": step, "prompt": prompt, "answer": answer}
+        self._samples.add(row if reference is None else row | {"reference": reference})
+
     def refuse_displaced(self) -> None:
         """Raise Displaced where the file is no longer where it was opened: its folder was moved or deleted."""
         if self._file:
@@ -97,43 +110,14 @@ class MetricsLog:
             self._screen.line(text)
 
     def close(self) -> None:
-        """Close the file and leave the bar on a line of its own."""
+        """Close the files and leave the bar on a line of its own."""
         self._screen.release()
-        if self._file:
-            self._file.close()
+        for file in filter(None, (self._file, self._samples)):
+            file.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        try:
-            self._file.add(_line(row).encode())
-            self._is_full = False
-        except Displaced:
-            raise
-        except OSError as error:  # the rows wait in memory for room: no reason to end the training
-            if not self._is_full:
-                self.message(f"warning: {error}; the rows follow when there is room again")
-            self._is_full = True
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(without_nan(row), allow_nan=False) + "\n"
-
-
-def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed run left unfinished is no row.
-
-    A figure that was not finite, such as the loss of a skipped step, is None.
-    """
-    finished = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in finished]
-
-
-def _reopen(path: Path, first_step: int) -> AppendedFile:
-    """The file, opened for appending after the rows of the steps done."""
-    kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step and path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(map(_line, kept)).encode())
-    return AppendedFile(path)
+        self._file.add({**row, "seconds": round(self._clock() - self._begun, 1)})
 
 
 class _Screen:

@@ -10,8 +10,9 @@ from qsharded.checkpoint.resume import checkpoints
 from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
+from qsharded.report.run_files import RECORD_FILE
 from qsharded.training.finished import is_marked
-from qsharded.training.run_record import RECORD_FILE, starter
+from qsharded.training.run_record import starter
 from qsharded.utils.process_identity import ProcessIdentity
 from qsharded.utils.untrusted_json import read_json
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.checkpoint.base_identity import base_metadata
+from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.resume import ADAPTER, Progress, checkpoint_folder
 from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import first_error, found_by_main
 from qsharded.distributed.world import World
+from qsharded.report.run_files import BEST_FILE, BEST_FOLDER
 from qsharded.training import disk_room
+from qsharded.training.best import Best
 from qsharded.training.divergence import advice, has_diverged, skipped_more_than_allowed
 from qsharded.training.finished import mark_finished
 from qsharded.training.run_folder import rank_without_sight
@@ -91,7 +94,7 @@ class Results:
         """
         unsaved = self._save_now() if self.config.save_steps else None
         adapter = self._write_adapter(unsaved)
-        mark = partial(mark_finished, self.config, self.setup.progress)
+        mark = partial(mark_finished, self.config, self.setup.progress, self.setup.total_steps)
         unmarked = first_error(self.world, _error_of(mark) if self.world.is_main else None)
         if unsaved or unmarked:
             kind = CheckpointNotWritten if unsaved else NotWritten
@@ -122,6 +125,24 @@ class Results:
             raise CheckpointNotWritten(f"{unsaved}. The adapter so far was written to {adapter}")
         go_on = self.again(resume_from_checkpoint="auto")
         return f"saved {self.checkpoint}, and the adapter so far in {adapter}; go on with: {go_on}"
+
+    def save_best(self, best: Best) -> str | None:
+        """Write the adapter as it is now, and what it was measured at, to best/. Returns why it was not, on all ranks.
+
+        best.json is there only beside the adapter that it tells of.
+        """
+        folder = Path(self.config.output_dir, BEST_FOLDER)
+        if error := first_error(self.world, _error_of(partial(self._try_best, folder, best))):
+            return f"the adapter of step {best.step}, the best so far, was not written: {error}"
+        return None
+
+    def _try_best(self, folder: Path, best: Best) -> None:
+        if self.world.is_main:
+            with suppress(OSError):  # the others wait for this rank to gather
+                (folder / BEST_FILE).unlink(missing_ok=True)
+        self._try_adapter(folder)
+        if self.world.is_main:
+            write_json(folder / BEST_FILE, {"measure": best.measure, "value": best.value, "step": best.step})
 
     def after_divergence(self) -> str:
         """What happened to a run that has diverged, and the command that goes on."""

@@ -14,15 +14,24 @@ from qsharded.checkpoint.retention import delete_checkpoint, drop_partial_checkp
 from qsharded.config import TrainConfig, write_toml
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
+from qsharded.report.run_files import (
+    BEST_FOLDER,
+    FINISHED_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+)
 from qsharded.training import bad_batches, hang_report
 from qsharded.training.disk_room import Sizes, refuse_full_disk
-from qsharded.training.finished import FINISHED_FILE, is_marked
-from qsharded.training.run_record import RECORD_FILE
+from qsharded.training.finished import is_marked
 from qsharded.training.writable_output import refuse_unwritable
 from qsharded.utils import collectives
 from qsharded.utils.durable_files import folder_bytes, write_whole
 
-_ADAPTER, _TRACES = "adapter", ("metrics.jsonl", "config.toml", RECORD_FILE, FINISHED_FILE)
+_ADAPTER = "adapter"
+_TRACES = (METRICS_FILE, SETTINGS_FILE, RECORD_FILE, REPORT_FILE, SAMPLES_FILE, FINISHED_FILE)
 _REPORTS = (bad_batches.FOLDER, hang_report.FOLDER)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
@@ -87,7 +96,7 @@ def check_output_dir(config: TrainConfig, world: World, resume_from: Path | None
 
 def _refuse_unwritable(config: TrainConfig) -> None:
     if not _may_be_done(config):
-        refuse_unwritable(Path(config.output_dir), (_ADAPTER, "checkpoints"), _TRACES)
+        refuse_unwritable(Path(config.output_dir), (_ADAPTER, BEST_FOLDER, "checkpoints"), _TRACES)
 
 
 def _may_be_done(config: TrainConfig) -> bool:
@@ -178,7 +187,7 @@ def _claim(config: TrainConfig, resume_from: Path | None) -> None:
     (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to come
     drop_partial_checkpoints(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.toml", write_toml(config).encode())
+    write_whole(folder / SETTINGS_FILE, write_toml(config).encode())
 
 
 def _drop_newer(config: TrainConfig, folder: Path) -> None:
@@ -203,7 +212,7 @@ def _continues(folder: Path, resume_from: Path | None) -> bool:
 
 
 def _results(folder: Path) -> list[Path]:
-    return [path for path in (folder / _ADAPTER, *checkpoints(folder)) if path.exists()]
+    return [path for path in (folder / _ADAPTER, folder / BEST_FOLDER, *checkpoints(folder)) if path.exists()]
 
 
 def _traces(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """What a training run is made of, prepared in the order in which mistakes are cheapest to find: data, then model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,33 +17,33 @@ from qsharded.config import TrainConfig
 from qsharded.config.builtin import builtin_note
 from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
+from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.row_source import files_of
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.choose_layout import (
     Layout,
     choose_layout,
-    free_host_memory,
     frozen_bytes,
-    least_free_memory,
     least_memory,
 )
 from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
-from qsharded.plan.choose_checkpointing import choose_checkpointing
-from qsharded.plan.gpu_memory import Planner
+from qsharded.plan.gpu_memory import Plan
 from qsharded.training.data_options import template_options
-from qsharded.training.datasets import RunData, eval_loader, read_data
+from qsharded.training.datasets import RunData, eval_loaders, read_data
 from qsharded.training.disk_room import Sizes
 from qsharded.training.finished import end_if_finished
+from qsharded.training.memory_choices import choose_memory
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
-from qsharded.training.run_record import write_record
+from qsharded.training.run_record import RunFacts, write_record
 from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils import heartbeat
+from qsharded.utils.untrusted_json import read_json
 
 
 @dataclass
@@ -55,8 +55,9 @@ class TrainingSetup:
     lora: LoRAConfig
     optimizer: ScaledOptimizer
     loader: StepLoader
-    eval_loader: StepLoader | None
+    eval_loaders: Mapping[str, StepLoader]
     prompts: Sequence[Prompt]
+    samples: Sequence[Prompt]
     total_steps: int
     base_model: str
     progress: Progress
@@ -89,14 +90,15 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     end_if_finished(config, world, resume_from, progress, total_steps)
     if base.adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, base, progress))
-    model, choices = _load_model(config, world, base)
+    chosen = choose_memory(config, world, base.outline, base.lora)
+    model, why_layout = _load_model(chosen.config, world, base)
     setup = _setup(config, world, base, data, model, progress, total_steps)
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
     claim_output_dir(config, world, resume_from)
-    write_record(config, world, base.folder)
+    write_record(config, world, _facts(base, data, setup, chosen.plan))
     setup.summary = _summary(config, world, setup, data, resume_from)
-    setup.summary += [line for line in (*choices, data.note, *notes) if line]
+    setup.summary += [line for line in (why_layout, chosen.why, data.note, *notes) if line]
     return setup
 
 
@@ -127,9 +129,8 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
     return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 
-def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, tuple[str, str]]:
-    """The model where it trains, and why its layout and checkpointing are what they are, where that was left open."""
-    config, chosen = _for_speed(config, world, base.outline, base.lora)
+def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalLM, str]:
+    """The model where it trains, and why its layout is what it is, where that was left open."""
     layout, why = _layout(config, world, frozen_bytes(base.outline.model))
     mesh = mesh_of(world, config.dp_replicate)
     model = base.outline.filled(mesh, world.device, layout=layout, checkpointing=config.checkpointing, seed=config.seed)
@@ -137,7 +138,7 @@ def _load_model(config: TrainConfig, world: World, base: _Base) -> tuple[CausalL
         model.refuse_packing_that_leaks()
     if base.adapter:
         load_adapter(model, base.adapter)
-    return model, (why, chosen)
+    return model, why
 
 
 def _setup(
@@ -155,8 +156,9 @@ def _setup(
         lora=base.lora,
         optimizer=_optimizer(config, model),
         loader=data.loader,
-        eval_loader=eval_loader(config, world, base.tokenizer, data.evaluation),
+        eval_loaders=eval_loaders(config, world, base.tokenizer, data.evaluation),
         prompts=data.prompts,
+        samples=data.samples,
         total_steps=total_steps,
         base_model=str(base.folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
@@ -169,13 +171,11 @@ def _downloaded(config: TrainConfig) -> Path:
     """The model's folder. It and the datasets are on this node's disk then, whatever is on the Hub of them."""
     split, streaming = config.dataset_split, config.streaming
     refuse_overlaps([(dataset, files_of(dataset, split, streaming=streaming)) for dataset in config.datasets])
-    sources = [
-        (config.eval_dataset, eval_dataset_split(config)),
-        (config.exact_match_dataset, "train"),
-    ]
-    for source, split in sources:
-        if source is not None:
-            files_of(source, split)
+    for source in config.eval_sets.values():
+        files_of(source, eval_dataset_split(config))
+    for prompts in (config.exact_match_dataset, config.sample_prompts):
+        if prompts is not None and not prompts.endswith(TEXT_FILE):
+            files_of(prompts, "train")
     return find_checkpoint(config.model, config.revision, weights=not config.random_init)
 
 
@@ -184,14 +184,17 @@ def _layout(config: TrainConfig, world: World, frozen: int) -> tuple[Layout, str
     return choose_layout(config, world.size, frozen, lambda: least_memory(world))
 
 
-def _for_speed(config: TrainConfig, world: World, outline: Outline, lora: LoRAConfig) -> tuple[TrainConfig, str]:
-    """The settings, with what was left open of memory for speed replaced, and a line that says by what."""
-    is_gathered = world.size > 1 and config.reshard_after_forward == "auto"
-    if config.activation_checkpointing != "auto" and not is_gathered:
-        return config, ""
-    planner = Planner(outline.model.config, lora, outline.dtype, least_free_memory(world), outline.packed)
-    host = free_host_memory() if world.device.type == "cuda" else None
-    return choose_checkpointing(planner, config, world.size, host)
+def _facts(base: _Base, data: RunData, setup: TrainingSetup, plan: Plan | None) -> RunFacts:
+    return RunFacts(
+        folder=base.folder,
+        model_type=str(read_json(base.folder / "config.json").get("model_type", "")),
+        parameters=parameter_count(setup.model),
+        trained=sum(parameter.numel() for _, parameter in trainable(setup.model)),
+        data=data,
+        progress=setup.progress,
+        total_steps=setup.total_steps,
+        plan=plan,
+    )
 
 
 def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[str]:

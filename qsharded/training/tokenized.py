@@ -19,8 +19,8 @@ from qsharded.utils import heartbeat
 _T = TypeVar("_T")
 
 
-def load_datasets(config: TrainConfig, tokenizer: Tokenizer, world: World) -> tuple[Mixture, Dataset | None]:
-    """(what is trained on, what is evaluated on if anything is). Every rank calls this.
+def load_datasets(config: TrainConfig, tokenizer: Tokenizer, world: World) -> tuple[Mixture, dict[str, Dataset]]:
+    """(what is trained on, the sets that are evaluated on by their names). Every rank calls this.
 
     Raises:
         ValueError: as ``load_examples``, or the cache cannot be written.
@@ -29,11 +29,11 @@ def load_datasets(config: TrainConfig, tokenizer: Tokenizer, world: World) -> tu
     enough = _enough(config, world) if config.streaming else None
     parts = {dataset: load(dataset, config.dataset_split, enough) for dataset in config.datasets}
     train_data = Mixture(parts, config.dataset_weights or None)
-    if config.eval_dataset:
-        return train_data, load(config.eval_dataset, eval_dataset_split(config))
     if config.eval_split:
-        return train_data.split(config.eval_split, config.seed)
-    return train_data, None
+        train_data, held_out = train_data.split(config.eval_split, config.seed)
+        return train_data, {"": held_out}
+    split = eval_dataset_split(config)
+    return train_data, {name: load(source, split) for name, source in config.eval_sets.items()}
 
 
 def eval_dataset_split(config: TrainConfig) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,15 +15,18 @@ from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
 from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
-from qsharded.training import evaluation, results
+from qsharded.report.run_files import METRICS_FILE
+from qsharded.training import results
 from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
+from qsharded.training.evaluating import Evaluations
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
 from qsharded.training.host_work import little_host_work
 from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
 from qsharded.training.objective import SUPERVISED, Objective
 from qsharded.training.profiling import profiled
+from qsharded.training.run_report import RunReport
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
@@ -47,6 +49,7 @@ class Trainer:
     log: MetricsLog
     writer: CheckpointWriter
     again: Again
+    report: RunReport
     objective: Objective = SUPERVISED
 
     @classmethod
@@ -58,10 +61,11 @@ class Trainer:
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
         with (
-            MetricsLog(folder / "metrics.jsonl", setup.total_steps, world.is_main, first_step=first) as log,
+            RunReport(folder, world.is_main) as report,
+            MetricsLog(folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
-            trainer = cls(config, world, setup, log, writer, again, **others)
+            trainer = cls(config, world, setup, log, writer, again, report, **others)
             with trainer.results.displacement_told():
                 yield trainer
 
@@ -69,6 +73,11 @@ class Trainer:
     def results(self) -> results.Results:
         """What writes the run's files."""
         return results.Results(self.config, self.world, self.setup, self.writer, self.again)
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """What measures the model, and keeps the best."""
+        return Evaluations(self.config, self.world, self.setup, self.log, self.results)
 
     @cached_property
     def bad_batches(self) -> BadBatches:
@@ -83,7 +92,7 @@ class Trainer:
         for line in self.setup.summary + results.room_note(self.config, self.setup):
             self.log.message(line)
         if self.setup.progress.step == 0:
-            self._evaluate("before training")
+            self.evaluations.before_training()
         signals.note_from_now()
         try:
             self.train()
@@ -94,11 +103,13 @@ class Trainer:
         adapter = self.results.write()
         self.log.message(f"adapter written to {adapter}")  # before what may still fail
         try:
-            self._evaluate("after training")
+            self.evaluations.after_training()
         except StopRequested as stop:
             self.log.message(
                 f"stopped by {stop} during the last evaluation, which is left out; the training is finished"
             )
+        for line in self.evaluations.verdict():
+            self.log.message(line)
         return 0
 
     def train(self) -> None:
@@ -113,7 +124,7 @@ class Trainer:
         with little_host_work(), profiled(self.config, self.world, progress.step) as profiler:
             try:
                 for step in one_ahead(self._steps()):
-                    if progress.step >= self.setup.total_steps:
+                    if progress.step >= self.setup.total_steps or self.evaluations.judge.is_patience_out():
                         break
                     heartbeat.beat(f"step {progress.step + 1}")
                     running = self.train_step(step, self._learning_rate())
@@ -122,6 +133,7 @@ class Trainer:
                     if read_before is not None:
                         self._read(read_before, window)
                     self.log.advance(progress.step)
+                    self.report.has_steps()
                     if running.is_done() or self._is_looked_at():
                         unread = None
                         self._read(running, window)
@@ -139,8 +151,9 @@ class Trainer:
 
     def _is_looked_at(self) -> bool:
         """Whether something after this step needs its figures, or to find it done."""
+        config = self.config
         is_last = self.setup.progress.step >= self.setup.total_steps
-        return is_last or self._is_due(self.config.eval_steps) or self._is_due(self.config.save_steps)
+        return is_last or any(map(self._is_due, (config.eval_steps, config.sample_steps, config.save_steps)))
 
     def _is_due(self, every: int | None) -> bool:
         """Whether what comes every so many steps comes now; what follows the last step is not the loop's."""
@@ -207,7 +220,10 @@ class Trainer:
 
     def _evaluate_and_save(self, window: LogWindow) -> None:
         if self._is_due(self.config.eval_steps):
-            self._log_validation()
+            self.evaluations.between_steps()
+            window.restart_clock()
+        if self._is_due(self.config.sample_steps):
+            self.evaluations.sample()
             window.restart_clock()
         if self._is_due(self.config.save_steps):
             self._save()
@@ -215,6 +231,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.refuse_displaced()
+        self.report.write_soon()
         refusal = self.results.save()
         if refusal is not None and self.world.is_main:
             name = self.results.checkpoint.name
@@ -235,25 +252,3 @@ class Trainer:
         self.log.message(f"{happened}; {saved}")
         self.world.barrier()  # the main rank writes longest, and torchrun ends all when one exits with another status
         return self.config.exit_code_when_stopped
-
-    def _evaluate(self, when: str) -> None:
-        self._log_validation()
-        if self.setup.prompts:
-            self._log_exact_match(when)
-
-    def _log_validation(self) -> None:
-        setup = self.setup
-        if setup.eval_loader is not None:
-            steps = islice(setup.eval_loader.steps(), setup.eval_loader.steps_in_epoch(0))
-            values = evaluation.validation_loss(setup.model, setup.stopping.between(steps), self.world)
-            self.log.evaluation(setup.progress.step, setup.epochs_done(), values)
-
-    def _log_exact_match(self, when: str) -> None:
-        setup, prompts = self.setup, self.setup.prompts
-        check = setup.stopping.check
-        result = evaluation.exact_match(setup.model, setup.tokenizer, prompts, before_forward=check)
-        self.log.evaluation(setup.progress.step, setup.epochs_done(), {"exact_match": result.accuracy})
-        self.log.message(f"exact match {when}: {result.accuracy:.1%} of {len(prompts)} held-out prompts; samples:")
-        for prompt, answer in list(zip(prompts, result.answers, strict=True))[:4]:
-            verdict = "right" if answer.strip() == prompt.answer.strip() else f"wrong, should be {prompt.answer!r}"
-            self.log.message(f"  {prompt.text!r} -> {answer!r} ({verdict})")

@@ -53,8 +53,8 @@ def test_a_commands_example_is_one(page: str, tmp_path: Path) -> None:
     command = PAGES[page]
     name, *words = shlex.split(getattr(command, "example", command.prog.replace(".", " ")))[1:]
     assert name == command.prog.partition(".")[2]
-    if name == "inspect":
-        words = ["--path", *words]  # as its main does
+    if first := {"inspect": "--path", "compare": "--runs"}.get(name):
+        words = [first, *words]  # as its main does
     fill = {"model": "m"} if "model" in {item.name for item in options(command)} else {}
     parse(words, command, fill=lambda given: fill)
 

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,35 @@ def config(**values: Any) -> TrainConfig:
         ({"learning_rate": 0}, "--learning-rate must be above 0, got 0"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, got -1.0"),
         ({"eval_dataset": "e", "eval_split": 0.1}, "--eval-split is for runs without --eval-dataset, got 0.1 and one"),
+        (
+            {"eval_dataset": ("a/x.jsonl", "b/x.jsonl")},
+            "--eval-dataset has two sets called 'x', a/x.jsonl and b/x.jsonl: give each a name of its own, as "
+            "NAME=PATH",
+        ),
+        ({"eval_dataset": ("e", "")}, "--eval-dataset names an empty set beside others: leave it out"),
+        (
+            {"eval_dataset": ("a=x", "b=y"), "eval_steps": 1, "save_best": "eval_loss"},
+            "--save-best 'eval_loss' is not measured by this run, which measures eval_a_loss, eval_a_perplexity, "
+            "eval_b_loss, eval_b_perplexity",
+        ),
+        (
+            {"save_best": "eval_loss"},
+            "--save-best 'eval_loss' is not measured by this run, which measures nothing: give --eval-dataset, "
+            "--eval-split or --exact-match-dataset",
+        ),
+        (
+            {"eval_dataset": "e", "save_best": "eval_loss"},
+            "--save-best compares evaluations: say with --eval-steps how often there is one",
+        ),
+        (
+            {"eval_dataset": "e", "eval_steps": 1, "early_stopping_patience": 2},
+            "--early-stopping-patience and -threshold need --save-best, which says what is compared",
+        ),
+        (
+            {"eval_dataset": "e", "eval_steps": 1, "save_best": "eval_loss", "early_stopping_threshold": 0.1},
+            "--early-stopping-threshold is for --early-stopping-patience",
+        ),
+        ({"sample_steps": 2}, "--sample-steps needs prompts to answer: give --sample-prompts"),
         ({"streaming": True}, "--streaming reads as many rows as --max-steps takes: give --max-steps"),
         (
             {"one_example_per_answer": True, "train_on": "all"},
@@ -120,3 +150,28 @@ def test_a_template_date_must_be_one(day: str) -> None:
 def test_tables_of_text_and_of_json(words: list[str], field: str, value: dict[str, Any]) -> None:
     given = parse(["--model", "m", "--dataset", "d", "--" + field.replace("_", "-"), *words], TrainConfig)
     assert getattr(given, field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "sets", "measured"),
+    [
+        (None, {}, []),
+        ("d/held.jsonl", {"": "d/held.jsonl"}, ["eval_loss", "eval_perplexity"]),
+        ("a=d/held.jsonl", {"a": "d/held.jsonl"}, ["eval_a_loss", "eval_a_perplexity"]),
+        (
+            ("d/held.jsonl", "owner/name", "my-set=x=y"),
+            {"held": "d/held.jsonl", "name": "owner/name", "my-set": "x=y"},
+            [f"eval_{name}_{what}" for name in ("held", "name", "my-set") for what in ("loss", "perplexity")],
+        ),
+    ],
+)
+def test_evaluation_sets_have_names(given: Any, sets: dict[str, str], measured: list[str]) -> None:
+    config = TrainConfig(model="m", dataset="d", eval_dataset=given)
+    assert config.eval_sets == sets
+    assert config.measures == measured
+
+
+def test_a_file_whose_name_has_an_equals_sign_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1.jsonl").touch()
+    assert TrainConfig(model="m", dataset="d", eval_dataset="lr=1.jsonl").eval_sets == {"": "lr=1.jsonl"}

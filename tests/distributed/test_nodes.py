@@ -12,7 +12,7 @@ import torch
 
 from qsharded import generate, train
 from qsharded.distributed.world import start_world
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 from tests.distributed.harness import free_port, run_ranks
 
 BUILTIN = Path(train.__file__).parent / "builtin"

@@ -20,8 +20,8 @@ from qsharded.distributed import vocab_parallel as parallel_head
 from qsharded.distributed.world import start_world
 from qsharded.lora.disabled import adapters_disabled
 from qsharded.models import CausalLM
+from qsharded.report.run_files import read_metrics
 from qsharded.training import setup
-from qsharded.training.metrics import read_metrics
 from qsharded.training.objective import BatchSums, batch_log_probs
 from qsharded.training.trainer import Trainer
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows

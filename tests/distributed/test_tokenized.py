@@ -26,8 +26,9 @@ def load_on_rank(model: Path, rows: Path, bad: Path, cache: Path, ranks_a_node: 
     run = Fill.run
     Fill.run = lambda self: (fills.append(self), run(self))[1]  # type: ignore[method-assign]
     options: dict[str, Any] = {"model": str(model), "eval_split": 0.2, "data_cache": str(cache)}
-    found = load_datasets(TrainConfig(dataset=str(rows), **options), tokenizer, world)
-    ids = [[example.ids.tolist() for example in part.examples] for part in found if part]
+    train, evaluation = load_datasets(TrainConfig(dataset=str(rows), **options), tokenizer, world)
+    found = [train, *evaluation.values()]
+    ids = [[example.ids.tolist() for example in part.examples] for part in found]
     with pytest.raises(ValueError, match="json") as refused:
         load_datasets(TrainConfig(dataset=str(bad), **options), tokenizer, world)
     return ids, len(fills), str(refused.value)
@@ -76,7 +77,7 @@ def test_a_stream_is_read_as_far_as_the_steps_take(
     config = TrainConfig(model=str(model), dataset=str(path), data_cache=str(tmp_path / "cache"), **given, **options)
     tokenizer, world = Tokenizer.from_folder(model), World.single_process(torch.device("cpu"))
     train, evaluation = load_datasets(config, tokenizer, world)
-    found = [*train.examples, *(evaluation.examples if evaluation else [])]
+    found = [*train.examples, *(example for part in evaluation.values() for example in part.examples)]
     whole = load_examples(path, tokenizer, max_length=config.max_length).examples
     assert sorted(e.ids.tolist() for e in found) == sorted(e.ids.tolist() for e in whole[: len(found)])
     if rows is not None:

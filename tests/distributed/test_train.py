@@ -17,9 +17,9 @@ from torch import Tensor
 from qsharded import train
 from qsharded.checkpoint import background_writer, load_model
 from qsharded.data import Example, Tokenizer, load_examples
+from qsharded.report.run_files import read_metrics
 from qsharded.training import evaluation, objective, trainer
 from qsharded.training import run_folder as output
-from qsharded.training.metrics import read_metrics
 from tests.checkpoints import write_chat_checkpoint
 from tests.distributed.harness import run_ranks
 
@@ -534,3 +534,20 @@ def test_the_adapter_does_in_peft_what_it_does_here(model: Path, dataset: Path, 
         adapted = PeftModel.from_pretrained(theirs, adapter).eval()(ids).logits
         torch.testing.assert_close(ours(ids), adapted, rtol=1e-4, atol=1e-5)
     assert (adapted - plain).abs().max() > 0.1
+
+
+def test_the_best_adapter_is_whole_on_two_ranks_and_samples_are_written_once(
+    model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("aa\nbb\n")
+    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "save_best": "eval_loss", "sample_prompts": prompts}
+    run_ranks(run, 2, model, dataset, tmp_path / "out", options | {"sample_steps": 2, "sample_max_new_tokens": 3})
+    out = tmp_path / "out"
+    told = json.loads((out / "best" / "best.json").read_text())
+    found = {row["step"]: row["eval_loss"] for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row}
+    assert (told["step"], told["value"]) == min(((step, found[step]) for step in (2, 4)), key=lambda one: one[1])
+    assert_same_file(out / "checkpoints" / f"step-{told['step']:06d}" / "adapter", out / "best")
+    assert [row["step"] for row in read_metrics(out / "samples.jsonl")] == [0, 0, 2, 2, 4, 4]
+    assert json.loads((out / "run.json").read_text())["ranks"] == 2
+    assert "--ranks 2" in (out / "report.html").read_text()

@@ -19,7 +19,7 @@ from qsharded.merge import MergeConfig
 from qsharded.merge import run as merge
 from qsharded.models.generation import generate
 from qsharded.quant import formats
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 from tests.checkpoints import write_chat_rows, write_chat_tokenizer
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments

@@ -10,9 +10,9 @@ import torch
 from qsharded import train
 from qsharded.checkpoint.resume import checkpoints
 from qsharded.config import TrainConfig
+from qsharded.report.run_files import read_metrics
 from qsharded.training import results
 from qsharded.training.disk_room import Sizes, lack_of_room, refuse_full_disk, room_note
-from qsharded.training.metrics import read_metrics
 from tests.utils.test_durable_files import room_in_a_file
 
 Usage = namedtuple("Usage", "total used free")

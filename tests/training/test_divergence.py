@@ -15,8 +15,8 @@ from qsharded.checkpoint.resume import Progress, checkpoints
 from qsharded.checkpoint.retention import newest_proved
 from qsharded.cli import command_line
 from qsharded.config import TrainConfig
+from qsharded.report.run_files import read_metrics
 from qsharded.training import divergence
-from qsharded.training.metrics import read_metrics
 from qsharded.training.resuming import Resumed
 from tests.checkpoint.test_background_writer import WORLD, write
 from tests.checkpoint.test_retention import save

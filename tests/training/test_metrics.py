@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qsharded.training.metrics import MetricsLog, TrainRow, read_metrics
+from qsharded.report.run_files import read_metrics
+from qsharded.training.metrics import MetricsLog, TrainRow
 
 
 class Terminal(io.StringIO):
@@ -59,7 +60,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_rows_are_valid_json_with_every_figure(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path / "new" / "metrics.jsonl", 10, True, stream=io.StringIO()) as log:
+    clock = Clock()
+    with MetricsLog(tmp_path / "new" / "metrics.jsonl", 10, True, stream=io.StringIO(), clock=clock) as log:
+        clock.now += 12.34
         log.train(row(1, loss=float("nan"), grad_norm=float("inf")))
         log.evaluation(1, 0.5, {"eval_loss": 2.0, "eval_perplexity": float("inf")})
 
@@ -77,8 +80,29 @@ def test_rows_are_valid_json_with_every_figure(tmp_path: Path) -> None:
         "tokens_per_second": 1234.4,
         "memory_gib": 7.25,
         "skipped_steps": 0,
+        "seconds": 12.3,
     }
-    assert evaluation == {"step": 1, "epoch": 0.5, "eval_loss": 2.0, "eval_perplexity": None}
+    assert evaluation == {"step": 1, "epoch": 0.5, "eval_loss": 2.0, "eval_perplexity": None, "seconds": 12.3}
+
+
+def test_samples_stand_beside_the_metrics_and_those_of_later_steps_go(tmp_path: Path) -> None:
+    path, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
+    with MetricsLog(path, 10, True, stream=io.StringIO()) as log:
+        log.train(row(1))
+        assert not samples.exists()
+        log.sample(2, "q", "a")
+        log.sample(4, "q", "b", "c")
+    kept, later = (
+        {"step": 2, "prompt": "q", "answer": "a"},
+        {"step": 4, "prompt": "q", "answer": "b", "reference": "c"},
+    )
+    assert read_metrics(samples) == [kept, later]
+    with MetricsLog(path, 10, True, first_step=3, stream=io.StringIO()):
+        pass
+    assert read_metrics(samples) == [kept]
+    with MetricsLog(path, 10, False, first_step=1, stream=io.StringIO()) as log:
+        log.sample(5, "q", "a")
+    assert read_metrics(samples) == [kept]
 
 
 def test_rows_are_in_the_file_at_once(tmp_path: Path) -> None:

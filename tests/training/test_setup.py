@@ -14,7 +14,8 @@ from qsharded.distributed.choose_layout import Layout, frozen_bytes
 from qsharded.distributed.world import World
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig
-from qsharded.training import datasets, setup
+from qsharded.training import datasets, memory_choices, setup
+from qsharded.training.memory_choices import MemoryChoices, choose_memory
 from tests.checkpoints import LLAMA, write_checkpoint
 from tests.data.folders import chat, make_folder, write_rows
 from tests.data.templates import THINKING
@@ -93,15 +94,28 @@ def test_auto_says_what_decides_in_its_place(
 def test_auto_keeps_what_there_is_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, expected: str
 ) -> None:
-    monkeypatch.setattr(setup, "least_free_memory", lambda world: room)
+    monkeypatch.setattr(memory_choices, "least_free_memory", lambda world: room)
     outline = Outline.of(write_checkpoint(tmp_path), LORA, torch.float32, random_init=False)
     config = TrainConfig(model="m", dataset="d")
-    chosen, why = setup._for_speed(config, World.single_process(torch.device("cpu")), outline, LORA)
-    assert why.startswith(f"activation checkpointing: {expected}")
-    assert chosen.checkpointing.mode == expected.split(",")[0]
+    choices = choose_memory(config, World.single_process(torch.device("cpu")), outline, LORA)
+    assert choices.why.startswith(f"activation checkpointing: {expected}")
+    assert choices.config.checkpointing.mode == expected.split(",")[0]
+    assert choices.plan is None  # it is of GPUs
 
 
 def test_checkpointing_that_is_given_is_taken_without_a_word() -> None:
     config = TrainConfig(model="m", dataset="d", activation_checkpointing="offloaded", checkpointed_layers=3)
-    world: Any = None
-    assert setup._for_speed(config, World.single_process(torch.device("cpu")), world, LORA) == (config, "")
+    outline: Any = None
+    choices = choose_memory(config, World.single_process(torch.device("cpu")), outline, LORA)
+    assert choices == MemoryChoices(config, "", None)
+
+
+def test_on_a_gpu_the_plan_is_kept_for_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_choices, "least_free_memory", lambda world: 1 << 40)
+    outline = Outline.of(write_checkpoint(tmp_path), LORA, torch.bfloat16, random_init=False)
+    config = TrainConfig(model="m", dataset="d", activation_checkpointing="full")
+    choices = choose_memory(config, World(0, 2, torch.device("cuda"), None), outline, LORA)
+    assert choices.plan is not None
+    assert choices.plan.ranks == 2
+    assert choices.plan.reserved == int(choices.plan.allocated * 1.05) > 0
+    assert choose_memory(config, World(1, 2, torch.device("cuda"), None), outline, LORA).plan is None

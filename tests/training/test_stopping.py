@@ -13,8 +13,9 @@ import pytest
 from qsharded import train
 from qsharded.checkpoint.background_writer import CheckpointWriter
 from qsharded.cli import command_line
+from qsharded.report.run_files import read_metrics
 from qsharded.training import evaluation, objective, results
-from qsharded.training.metrics import MetricsLog, read_metrics
+from qsharded.training.metrics import MetricsLog
 from qsharded.utils import signals
 from tests.distributed.test_train import arguments, assert_same_file, losses
 from tests.training.test_disk_room import disk_with, fill_disk

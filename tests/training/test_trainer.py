@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qsharded import train
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 from qsharded.training.running_step import RunningStep
 from qsharded.training.stopping import Stopping, StopRequested
 from tests.training.test_divergence import arguments
@@ -16,7 +16,7 @@ from tests.training.test_divergence import arguments
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock and on memory."""
-    varying = ("tokens_per_second", "memory_gib", "time")
+    varying = ("tokens_per_second", "memory_gib", "seconds")
     return [{k: v for k, v in row.items() if k not in varying} for row in read_metrics(folder / "metrics.jsonl")]
 
 

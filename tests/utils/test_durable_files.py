@@ -17,7 +17,8 @@ from qsharded.checkpoint.adapter import save_adapter
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.data import Tokenizer
 from qsharded.nn import LoRAConfig
-from qsharded.training.metrics import MetricsLog, TrainRow, read_metrics
+from qsharded.report.run_files import read_metrics
+from qsharded.training.metrics import MetricsLog, TrainRow
 from qsharded.utils.durable_files import (
     AppendedFile,
     NotWritten,

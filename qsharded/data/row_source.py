@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharded.data.chunks import Chunk, chunks, chunks_of
-from qsharded.data.content import content_hash
+from qsharded.data.content import content_hashes
 from qsharded.data.sources import configuration_of, find_files, is_on_hub, suffix_of
 from qsharded.data.through_datasets import configured_rows
 
@@ -24,8 +24,9 @@ class Files:
         return sum(path.stat().st_size for path in self.paths)
 
     def identity(self, memory: Path) -> list[Any]:
-        """Values of JSON that are others where the rows are; see ``content_hash`` for ``memory``."""
-        return [self.split, *((suffix_of(path.name), content_hash(path, memory)) for path in self.paths)]
+        """Values of JSON that are others where the rows are; see ``content_hashes`` for ``memory``."""
+        hashes = content_hashes(self.paths, memory)
+        return [self.split, *((suffix_of(path.name), found) for path, found in zip(self.paths, hashes, strict=True))]
 
     def chunks(self) -> Iterator[Chunk]:
         """The rows, in order."""
@@ -49,7 +50,8 @@ class Configured:
         folder = Path(self.name)
         if folder.is_dir():
             files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return [(str(path.relative_to(folder)), content_hash(path, memory)) for path in files]
+            hashes = content_hashes(files, memory)
+            return [(str(path.relative_to(folder)), found) for path, found in zip(files, hashes, strict=True)]
         from huggingface_hub import HfApi  # here: local data needs no Hub client
 
         try:

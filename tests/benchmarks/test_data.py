@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data
+from benchmarks import data, data_rows
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
 from qsharded.data.load import Reading
@@ -15,15 +15,15 @@ from qsharded.data.sources import find_files
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(data, "SMALL", 20)
-    monkeypatch.setattr(data, "VOCABULARY", 400)
-    data.prepare(tmp_path, 30)
+    monkeypatch.setattr(data_rows, "SMALL", 20)
+    monkeypatch.setattr(data_rows, "VOCABULARY", 400)
+    data_rows.prepare(tmp_path, 60)
     return tmp_path
 
 
 def test_the_pool_gives_the_ids_that_the_cache_holds(folder: Path) -> None:
     path = folder / "rows" / "3.jsonl"
-    _, rows, tokens = data.plain_pool(folder / "model", path, 2)
+    _, rows, tokens = data.plain_pool(folder / "model", [path], 2)
     assert rows == 2
     tokenizer = Tokenizer.from_folder(folder / "model")
     stored = DataCache(folder / "cache", tokenizer, Reading(max_length=10**6), shows_progress=False)
@@ -40,6 +40,17 @@ def test_a_cache_of_what_is_there_over_and_over(folder: Path) -> None:
         assert [example.ids.tolist() for example in stored.dataset("rows", rows).examples] == 3 * ids
     assert not kept.exists()
     assert data.cached(folder) == kept.with_suffix(".part")
+
+
+def test_turns_are_found_for_the_figure(folder: Path) -> None:
+    assert data.turn_finding(folder, turns=3) > 0
+
+
+def test_the_pool_goes_on_with_the_next_files(folder: Path) -> None:
+    pieces = data.Pieces(folder / "state.json")
+    pieces.add_pool(folder, 4)
+    pieces.add_pool(folder, 60)
+    assert [piece["rows"] for piece in pieces.state["pool"]] == [4, 60]
 
 
 def test_figures_and_what_they_miss(tmp_path: Path) -> None:

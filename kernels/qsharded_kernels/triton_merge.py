@@ -70,12 +70,15 @@ def _merge_kernel(
     at_log_sum = (chunk * H + head) * (last + 1) + query
     one = tl.load(log_sum_ptr + at_log_sum, mask=is_head, other=0.0)
     two = tl.load(flipped_log_sum_ptr + (late * H + head) * (last + 1) + mirrored, mask=is_head, other=0.0)
-    largest = tl.maximum(one, two)
-    both = largest + tl.log(tl.exp(one - largest) + tl.exp(two - largest))
-    tl.store(log_sum_ptr + at_log_sum, both, mask=is_head)
     at = out_ptr + chunk * chunk_stride + query * query_stride + head[:, None] * head_stride + dim[None, :]
     there = flipped_ptr + late * flipped_chunk_stride + mirrored * flipped_query_stride
     there += head[:, None] * flipped_head_stride + dim[None, :]
-    out = tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.exp(one - both)[:, None]
-    out += tl.load(there, mask=inside, other=0.0).to(tl.float32) * tl.exp(two - both)[:, None]
+    own = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(there, mask=inside, other=0.0).to(tl.float32)
+    # Several threads hold the same value where there are more of them than values: all have read before one writes.
+    tl.debug_barrier()
+    largest = tl.maximum(one, two)
+    both = largest + tl.log(tl.exp(one - largest) + tl.exp(two - largest))
+    tl.store(log_sum_ptr + at_log_sum, both, mask=is_head)
+    out = own * tl.exp(one - both)[:, None] + before * tl.exp(two - both)[:, None]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ Axes: B rows, S tokens of a row, T keys, H query heads, G key-value heads, E hea
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qsharded.models.attention_inputs import AttentionInputs, has_flash_kernel
 from qsharded.models.softcap_attention import SoftcapAttention
-from qsharded.models.window_attention import WindowAttention
+from qsharded.models.window_attention import WindowAttention, agree
 
 Saved = tuple[Any, ...]
 """What a backend keeps from its forward for its backward, beside q, k, v and the output."""
@@ -38,6 +39,7 @@ FindAttention = Callable[[Tensor, AttentionInputs, int], Attention | None]
 _registered: list[FindAttention] = []
 _CUDNN_HEAD_DIM = 128
 _MOST_FILLED_UP = 1.2
+_TRIED_WINDOW = 1024
 
 
 def register_attention(find: FindAttention) -> None:
@@ -95,7 +97,8 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
     if not _is_fast_in_cudnn(x_BSD, head_dim):
         return FlashAttention()
     if inputs.window is not None:
-        return WindowAttention(CudnnAttention()) if _suits_two_halves(x_BSD.shape[1], inputs) else FlashAttention()
+        suits = _suits_two_halves(x_BSD.shape[1], inputs) and _halves_are_right(x_BSD.device, x_BSD.dtype, head_dim)
+        return WindowAttention(CudnnAttention()) if suits else FlashAttention()
     return CudnnAttention() if inputs.boundaries is None and _is_planned_length(x_BSD.shape[1]) else FlashAttention()
 
 
@@ -109,6 +112,16 @@ def _is_fast_in_cudnn(x_BSD: Tensor, head_dim: int) -> bool:
 def _is_planned_length(length: int) -> bool:
     """cuDNN plans each shape anew, in some milliseconds: it gets long rows of few lengths."""
     return length >= 1024 and length % 256 == 0
+
+
+@cache
+def _halves_are_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether this machine's cuDNN does as it must for two halves: it is given another log-sum-exp than its own, of
+    which its documentation says nothing. Tried once in a process, against FlashAttention."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(1, 3 * _TRIED_WINDOW, heads, head_dim) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
+    return agree(WindowAttention(CudnnAttention()), FlashAttention(), _TRIED_WINDOW, q, k, v)
 
 
 def _suits_two_halves(length: int, inputs: AttentionInputs) -> bool:

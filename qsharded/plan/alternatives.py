@@ -10,6 +10,7 @@ from qsharded.utils.checkpointing_modes import Mode
 
 _RANKS = (2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 _SHORTEST = 128
+_FREED = "--reshard-after-forward always"
 _MODES: tuple[Mode, ...] = get_args(Mode)  # each takes less memory than the one before
 
 
@@ -37,6 +38,7 @@ def _smallest_of_each(planner: Planner, plan: Plan, already: str) -> list[Altern
     config = plan.config
     ladders = (
         _share(config),
+        _free_gathered(config),
         _recompute(config),
         _micro_batch(config),
         _offload(config),
@@ -60,7 +62,7 @@ def _first_that_fits(
 def _frugal(planner: Planner, plan: Plan) -> tuple[Plan, str]:
     """The plan with every change that alters no result, and how it is written."""
     config, written = plan.config, list[str]()
-    for ladder in (_share, _recompute, _micro_batch, _offload):
+    for ladder in (_share, _free_gathered, _recompute, _micro_batch, _offload):
         for words, changed, _ in list(ladder(config))[-1:]:
             config, written = changed, [*written, words]
     return planner.plan(config, plan.ranks), " ".join(written)
@@ -71,13 +73,15 @@ def _frugal(planner: Planner, plan: Plan) -> tuple[Plan, str]:
 
 def _share(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
     """Fewer copies of the frozen weights."""
-    if config.reshard_after_forward == "never":
-        config = replace(config, reshard_after_forward="always")
-        yield "--reshard-after-forward always", config, None
     if config.sharding != "full":
         yield "--sharding full", replace(config, sharding="full"), None
     if config.dp_replicate > 1:
         yield "--dp-replicate 1", replace(config, dp_replicate=1), None
+
+
+def _free_gathered(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
+    if config.reshard_after_forward == "never":
+        yield _FREED, replace(config, reshard_after_forward="always"), None
 
 
 def _recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
@@ -98,6 +102,8 @@ def _offload(config: TrainConfig) -> Iterator[tuple[str, TrainConfig, None]]:
         mode, words = "full", f"{words} --activation-checkpointing full"
     if config.sharding == "replicate":
         words = f"{words} --sharding full"
+    for flags, freed, _ in _free_gathered(config):
+        words, config = f"{words} {flags}", freed
     changed = replace(config, sharding="full", activation_checkpointing=mode, checkpointed_layers=None)
     yield words, replace(changed, cpu_offload=True), None
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded.models import window_attention
+from qsharded.models import attention, window_attention
 from qsharded.models.attention import FlashAttention, choose_attention
 from qsharded.models.attention_inputs import AttentionInputs, attention_mask
-from qsharded.models.window_attention import WindowAttention
+from qsharded.models.window_attention import WindowAttention, agree
 from qsharded.utils.documents import Boundaries
 
 B, H, G, E = 2, 4, 2, 8
@@ -61,9 +61,9 @@ def gaps(length: int, window: int, dtype: torch.dtype) -> list[float]:
     """Of the output and the gradients, relative to the largest value."""
     q, k, v, grad = tensors(length, dtype)
     inputs = AttentionInputs(q, q, window=window, boundaries=Boundaries.of_rows(B, length, q.device))
-    attention = WindowAttention(PlainCausal())
-    out, saved = attention.forward(q, k, v, inputs)
-    found = out, *attention.backward(grad, q, k, v, out, saved, inputs)
+    halves = WindowAttention(PlainCausal())
+    out, saved = halves.forward(q, k, v, inputs)
+    found = out, *halves.backward(grad, q, k, v, out, saved, inputs)
     leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
     exact = by_definition(*leaves, window)
     wanted = exact, *torch.autograd.grad(exact, leaves, grad.double())
@@ -91,6 +91,38 @@ def test_the_kernel_that_merges_gives_the_same(length: int, monkeypatch: pytest.
     assert merged
 
 
+class Whole:
+    """The window by its definition, and by autograd; of ``wrong`` tokens the output is another."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self._wrong = wrong
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, tuple[Any, ...]]:
+        out = by_definition(q, k, v, inputs.window)
+        out[:, : self._wrong] = 0
+        return out, ()
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        with torch.enable_grad():
+            return torch.autograd.grad(by_definition(*leaves, 4), leaves, grad)
+
+
+def test_two_backends_agree_unless_some_tokens_differ() -> None:
+    q, k, v, _ = tensors(12, torch.float64)
+    assert agree(WindowAttention(PlainCausal()), Whole(), 4, q, k, v)
+    assert not agree(WindowAttention(PlainCausal()), Whole(wrong=1), 4, q, k, v)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_cudnn_is_tried_before_it_is_trusted(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "agree", lambda *_: right)
+    monkeypatch.setattr(attention, "_TRIED_WINDOW", 4)
+    attention._halves_are_right.cache_clear()
+    assert attention._halves_are_right(torch.device("cpu"), torch.bfloat16, 128) == right
+    attention._halves_are_right.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("length", "window", "documents", "head_dim", "two_halves"),
     [
@@ -105,7 +137,8 @@ def test_the_kernel_that_merges_gives_the_same(length: int, monkeypatch: pytest.
 def test_it_serves_rows_of_long_windows(
     length: int, window: int, documents: bool, head_dim: int, two_halves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a Hopper GPU."""
+    """On a Hopper GPU whose cuDNN was found to be right."""
+    monkeypatch.setattr(attention, "_halves_are_right", lambda *_: True)
     on_gpu = SimpleNamespace(
         is_cuda=True, is_meta=False, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, length, 64)
     )

@@ -109,6 +109,15 @@ def test_every_suggestion_is_a_command_line_that_is_taken() -> None:
             assert ("--cpu-offload" in flags) <= ("--sharding" in flags)
 
 
+def test_gathered_layers_are_freed_before_more_is_given_up() -> None:
+    kept = replace(CONFIG, reshard_after_forward="never")
+    plans = planner(PLANNER.plan(CONFIG, 2).needed)
+    assert "--reshard-after-forward always" in [one.words for one in nearest(plans, plans.plan(kept, 2))]
+    small = planner(PLANNER.plan(replace(CONFIG, cpu_offload=True), 2).needed)
+    words = [one.words for one in nearest(small, small.plan(kept, 2))]
+    assert "--cpu-offload --reshard-after-forward always" in words
+
+
 @pytest.mark.parametrize("gpu_bytes", [None, 10**12, 10**8])
 def test_nothing_is_suggested_where_nothing_can_be(gpu_bytes: int | None) -> None:
     plans = planner(gpu_bytes)

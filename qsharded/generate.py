@@ -45,8 +45,9 @@ _sampling = partial(option, group="Answers")
 class GenerateConfig(ModelOptions):
     """Answer prompts with a model whose weights are kept in 4 bits (NF4), as they are in training.
 
-    Answers appear as they are written. A model that one GPU cannot hold is sharded: call it as `torchrun --standalone
-    --nproc-per-node N -m qsharded.generate`. Without --model and --adapter the built-in model answers.
+    Answers appear as they are written; on one GPU their steps are replayed from CUDA graphs. A model that one GPU
+    cannot hold is sharded: call it as `torchrun --standalone --nproc-per-node N -m qsharded.generate`. Without --model
+    and --adapter the built-in model answers.
     """
 
     prog: ClassVar[str] = "qsharded.generate"

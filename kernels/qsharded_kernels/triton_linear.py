@@ -13,8 +13,8 @@ A program has a tile of W's rows and a part of K, four blocks at a time:
 
 W is the left operand, for that one has 16 rows an instruction and the other 8: few rows of x waste the least. The
 values stay in the registers of the thread that read their codes: rows and columns are taken in the order in which the
-tensor cores' lanes hold them (``_row_order``, ``_column_order``). A version of Triton that lays them out otherwise
-gives the same sums, by way of shared memory.
+tensor cores' lanes hold them (``triton_operand``). A version of Triton that lays them out otherwise gives the same
+sums, by way of shared memory.
 
 Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row, S = parts of K.
 The callers check what users pass; the assertions here guard raw memory.
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import checks
 from .triton_decode import INTERPRETED, decode, tables
+from .triton_operand import as_operand, column_order, row_order
 from .triton_split_sums import add_parts, empty_partials, splits_to_fill
 from .triton_tiles import LinearTile
 
@@ -149,10 +150,10 @@ def _linear_kernel(
     n = tl.program_id(0) * TILE_N + i_n
     # rows beyond the last are read as the last, and not written
     row_n = tl.minimum(n, N - 1).to(tl.int64)
-    read_n = tl.minimum(tl.program_id(0) * TILE_N + _row_order(i_n, WARPS), N - 1).to(tl.int64)
+    read_n = tl.minimum(tl.program_id(0) * TILE_N + row_order(i_n, WARPS), N - 1).to(tl.int64)
     word = tl.max_contiguous(tl.multiple_of(tl.arange(0, WORDS), 2), 2)  # a lane reads two
     words_nw_ptr = words_ptr + (read_n * G * WORDS)[:, None] + word[None, :]
-    x_km_ptr = x_ptr + _column_order(tl.arange(0, BLOCK), RUN)[:, None] + (tl.minimum(m, M - 1) * G * BLOCK)[None, :]
+    x_km_ptr = x_ptr + column_order(tl.arange(0, BLOCK), RUN)[:, None] + (tl.minimum(m, M - 1) * G * BLOCK)[None, :]
     absmax_n_ptr = absmax_ptr + row_n * absmax_row_stride
     scale_n, next_scale_n, until_n = _second_level(scales_ptr, row_n * G, first, N * G, DOUBLE_QUANT)
     decoding = tables(lookups_ptr, DECODER)
@@ -169,7 +170,7 @@ def _linear_kernel(
             inside = start + b < last
             word_nw = _load(words_nw_ptr + (start + b) * WORDS, inside, WHOLE_TURNS)
             x_km = _load(x_km_ptr + (start + b) * BLOCK, inside, WHOLE_TURNS)
-            value_nk = _as_operand(decode(word_nw, decoding, DTYPE, DECODER), WARPS, RUN)
+            value_nk = as_operand(decode(word_nw, decoding, DTYPE, DECODER), WARPS, RUN)
             first_n, second_n = tl.split(even_n2 if b % 2 == 0 else odd_n2)
             absmax_n = first_n if b < 2 else second_n
             acc_nm += tl.dot(value_nk, x_km, input_precision="ieee") * absmax_n[:, None]
@@ -202,31 +203,3 @@ def _second_level(scales_ptr, row_start_n, first, absmax_values, DOUBLE_QUANT: t
         return tl.load(scales_ptr + at_n), tl.load(scales_ptr + next_at_n), until_n.to(tl.int32)
     else:
         return row_start_n, row_start_n, row_start_n
-
-
-@triton.jit
-def _row_order(i_n, WARPS: tl.constexpr):
-    """Which row of the tile is read i-th: of what a load spreads over lanes, warps and registers in this order, a warp
-    has eight rows at a time, and of the left operand sixteen that follow each other."""
-    lane, warp, half, turn = i_n % 8, i_n // 8 % WARPS, i_n // (8 * WARPS) % 2, i_n // (16 * WARPS)
-    return ((turn * WARPS + warp) * 2 + half) * 8 + lane
-
-
-@triton.jit
-def _column_order(k, RUN: tl.constexpr):
-    """Which column of a block is multiplied k-th: a lane holds 16 columns, that is two words, of each row."""
-    c, b, a = k % 2, k // 2 % 2 if RUN == 4 else k // 8 % 2, k // 16 % 2
-    lane, word = (k // 4 if RUN == 4 else k // 2) % 4, k // 32
-    return tl.max_contiguous(tl.multiple_of(lane * 16 + word * 8 + a * 4 + b * 2 + c, RUN), RUN)
-
-
-@triton.jit
-def _as_operand(value, WARPS: tl.constexpr, RUN: tl.constexpr):
-    """Decoded words [TILE_N, 8, 2, 2, 2] as the left operand [TILE_N, 64], in these orders."""
-    TILE_N: tl.constexpr = value.shape[0]
-    # turn, half, warp, row lane, column lane, word, a, b, c
-    axes = value.reshape(TILE_N // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2)
-    if RUN == 4:
-        return axes.permute(0, 2, 1, 3, 5, 6, 4, 7, 8).reshape(TILE_N, BLOCK)
-    else:
-        return axes.permute(0, 2, 1, 3, 5, 6, 7, 4, 8).reshape(TILE_N, BLOCK)

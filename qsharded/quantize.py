@@ -16,18 +16,16 @@ from typing import ClassVar, Literal
 import torch
 
 from qsharded.calibration.calibrate import Calibration
-from qsharded.calibration.checkpoint import Calibrated, calibrate_checkpoint
+from qsharded.calibration.checkpoint import Calibrated, calibrate_checkpoint, write_packed
 from qsharded.calibration.rows import read_calibration_rows
-from qsharded.checkpoint.base_identity import write_origin
-from qsharded.checkpoint.pack import quantize_checkpoint, read_unpacked
+from qsharded.checkpoint.pack import read_unpacked
 from qsharded.checkpoint.packed_format import Form
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.command import BLOCK_SIZE, compute_dtype, errors_named, join_world, run_as_process
-from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
+from qsharded.cli.output_folder import complete_or_absent, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import AT_LEAST_1, AT_LEAST_2, ignored_config_keys
 from qsharded.data import Tokenizer
-from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World, stop_world
 from qsharded.models.choice import read_config
 from qsharded.models.config_spellings import ignoring
@@ -143,14 +141,8 @@ def _write(
     device: torch.device,
     calibrated: Calibrated | None,
 ) -> None:
-    ready = calibrated.store.weight if calibrated else lambda name: None
     with complete_or_absent(output) as unfinished:
-        quantize_checkpoint(checkpoint, unfinished, config.format, device, quant_format, ready)
-        write_origin(checkpoint, unfinished)
-        others = [checkpoint / "generation_config.json", *present_files(checkpoint)]
-        copy_files(others, checkpoint, unfinished)
-        if calibrated:
-            calibrated.record.write(unfinished)
+        write_packed(checkpoint, unfinished, config.format, device, quant_format, calibrated)
     if calibrated:
         calibrated.store.remove()
     logging.getLogger(__name__).info("quantized model written to %s", output)

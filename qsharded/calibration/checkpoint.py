@@ -6,22 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from qsharded.calibration.calibrate import Calibration, calibrate
 from qsharded.calibration.layer_store import LayerStore
 from qsharded.calibration.layer_walk import LayerWalk
 from qsharded.calibration.rows import CalibrationRows
 from qsharded.calibration.second_moments import MEAN_DAMPING, RELATIVE_DAMPING
+from qsharded.checkpoint.base_identity import write_origin
 from qsharded.checkpoint.calibration_record import CalibrationRecord
 from qsharded.checkpoint.fingerprint import Fingerprint
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
-from qsharded.checkpoint.pack import read_unpacked
-from qsharded.checkpoint.packed_format import StorageFormat
+from qsharded.checkpoint.pack import Ready, quantize_checkpoint, read_unpacked
+from qsharded.checkpoint.packed_format import Form, StorageFormat
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import open_tied
+from qsharded.data.tokenizer_files import present_files
 from qsharded.models.choice import read_config
+from qsharded.quant.formats import QuantFormat
 from qsharded.utils import collectives
+from qsharded.utils.durable_files import copy_whole
 
 
 @dataclass(frozen=True)
@@ -56,23 +59,33 @@ def calibrate_checkpoint(
     source.check(shapes_in_files(source, expected_shapes(packed_model)))
     model = skeleton(config, None, dtype, quant_format=None).eval()
     record = _record(rows, how)
-    made_from = _hash(checkpoint), str(dtype), device.type
+    made_from = weights_hash(checkpoint), str(dtype), device.type
     is_main = collectives.rank(how.group) == 0
     store = LayerStore(unfinished, how.quant_format)
     if is_main:
         store.begin({**record.to_json(), "made_from": list(made_from)})
     collectives.barrier(how.group)
-    walk = LayerWalk(model, source, _own(rows, how.group), device)
+    walk = LayerWalk(model, source, rows.of_rank(how.group), device)
     calibrate(walk, source, packed_layers(packed_model), how, store, device, shows_progress=is_main)
     return Calibrated(store, record)
 
 
-def _own(rows: CalibrationRows, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """This rank's rows, of which each has one at least."""
-    count, ranks = rows.ids_RS.shape[0], collectives.size(group)
-    if count < ranks:
-        raise ValueError(f"{count} calibration rows are less than one for each of {ranks} ranks: give more")
-    return rows.ids_RS[collectives.rank(group) :: ranks]
+def write_packed(
+    checkpoint: Path, target: Path, form: Form, device: torch.device, quant_format: QuantFormat, made: Calibrated | None
+) -> None:
+    """Write ``checkpoint`` packed into ``target``, an existing folder: weights, where they are from, tokenizer.
+
+    Args:
+        made: its calibrated weights; None rounds to nearest.
+    """
+    ready: Ready = made.store.weight if made else lambda name: None
+    quantize_checkpoint(checkpoint, target, form, device, quant_format, ready)
+    write_origin(checkpoint, target)
+    for file in [checkpoint / "generation_config.json", *present_files(checkpoint)]:
+        if file.is_file():
+            copy_whole(file, target / file.relative_to(checkpoint))
+    if made:
+        made.record.write(target)
 
 
 def _record(rows: CalibrationRows, how: Calibration) -> CalibrationRecord:
@@ -88,8 +101,8 @@ def _record(rows: CalibrationRows, how: Calibration) -> CalibrationRecord:
     )
 
 
-def _hash(checkpoint: Path) -> str:
-    """Of the weights."""
+def weights_hash(checkpoint: Path) -> str:
+    """Of the weights of a folder."""
     fingerprint = Fingerprint.of(checkpoint)
     content = json.dumps([fingerprint.config, fingerprint.tensors], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

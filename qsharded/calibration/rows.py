@@ -11,10 +11,12 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from qsharded.data import Example, Tokenizer, load_examples
 from qsharded.data.shuffling import shuffled
+from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,17 @@ class CalibrationRows:
         """A hash of the ids."""
         return hashlib.sha256(self.ids_RS.contiguous().numpy().tobytes()).hexdigest()[:16]
 
+    def of_rank(self, group: dist.ProcessGroup | None) -> Tensor:
+        """This rank's rows, of which each has one at least.
+
+        Raises:
+            ValueError: there are fewer rows than ranks.
+        """
+        count, ranks = self.ids_RS.shape[0], collectives.size(group)
+        if count < ranks:
+            raise ValueError(f"{count} calibration rows are less than one for each of {ranks} ranks: give more")
+        return self.ids_RS[collectives.rank(group) :: ranks]
+
 
 def read_calibration_rows(
     datasets: Sequence[str], tokenizer: Tokenizer, rows: int, length: int, vocab_size: int
@@ -46,21 +59,24 @@ def read_calibration_rows(
         ValueError: as ``load_examples``; there are fewer rows than datasets; a dataset with too few tokens for one row,
             or with ids beyond ``vocab_size``.
     """
-    if rows < len(datasets):
-        raise ValueError(f"--calibrate-rows {rows} is less than a row for each of the {len(datasets)} datasets")
-    parts = {}
-    for name, count in zip(datasets, _shares(rows, len(datasets)), strict=True):
-        examples = load_examples(name, tokenizer, max_length=length * count, overlong="truncate").examples
-        parts[name] = rows_of(examples, count, length, name)
-    return together(parts, vocab_size)
+    longest = length * rows
+    parts = {name: load_examples(name, tokenizer, max_length=longest, overlong="truncate") for name in datasets}
+    return rows_of_parts({name: part.examples for name, part in parts.items()}, rows, length, vocab_size)
 
 
-def together(parts: Mapping[str, Tensor], vocab_size: int) -> CalibrationRows:
-    """The rows of several datasets as one.
+def rows_of_parts(
+    examples: Mapping[str, Sequence[Example]], rows: int, length: int, vocab_size: int
+) -> CalibrationRows:
+    """``rows`` rows of ``length`` tokens, in equal parts from several datasets, each by its name.
 
     Raises:
-        ValueError: an id beyond ``vocab_size``.
+        ValueError: there are fewer rows than datasets; a dataset with too few tokens for one, or with ids beyond
+            ``vocab_size``.
     """
+    if rows < len(examples):
+        raise ValueError(f"{rows} calibration rows are less than one for each of {len(examples)} datasets: give more")
+    shares = zip(examples.items(), _shares(rows, len(examples)), strict=True)
+    parts = {name: rows_of(part, count, length, name) for (name, part), count in shares}
     ids_RS = torch.cat(list(parts.values()))
     if (largest := int(ids_RS.max())) >= vocab_size:
         raise ValueError(

@@ -25,6 +25,7 @@ from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
 from qsharded.checkpoint.base_identity import base_metadata
 from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
+from qsharded.checkpoint.initial_adapter import copy_initial, initial_metadata
 from qsharded.checkpoint.manifest import Manifest, write_manifest
 from qsharded.checkpoint.resume import ADAPTER, OPTIMIZER, PARTIAL, STATE_FILE, Progress, checkpoint_folder
 from qsharded.checkpoint.retention import drop_old_checkpoints, drop_partial_checkpoints
@@ -280,10 +281,13 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     folder = job.partial / ADAPTER
     folder.mkdir(exist_ok=True)
     with opened(job.partial, weights) as written:
-        metadata = {"format": "pt"} | base_metadata(job.progress["base"])
+        initial = job.progress["initial"]
+        metadata = {"format": "pt"} | base_metadata(job.progress["base"]) | initial_metadata(initial)
         tensors = write_tensors(folder / WEIGHTS_FILE, written.whole_tensors("weight"), metadata)
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
-    return {f"{ADAPTER}/{WEIGHTS_FILE}": tensors, f"{ADAPTER}/{CONFIG_FILE}": described}
+    beside = copy_initial(job.folder.parent.parent, folder, initial)
+    files = {WEIGHTS_FILE: tensors, CONFIG_FILE: described} | beside
+    return {f"{ADAPTER}/{name}": record for name, record in files.items()}
 
 
 def _tensor_file(kind: str, rank: int, size: int) -> str:

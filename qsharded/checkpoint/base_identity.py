@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qsharded.checkpoint.adapter import WEIGHTS_FILE, open_weights
+from qsharded.checkpoint.calibration_record import NEAREST, CalibrationRecord
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.fingerprint import Fingerprint, is_packed
 from qsharded.utils.untrusted_json import (
@@ -20,6 +21,7 @@ from qsharded.utils.untrusted_json import (
     BOOLEAN,
     NULL,
     as_object,
+    check,
     map_of,
     object_of,
     parse,
@@ -43,11 +45,13 @@ class BaseIdentity:
         own: of the checkpoint that was given.
         packed: whether that is in 4 bits.
         made_from: of the checkpoint in 16 bits that it was packed from; None where that is not known.
+        rounding: "nearest", or what a calibration calls its own.
     """
 
     own: Fingerprint
     packed: bool = False
     made_from: Fingerprint | None = None
+    rounding: str = NEAREST
 
     @classmethod
     def of(cls, folder: Path) -> "BaseIdentity":
@@ -59,7 +63,8 @@ class BaseIdentity:
         own = Fingerprint.of(folder)
         if not is_packed(folder):
             return cls(own)
-        return cls(own, packed=True, made_from=_read_origin(folder, own))
+        record = CalibrationRecord.read(folder)
+        return cls(own, True, _read_origin(folder, own), record.rounding if record else NEAREST)
 
     @classmethod
     def of_random(cls, folder: Path, seed: int, device: torch.device) -> "BaseIdentity":
@@ -74,8 +79,9 @@ class BaseIdentity:
             ValueError: it is something else.
         """
         require(read, _IDENTITY, "no fingerprint of a base model")
-        origin = read["made_from"]
-        return cls(Fingerprint(**read["own"]), read["packed"], Fingerprint(**origin) if origin else None)
+        origin, said = read["made_from"], read.get("rounding", NEAREST)  # older versions knew no other
+        check({"rounding": said}, {"rounding": text(128)}, "no fingerprint of a base model")
+        return cls(Fingerprint(**read["own"]), read["packed"], Fingerprint(**origin) if origin else None, said)
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON."""

@@ -9,6 +9,8 @@ from qsharded.checkpoint.files import write_json
 from qsharded.utils.untrusted_json import integer, map_of, number, read_json, require, text
 
 CALIBRATION_FILE = "qsharded_calibration.json"
+NEAREST = "nearest"
+"""The rounding of weights that nothing was calibrated for."""
 _COUNT = integer(1, 1 << 48)
 _SCHEMA = {
     "method": text(64),
@@ -63,6 +65,11 @@ class CalibrationRecord:
         read = read_json(path)
         require(read, _SCHEMA, str(path))
         return cls(**{key: read[key] for key in _SCHEMA})
+
+    @property
+    def rounding(self) -> str:
+        """A short name, the same for the same rounding of the same weights."""
+        return f"{self.method} {self.data}"
 
     def __str__(self) -> str:
         shares = ", ".join(f"{count} of {name}" for name, count in self.sources.items())

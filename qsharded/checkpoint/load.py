@@ -252,11 +252,12 @@ def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill_shards
     layers = packed_layers(model)
     tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
     packed.source.check(stacked.shapes_in_files(packed.source, _plain_shapes(model)), tensors)
-    fills = [fill for name, layer in layers.items() for fill in _bytes_fills(packed, name, layer)]
+    fills = [fill for name, layer in layers.items() for fill in packed_layer_fills(packed, name, layer)]
     return fills + plain_fills(model, packed.source)
 
 
-def _bytes_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
+def packed_layer_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
+    """What fills ``layer`` with the packed weight ``name``, bytes to bytes."""
     parts = packed.storage_format.parts(packed.source, name, layer.out_features, layer.in_features)
     first, G = own_rows(layer.weight).start, layer.in_features // layer.block_size
     codes, absmax = (local(tensor) for tensor in (layer.weight, layer.weight_absmax))

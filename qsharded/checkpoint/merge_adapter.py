@@ -5,6 +5,7 @@ Axes: N = out_features, K = in_features.
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from qsharded.checkpoint.adapter import (
     read_lora_config,
     stored_name,
 )
+from qsharded.checkpoint.initial_adapter import open_initial
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
@@ -79,8 +81,8 @@ def merge_weights(
     model = skeleton(config, read_lora_config(adapter), torch.float32, quant_format=quant_format)
     source.check(shapes_in_files(source, expected_shapes(model)))
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
-    with open_weights(adapter / WEIGHTS_FILE) as file:
-        merge = _Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE)
+    with open_weights(adapter / WEIGHTS_FILE) as file, _initial(adapter, base) as initial:
+        merge = _Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE, initial)
         added = _untied(config, source, merge)
         for path in source.files():
             logger.info("merging %s", path.name)
@@ -89,6 +91,13 @@ def merge_weights(
     if merge.adapts_an_end():
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
+
+
+def _initial(adapter: Path, base: Base) -> AbstractContextManager[Any]:
+    """What is to be taken off the update. Weights in 16 bits lack nothing that an adapter began with; to those that are
+    rounded as its base was, the whole of it belongs."""
+    opened = open_initial(adapter) if base == "16bit" else None
+    return nullcontext() if opened is None else opened
 
 
 def _untied(config: AnyConfig, source: SafetensorsFolder, merge: "_Merge") -> dict[str, str]:
@@ -132,6 +141,7 @@ class _Merge:
         name_in_adapter: what the adapter's file calls what is called so here.
         ends: the embedding's weight and the head's.
         file, path: the adapter's, open.
+        initial: the file of what the adapter began with, open, where that is to be taken off; or None.
     """
 
     adapted: dict[str, tuple[str, LoRALayer]]
@@ -144,6 +154,7 @@ class _Merge:
     ends: tuple[str, str]
     file: Any
     path: Path
+    initial: Any
 
     @classmethod
     def of(
@@ -153,6 +164,7 @@ class _Merge:
         quant_format: formats.QuantFormat | None,
         file: Any,
         path: Path,
+        initial: Any,
     ) -> "_Merge":
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
@@ -178,6 +190,7 @@ class _Merge:
             ends=(embedding, head),
             file=file,
             path=path,
+            initial=initial,
         )
 
     def adapts_an_end(self) -> bool:
@@ -212,9 +225,13 @@ class _Merge:
 
     def _delta(self, name: str, layer: LoRALayer) -> Tensor:
         """The update in fp32, of the weight's shape. The adapter's parameters are in memory for this long alone."""
+        update = self._product(self.file, name, layer)
+        return update if self.initial is None else update.sub_(self._product(self.initial, name, layer))
+
+    def _product(self, file: Any, name: str, layer: LoRALayer) -> Tensor:
         values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
         for part, value in values.items():
-            copy_rows(self.file, self.name_in_adapter(f"{name}.{part}"), value, self.path)
+            copy_rows(file, self.name_in_adapter(f"{name}.{part}"), value, self.path)
         with torch.no_grad():
             return layer.product(*values.values())
 

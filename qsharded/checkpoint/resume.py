@@ -43,6 +43,7 @@ class Progress:
         window: what has been summed since the last log line; NaN, after a skipped step, is null in the file.
         settings: the options that matter when a run goes on; :mod:`qsharded.config.resume_roles` says how.
         data, base: fingerprints of the rows and of the base weights; empty where an older version wrote them.
+        initial: the hash of the file that holds what the adapter began with; "" where that was no change.
         changes: of options, each with the step from which it holds.
         best: the best evaluation so far, as ``training.best`` keeps it; empty where none is compared.
     """
@@ -58,6 +59,7 @@ class Progress:
     changes: list[str] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     skipped_before: int = 0
+    initial: str = ""
 
     @property
     def skipped_since_start(self) -> int:

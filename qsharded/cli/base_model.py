@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, SCHEMA, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
+from qsharded.checkpoint.initial_adapter import INITIAL_FILE, initial_of
 from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
@@ -16,7 +18,7 @@ from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import check, read_json
 
-_OF_ADAPTER = [*DESCRIBING, "adapter_model.*"]  # the tokenizer that it was trained with too
+_OF_ADAPTER = [*DESCRIBING, "adapter_model.*", INITIAL_FILE]  # the tokenizer that it was trained with too
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +92,20 @@ def mismatch_explained(model: str, adapter: Path | None) -> Iterator[None]:
 
 
 def base_note(
-    adapter: Path, model: str, checkpoint: Path, *, allow_other: bool, base: BaseIdentity | None = None
+    adapter: Path,
+    model: str,
+    checkpoint: Path,
+    *,
+    allow_other: bool,
+    base: BaseIdentity | None = None,
+    any_rounding: bool = False,
 ) -> str | None:
     """A line to show where an adapter's base could not be told to be ``model``, which lies in ``checkpoint``.
 
     Args:
         allow_other: take another base, and say so.
         base: that of ``checkpoint``, where it is known already.
+        any_rounding: take an adapter that makes up for the rounding of other weights than those, from the same 16 bits.
 
     Raises:
         ValueError: the adapter was trained on another base; what differs is said.
@@ -105,9 +114,15 @@ def base_note(
     if recorded is None:
         return f"note: {adapter} does not record the weights it was trained on, so they were not compared with {model}"
     try:
-        different = recorded.difference(base or BaseIdentity.of(checkpoint), checkpoint)
+        now = base or BaseIdentity.of(checkpoint)
+        different = recorded.difference(now, checkpoint)
     except CannotTell as why:
         return f"note: whether {adapter} was trained on {model} could not be checked: {why}"
+    if different is None and not any_rounding and initial_of(adapter) and recorded.rounding != now.rounding:
+        different = (
+            f"the adapter began with what the rounding of its base ({recorded.rounding}) left out, and this base is "
+            f"rounded otherwise ({now.rounding})"
+        )
     if different is None:
         return None
     other = f"{adapter} was trained on another base model than --model {model}: {different}"
@@ -116,9 +131,12 @@ def base_note(
     return f"note: {other}; taken all the same, as --allow-other-base says"
 
 
-def log_base_note(world: World, adapter: Path, model: str, checkpoint: Path, *, allow_other: bool) -> None:
+def log_base_note(
+    world: World, adapter: Path, model: str, checkpoint: Path, *, allow_other: bool, any_rounding: bool = False
+) -> None:
     """The same for a command that logs its lines. Every rank calls this; the main rank reads."""
-    note = found_by_main(world, lambda: base_note(adapter, model, checkpoint, allow_other=allow_other))
+    look = partial(base_note, adapter, model, checkpoint, allow_other=allow_other, any_rounding=any_rounding)
+    note = found_by_main(world, look)
     if note and world.is_main:
         logger.info(note)
 

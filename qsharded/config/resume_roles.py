@@ -6,7 +6,7 @@ Role = Literal["base", "rows", "fixed", "step", "adapter", "told", "free"]
 
 _OPTIONS: dict[Role, tuple[str, ...]] = {
     # Which base weights: a fingerprint tells, wherever they lie.
-    "base": ("model", "revision", "random_init"),
+    "base": ("model", "revision", "random_init", "calibrate", "original_model"),
     # Which rows with which loss masks: a fingerprint tells, and these may be why they are others.
     "rows": (
         "dataset", "dataset_split", "dataset_format", "dataset_columns", "streaming", "train_on",
@@ -14,7 +14,7 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
         "chat_template_kwargs", "template_date", "overlong", "eval_split",
     ),
     # Which rows an epoch draws, their order, and what a row of a batch holds.
-    "fixed": ("dataset_weights", "seed", "max_length", "packing"),
+    "fixed": ("dataset_weights", "seed", "max_length", "packing", "lora_init"),
     # Rows of a step, together with the number of ranks; that product is fixed.
     "step": ("per_device_train_batch_size", "gradient_accumulation_steps"),
     # The adapter's own configuration, which the checkpoint holds; it is fixed but for dropout.

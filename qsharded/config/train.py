@@ -66,6 +66,19 @@ class TrainConfig:
     )
     ignore_config_key: tuple[str, ...] = ignored_config_keys("Model")
     random_init: bool = _model("Random weights in the shape that --model's config.json gives, for benchmarks.", False)
+    calibrate: int = _model(
+        "Training rows of --max-length tokens to calibrate the base on before the run: it is packed once, closer to "
+        "the original in as many bytes (docs/calibration.md), into a folder beside --data-cache. 0 rounds to nearest.",
+        0,
+        unit="rows",
+        check=AT_LEAST_0,
+    )
+    original_model: str | None = _model(
+        "The checkpoint in 16 bits that a packed --model was made from, for --lora-init residual.",
+        None,
+        metavar="PATH|ID",
+        unset="--model itself",
+    )
     adapter: str | None = _model(
         "PEFT adapter to go on training, a folder or a Hub id; its own configuration replaces the --lora options.",
         None,
@@ -215,6 +228,11 @@ class TrainConfig:
     lora_alpha_pattern: dict[str, float] = _lora("Other alphas for the layers whose names match KEY.", {})
     lora_dtype: Literal["float32", "bfloat16"] = _lora("Type of everything that is trained.", "float32")
     use_rslora: bool = _lora("Scale by alpha / sqrt(r) instead (rsLoRA).", False)
+    lora_init: Literal["default", "residual"] = _lora(
+        "residual begins adapters with what makes up best for the base's rounding on training rows, --calibrate of "
+        "them or 32 (docs/calibration.md); default begins them at no change.",
+        "default",
+    )
 
     optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = _optimizer(
         "AdamW with moments in fp32, in 8 bits, or in 8 bits and in host memory where the GPU has no room for them.",
@@ -471,6 +489,7 @@ class TrainConfig:
             raise ValueError(f"--sharding replicate keeps all weights on every GPU, which {other} contradicts")
         if self.cpu_offload and self.reshard_after_forward == "never":
             raise ValueError("--cpu-offload frees each layer after its forward: leave --reshard-after-forward out")
+        _check_calibrated(self)
         _check_targets(self.lora_target_modules)
         _check_patterns("--lora-rank-pattern", self.lora_rank_pattern)
         _check_patterns("--lora-alpha-pattern", self.lora_alpha_pattern)
@@ -489,6 +508,17 @@ def _check_best(config: TrainConfig) -> None:
         raise ValueError("--save-best compares evaluations: say with --eval-steps how often there is one")
     if config.early_stopping_threshold and not stopping:
         raise ValueError("--early-stopping-threshold is for --early-stopping-patience")
+
+
+def _check_calibrated(config: TrainConfig) -> None:
+    if config.random_init and (config.calibrate or config.lora_init == "residual"):
+        raise ValueError("--random-init draws weights: --calibrate and --lora-init residual are for real ones")
+    if config.adapter and config.lora_init == "residual":
+        raise ValueError("--lora-init residual begins a new adapter: leave out --adapter, or it")
+    if config.original_model and config.lora_init != "residual":
+        raise ValueError("--original-model is for --lora-init residual")
+    if config.streaming and (config.calibrate or config.lora_init == "residual"):
+        raise ValueError("--streaming does not know all rows: it does not go with --calibrate or --lora-init residual")
 
 
 def _check_planned(config: TrainConfig) -> None:

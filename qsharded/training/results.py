@@ -15,6 +15,7 @@ from qsharded.checkpoint.adapter import save_adapter, trainable
 from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.checkpoint.base_identity import base_metadata
 from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.initial_adapter import copy_initial, initial_metadata
 from qsharded.checkpoint.resume import ADAPTER, Progress, checkpoint_folder
 from qsharded.cli.command_line import Again
 from qsharded.config import TrainConfig
@@ -192,6 +193,7 @@ class Results:
         return folder
 
     def _try_adapter(self, folder: Path) -> None:
+        initial = self.setup.progress.initial
         try:
             save_adapter(
                 self.setup.model,
@@ -199,10 +201,11 @@ class Results:
                 folder,
                 base_model=self.setup.base_model,
                 revision=self.config.revision,
-                metadata=base_metadata(self.setup.progress.base),
+                metadata=base_metadata(self.setup.progress.base) | initial_metadata(initial),
                 is_main=self.world.is_main,
             )
             if self.world.is_main:
+                copy_initial(Path(self.config.output_dir), folder, initial)
                 self.setup.tokenizer.copy_files(folder)
         except OSError:
             with suppress(OSError):

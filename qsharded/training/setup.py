@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from qsharded.checkpoint.adapter import load_adapter, trainable
 from qsharded.checkpoint.base_identity import BaseIdentity
+from qsharded.checkpoint.initial_adapter import copy_initial, initial_of, write_initial
 from qsharded.checkpoint.load import Outline, parameter_count
-from qsharded.checkpoint.resume import Progress, load_checkpoint
+from qsharded.checkpoint.resume import ADAPTER, Progress, load_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.base_model import base_note, find_adapter, lora_config
 from qsharded.cli.command import compute_dtype
@@ -31,6 +34,7 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.gpu_memory import Plan
+from qsharded.training.calibration import calibrated_base, fill_adapters, residual_adapters
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loaders, read_data
 from qsharded.training.disk_room import Sizes
@@ -82,20 +86,31 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     resumed = Resumed.read(resume_from, world)
     base = _read_base(config, world)
     check_room(config, world, resume_from, base.sizes(config))
-    data = read_data(config, world, base.tokenizer, base.outline.model.config.vocab_size, resumed)
+    vocab_size = base.outline.model.config.vocab_size
+    data = read_data(config, world, base.tokenizer, vocab_size, resumed)
     world.barrier()  # ranks that are still reading rows must not be waited for in a collective of the loading
+    original = base.folder
+    if config.calibrate:
+        calibrated = calibrated_base(config, world, original, data.train, vocab_size)
+        config = replace(config, model=str(calibrated), revision=None)
+        base = _read_base(config, world)
     made = Made(config, data.loader.rows_per_step, data.train, base.tokenizer, base.folder)
     progress, notes = made.progress(world, resumed)
     total_steps = _total_steps(config, data.loader)
     end_if_finished(config, world, resume_from, progress, total_steps)
     if base.adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, base, progress))
+    begins = config.lora_init == "residual" and resumed is None
+    first = residual_adapters(config, world, base.outline, original, data.train) if begins else None
     chosen = choose_memory(config, world, base.outline, base.lora)
     model, why_layout = _load_model(chosen.config, world, base)
+    if first:
+        fill_adapters(model, first)
     setup = _setup(config, world, base, data, model, progress, total_steps)
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
     claim_output_dir(config, world, resume_from)
+    progress.initial = found_by_main(world, partial(_keep_initial, config, base, progress, first, resume_from))
     write_record(config, world, _facts(base, data, setup, chosen.plan))
     setup.summary = _summary(config, world, setup, data, resume_from)
     setup.summary += [line for line in (why_layout, chosen.why, data.note, *notes) if line]
@@ -164,6 +179,20 @@ def _setup(
         progress=progress,
         stopping=Stopping(world, collective_timeout(config)),
     )
+
+
+def _keep_initial(
+    config: TrainConfig, base: _Base, progress: Progress, first: dict[str, Tensor] | None, resume_from: Path | None
+) -> str:
+    """Have the output folder hold what the adapter began with, if that was a change; returns the file's hash."""
+    output = Path(config.output_dir)
+    if first:
+        return write_initial(output, first)
+    before = resume_from / ADAPTER if resume_from else base.adapter
+    initial = progress.initial if resume_from else (initial_of(before) if before else "")
+    if before and initial:
+        copy_initial(before, output, initial)
+    return initial
 
 
 @heartbeat.working_outside("downloading, or looking for, model and datasets")

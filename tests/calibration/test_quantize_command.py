@@ -144,8 +144,8 @@ def test_fewer_tokens_than_columns_choose_scales_alone(model: Path, rows: Path, 
         (["--calibrate", "{rows}", "--method", "nearest"], "--method nearest takes no --calibrate"),
         (["--calibrate", "{rows}", "--calibrate-length", "4096"], "tokens, too few for a calibration row of 4096"),
         (
-            ["--calibrate", "{rows}", "{rows}", "--calibrate-rows", "1"],
-            "--calibrate-rows 1 is less than a row for each",
+            ["--calibrate", "{rows}", "{more}", "--calibrate-rows", "1"],
+            "1 calibration rows are less than one for each",
         ),
         (["--calibrate", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -153,7 +153,8 @@ def test_fewer_tokens_than_columns_choose_scales_alone(model: Path, rows: Path, 
 def test_refusals(
     model: Path, rows: Path, tmp_path: Path, flags: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [flag.format(rows=rows) for flag in flags]
+    more = write_chat_rows(rows.with_name("more.jsonl"), 20)
+    given = [flag.format(rows=rows, more=more) for flag in flags]
     with pytest.raises(SystemExit):
         quantize.main(["--model", str(model), "--output", str(tmp_path / "out"), *given])
     assert complaint in capsys.readouterr().err

@@ -387,6 +387,9 @@ def changed(config: TrainConfig) -> TrainConfig:
         "host_memory_gib": 64.0,
         "gpu_memory_gib": 1.5,
         "eval_split": 0.0,
+        "calibrate": 0,  # these three do not go with random weights, nor with an adapter
+        "lora_init": "default",
+        "original_model": None,
     }
     names = [field.name for field in dataclasses.fields(config)]
     return dataclasses.replace(

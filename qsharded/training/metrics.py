@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from qsharded.report.run_files import SAMPLES_FILE
 from qsharded.training.row_file import RowFile
+from qsharded.training.trackers import Trackers
 from qsharded.utils.progress_bar import ProgressBar
 
 
@@ -38,7 +39,8 @@ class MetricsLog:
 
     A run that resumes passes `first_step`, the steps already done: rows of later steps, which the interrupted run
     left in the file, are dropped, since those steps are run again. The file is written anew where it is 0. Each row
-    says how many `seconds` the run has taken since it began to train, its earlier starts included.
+    says how many `seconds` the run has taken since it began to train, its earlier starts included. `trackers` are told
+    all of it too.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class MetricsLog:
         is_main: bool,
         *,
         first_step: int = 0,
+        trackers: Trackers | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._is_main, self._clock = is_main, clock
+        self._is_main, self._clock, self._trackers = is_main, clock, trackers
         self._screen = _Screen(stream or sys.stdout, total_steps, first_step)
         self._progress = _Progress(total_steps, first_step, clock)
         self._status = ""
@@ -96,6 +99,8 @@ class MetricsLog:
         """Write what the model answers at this step into samples.jsonl, beside the metrics; nothing is printed."""
         if not self._is_main:
             return
+        if self._trackers:
+            self._trackers.sample(step, prompt, answer)
         if self._samples is None:
             self._samples = self._open_samples()
         row = {"step": step, "prompt": prompt, "answer": answer}
@@ -119,6 +124,8 @@ class MetricsLog:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
+        if self._trackers:
+            self._trackers.log(row["step"], row)
         self._file.add({**row, "seconds": round(self._clock() - self._begun, 1)})
 
 

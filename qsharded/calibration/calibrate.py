@@ -20,12 +20,12 @@ from qsharded.calibration.layer_store import LayerStore
 from qsharded.calibration.layer_walk import LayerWalk
 from qsharded.calibration.second_moments import SecondMoments
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.data.progress_bar import ProgressBar
 from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.pack_weight import SharedRows
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils import collectives, heartbeat
+from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.sharding import rows_of_rank, rows_per_rank
 
 Method = Literal["compensated", "search"]
@@ -61,7 +61,7 @@ def calibrate(
     Raises:
         ValueError: a weight or an input that is not finite.
     """
-    bar = ProgressBar("calibrating", len(walk.layers), unit="layers") if shows_progress else None
+    bar = ProgressBar("calibrating", len(walk.layers), " layers", stays=True) if shows_progress else None
     walk.begin()
     for number in range(len(walk.layers)):
         heartbeat.beat("calibrating")
@@ -77,9 +77,9 @@ def calibrate(
                 linear.weight.data = ops.nf4_dequantize(weight, linear.weight.dtype)
             walk.run(number, keep=True)
         if bar:
-            bar.show(number + 1, number + 1)
+            bar.advance(1)
     if bar:
-        bar.done(len(walk.layers))
+        bar.close()
 
 
 def _is_done(store: LayerStore, layer: int, group: dist.ProcessGroup | None) -> bool:

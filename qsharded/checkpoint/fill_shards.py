@@ -5,7 +5,7 @@ Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
 from qsharded.quant.packed_weight import QuantizedAbsmax, pad_absmax
 from qsharded.utils import collectives
+from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.sharding import RowRange, local, own_rows
 
 
@@ -40,29 +41,54 @@ class Fill(Protocol):
         """All chunks are sound on every rank, on ``device``. Ranks that have none come here too."""
 
 
-def run(fills: Iterable[Fill], source: WeightSource, device: torch.device, groups: Groups = ()) -> None:
+def run(
+    fills: Iterable[Fill],
+    source: WeightSource,
+    device: torch.device,
+    groups: Groups = (),
+    bar: ProgressBar | None = None,
+) -> None:
     """Carry out ``fills`` in order on ``device``, reading ahead meanwhile.
 
     Args:
         groups: those of the ranks that carry out the same fills, each its own rows.
+        bar: shows the bytes read.
 
     Raises:
         ValueError, OSError: what is read is damaged, or cannot be read: alike on all these ranks.
     """
     fills = list(fills)
     with closing(source.stream([chunk for fill in fills for chunk in fill.chunks], device)) as stream:
-        take_all(fills, source, stream, device, groups)
+        take_all(fills, source, stream, device, groups, bar)
+
+
+def bytes_of(fills: Iterable[Fill]) -> int:
+    """What this rank reads for ``fills``."""
+    return sum(chunk.nbytes for fill in fills for chunk in fill.chunks)
+
+
+def shown_bar(title: str, nbytes: int) -> AbstractContextManager[ProgressBar | None]:
+    """A bar of so many bytes on the first rank, whose part is about as large as the others'; elsewhere none."""
+    is_first = collectives.rank(collectives.every_rank()) == 0
+    return ProgressBar(title, nbytes) if is_first else nullcontext()
 
 
 @torch.no_grad()
 def take_all(
-    fills: Iterable[Fill], source: WeightSource, stream: Iterator[Tensor], device: torch.device, groups: Groups = ()
+    fills: Iterable[Fill],
+    source: WeightSource,
+    stream: Iterator[Tensor],
+    device: torch.device,
+    groups: Groups = (),
+    bar: ProgressBar | None = None,
 ) -> None:
     """Give ``fills`` their chunks out of ``stream``, which has the bytes of all in their order."""
     for fill in fills:
         with refused_by_all(groups, device):
             for chunk in fill.chunks:
                 fill.take(chunk, next(stream).view(-1).view(source.dtype(chunk.name)))
+                if bar is not None:
+                    bar.advance(chunk.nbytes)
             fill.check()
         fill.finish(device)
 

@@ -139,7 +139,8 @@ class Outline:
         groups = groups_of(mesh)
         with refused_by_all(groups, device):
             fills, source = self._fills(device, seed)
-        fill_shards.run(fills, source, device, groups)
+        with fill_shards.shown_bar("loading the model", fill_shards.bytes_of(fills)) as bar:
+            fill_shards.run(fills, source, device, groups, bar)
         self.model.fill_buffers()
         reset_adapters(self.model, seed)
         return self.model

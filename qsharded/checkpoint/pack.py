@@ -28,6 +28,7 @@ from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
+from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.sharding import RowRange
 from qsharded.utils.untrusted_json import read_json
 
@@ -77,9 +78,13 @@ def quantize_checkpoint(
         return name if parts is source else source.name_in_files(name)
 
     layers = {in_parts(name): layer for name, layer in packed_layers(model).items()}
-    writer = _Writer(parts, layers, form, quant_format, device, {in_parts(name): name for name in shapes}, ready)
-    names_of = writer.names_by_file([*map(in_parts, shapes), *source.other_parts()])
-    files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
+    names = [*map(in_parts, shapes), *source.other_parts()]
+    nbytes = sum(math.prod(parts.shape(name)) * parts.dtype(name).itemsize for name in names)
+    with fill_shards.shown_bar("quantizing", nbytes) as bar:
+        names_here = {in_parts(name): name for name in shapes}
+        writer = _Writer(parts, layers, form, quant_format, device, names_here, ready, bar)
+        names_of = writer.names_by_file(names)
+        files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
         size = sum(file.nbytes for file in files.values())
@@ -111,6 +116,7 @@ class _Writer:
     device: torch.device
     names_here: Mapping[str, str]
     ready: Ready
+    bar: ProgressBar | None
 
     def names_by_file(self, to_write: Iterable[str]) -> dict[Path, list[str]]:
         """The tensors to write, by the file that holds them."""
@@ -121,13 +127,12 @@ class _Writer:
 
     def write(self, path: Path, names: Sequence[str]) -> SafetensorsFile:
         """One file of them."""
-        logger.info("writing %s", path.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         specs = [self._specs(name) for name in names]
         known = {name: spec for entry in specs for name, spec in entry.items() if spec is not None}
         late = [name for entry in specs for name, spec in entry.items() if spec is None]
         with SafetensorsFile(path, known, late) as file:
-            fill_shards.run([self._fill(name, file) for name in names], self.source, self.device)
+            fill_shards.run([self._fill(name, file) for name in names], self.source, self.device, bar=self.bar)
         return file
 
     def _specs(self, name: str) -> Mapping[str, Spec | None]:
@@ -141,6 +146,8 @@ class _Writer:
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
         sink = _FileSink(file, self.form, self.quant_format, name, N, K, dtype)
         if (made := self.ready(self.names_here[name])) is not None:
+            if self.bar is not None:
+                self.bar.advance(N * K * dtype.itemsize)  # which need not be read
             return _ReadyFill(made, sink)
         return fill_shards.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
 

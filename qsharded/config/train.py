@@ -20,6 +20,8 @@ from qsharded.config.options import (
 from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
 _model = partial(option, group="Model")
 _data = partial(option, group="Data")
 _lora = partial(option, group="LoRA adapter")
@@ -279,6 +281,12 @@ class TrainConfig:
     )
     overwrite_output_dir: bool = _output("Replace the earlier run that --output-dir holds.", False)
     logging_steps: int = _output("Steps from one log line to the next.", 10, unit="steps", check=AT_LEAST_1)
+    report_to: list[str] = _output(
+        "Where figures and samples go too: tensorboard (OUTPUT_DIR/tensorboard), wandb, mlflow, each with the package "
+        "of that name, and as its own environment variables say. Their failures are warnings.",
+        [],
+        metavar="NAME ...",
+    )
     profile: str | None = _output(
         "Steps to record, as 12 or 12-14: OUTPUT_DIR/profile has a trace of each rank then, for chrome://tracing or "
         "ui.perfetto.dev.",
@@ -474,6 +482,8 @@ class TrainConfig:
         if self.eval_steps and not (self.eval_sets or self.eval_split or self.save_best == EXACT_MATCH):
             raise ValueError("--eval-steps needs rows to evaluate on: give --eval-dataset or --eval-split")
         _check_best(self)
+        if unknown := [name for name in self.report_to if name not in TRACKERS]:
+            raise ValueError(f"--report-to takes {', '.join(TRACKERS)}, got {unknown[0]!r}")
         if self.sample_steps and not self.sample_prompts:
             raise ValueError("--sample-steps needs prompts to answer: give --sample-prompts")
         if self.one_example_per_answer and self.train_on == "all":

@@ -18,14 +18,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from qsharded.data.chunks import Chunk
 from qsharded.data.examples import Dataset
 from qsharded.data.load import Reading
-from qsharded.data.progress_bar import ProgressBar
 from qsharded.data.row_source import RowSource
 from qsharded.data.stored import TOKEN_BYTES, ExampleFiles, packed
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.utils.durable_files import write_whole
+from qsharded.utils.progress_bar import ProgressBar
 
 _NOTE = "done.json"
 _NOTE_S = 5.0
@@ -74,7 +76,9 @@ class Fill:
             OSError: a file could not be written.
         """
         progress = _Progress.read(self.folder)
-        bar = ProgressBar(f"tokenizing {self.name}", self.source.nbytes) if self.shows_progress else None
+        title, bar = f"tokenizing {self.name}", None
+        if self.shows_progress:
+            bar = ProgressBar(title, self.source.nbytes, done=progress.nbytes)
         with ExampleFiles(self.folder, progress.sizes) as files, self._executor() as executor:
             left = islice(self.source.chunks(), progress.chunks, None)
             for chunk, (block, rows, dataset) in self._tokenized(left, executor):
@@ -85,11 +89,12 @@ class Fill:
                 self.reading.check_bad(progress.dataset)
                 progress.note_at_times(self.folder, files)
                 if bar:
-                    bar.show(progress.nbytes, progress.rows)
+                    bar.reach(progress.nbytes, f"{progress.rows:,} rows")
             progress.note(self.folder, files)
         self.reading.check_any(progress.dataset, progress.rows, self.name)
         if bar:
-            bar.done(progress.rows)
+            bar.close()
+            bar.message(f"{title}: {progress.rows:,} rows in {tqdm.format_interval(bar.seconds())}")
 
     def _tokenized(self, of: Iterable[Chunk], executor: Executor | None) -> Iterator[tuple[Chunk, "_Found"]]:
         if executor is not None:

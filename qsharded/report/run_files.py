@@ -12,7 +12,7 @@ from qsharded.utils.untrusted_json import read_json
 
 RECORD_FILE, METRICS_FILE, SAMPLES_FILE = "run.json", "metrics.jsonl", "samples.jsonl"
 SETTINGS_FILE, FINISHED_FILE, REPORT_FILE = "config.toml", "finished.json", "report.html"
-BEST_FOLDER, BEST_FILE = "best", "best.json"
+BEST_FOLDER, BEST_FILE, TENSORBOARD_FOLDER = "best", "best.json", "tensorboard"
 Point = tuple[float, float]
 
 

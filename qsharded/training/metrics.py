@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, and on standard output a progress bar (on a terminal) or plain lines."""
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,8 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from tqdm import tqdm
+
 from qsharded.report.run_files import SAMPLES_FILE
 from qsharded.training.row_file import RowFile
+from qsharded.training.trackers import Trackers
+from qsharded.utils.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class MetricsLog:
 
     A run that resumes passes `first_step`, the steps already done: rows of later steps, which the interrupted run
     left in the file, are dropped, since those steps are run again. The file is written anew where it is 0. Each row
-    says how many `seconds` the run has taken since it began to train, its earlier starts included.
+    says how many `seconds` the run has taken since it began to train, its earlier starts included. `trackers` are told
+    all of it too.
     """
 
     def __init__(
@@ -46,11 +50,12 @@ class MetricsLog:
         is_main: bool,
         *,
         first_step: int = 0,
+        trackers: Trackers | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._is_main, self._clock = is_main, clock
-        self._screen = _Screen(stream or sys.stdout)
+        self._is_main, self._clock, self._trackers = is_main, clock, trackers
+        self._screen = _Screen(stream or sys.stdout, total_steps, first_step)
         self._progress = _Progress(total_steps, first_step, clock)
         self._status = ""
         self._file = RowFile(Path(path), first_step, self.message) if is_main else None
@@ -70,7 +75,7 @@ class MetricsLog:
     def advance(self, step: int) -> None:
         """Say that `step` steps are done: redraws the bar of a terminal."""
         if self._is_main:
-            self._screen.draw(lambda columns: self._progress.bar(step, self._status, columns))
+            self._screen.reach(step, self._status)
 
     def train(self, row: TrainRow) -> None:
         """Log a row of training."""
@@ -78,10 +83,10 @@ class MetricsLog:
             return
         values = asdict(row)
         self._write(values | values.pop("metrics"))
-        self._status = _status(row)
+        self._status = _status(row, grad=False)
         self.advance(row.step)
         if not self._screen.is_terminal:
-            self._screen.line(f"{self._progress.count(row.step)} {self._status} eta {self._progress.eta(row.step)}")
+            self._screen.line(f"{self._progress.count(row.step)} {_status(row)} eta {self._progress.eta(row.step)}")
 
     def evaluation(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Log what an evaluation measured, such as `eval_loss` and `eval_perplexity`, under these names."""
@@ -94,6 +99,8 @@ class MetricsLog:
         """Write what the model answers at this step into samples.jsonl, beside the metrics; nothing is printed."""
         if not self._is_main:
             return
+        if self._trackers:
+            self._trackers.sample(step, prompt, answer)
         if self._samples is None:
             self._samples = self._open_samples()
         row = {"step": step, "prompt": prompt, "answer": answer}
@@ -111,50 +118,39 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files and leave the bar on a line of its own."""
-        self._screen.release()
+        self._screen.close()
         for file in filter(None, (self._file, self._samples)):
             file.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
+        if self._trackers:
+            self._trackers.log(row["step"], row)
         self._file.add({**row, "seconds": round(self._clock() - self._begun, 1)})
 
 
 class _Screen:
-    """Lines on a stream, with a last line that is redrawn if the stream is a terminal."""
+    """Lines on a stream, above a bar of the steps if the stream is a terminal."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, total_steps: int, first_step: int) -> None:
         self._stream = stream
-        self._bar = ""
-        self.is_terminal = stream.isatty()
+        self._bar = ProgressBar("", total_steps, " steps", done=first_step, stays=True, speed=False, stream=stream)
+        self.is_terminal = self._bar.is_terminal
 
-    def draw(self, render: Callable[[int], str]) -> None:
-        if not self.is_terminal:
-            return
-        # The last column stays free: a terminal wraps when it is filled.
-        columns = max(shutil.get_terminal_size().columns - 1, 1)
-        bar = render(columns)[:columns]
-        self._put("\r" + bar.ljust(min(len(self._bar), columns)))
-        self._bar = bar
+    def reach(self, step: int, status: str) -> None:
+        if self.is_terminal:
+            self._bar.reach(step, status)
 
     def line(self, text: str) -> None:
-        over = "\r" + " " * len(self._bar) + "\r" if self._bar else ""
-        self._put(f"{over}{text}\n{self._bar}")
-
-    def release(self) -> None:
-        if self._bar:
-            self._put("\n")
-            self._bar = ""
-
-    def _put(self, text: str) -> None:
-        """Write, whatever becomes of the reader: `train | head` must not end the training."""
-        encoding = self._stream.encoding or "utf-8"
+        """Print, whatever becomes of the reader: `train | head` must not end the training."""
         try:
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
+            self._bar.message(text)
         except BrokenPipeError:
             # What is still buffered would raise once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class _Progress:
@@ -171,21 +167,15 @@ class _Progress:
 
     def eta(self, step: int) -> str:
         done = step - self._first
-        return _duration((self._clock() - self._start) / done * (self._total - step)) if done > 0 else "?"
-
-    def bar(self, step: int, status: str, columns: int) -> str:
-        """The bar, drawn in what the figures leave of a line; a narrow terminal gets the figures alone."""
-        figures = " ".join(filter(None, [self.count(step), status, f"eta {self.eta(step)}"]))
-        room = min(columns - len(figures) - 3, 30)
-        if room < 8:
-            return figures
-        filled = room * step // max(self._total, 1)
-        return f"[{'#' * filled}{'.' * (room - filled)}] {figures}"
+        if done <= 0:
+            return "?"
+        return tqdm.format_interval((self._clock() - self._start) / done * (self._total - step))
 
 
-def _status(row: TrainRow) -> str:
+def _status(row: TrainRow, *, grad: bool = True) -> str:
+    """A row in short; ``grad``: with the gradient's norm, for which a bar in 80 columns has no room."""
     figures = (
-        f"loss {_brief(row.loss)} grad {_brief(row.grad_norm)} lr {row.learning_rate:.2e} "
+        f"loss {_brief(row.loss)} {f'grad {_brief(row.grad_norm)} ' if grad else ''}lr {row.learning_rate:.2e} "
         f"tok/s {row.tokens_per_second:.0f} mem {row.memory_gib:.1f}G"
     )
     return figures + (f" skipped {row.skipped_steps}" if row.skipped_steps else "")
@@ -193,9 +183,3 @@ def _status(row: TrainRow) -> str:
 
 def _brief(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -22,6 +22,7 @@ from qsharded.report.run_files import (
     REPORT_FILE,
     SAMPLES_FILE,
     SETTINGS_FILE,
+    TENSORBOARD_FOLDER,
 )
 from qsharded.training import bad_batches, hang_report
 from qsharded.training.disk_room import Sizes, refuse_full_disk
@@ -32,7 +33,7 @@ from qsharded.utils.durable_files import folder_bytes, write_whole
 
 _ADAPTER = "adapter"
 _TRACES = (METRICS_FILE, SETTINGS_FILE, RECORD_FILE, REPORT_FILE, SAMPLES_FILE, FINISHED_FILE)
-_REPORTS = (bad_batches.FOLDER, hang_report.FOLDER)
+_REPORTS = (bad_batches.FOLDER, hang_report.FOLDER, TENSORBOARD_FOLDER)
 _VISIBLE_AFTER_S = 60.0  # a network file system may remember for so long that a file was not there
 _POLL_S = 0.1
 

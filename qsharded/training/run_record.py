@@ -14,6 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -85,7 +86,9 @@ def _this_rank(world: World) -> dict[str, Any]:
 def _write(config: TrainConfig, run: RunFacts, ranks: Sequence[dict[str, Any]]) -> None:
     path = Path(config.output_dir, RECORD_FILE)
     starters = [rank["starter"] for rank in ranks]
+    before = _before(path) if run.progress.step else {}
     record = {
+        "id": before.get("id", uuid4().hex),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": _versions(),
         "commit": environment.source_commit(),
@@ -109,7 +112,7 @@ def _write(config: TrainConfig, run: RunFacts, ranks: Sequence[dict[str, Any]]) 
         "rows_per_step": run.data.loader.rows_per_step,
         "changes": run.progress.changes,
         "plan": _planned(run.plan),
-        "earlier_starts": _earlier_starts(path) if run.progress.step else [],
+        "earlier_starts": _earlier_starts(before),
     }
     write_json(path, record)
 
@@ -157,11 +160,16 @@ def _planned(plan: Plan | None) -> Mapping[str, float] | None:
     return {"allocated_gib": plan.allocated / GIB, "reserved_gib": plan.reserved / GIB}
 
 
-def _earlier_starts(path: Path) -> list[dict[str, Any]]:
-    """Of the run that this one goes on with, if it was in this folder."""
+def _before(path: Path) -> dict[str, Any]:
+    """The record of the run that this one goes on with, if it was in this folder."""
     try:
-        before = read_json(path)
+        return read_json(path)
     except (ValueError, OSError):
+        return {}
+
+
+def _earlier_starts(before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not before:
         return []
     return [*before.get("earlier_starts", []), {name: before[name] for name in _OF_A_START if name in before}]
 

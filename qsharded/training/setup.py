@@ -45,6 +45,7 @@ from qsharded.training.run_folder import check_output_dir, check_room, claim_out
 from qsharded.training.run_record import RunFacts, write_record
 from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
+from qsharded.training.trackers import refuse_missing
 from qsharded.training.watchdog import collective_timeout
 from qsharded.utils import heartbeat
 from qsharded.utils.untrusted_json import read_json
@@ -81,6 +82,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
         ValueError: a mistake of the user's, named.
         AlreadyFinished: there is nothing left to do.
     """
+    found_by_main(world, partial(refuse_missing, config.report_to))
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
     resumed = Resumed.read(resume_from, world)

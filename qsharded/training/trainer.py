@@ -30,6 +30,7 @@ from qsharded.training.run_report import RunReport
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
 from qsharded.training.stopping import StopRequested
+from qsharded.training.trackers import Trackers
 from qsharded.utils import heartbeat, signals
 from qsharded.utils.durable_files import NotWritten
 
@@ -62,7 +63,10 @@ class Trainer:
         first = setup.progress.step
         with (
             RunReport(folder, world.is_main) as report,
-            MetricsLog(folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first) as log,
+            Trackers(config, world.is_main, first) as trackers,
+            MetricsLog(
+                folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first, trackers=trackers
+            ) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
         ):
             trainer = cls(config, world, setup, log, writer, again, report, **others)

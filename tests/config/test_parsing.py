@@ -353,6 +353,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "early_stopping_threshold": 0.5,
         "sample_prompts": "p.txt",
         "sample_steps": 4,
+        "report_to": ["wandb", "mlflow"],
         "exact_match_dataset": "x",
         "resume_from_checkpoint": "auto",
         "warmup_steps": 3,

@@ -50,6 +50,7 @@ def config(**values: Any) -> TrainConfig:
             {"eval_dataset": "e", "eval_steps": 1, "save_best": "eval_loss", "early_stopping_threshold": 0.1},
             "--early-stopping-threshold is for --early-stopping-patience",
         ),
+        ({"report_to": ["wandb", "wb"]}, "--report-to takes tensorboard, wandb, mlflow, got 'wb'"),
         ({"sample_steps": 2}, "--sample-steps needs prompts to answer: give --sample-prompts"),
         ({"streaming": True}, "--streaming reads as many rows as --max-steps takes: give --max-steps"),
         (

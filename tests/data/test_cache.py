@@ -347,7 +347,7 @@ def test_processes_of_its_own_fill_it_alike(
     stored = DataCache(tmp_path / "cache", tokenizer, READING)
     found = stored.dataset("rows", Files([path]))
     assert same(found, load_examples(path, tokenizer, max_length=60))
-    assert f"tokenizing rows: {len(found.examples)} rows in 0:0" in capfd.readouterr().err
+    assert f"tokenizing rows: {len(found.examples)} rows in 00:0" in capfd.readouterr().err
     write_rows(path, *rows[:100], {"messages": []}, *rows, {"messages": []})
     with pytest.raises(ValueError, match=r"rows\.jsonl:101: .*messages is empty"):
         stored.dataset("rows", Files([path]))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qsharded.calibration.layer_inputs import LayerInputs
 from qsharded.calibration.layer_walk import LayerWalk
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.data.progress_bar import ProgressBar
 from qsharded.utils import heartbeat
+from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.seeds import derived_seed
 
 _OVERSAMPLED, _ITERATIONS = 16, 4  # of the randomized decomposition: singular values to some 1e-4 of the exact ones
@@ -69,7 +69,7 @@ def residual_start(
 
     Layers see what the rounded layers before them give. All ranks of ``group`` call this, each with its own rows.
     """
-    bar = ProgressBar("starting adapters", len(walk.layers), unit="layers") if shows_progress else None
+    bar = ProgressBar("starting adapters", len(walk.layers), " layers", stays=True) if shows_progress else None
     found: dict[str, tuple[Tensor, Tensor]] = {}
     walk.begin()
     for number in range(len(walk.layers)):

@@ -88,7 +88,7 @@ class DampedMoments:
         L_KK = torch.linalg.cholesky(self.H_KK[backwards_K][:, backwards_K].double())
         R_KK = L_KK.flip(0, 1)
         identity_KK = torch.eye(R_KK.shape[0], dtype=R_KK.dtype, device=R_KK.device)
-        return torch.linalg.solve_triangular(R_KK, identity_KK, upper=True).float()
+        return torch.linalg.solve_triangular(R_KK, identity_KK, upper=True).float().contiguous()
 
     def factor(self) -> Tensor:
         """fp64 [K, K]: lower L with L L^T = H."""

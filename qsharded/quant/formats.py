@@ -197,7 +197,7 @@ def thresholds(device: torch.device | str = "cpu", quant_type: str = "nf4") -> T
 
 
 @cache
-def _ascending_codes(device: torch.device, quant_type: str) -> Tensor:
+def ascending_codes(device: torch.device, quant_type: str) -> Tensor:
     """uint8 [16]: the codes in the order of their values; of two zeros the lower code first."""
     return codebook(quant_type=quant_type).argsort(stable=True).to(torch.uint8).to(device)
 
@@ -237,7 +237,7 @@ def nearest_codes(scaled: Tensor, quant_type: str = "nf4") -> Tensor:
     index = torch.bucketize(scaled, thresholds(scaled.device, quant_type), out_int32=True)
     if quant_type == "nf4":
         return index.to(torch.uint8)  # its values ascend: no second look-up
-    return _ascending_codes(scaled.device, quant_type)[index]
+    return ascending_codes(scaled.device, quant_type)[index]
 
 
 def dequantize_blocks(

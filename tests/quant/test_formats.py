@@ -328,7 +328,7 @@ def test_without_double_quantization_absmax_is_exact_and_has_no_codes() -> None:
 
 def test_the_default_device_does_not_reach_the_tables() -> None:
     """They are made at first use, which may be while a model is built on the meta device or a GPU, and stay."""
-    tables = (formats.codebook, formats.thresholds, formats._codebook_pairs, formats._ascending_codes)
+    tables = (formats.codebook, formats.thresholds, formats._codebook_pairs, formats.ascending_codes)
     for table in tables:
         table.cache_clear()
     with torch.device("meta"):

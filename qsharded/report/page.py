@@ -1,5 +1,6 @@
 """``report.html``: what was trained on what, how it went, and how to do it again, on one page to pass on."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from html import escape
 from itertools import groupby
@@ -11,6 +12,7 @@ from qsharded.report.run_files import Run
 from qsharded.report.shareable import command, name_of, settings
 
 _MOST_SAMPLES = 24  # prompts
+_COMMAND_COLUMNS = 90
 
 
 def page(run: Run) -> str:
@@ -22,7 +24,7 @@ def page(run: Run) -> str:
         tiles(figures.key_figures(run)),
         _plots(run),
         section("Evaluations", _evaluations(run)),
-        section("Samples, before and after", "".join(_samples(run))),
+        section("Samples, before and after", _samples(run)),
         section("What was trained on what", _data(run.record)),
         section("Settings that are not the defaults", facts(settings(run.settings).items())),
         section("Environment", _environment(run)),
@@ -84,20 +86,26 @@ def _evaluations(run: Run) -> str:
     return table(["step", *keys], cells)
 
 
-def _samples(run: Run) -> Iterator[str]:
-    """Of each prompt the first answer and the last one."""
+def _samples(run: Run) -> str:
     prompts = list(dict.fromkeys(sample["prompt"] for sample in run.samples))
-    for prompt in prompts[:_MOST_SAMPLES]:
-        answers = [sample for sample in run.samples if sample["prompt"] == prompt]
-        first, last = answers[0], answers[-1]
-        shown = [(f"step {one['step']:,}" if one["step"] else "before", one["answer"]) for one in (first, last)]
-        yield f'<div class="sample"><div class="ask"><span>prompt</span>{_said(prompt)}</div>'
-        yield from (f"<div><span>{when}</span>{_said(answer)}</div>" for when, answer in dict(shown).items())
-        if last.get("reference") is not None:
-            yield f"<div><span>reference</span>{_said(last['reference'])}</div>"
-        yield "</div>\n"
-    if len(prompts) > _MOST_SAMPLES:
-        yield f"<p class=quiet>{len(prompts) - _MOST_SAMPLES} more prompts are in samples.jsonl</p>\n"
+    if not prompts:
+        return ""
+    left = len(prompts) - _MOST_SAMPLES
+    more = f"<p class=quiet>{left} more prompts are in samples.jsonl</p>\n" if left > 0 else ""
+    shown = "".join(part for prompt in prompts[:_MOST_SAMPLES] for part in _sample(run, prompt))
+    return f'<div class="samples">{shown}</div>\n{more}'
+
+
+def _sample(run: Run, prompt: str) -> Iterator[str]:
+    """The first answer to a prompt, and the last one."""
+    answers = [sample for sample in run.samples if sample["prompt"] == prompt]
+    first, last = answers[0], answers[-1]
+    shown = [(f"step {one['step']:,}" if one["step"] else "before", one["answer"]) for one in (first, last)]
+    yield f'<div class="sample"><div class="ask"><span>prompt</span>{_said(prompt)}</div>'
+    yield from (f"<div><span>{when}</span>{_said(answer)}</div>" for when, answer in dict(shown).items())
+    if last.get("reference") is not None:
+        yield f"<div><span>reference</span>{_said(last['reference'])}</div>"
+    yield "</div>\n"
 
 
 def _said(words: str) -> str:
@@ -159,6 +167,18 @@ def _start(one: Mapping[str, Any]) -> str:
 def _repeat(run: Run) -> str:
     ranks, nodes = run.record.get("ranks", 1), run.record.get("nodes", 1)
     return (
-        f"<pre>{escape(command(run.settings, ranks, nodes))}</pre>\n"
+        f"<pre>{escape(_in_lines(command(run.settings, ranks, nodes)))}</pre>\n"
         "<p class=quiet>Files are named without their folders: give the paths that they have where you run it.</p>\n"
     )
+
+
+def _in_lines(words: str) -> str:
+    """A long command with an option a line, as a shell takes it."""
+    if len(words) <= _COMMAND_COLUMNS:
+        return words
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(words):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))

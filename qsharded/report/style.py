@@ -60,19 +60,20 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{text-align:left;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);vertical-align:top;
   overflow-wrap:anywhere}
 th{font-weight:500;color:var(--quiet)}thead th{font-size:.85rem;white-space:nowrap}
-td.n,th.n{text-align:right}.facts th{width:13rem}.scroll{overflow-x:auto}
+td.n,th.n{text-align:right}.facts th{width:14rem}.facts+.scroll{margin-top:1.5rem}.scroll{overflow-x:auto}
 td i{display:inline-block;width:.9rem;height:3px;border-radius:2px;margin-right:.5rem;vertical-align:middle}
 code,pre{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,monospace}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem;margin:.5rem 0;
   white-space:pre-wrap;overflow-wrap:anywhere}
-.sample{border:1px solid var(--line);border-radius:10px;margin:.75rem 0;overflow:hidden}
-.sample>div{padding:.55rem .9rem;display:grid;grid-template-columns:7.5rem minmax(0,1fr);gap:.75rem;
+.samples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+.sample{border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.sample>div{padding:.5rem .9rem;display:grid;grid-template-columns:5.5rem minmax(0,1fr);gap:.75rem;
   white-space:pre-wrap;overflow-wrap:anywhere}
 .sample>div+div{border-top:1px solid var(--line)}.sample .ask{background:var(--panel);font-weight:500}
 .sample span{color:var(--quiet);font-size:.85rem;white-space:nowrap;font-weight:400}
 .note{border-left:3px solid var(--c1);padding:.1rem .8rem;margin:.75rem 0}
 @media(max-width:44rem){.plots{grid-template-columns:minmax(0,1fr)}.facts th{width:8.5rem}
-  .sample>div{grid-template-columns:minmax(0,1fr);gap:.1rem}.wide .area{height:12rem}
+  .sample>div{grid-template-columns:4.75rem minmax(0,1fr)}.wide .area{height:12rem}
   body{padding:1.25rem .9rem 3rem}}
 @media print{body{max-width:none}.plot,.sample,.tile{break-inside:avoid}}
 """

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import tomllib
@@ -24,6 +25,7 @@ from qsharded.utils.untrusted_json import read_json
 
 _PATIENCE_S = 15.0  # for all of them together, of the 25 s in which a stopped run is to be saved
 _PROJECT = "qsharded"
+_NAMED_CHARACTERS = 60  # of a prompt
 
 
 class Tracker(Protocol):
@@ -114,7 +116,7 @@ class MLflow:
         self._mlflow.log_metrics(dict(values), step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._mlflow.log_text(text, f"{name.replace(' ', '-')}/step-{step:06d}.txt")
+        self._mlflow.log_text(text, f"{re.sub('[^A-Za-z0-9]+', '-', name)}/step-{step:06d}.txt")
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -156,9 +158,10 @@ class Trackers:
             worker.put(lambda tracker: tracker.log(step, finite))
 
     def sample(self, step: int, prompt: str, answer: str) -> None:
-        """Pass on what the model answers."""
+        """Pass on what the model answers, each prompt's answers under a name of their own."""
+        name = f"sample: {prompt[:_NAMED_CHARACTERS]}"
         for worker in self._workers:
-            worker.put(lambda tracker: tracker.text(step, "samples", f"{prompt}\n\n{answer}"))
+            worker.put(lambda tracker: tracker.text(step, name, f"{prompt}\n\n{answer}"))
 
 
 class _Worker:

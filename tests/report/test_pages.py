@@ -1,7 +1,9 @@
 """Pages and plots of runs: what is in them, that it is well-formed, and what must not be in them."""
 
+import html
 import json
 import re
+import shlex
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -148,7 +150,7 @@ def test_no_path_of_this_machine_is_on_a_page(tmp_path: Path) -> None:
     for text in pages:
         assert str(tmp_path) not in text
         assert "secret-host" not in text
-    for said in ("my-model", "rows.jsonl more.jsonl", "--chat-template t.jinja", "--eval-dataset held.jsonl"):
+    for said in ("my-model", "--dataset rows.jsonl more.jsonl", "--chat-template t.jinja", "--eval-dataset held.jsonl"):
         assert said in pages[0], said
 
 
@@ -179,6 +181,15 @@ def test_the_command_gives_the_same_settings_again(tmp_path: Path) -> None:
     assert "--chat-template-kwargs thinking=false" in said
     again = parse_train([*said.split()[2:], "--output-dir", "out"])
     assert again == replace(first, ranks=2)
+
+
+def test_a_long_command_has_an_option_a_line_that_a_shell_takes(tmp_path: Path) -> None:
+    options = {"model": "owner/" + 60 * "m", "dataset": ("a b.jsonl", "c.jsonl"), "lora_r": 8}
+    run = written(tmp_path / "out", [1.0], **options)
+    [shown] = re.findall("<pre>(.*?)</pre>", page(run), re.DOTALL)
+    assert shown.count("\n") == 4
+    whole = command(run.settings, 1)
+    assert shlex.split(html.unescape(shown).replace("\\\n", "")) == shlex.split(whole)
 
 
 def test_the_built_in_run_is_repeated_by_what_it_was_given() -> None:

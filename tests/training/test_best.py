@@ -15,7 +15,8 @@ from qsharded.report.run_files import read_metrics
 from qsharded.training import evaluation, results
 from qsharded.training.best import Judge
 from qsharded.utils.durable_files import NotWritten
-from tests.training.test_divergence import BUILTIN, arguments
+from tests.training.short_runs import rows as builtin_rows
+from tests.training.short_runs import short
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -62,7 +63,7 @@ def test_another_measure_is_compared_anew() -> None:
 
 
 LOSSES = {0: 9.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.25, 6: 0.5}
-KEPT = ["--eval-dataset", str(BUILTIN / "eval.jsonl"), "--eval-steps", "1", "--save-best", "eval_loss"]
+KEPT = ["--eval-dataset", str(builtin_rows("eval.jsonl", 20)), "--eval-steps", "1", "--save-best", "eval_loss"]
 EVERY = ["--save-steps", "1", "--logging-steps", "1"]
 
 
@@ -89,7 +90,7 @@ def kept_at(out: Path) -> Any:
 
 
 def test_best_holds_the_adapter_of_the_best_step(tmp_path: Path, scripted: list[int]) -> None:
-    train.main(arguments(tmp_path, *KEPT, *EVERY))
+    train.main(short(tmp_path, *KEPT, *EVERY))
     assert scripted == [0, 1, 2, 3, 4, 5, 6]
     assert kept_at(tmp_path) == {"measure": "eval_loss", "value": LOSSES[6], "step": 6}
     assert (tmp_path / "best" / WEIGHTS).read_bytes() == (tmp_path / "adapter" / WEIGHTS).read_bytes()
@@ -102,7 +103,7 @@ def test_a_run_ends_when_its_patience_is_out_and_goes_on_with_more(
 ) -> None:
     out = tmp_path / "out"
     patient = [*KEPT, *EVERY, "--early-stopping-patience"]
-    train.main(arguments(out, *patient, "3"))
+    train.main(short(out, *patient, "3"))
     said = capsys.readouterr().out
     assert "ended after step 5 of 6, as 3 evaluations in a row were no better" in said
     assert f"best eval_loss 1 at step 2: its adapter is in {out}/best" in said
@@ -112,11 +113,11 @@ def test_a_run_ends_when_its_patience_is_out_and_goes_on_with_more(
     assert (out / "best" / WEIGHTS).read_bytes() == second.read_bytes()
     assert "finished early" in (out / "report.html").read_text()
     auto = ["--resume-from-checkpoint", "auto"]
-    train.main(arguments(out, *patient, "3", *auto))
+    train.main(short(out, *patient, "3", *auto))
     assert (
         "is finished: ended early, as --early-stopping-patience was out, after 5 of 6 steps" in capsys.readouterr().out
     )
-    train.main(arguments(out, *patient, "4", *auto))
+    train.main(short(out, *patient, "4", *auto))
     assert scripted[6:] == [6]
     assert kept_at(out)["step"] == 6
 
@@ -124,10 +125,10 @@ def test_a_run_ends_when_its_patience_is_out_and_goes_on_with_more(
 def test_patience_and_the_best_go_on_with_a_resumed_run(tmp_path: Path, scripted: list[int]) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     patient = [*KEPT, *EVERY, "--early-stopping-patience", "3"]
-    train.main(arguments(whole, *patient))
+    train.main(short(whole, *patient))
     shutil.copytree(whole, out)
     del scripted[:]
-    train.main(arguments(out, *patient, "--resume-from-checkpoint", str(out / "checkpoints" / "step-000004")))
+    train.main(short(out, *patient, "--resume-from-checkpoint", str(out / "checkpoints" / "step-000004")))
     assert scripted == [5]
     assert kept_at(out) == kept_at(whole)
     assert (out / "adapter" / WEIGHTS).read_bytes() == (whole / "adapter" / WEIGHTS).read_bytes()
@@ -146,7 +147,7 @@ def test_a_best_adapter_that_does_not_fit_is_a_warning(
         save_adapter(model, lora, folder, **others)
 
     monkeypatch.setattr(results, "save_adapter", full)
-    train.main(arguments(tmp_path, *KEPT))
+    train.main(short(tmp_path, *KEPT))
     said = capsys.readouterr()
     assert "warning: the adapter of step 2, the best so far, was not written: no room" in said.err
     assert f"best eval_loss 3 at step 1: its adapter is in {tmp_path}/best" in said.out
@@ -160,6 +161,13 @@ def test_exact_answers_can_be_what_is_compared(tmp_path: Path, monkeypatch: pyte
         return evaluation.ExactMatch(next(shares), [""] * len(prompts))
 
     monkeypatch.setattr(evaluation, "exact_match", matched)
-    exact = ["--exact-match-dataset", str(BUILTIN / "eval.jsonl"), "--eval-steps", "2", "--save-best", "exact_match"]
-    train.main(arguments(tmp_path, *exact))
+    exact = [
+        "--exact-match-dataset",
+        str(builtin_rows("eval.jsonl", 20)),
+        "--eval-steps",
+        "2",
+        "--save-best",
+        "exact_match",
+    ]
+    train.main(short(tmp_path, *exact))
     assert kept_at(tmp_path) == {"measure": "exact_match", "value": 0.4, "step": 4}

@@ -10,38 +10,34 @@ from qsharded.data import Tokenizer
 from qsharded.data.prompts import plain_prompts
 from qsharded.report.run_files import read_metrics
 from tests.report.test_pages import Checked
-from tests.training.test_divergence import BUILTIN, arguments
+from tests.training.short_runs import short
+from tests.training.test_divergence import BUILTIN
 
 
 def halves(folder: Path) -> list[Path]:
     """The built-in evaluation rows in two files of unlike length."""
     lines = (BUILTIN / "eval.jsonl").read_text().splitlines(keepends=True)
-    files = [folder / "short.jsonl", folder / "long.jsonl"]
+    files = [folder / "first.jsonl", folder / "second.jsonl"]
     for file, part in zip(files, (lines[:20], lines[20:60]), strict=True):
         file.write_text("".join(part))
     return files
 
 
 def test_several_sets_are_measured_each_by_itself(tmp_path: Path) -> None:
-    short, long = halves(tmp_path)
-    few = ["--max-steps", "1"]
-    words = [word for word in arguments(tmp_path / "both") if word not in ("--max-steps", "6")]
-    both = [*words, *few, "--eval-dataset", str(short), f"other={long}", "--eval-steps", "1"]
-    train.main(both)
+    first, second = halves(tmp_path)
+    both = ["--eval-dataset", str(first), f"other={second}", "--eval-steps", "1"]
+    train.main(short(tmp_path / "both", *both, steps=1))
     last = [row for row in read_metrics(tmp_path / "both" / "metrics.jsonl") if "eval_other_loss" in row][-1]
     assert last["step"] == 1
-    for name, file in (("short", short), ("other", long)):
-        alone = [word for word in arguments(tmp_path / name) if word not in ("--max-steps", "6")]
-        train.main([*alone, *few, "--eval-dataset", str(file)])
+    for name, file in (("first", first), ("other", second)):
+        train.main(short(tmp_path / name, "--eval-dataset", str(file), steps=1))
         row = read_metrics(tmp_path / name / "metrics.jsonl")[-1]
-        assert (last[f"eval_{name}_loss"], last[f"eval_{name}_perplexity"]) == (
-            row["eval_loss"],
-            row["eval_perplexity"],
-        )
+        measured = (last[f"eval_{name}_loss"], last[f"eval_{name}_perplexity"])
+        assert measured == (row["eval_loss"], row["eval_perplexity"])
     data = json.loads((tmp_path / "both" / "run.json").read_text())["data"]
-    assert [(one["use"], one["rows"]) for one in data[1:]] == [("evaluation short", 20), ("evaluation other", 40)]
+    assert [(one["use"], one["rows"]) for one in data[1:]] == [("evaluation first", 20), ("evaluation other", 40)]
     shown = Checked((tmp_path / "both" / "report.html").read_text()).text
-    assert "evaluation short evaluation other" in shown
+    assert "evaluation first evaluation other" in shown
 
 
 def test_samples_are_what_the_model_would_generate_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +45,7 @@ def test_samples_are_what_the_model_would_generate_then(tmp_path: Path, capsys: 
     prompts.write_text("cheer cat\n\n  cheer <dog>  \n")
     out = tmp_path / "out"
     options = ["--sample-prompts", str(prompts), "--sample-steps", "4", "--sample-max-new-tokens", "6"]
-    train.main(arguments(out, *options, "--learning-rate", "3e-3"))
+    train.main(short(out, *options, "--learning-rate", "3e-3"))
     log = capsys.readouterr().out
     samples = read_metrics(out / "samples.jsonl")
     expected = [(step, prompt) for step in (0, 4, 6) for prompt in ("cheer cat", "cheer <dog>")]
@@ -65,11 +61,11 @@ def test_samples_are_what_the_model_would_generate_then(tmp_path: Path, capsys: 
 
 
 def test_rows_are_sampled_with_their_references(tmp_path: Path) -> None:
-    short, _ = halves(tmp_path)
-    train.main(arguments(tmp_path / "out", "--sample-prompts", str(short)))
+    first, _ = halves(tmp_path)
+    train.main(short(tmp_path / "out", "--sample-prompts", str(first)))
     samples = read_metrics(tmp_path / "out" / "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 20 + [6] * 20
-    answer = json.loads(short.read_text().splitlines()[0])["messages"][-1]["content"]
+    answer = json.loads(first.read_text().splitlines()[0])["messages"][-1]["content"]
     assert samples[0]["reference"] == answer
 
 

@@ -14,7 +14,7 @@ from qsharded.report.run_files import Run, read_metrics
 from qsharded.training import run_record, run_report
 from qsharded.training.run_report import RunReport
 from tests.report.test_pages import Checked
-from tests.training.test_divergence import arguments
+from tests.training.short_runs import short
 
 EVALUATED = ["--eval-split", "0.05", "--eval-steps", "2", "--save-steps", "2", "--logging-steps", "1"]
 
@@ -23,7 +23,7 @@ EVALUATED = ["--eval-split", "0.05", "--eval-steps", "2", "--save-steps", "2", "
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps, each logged."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    train.main(arguments(folder, *EVALUATED))
+    train.main(short(folder, *EVALUATED))
     return folder
 
 
@@ -40,7 +40,7 @@ def test_the_record_says_what_was_trained_on_what_and_where(whole: Path) -> None
     assert record["model"]["type"] == "llama"
     assert record["model"]["parameters"] > record["model"]["trained"] > 0
     training, held_out = record["data"]
-    assert (training["rows"], held_out["rows"]) == (3800, 200)
+    assert (training["rows"], held_out["rows"]) == (190, 10)
     assert training["tokens"] > training["trained_tokens"] > 0
     assert set(record["fingerprints"]) == {"base weights", "rows", "tokenizer"}
 
@@ -56,7 +56,7 @@ def test_the_report_holds_the_runs_last_figures_and_no_path(whole: Path) -> None
 
 
 def test_other_rows_have_another_fingerprint(whole: Path, tmp_path: Path) -> None:
-    train.main(arguments(tmp_path / "out", *EVALUATED, "--train-on", "all"))
+    train.main(short(tmp_path / "out", *EVALUATED, "--train-on", "all"))
     prints, others = record_of(whole)["fingerprints"], record_of(tmp_path / "out")["fingerprints"]
     assert prints["base weights"] == others["base weights"]
     assert prints["rows"] != others["rows"]
@@ -66,7 +66,7 @@ def test_a_resumed_run_remembers_its_starts_and_its_time(whole: Path, tmp_path: 
     out = shutil.copytree(whole, tmp_path / "out")
     before = read_metrics(out / "metrics.jsonl")
     again = ["--resume-from-checkpoint", str(out / "checkpoints" / "step-000002")]
-    train.main(arguments(out, *EVALUATED, *again))
+    train.main(short(out, *EVALUATED, *again))
     record = record_of(out)
     assert record["first_step"] == 2
     assert [start["first_step"] for start in record["earlier_starts"]] == [0]
@@ -81,7 +81,7 @@ def test_a_resumed_run_remembers_its_starts_and_its_time(whole: Path, tmp_path: 
 def test_a_save_brings_the_report_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(run_report, "page", lambda run: f"{seen.append(run.step) or ''}")
-    train.main(arguments(tmp_path, "--save-steps", "2", "--logging-steps", "1"))
+    train.main(short(tmp_path, "--save-steps", "2", "--logging-steps", "1"))
     assert seen[-1] == 6
     assert set(seen) & {2, 3, 4, 5}
 
@@ -93,7 +93,7 @@ def test_a_report_that_fails_is_one_warning(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(run_report, "page", failing)
-    train.main(arguments(tmp_path, "--save-steps", "2"))
+    train.main(short(tmp_path, "--save-steps", "2"))
     assert (tmp_path / "finished.json").is_file()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: no report.html: no page today"]
@@ -109,7 +109,7 @@ def test_other_ranks_write_no_report(tmp_path: Path) -> None:
 def test_runs_are_compared_from_the_command_line(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(arguments(tmp_path / "other", *EVALUATED, "--learning-rate", "1e-3"))
+    train.main(short(tmp_path / "other", *EVALUATED, "--learning-rate", "1e-3"))
     capsys.readouterr()
     words = ["--html", str(tmp_path / "c.html"), "--svg", str(tmp_path / "c.svg"), "--metric", "eval_loss"]
     compare.main([str(whole), str(tmp_path / "other"), *words])

@@ -12,7 +12,7 @@ import pytest
 from qsharded import train
 from qsharded.report.run_files import read_metrics
 from qsharded.training import trackers
-from tests.training.test_divergence import arguments
+from tests.training.short_runs import short
 
 EACH = ["--logging-steps", "1", "--save-steps", "2"]
 
@@ -42,18 +42,18 @@ class FakeRun:
 def test_wandb_gets_every_row_and_a_resumed_run_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, opened = FakeRun(), []
     package("wandb", monkeypatch, init=lambda **given: (opened.append(given), run)[1])
-    (tmp_path / "prompts.txt").write_text("cheer cat\n")
+    (tmp_path / "prompts.txt").write_text("cheer cat\ncheer dog\n")
     out = tmp_path / "out"
     sampled = ["--sample-prompts", str(tmp_path / "prompts.txt"), "--report-to", "wandb"]
-    train.main(arguments(out, *EACH, *sampled))
+    train.main(short(out, *EACH, *sampled))
     rows = read_metrics(out / "metrics.jsonl")
     sent = [(step, values["loss"]) for step, values in run.logged if "loss" in values]
     assert sent == [(row["step"], row["loss"]) for row in rows]
-    texts = [values["samples"] for _, values in run.logged if "samples" in values]
-    assert [text.splitlines()[0] for text in texts] == ["cheer cat", "cheer cat"]
+    texts = [(step, name) for step, values in run.logged for name in values if name.startswith("sample")]
+    assert texts == [(step, f"sample: cheer {animal}") for step in (0, 6) for animal in ("cat", "dog")]
     assert run.finished
     assert str(tmp_path) not in str(opened[0]["config"])
-    train.main(arguments(out, *EACH, *sampled, "--resume-from-checkpoint", str(out / "checkpoints" / "step-000004")))
+    train.main(short(out, *EACH, *sampled, "--resume-from-checkpoint", str(out / "checkpoints" / "step-000004")))
     assert opened[1]["id"] == opened[0]["id"]
     assert [step for step, values in run.logged if "loss" in values][6:] == [5, 6]
 
@@ -67,14 +67,14 @@ def test_mlflow_gets_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     names = ("set_experiment", "start_run", "log_params", "log_metrics", "log_text", "end_run")
     package("mlflow", monkeypatch, search_runs=lambda **_: known, **{name: noted(name) for name in names})
-    train.main(arguments(tmp_path, *EACH, "--report-to", "mlflow"))
+    train.main(short(tmp_path, *EACH, "--report-to", "mlflow"))
     assert [call[0] for call in calls] == ["set_experiment", "start_run", "log_params", *["log_metrics"] * 6, "end_run"]
     assert [call[-1]["step"] for call in calls if call[0] == "log_metrics"] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "grad_norm", "learning_rate", "memory_gib"} <= set(calls[3][1])
     known.append(SimpleNamespace(info=SimpleNamespace(run_id="before")))
     del calls[:]
     again = ["--resume-from-checkpoint", str(tmp_path / "checkpoints" / "step-000004")]
-    train.main(arguments(tmp_path, *EACH, "--report-to", "mlflow", *again))
+    train.main(short(tmp_path, *EACH, "--report-to", "mlflow", *again))
     assert calls[1] == ("start_run", {"run_id": "before"})
 
 
@@ -89,14 +89,14 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_what_was_written_and_steps_run_again_replace_the_first_ones(tmp_path: Path) -> None:
     words = [*EACH, "--eval-split", "0.05", "--eval-steps", "3", "--report-to", "tensorboard"]
-    train.main(arguments(tmp_path, *words))
+    train.main(short(tmp_path, *words))
     rows = read_metrics(tmp_path / "metrics.jsonl")
     for _ in range(2):
         found = scalars(tmp_path / "tensorboard")
         for name in ("loss", "eval_loss", "learning_rate"):
             expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
             assert found[name] == expected
-        train.main(arguments(tmp_path, *words, "--resume-from-checkpoint", f"{tmp_path}/checkpoints/step-000004"))
+        train.main(short(tmp_path, *words, "--resume-from-checkpoint", f"{tmp_path}/checkpoints/step-000004"))
 
 
 def fails(*args: Any, **given: Any) -> Any:
@@ -111,7 +111,7 @@ def test_what_fails_is_one_warning(
     if broken != "init":
         monkeypatch.setattr(run, broken, fails)
     package("wandb", monkeypatch, init=fails if broken == "init" else lambda **given: run)
-    train.main(arguments(tmp_path, *EACH, "--report-to", "wandb"))
+    train.main(short(tmp_path, *EACH, "--report-to", "wandb"))
     assert (tmp_path / "finished.json").is_file()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     rest = "; nothing goes there. The run goes on" if broken == "init" else ". The run goes on"
@@ -124,7 +124,7 @@ def test_one_that_hangs_holds_nobody(
     monkeypatch.setattr(trackers, "_PATIENCE_S", 0.2)
     ended = threading.Event()
     package("wandb", monkeypatch, init=lambda **given: ended.wait(100))
-    train.main(arguments(tmp_path, "--report-to", "wandb"))
+    train.main(short(tmp_path, "--report-to", "wandb"))
     assert (tmp_path / "finished.json").is_file()
     assert "--report-to wandb: it has not taken all within the time" in capsys.readouterr().err
     ended.set()
@@ -135,7 +135,7 @@ def test_one_that_is_not_installed_is_told_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        train.main(arguments(tmp_path / "out", "--report-to", "mlflow"))
+        train.main(short(tmp_path / "out", "--report-to", "mlflow"))
     assert "--report-to mlflow needs its package: pip install 'qsharded[mlflow]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

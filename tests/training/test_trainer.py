@@ -9,6 +9,7 @@ import pytest
 
 from qsharded import train
 from qsharded.report.run_files import read_metrics
+from qsharded.training.metrics import MetricsLog
 from qsharded.training.running_step import RunningStep
 from qsharded.training.stopping import Stopping, StopRequested
 from tests.training.test_divergence import arguments
@@ -49,6 +50,22 @@ def test_figures_that_come_late_are_those_that_come_at_once(tmp_path: Path, monk
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("late", "at_once")
     ]
     assert adapters[0] == adapters[1]
+
+
+def test_a_sample_waits_for_the_figures_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("cheer cat\n")
+    events: list[str] = []
+    log, sample = MetricsLog.train, MetricsLog.sample
+    monkeypatch.setattr(RunningStep, "is_done", lambda self: False)
+    monkeypatch.setattr(MetricsLog, "train", lambda self, row: (events.append(f"row {row.step}"), log(self, row))[1])
+    monkeypatch.setattr(
+        MetricsLog,
+        "sample",
+        lambda self, step, *words: (events.append(f"sample {step}"), sample(self, step, *words))[1],
+    )
+    options = ["--logging-steps", "1", "--sample-prompts", str(tmp_path / "prompts.txt"), "--sample-steps", "4"]
+    train.main(arguments(tmp_path / "out", *options))
+    assert events == ["sample 0", "row 1", "row 2", "row 3", "row 4", "sample 4", "row 5", "row 6", "sample 6"]
 
 
 def test_a_stopped_run_has_read_its_last_complete_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,9 +86,9 @@ def residual_start(
                 for name in names:
                     found[name] = _factors(source, name, rounded, L_KK, shapes[name])
         if bar:
-            bar.show(number + 1, number + 1)
+            bar.advance(1)
     if bar:
-        bar.done(len(walk.layers))
+        bar.close()
     return found
 
 

@@ -35,7 +35,7 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
         "output_dir", "overwrite_output_dir", "logging_steps", "show_rows", "show_characters", "save_steps",
         "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset", "eval_dataset_split",
         "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "dry_run", "gpus", "gpu_memory_gib",
-        "profile", "hang_timeout", "ranks", "gpu", "host_memory_gib", "sweep",
+        "profile", "hang_timeout", "skip_self_check", "ranks", "gpu", "host_memory_gib", "sweep",
     ),
 }  # fmt: skip
 PATHS = ("dataset", "dataset_split")  # of the rows: where they are, which alone makes them no others

@@ -303,6 +303,11 @@ class TrainConfig:
         0,
         check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
     )
+    skip_self_check: bool = _output(
+        "Leave out the comparison at the start of one layer, as it is sharded, fused and checkpointed, with its bytes "
+        "unsharded: for a model whose code is never twice the same. It takes a second at most.",
+        False,
+    )
     hang_timeout: float = _output(
         "Without progress of any rank for so long the run ends: every rank's stacks go to hang/ in --output-dir, and a "
         "line names the ranks that do not answer or are behind. Loading and evaluating are progress. 0 never ends it.",

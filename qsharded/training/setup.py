@@ -27,6 +27,7 @@ from qsharded.distributed.choose_layout import (
     least_free_memory,
     least_memory,
 )
+from qsharded.distributed.layer_twin import LayerTwin
 from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
@@ -40,6 +41,7 @@ from qsharded.training.finished import end_if_finished
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.training.run_record import write_record
+from qsharded.training.self_check import self_check
 from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.watchdog import collective_timeout
@@ -76,6 +78,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     Raises:
         ValueError: a mistake of the user's, named.
         AlreadyFinished: there is nothing left to do.
+        SelfCheckFailed: this machine computes something else than the model.
     """
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
@@ -90,14 +93,16 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     end_if_finished(config, world, resume_from, progress, total_steps)
     if base.adapter and not resumed:
         notes += found_by_main(world, lambda: _base_notes(config, base, progress))
+    twin = LayerTwin(base.outline.model)
     model, choices = _load_model(config, world, base)
     setup = _setup(config, world, base, data, model, progress, total_steps)
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
+    checked = self_check(config, world, model, twin)
     claim_output_dir(config, world, resume_from)
     write_record(config, world, base.folder)
     setup.summary = _summary(config, world, setup, data, resume_from)
-    setup.summary += [line for line in (*choices, data.note, *notes) if line]
+    setup.summary += [line for line in (*choices, data.note, *notes, checked) if line]
     return setup
 
 

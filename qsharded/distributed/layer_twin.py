@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qsharded.distributed.fsdp import layers_of
+from qsharded.distributed.layer_conditions import adapters_at_work, bytes_compared, evaluating, unsharded
 from qsharded.distributed.world import World
 from qsharded.lora.layer import LoRALinear
 from qsharded.models import CausalLM
-from qsharded.quant.linear import PackedLinear
 from qsharded.utils import collectives
-from qsharded.utils.sharding import local, own_rows, rows_per_rank
+from qsharded.utils.sharding import local, own_rows
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class LayerTwin:
         assert self.index is not None
         layer = list(layers_of(model))[self.index]
         ids_BS = (torch.arange(tokens, device=world.device)[None] * 37 + 101 * world.rank) % model.config.vocab_size
-        with torch.random.fork_rng([]), _evaluating(layer), _adapters_at_work(layer):
+        with torch.random.fork_rng([]), evaluating(layer), adapters_at_work(layer):
             held = chain(layer.named_parameters(), layer.named_buffers())
             whole = {name: unsharded(tensor, world.device) for name, tensor in held}
-            with _bytes_compared(layer, whole) as changed:
+            with bytes_compared(layer, whole) as changed:
                 call, trains = self._sharded(model, layer, ids_BS)
             return trains, self._unsharded(call, whole, layer, world), sorted(changed)
 
@@ -98,7 +98,7 @@ class LayerTwin:
 
         forward = model.forward
         hook = layer.register_forward_pre_hook(look)  # behind FSDP2's, which has brought what is gathered
-        model.forward = one_layer  # type: ignore[method-assign]  # under FSDP2's hooks, the root's too
+        model.forward = one_layer  # type: ignore[method-assign, assignment]  # under FSDP2's hooks
         try:
             y = model(ids_BS)
             y.backward(_pattern(y))
@@ -125,18 +125,6 @@ class LayerTwin:
         own = dict(layer.named_parameters())
         means = {name: _mean_rows(leaf, own[name], world) for name, leaf in trained.items()}
         return _passes(x, y, means, adapted=adapted)
-
-
-def unsharded(tensor: Tensor, device: torch.device) -> Tensor:
-    """All rows of a tensor, gathered as bytes by no means of FSDP2's. Every rank calls this."""
-    own = local(tensor).detach().to(device)
-    rows = own_rows(tensor) if own.dim() else None
-    if rows is None or rows.group is None:
-        return own
-    padded = own.new_zeros(rows_per_rank(rows.total, rows.group.size()), *own.shape[1:])
-    padded[: rows.count].view(torch.uint8).copy_(own.contiguous().view(torch.uint8))
-    gathered = collectives.all_gather(padded.view(torch.uint8), rows.group)
-    return gathered.view(own.dtype).flatten(0, 1)[: rows.total]
 
 
 def _shared(layer: nn.Module) -> dict[int, Any]:
@@ -208,61 +196,3 @@ def _mean_rows(leaf: Tensor, parameter: Tensor, world: World) -> Tensor | None:
     collectives.all_reduce(gradient, dist.ReduceOp.SUM, world.group)
     rows = own_rows(parameter)
     return gradient[rows.start : rows.stop] / world.size
-
-
-@contextmanager
-def _evaluating(layer: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    modes = {module: module.training for module in layer.modules()}
-    layer.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _adapters_at_work(layer: nn.Module) -> Iterator[None]:
-    """Adapters that begin at no change would hide themselves: their B gets values about as large as the layer's
-    weights, and then its own back."""
-    before: list[tuple[Tensor, Tensor]] = []
-    for module in layer.modules():
-        if isinstance(module, LoRALinear):
-            before.append((local(module.lora_B.weight).detach(), local(module.lora_B.weight).detach().clone()))
-            _fill(module)
-    try:
-        yield
-    finally:
-        for own, values in before:
-            own.copy_(values)
-
-
-@torch.no_grad()
-def _fill(module: LoRALinear) -> None:
-    weight = module.lora_B.weight
-    rows, R = own_rows(weight), weight.shape[1]
-    numbers = torch.arange(rows.start * R, rows.stop * R, device=local(weight).device, dtype=torch.float32)
-    local(weight).copy_(numbers.cos_().view(-1, R).mul_(0.7 / (module.scaling * R**0.5)))
-
-
-@contextmanager
-def _bytes_compared(layer: nn.Module, whole: dict[str, Tensor]) -> Iterator[set[str]]:
-    """The names of packed layers that meanwhile computed with other bytes than those of ``whole``."""
-    changed: set[str] = set()
-    packed = {name: module for name, module in layer.named_modules() if isinstance(module, PackedLinear)}
-    for name, module in packed.items():
-        module.packed = partial(_compared, module, name, whole, changed)  # type: ignore[method-assign]
-    try:
-        yield changed
-    finally:
-        for module in packed.values():
-            del module.packed
-
-
-def _compared(module: PackedLinear, name: str, whole: dict[str, Tensor], changed: set[str]) -> Any:
-    for part in ("weight", "weight_absmax"):
-        seen, held = module.get_parameter(part).detach(), whole[f"{name}.{part}"]
-        if not torch.equal(seen.view(torch.uint8), held.view(torch.uint8)):
-            changed.add(name)
-    return type(module).packed(module)

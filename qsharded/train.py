@@ -31,10 +31,11 @@ from qsharded.training.memory_errors import memory_errors_end, memory_errors_exp
 from qsharded.training.output_lock import output_locked
 from qsharded.training.rank_failures import one_cause
 from qsharded.training.restarting import after_restart
+from qsharded.training.self_check import SelfCheckFailed
 from qsharded.training.trainer import Trainer
 from qsharded.training.watchdog import collective_timeout, watched
 
-_REFUSALS = ValueError, OSError, DamagedGather
+_REFUSALS = ValueError, OSError, DamagedGather, SelfCheckFailed
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,18 +5,15 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import resume
+from benchmarks import restarts
 from benchmarks.gpu_faults.ranks import BUILTIN, Rank, start, statuses, wait_for_steps
-from benchmarks.launch import flags_of
-from benchmarks.two_gpus.runner import Found, marked, own_mark
+from benchmarks.two_gpus.runner import Found
 from benchmarks.two_gpus.small import RANKS
 from qsharded.utils.exit_codes import HANG
 
@@ -24,7 +21,7 @@ MINUTES = 0.25  # the first step compiles kernels meanwhile
 SEEN_AT = 3  # steps, before a fault
 TOLD_S = 3.0  # by then a rank has said that it trains
 BAD_STEP, STEPS = 2, 3
-RESTARTED_STEPS, SAVED_EVERY, KILLED_AT = 24, 5, 12
+KILLED_AT = 60  # of the restarted run's steps
 ENDED_WITHIN_S = 20.0  # beyond the time-out
 
 
@@ -127,33 +124,16 @@ def restart(folder: Path) -> Found:
     own.mkdir()
     whole, killed = own / "whole", own / "killed"
     logs = {output: own / f"{output.name}.txt" for output in (whole, killed)}
-    runs = {output: _launch(output, log) for output, log in logs.items()}
-    while len(resume.losses(killed)) < KILLED_AT:
+    runs = {output: restarts.launch("qsharded.launch", output, log) for output, log in logs.items()}
+    while restarts.logged(killed) < KILLED_AT:
         assert runs[killed].poll() is None, logs[killed].read_text()
         time.sleep(0.02)
-    (victim,) = (pid for pid in marked(own_mark(), "RANK=1") if str(killed).encode() in _words(pid))
-    os.kill(victim, signal.SIGKILL)
-    at, died = len(resume.losses(killed)), time.monotonic()
+    os.kill(restarts.ranks_of(runs[killed])[1], signal.SIGKILL)
+    at, died = restarts.logged(killed), time.monotonic()
     found = [run.wait() for run in runs.values()]
     seconds = time.monotonic() - died
     print(*(log.read_text() for log in logs.values()), sep="\n---\n")
-    return restart_found(found, logs[killed].read_text(), [_final(whole), _final(killed)], at, seconds)
-
-
-def _launch(output: Path, log: Path) -> "subprocess.Popen[bytes]":
-    options = BUILTIN | {"max_steps": RESTARTED_STEPS, "save_steps": SAVED_EVERY, "output_dir": output}
-    options |= {"deterministic": True, "lora_dropout": 0.1}
-    launcher = ["--standalone", f"--nproc-per-node={RANKS}", "--max-restarts=2", "--monitor-interval=0.1"]
-    command = [sys.executable, "-m", "qsharded.launch", *launcher, "-m", "qsharded.train", *flags_of(options)]
-    with log.open("wb") as out:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-
-
-def _words(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    return restart_found(found, logs[killed].read_text(), [*map(restarts.final, (whole, killed))], at, seconds)
 
 
 def restart_found(found: list[int], said: str, finals: list[dict[str, str]], killed_at: int, seconds: float) -> Found:
@@ -171,17 +151,10 @@ def restart_found(found: list[int], said: str, finals: list[dict[str, str]], kil
     held = {
         "exit status": found == [0, 0],
         "resumed": any("resumed from" in line for line in came["printed"]),
-        "adapter and moments": {"adapter", "optimizer"} <= {name.split("/")[0].split("-")[0] for name in whole},
+        "adapter and moments": all(any(part in name for name in whole) for part in ("adapter", "optimizer")),
         "the same bytes": whole == killed,
     }
     return Found(came, _missed(held) + [f"{name} differs" for name in sorted(whole) if whole[name] != killed.get(name)])
-
-
-def _final(output: Path) -> dict[str, str]:
-    """The hashes of the last checkpoint's weights and optimizer state."""
-    folder = output / "checkpoints" / f"step-{RESTARTED_STEPS:06d}"
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _hash(*parts: "str | Path") -> str:

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=1, help="in each row")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="full")
+    parser.add_argument("--model-code", choices=("auto", "native", "transformers"), default="auto")
     parser.add_argument("--lora-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--memory-gib", type=float, help="of the GPU that --checkpointing auto is to fit")
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="of the suite, these")
@@ -41,7 +42,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here, and these shapes are for one")
     shape = SHAPES[given.shape]
-    names = ("rows", "length", "documents", "checkpointing", "lora_dtype", "memory_gib")
+    names = ("rows", "length", "documents", "checkpointing", "lora_dtype", "memory_gib", "model_code")
     one = Case(given.shape, shape, **{name: getattr(given, name) for name in names})
     cases = [case for case in suite(shape) if case.name in given.cases or not given.cases] if given.suite else [one]
     rows = []

@@ -27,6 +27,7 @@ class Case:
         rank: of the adapters, on all linear layers.
         lora_dtype: of the adapters.
         steps: that are timed, after three.
+        model_code: whose code computes the model: "native", "transformers", or "auto".
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     steps: int = 8
     shortest: int | None = None
     memory_gib: float | None = None
+    model_code: str = "auto"
 
     @property
     def tokens(self) -> int:

@@ -111,7 +111,12 @@ def _stepper(case: Case, device: torch.device) -> Callable[[Batch], None]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(case.shape))
         model = load_model(
-            folder, lora=lora, device=device, random_init=True, activation_checkpointing=checkpointing(case, lora)
+            folder,
+            lora=lora,
+            device=device,
+            random_init=True,
+            activation_checkpointing=checkpointing(case, lora),
+            model_code=case.model_code,  # type: ignore[arg-type]  # from a case's JSON
         )
     parameters = [parameter for _, parameter in trainable(model)]
     optimizer = PagedAdamW8bit(parameters, lr=1e-4)

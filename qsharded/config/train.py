@@ -335,6 +335,11 @@ class TrainConfig:
         0,
         check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
     )
+    self_check: Literal["auto", "always", "never"] = _output(
+        "At the start, compare a layer, as it is sharded, fused and checkpointed, with its bytes unsharded, and end the "
+        "run where they differ; it takes a second at most. auto: on CPUs, as on GPUs it is still to be proved.",
+        "auto",
+    )
     hang_timeout: float = _output(
         "Without progress of any rank for so long the run ends: every rank's stacks go to hang/ in --output-dir, and a "
         "line names the ranks that do not answer or are behind. Loading and evaluating are progress. 0 never ends it.",

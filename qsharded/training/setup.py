@@ -29,6 +29,7 @@ from qsharded.distributed.choose_layout import (
     frozen_bytes,
     least_memory,
 )
+from qsharded.distributed.layer_twin import LayerTwin
 from qsharded.distributed.world import World, mesh_of
 from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
@@ -43,6 +44,7 @@ from qsharded.training.memory_choices import choose_memory
 from qsharded.training.resuming import Made, Resumed
 from qsharded.training.run_folder import check_output_dir, check_room, claim_output_dir, find_resumed
 from qsharded.training.run_record import RunFacts, write_record
+from qsharded.training.self_check import self_check
 from qsharded.training.stopping import Stopping
 from qsharded.training.tokenized import eval_dataset_split
 from qsharded.training.trackers import refuse_missing
@@ -81,6 +83,7 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     Raises:
         ValueError: a mistake of the user's, named.
         AlreadyFinished: there is nothing left to do.
+        SelfCheckFailed: this machine computes something else than the model.
     """
     found_by_main(world, partial(refuse_missing, config.report_to))
     resume_from = find_resumed(config, world)
@@ -105,17 +108,19 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
     begins = config.lora_init == "residual" and resumed is None
     first = residual_adapters(config, world, base.outline, original, data.train) if begins else None
     chosen = choose_memory(config, world, base.outline, base.lora)
+    twin = LayerTwin(base.outline.model)
     model, why_layout = _load_model(chosen.config, world, base)
     if first:
         fill_adapters(model, first)
     setup = _setup(config, world, base, data, model, progress, total_steps)
     if resume_from:
         load_checkpoint(resume_from, model, base.lora, setup.optimizer)
+    checked = self_check(config, world, model, twin)
     claim_output_dir(config, world, resume_from)
     progress.initial = found_by_main(world, partial(_keep_initial, config, base, progress, first, resume_from))
     write_record(config, world, _facts(base, data, setup, chosen.plan))
     setup.summary = _summary(config, world, setup, data, resume_from)
-    setup.summary += [line for line in (why_layout, chosen.why, data.note, *notes) if line]
+    setup.summary += [line for line in (why_layout, chosen.why, data.note, *notes, checked) if line]
     return setup
 
 

@@ -22,6 +22,7 @@ from qsharded.quant import formats
 from qsharded.report.run_files import read_metrics
 from tests.checkpoints import write_chat_rows, write_chat_tokenizer
 from tests.distributed.harness import run_ranks
+from tests.distributed.test_self_check import built, check, exact, world_of_ranks
 from tests.distributed.test_train import arguments
 from tests.models.architectures import (
     LORA,
@@ -233,3 +234,21 @@ def test_a_packed_checkpoint_is_the_one_it_was_packed_from(tmp_path: Path, model
     quantize_checkpoint(folder, packed, "qsharded", torch.device("cpu"))
     expected, found = (load_model(path, dtype=torch.float32).eval()(IDS % 61) for path in (folder, packed))
     assert torch.equal(found, expected)
+
+
+SELF_CHECKED = ("mixtral", "gemma4_text", "falcon_h1")
+
+
+def self_checks(folders: dict[str, Path]) -> list[str]:
+    world = world_of_ranks()
+    modes = {name: {"code": "transformers", "lora": lora_of(name), "checkpointing": "full"} for name in folders}
+    return [check(world, *built(world, folder, modes[name])) for name, folder in folders.items()]
+
+
+@pytest.mark.slow
+def test_layers_of_theirs_pass_the_self_check(tmp_path: Path) -> None:
+    """A mixture of experts, layers with inputs of their own, and ones with a state."""
+    folders = {name: write_architecture(tmp_path / name, name) for name in SELF_CHECKED}
+    for said in run_ranks(self_checks, 2, folders):
+        for name, line in zip(SELF_CHECKED, said, strict=True):
+            assert exact(line), (name, line)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
 from qsharded.data.facts import facts_of
+from qsharded.data.notes import data_notes
 from qsharded.data.shown import text
 from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview
@@ -16,7 +17,8 @@ from qsharded.training.tokenized import load_datasets
 
 @dataclass(frozen=True)
 class RunData:
-    """What is trained on and evaluated, and a line on the steps that it makes, where there is something to say."""
+    """What is trained on and evaluated, a line on the steps that it makes, where there is something to say, and what is
+    told of the rows that prompts were taken from."""
 
     train: Mixture
     evaluation: Dataset | None
@@ -24,6 +26,7 @@ class RunData:
     loader: StepLoader
     note: str
     tokenizer: Tokenizer
+    of_prompts: Dataset
 
     def lines(self, config: TrainConfig) -> list[str]:
         """What of all this the run's summary tells, as the preview does."""
@@ -35,7 +38,8 @@ class RunData:
         if self.evaluation is not None:
             shown = preview(replace(config, show_rows=0), "evaluation", self.evaluation, self.tokenizer)
             lines += text.lines(shown, text.BRACKETS)
-        return lines
+        # prompts are rendered up to an answer already: no option keeps more
+        return lines + [f"exact match: {note}" for note in data_notes(self.of_prompts, one_example_per_answer=True)]
 
 
 def read_data(
@@ -49,17 +53,23 @@ def read_data(
     accumulation, note = kept_accumulation(config, world.size, resumed)
     batches = replace(config, gradient_accumulation_steps=accumulation)
     train, evaluation = load_datasets(batches, tokenizer, world)
-    prompts = _prompts(config, tokenizer)
+    told = Dataset([])
+    prompts = _prompts(config, tokenizer, told)
     _check_vocabulary(vocab_size, train, evaluation, prompts)
     loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
-    return RunData(train, evaluation, prompts, loader, note, tokenizer)
+    return RunData(train, evaluation, prompts, loader, note, tokenizer, told)
 
 
-def _prompts(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
+def _prompts(config: TrainConfig, tokenizer: Tokenizer, told: Dataset) -> Sequence[Prompt]:
     if config.exact_match_dataset is None:
         return []
     return load_prompts(
-        config.exact_match_dataset, tokenizer, format=config.dataset_format, columns=config.dataset_columns
+        config.exact_match_dataset,
+        tokenizer,
+        format=config.dataset_format,
+        columns=config.dataset_columns,
+        skip_bad_rows=config.skip_bad_rows,
+        counted=told,
     )
 
 

@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qsharded.config.options import (
     AT_LEAST_0,
     AT_LEAST_1,
+    DATE,
     FRACTION,
     POSITIVE,
     Check,
@@ -128,12 +128,15 @@ class TrainConfig:
         unset="the model's",
     )
     chat_template_kwargs: dict[str, Any] = _data(
-        "Variables for the chat template, as enable_thinking=false.", {}, metavar="NAME=VALUE ..."
+        "Variables for the chat template, as enable_thinking=false; they are saved with the adapter.",
+        {},
+        metavar="NAME=VALUE ...",
     )
     template_date: str | None = _data(
-        "Date for chat templates that write today's, so that rows are the same tomorrow.",
+        "Date for chat templates that write today's, so that rows are the same tomorrow; it is saved with the adapter.",
         None,
         metavar="YYYY-MM-DD",
+        check=DATE,
         unset="today",
     )
 
@@ -396,7 +399,6 @@ class TrainConfig:
         _check_weights(self.dataset_weights, self.datasets)
         if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
             raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
-        _check_date(self.template_date)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         _check_planned(self)
@@ -447,13 +449,6 @@ def _check_checkpointing(config: TrainConfig) -> None:
         )
     if config.cpu_offload:
         raise ValueError("--cpu-offload needs all layers checkpointed: leave --checkpointed-layers out")
-
-
-def _check_date(text: str | None) -> None:
-    try:
-        date.fromisoformat(text or "2000-01-01")
-    except ValueError:
-        raise ValueError(f"--template-date must be a date such as 2025-01-31, got {text!r}") from None
 
 
 def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:

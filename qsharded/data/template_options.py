@@ -49,6 +49,11 @@ class TemplateOptions:
             raise ValueError(f"the chat template {self.file} cannot be read: {error}") from None
 
     @classmethod
+    def given(cls, file: str | None, variables: Mapping[str, Any], today: str | None) -> "TemplateOptions":
+        """As options have them: a path, and a date such as 2025-01-31."""
+        return cls(Path(file) if file else None, variables, date.fromisoformat(today) if today else None)
+
+    @classmethod
     def kept_in(cls, folder: Path) -> "TemplateOptions":
         """Those of :data:`OPTIONS_FILE` in a tokenizer's folder; nothing where there is no such file.
 

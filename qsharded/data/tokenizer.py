@@ -241,7 +241,9 @@ class Tokenizer:
             return None
         options = [str(tokenizer._template) for tokenizer in (trained, self)]
         if options[0] != options[1]:
-            return f"the adapter was trained with other variables of the chat template: {options[0]}; here: {options[1]}"
+            return (
+                f"the adapter was trained with other variables of the chat template: {options[0]}; here: {options[1]}"
+            )
         return "the adapter was trained with another chat template than the one here"
 
     @cached_property

@@ -55,7 +55,7 @@ def main() -> None:
                 lines.append({"launcher": launcher, "trial": number} | line)
                 print(json.dumps(lines[-1]), flush=True)
     head = environment() | {"command": command("benchmarks.restarts"), "files": len(whole), "undisturbed_s": seconds}
-    equal = {name: sum(line["equal"] for line in lines if line["launcher"] == name) for name in LAUNCHERS}
+    equal = {name: sum(bool(line["equal"]) for line in lines if line["launcher"] == name) for name in LAUNCHERS}
     write(given.record, head | {"trials_of_each": given.trials, "equal": equal, "lines": lines})
     sys.exit(sum(equal.values()) != len(lines))
 

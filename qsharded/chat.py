@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.answering import ModelOptions, TextStream, check_vocabulary, end_ids, load_with_adapter
+from qsharded.cli.answering import (
+    ModelOptions,
+    TextStream,
+    check_vocabulary,
+    end_ids,
+    load_with_adapter,
+    read_tokenizer,
+)
 from qsharded.cli.base_model import (
     base_or_builtin_model,
     find_adapter,
     log_base_note,
     mismatch_explained,
-    tokenizer_folder,
 )
 from qsharded.cli.command import compute_dtype, errors_named, join_world, run_as_process
 from qsharded.config import check_values, option, parse
@@ -119,7 +125,7 @@ def _opened(config: ChatConfig, world: World) -> "Chat":
     adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
-    tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
+    tokenizer = read_tokenizer(config, checkpoint, adapter)
     if not tokenizer.has_chat_template:
         raise ValueError(f"{config.model} has no chat template: qsharded generate --raw continues plain text")
     with mismatch_explained(config.model, adapter):

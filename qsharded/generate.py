@@ -14,13 +14,19 @@ from functools import partial
 from typing import ClassVar
 
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.answering import ModelOptions, TextStream, check_vocabulary, end_ids, load_with_adapter
+from qsharded.cli.answering import (
+    ModelOptions,
+    TextStream,
+    check_vocabulary,
+    end_ids,
+    load_with_adapter,
+    read_tokenizer,
+)
 from qsharded.cli.base_model import (
     base_or_builtin_model,
     find_adapter,
     log_base_note,
     mismatch_explained,
-    tokenizer_folder,
 )
 from qsharded.cli.command import compute_dtype, errors_named, join_world, run_as_process
 from qsharded.config import check_values, option, parse
@@ -107,7 +113,7 @@ def run(config: GenerateConfig, world: World) -> None:
     adapter = world.first_on_node(partial(find_adapter, config.adapter)) if config.adapter else None
     if adapter:
         log_base_note(world, adapter, config.model, checkpoint, allow_other=config.allow_other_base)
-    tokenizer = Tokenizer.from_folder(tokenizer_folder(checkpoint, adapter))
+    tokenizer = read_tokenizer(config, checkpoint, adapter)
     eos_ids = end_ids(tokenizer, checkpoint)
     ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     with mismatch_explained(config.model, adapter):

@@ -1,23 +1,29 @@
 """What generating and chatting share: a model's options, the model with its adapter, and tokens as text."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
+from qsharded.cli.base_model import tokenizer_folder
 from qsharded.config import option
-from qsharded.config.options import ignored_config_keys
+from qsharded.config.options import DATE, ignored_config_keys
 from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.distributed.world import World
 from qsharded.models import CausalLM
 from qsharded.models.choice import ModelCode
 
+logger = logging.getLogger(__name__)
+
 _model = partial(option, group="Model")
+_template = partial(option, group="Chat template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,37 @@ class ModelOptions:
         "auto",
     )
     model_code: ModelCode = _model("Whose code computes the model: as in qsharded.train.", "auto")
+
+    chat_template: str | None = _template(
+        "File with another chat template.", None, metavar="FILE", unset="the adapter's, or the model's"
+    )
+    chat_template_kwargs: dict[str, Any] = _template(
+        "Variables for the chat template, as enable_thinking=false, beside those of the adapter's training.",
+        {},
+        metavar="NAME=VALUE ...",
+    )
+    template_date: str | None = _template(
+        "Date for chat templates that write today's.",
+        None,
+        metavar="YYYY-MM-DD",
+        check=DATE,
+        unset="that of the adapter's training, or today",
+    )
+
+
+def read_tokenizer(config: ModelOptions, checkpoint: Path, adapter: Path | None) -> Tokenizer:
+    """The tokenizer, and the chat template with its variables, that the adapter was trained with, or else the model's.
+    What the options have otherwise is told in the log.
+
+    Raises:
+        ValueError: its files, or the other chat template, cannot be read.
+    """
+    folder = tokenizer_folder(checkpoint, adapter)
+    given = TemplateOptions.given(config.chat_template, config.chat_template_kwargs, config.template_date)
+    tokenizer = Tokenizer.from_folder(folder, given)
+    if adapter and (note := tokenizer.template_difference(Tokenizer.from_folder(folder))):
+        logger.info("note: %s", note)
+    return tokenizer
 
 
 def end_ids(tokenizer: Tokenizer, checkpoint: Path) -> set[int]:

@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from functools import reduce
 from operator import or_
 from types import UnionType
@@ -37,16 +38,24 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """Which numbers an option takes: in words, and as a test."""
+    """Which values an option takes: in words, and as a test."""
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 POSITIVE = Check("above 0", lambda value: value > 0)
 AT_LEAST_0 = Check("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
 AT_LEAST_2 = Check("at least 2", lambda value: value >= 2)
+DATE = Check("a date such as 2025-01-31", _is_date)
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +9,7 @@ from qsharded.config.evaluated import EXACT_MATCH, eval_sets, measures
 from qsharded.config.options import (
     AT_LEAST_0,
     AT_LEAST_1,
+    DATE,
     FRACTION,
     POSITIVE,
     Check,
@@ -144,12 +144,15 @@ class TrainConfig:
         unset="the model's",
     )
     chat_template_kwargs: dict[str, Any] = _data(
-        "Variables for the chat template, as enable_thinking=false.", {}, metavar="NAME=VALUE ..."
+        "Variables for the chat template, as enable_thinking=false; they are saved with the adapter.",
+        {},
+        metavar="NAME=VALUE ...",
     )
     template_date: str | None = _data(
-        "Date for chat templates that write today's, so that rows are the same tomorrow.",
+        "Date for chat templates that write today's, so that rows are the same tomorrow; it is saved with the adapter.",
         None,
         metavar="YYYY-MM-DD",
+        check=DATE,
         unset="today",
     )
 
@@ -336,8 +339,8 @@ class TrainConfig:
         check=Check("from 0 to 255", lambda value: 0 <= value <= 255),
     )
     self_check: Literal["auto", "always", "never"] = _output(
-        "At the start, compare a layer, as it is sharded, fused and checkpointed, with its bytes unsharded, and end the "
-        "run where they differ; it takes a second at most. auto: on CPUs, as on GPUs it is still to be proved.",
+        "At the start, compare a layer, as it is sharded, fused and checkpointed, with its bytes unsharded, and end "
+        "the run where they differ; it takes a second at most. auto: on CPUs, as on GPUs it is still to be proved.",
         "auto",
     )
     hang_timeout: float = _output(
@@ -478,7 +481,6 @@ class TrainConfig:
         _check_weights(self.dataset_weights, self.datasets)
         if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
             raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
-        _check_date(self.template_date)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         _check_planned(self)
@@ -563,13 +565,6 @@ def _check_checkpointing(config: TrainConfig) -> None:
         )
     if config.cpu_offload:
         raise ValueError("--cpu-offload needs all layers checkpointed: leave --checkpointed-layers out")
-
-
-def _check_date(text: str | None) -> None:
-    try:
-        date.fromisoformat(text or "2000-01-01")
-    except ValueError:
-        raise ValueError(f"--template-date must be a date such as 2025-01-31, got {text!r}") from None
 
 
 def _check_weights(weights: list[float], datasets: tuple[str, ...]) -> None:

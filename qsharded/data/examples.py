@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qsharded.data.bad_rows import SHOWN
+from qsharded.data.omissions import Omission
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -92,6 +93,11 @@ class Dataset:
     def count_omission(self, kind: str, example: str) -> None:
         """Another row lacks something of ``kind``."""
         self.omitted.setdefault(kind, Omitted(0, example)).rows += 1
+
+    def count_omissions(self, origin: str, found: Iterable[Omission]) -> None:
+        """The row at ``origin`` lacks these; each kind is counted once."""
+        for kind, first in {one.kind: one for one in reversed([*found])}.items():
+            self.count_omission(kind, f"{origin}, {first}")
 
     def count_bad(self, reason: str) -> None:
         """Another row cannot be used."""

@@ -1,6 +1,6 @@
 """The formats of datasets, and what a row says in each: a conversation, a prompt with its completion, or text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ class Conversation:
         messages: each with ``role`` and, unless it only calls tools, ``content`` (text).
         trained: for each message, whether it is the assistant's and to be trained on.
         tools: descriptions for templates that take them.
+        unheeded: the number of the first message that asks for training on it and is not ``trained``.
     """
 
     messages: list[Message]
     trained: list[bool]
     tools: list[dict[str, Any]] | None = None
+    unheeded: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ def _conversations(fields: Fields) -> Conversation:
 
 def _of_list(fields: Fields, field: str) -> Conversation:
     """The messages, behind the row's own system message where they have none."""
-    messages, wanted = parse_messages(fields[field], field)
+    messages, asks = parse_messages(fields[field], field)
     system = [] if messages and messages[0]["role"] in ("system", "developer") else _system(fields)
-    return _conversation(fields, system + messages, [False] * len(system) + wanted)
+    return _conversation(fields, system + messages, [*[None] * len(system), *asks])
 
 
 def _alpaca(fields: Fields) -> Conversation:
@@ -87,7 +89,7 @@ def _alpaca(fields: Fields) -> Conversation:
     asked = f"{instruction}\n\n{given}" if given.strip() else instruction
     answer = text_of(fields["output"], "output")
     messages = [*_system(fields), *_history(fields), *_turn(asked, answer)]
-    return _conversation(fields, messages, [True] * len(messages))
+    return _conversation(fields, messages, [None] * len(messages))
 
 
 def _turn(asked: str, answer: str) -> list[Message]:
@@ -111,9 +113,9 @@ def _prompt_completion(fields: Fields) -> Record:
     if isinstance(prompt, str) and isinstance(completion, str):
         return PromptCompletion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        given, _ = parse_messages(prompt, "prompt")
-        answers, trained = parse_messages(completion, "completion")
-        return _conversation(fields, given + answers, [False] * len(given) + trained)
+        given, of_given = parse_messages(prompt, "prompt")
+        answers, of_answers = parse_messages(completion, "completion")
+        return _conversation(fields, given + answers, of_given + of_answers, first=len(given))
     kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
     raise ValueError(f"prompt and completion must both be text or both be lists of messages, got {kinds}")
 
@@ -132,9 +134,14 @@ _PARSERS: dict[str, Callable[[Fields], Record]] = {
 FORMATS = ("auto", *_PARSERS)
 
 
-def _conversation(fields: Fields, messages: list[Message], wanted: list[bool]) -> Conversation:
-    pairs = zip(messages, wanted, strict=True)
-    return Conversation(messages, [want and message["role"] == "assistant" for message, want in pairs], _tools(fields))
+def _conversation(fields: Fields, messages: list[Message], asks: Sequence[bool | None], first: int = 0) -> Conversation:
+    """Args: asks: of each message, as :func:`parse_messages` gives it; first: the first one that may be trained on."""
+    trained = [
+        number >= first and message["role"] == "assistant" and ask is not False
+        for number, (message, ask) in enumerate(zip(messages, asks, strict=True))
+    ]
+    unheeded = next((number for number, ask in enumerate(asks) if ask and not trained[number]), None)
+    return Conversation(messages, trained, _tools(fields), unheeded)
 
 
 def _system(fields: Fields) -> list[Message]:

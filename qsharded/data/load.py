@@ -12,11 +12,11 @@ from qsharded.data.columns import check_columns, refuse_misspelt
 from qsharded.data.empty_answers import without_empty_answers
 from qsharded.data.encode import example_of
 from qsharded.data.examples import Dataset, Example
-from qsharded.data.formats import Record, parse_row
-from qsharded.data.notes import PROMPT_TOO_LONG, TRUNCATED
-from qsharded.data.omissions import Omission
+from qsharded.data.formats import Conversation, Record, parse_row
+from qsharded.data.notes import PROMPT_TOO_LONG, TRUNCATED, data_notes
+from qsharded.data.omissions import UNHEEDED, Omission
 from qsharded.data.records import FoundRows, Row, find_rows
-from qsharded.data.render import Rendered, TrainOn, render
+from qsharded.data.render import Rendered, TrainOn, Wanted, render
 from qsharded.data.row_length import most_characters
 from qsharded.data.tokenizer import Encoded, Tokenizer
 from qsharded.utils import heartbeat
@@ -113,6 +113,7 @@ class Reading:
             raise ValueError(
                 f"{source} has no tokens to train on: {dataset.dropped} rows were left out as longer than "
                 f"max_length {self.max_length}, {dataset.empty} as empty"
+                + "".join(f"\n{note}" for note in data_notes(dataset, self.one_example_per_answer))
             )
 
     def check_columns(self, dataset: Dataset) -> None:
@@ -133,6 +134,8 @@ class Reading:
             except ValueError as error:
                 yield origin, error
                 continue
+            if self.train_on != "all" and isinstance(record, Conversation) and record.unheeded is not None:
+                dataset.count_omissions(origin, [_unheeded(record, record.unheeded)])
             said, empty = (record, None) if keep_empty else without_empty_answers(record)
             if empty is not None:
                 dataset.count_omission(empty.kind, f"{origin}, {empty}")
@@ -158,25 +161,23 @@ class Reading:
             except ValueError as error:
                 yield origin, error
                 continue
-            _count_omissions(dataset, origin, chain.from_iterable(text.omissions for text in texts))
+            dataset.count_omissions(origin, chain.from_iterable(text.omissions for text in texts))
             for text in texts:
                 if len(text.text) > longest:
                     dataset.dropped += 1
-                elif text.text.strip():
-                    yield origin, text
-                else:
+                elif text.says_nothing or not text.text.strip():
                     dataset.empty += 1
+                else:
+                    yield origin, text
 
     def _texts(self, record: Record | ValueError, tokenizer: Tokenizer) -> list[Rendered]:
         if isinstance(record, ValueError):
             raise record
-        return render(
-            record,
-            tokenizer,
-            self.train_on,
-            per_answer=self.one_example_per_answer,
-            train_on_turn_ends=self.train_on_turn_ends,
-        )
+        return render(record, tokenizer, self._wanted)
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(self.train_on, self.one_example_per_answer, self.train_on_turn_ends, self.train_on_empty_answers)
 
     def _encoded(
         self, dataset: Dataset, block: Sequence[tuple[str, Rendered | ValueError]], tokenizer: Tokenizer
@@ -199,7 +200,15 @@ class Reading:
         if text.later and self.overlong == "drop" and len(encoded) > self.max_length:
             dataset.dropped += 1
             return []
-        example = _example(dataset, origin, text, encoded, tokenizer)
+        complete = text.completed()
+        if text.later:
+            dataset.count_omissions(origin, complete.omissions)
+        if complete.says_nothing:
+            dataset.empty += 1
+            return []
+        if complete.text != text.text:
+            (encoded,) = tokenizer.encode_all([complete.text])
+        example = example_of(complete, encoded, tokenizer)
         if not example.trained_tokens:
             raise ValueError("the row has no token to learn")
         if len(example) <= self.max_length:
@@ -215,27 +224,14 @@ class Reading:
         return []
 
 
+def _unheeded(chat: Conversation, number: int) -> Omission:
+    message = chat.messages[number]
+    return Omission(UNHEEDED, number, f"{message['role']}: {message.get('content', '')}")
+
+
 def _check(max_length: int, overlong: str, train_on: str) -> None:
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
     for name, value, known in (("overlong", overlong, get_args(Overlong)), ("train_on", train_on, get_args(TrainOn))):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}")
-
-
-def _count_omissions(dataset: Dataset, origin: str, found: Iterable[Omission]) -> None:
-    """Of each kind once a row."""
-    lacking: dict[str, Omission] = {}
-    for one in found:
-        lacking.setdefault(one.kind, one)
-    for kind, first in lacking.items():
-        dataset.count_omission(kind, f"{origin}, {first}")
-
-
-def _example(dataset: Dataset, origin: str, row: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Example:
-    complete = row.completed()
-    if row.later:
-        _count_omissions(dataset, origin, complete.omissions)
-    if complete.text != row.text:
-        (encoded,) = tokenizer.encode_all([complete.text])
-    return example_of(complete, encoded, tokenizer)

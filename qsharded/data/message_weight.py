@@ -7,8 +7,8 @@ _PARTS = ("train_detail", "training_detail")
 WEIGHT_KEYS = ("weight", "train", "training", "loss", *_PARTS)
 
 
-def is_trained(said: dict[str, Any], where: str) -> bool:
-    """Whether the fields ``said``, by :data:`WEIGHT_KEYS`, are 1 or true; so is a message without any.
+def asks_for_training(said: dict[str, Any], where: str) -> bool | None:
+    """Whether the fields ``said``, by :data:`WEIGHT_KEYS`, are 1 or true; None if there are none.
 
     Raises:
         ValueError: a value that is none of true, false, 1 and 0; fields that contradict each other; parts of a message.
@@ -22,4 +22,4 @@ def is_trained(said: dict[str, Any], where: str) -> bool:
             )
     if len({bool(value) for value in said.values()}) > 1:
         raise ValueError(f"{where}: " + " and ".join(f"{k} {v!r}" for k, v in said.items()) + " contradict each other")
-    return all(said.values())
+    return all(said.values()) if said else None

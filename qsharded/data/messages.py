@@ -3,7 +3,7 @@
 from typing import Any
 
 from qsharded.data.json_text import from_json
-from qsharded.data.message_weight import WEIGHT_KEYS, is_trained
+from qsharded.data.message_weight import WEIGHT_KEYS, asks_for_training
 from qsharded.data.tool_calls import parse_calls
 
 Message = dict[str, Any]
@@ -23,8 +23,9 @@ _NAMES = (("role", "content"), ("from", "value"))
 _CONTENT_KEYS = ("content", "value", "text")
 
 
-def parse_messages(value: Any, field: str) -> tuple[list[Message], list[bool]]:
-    """(messages with ``role`` and ``content`` and their other fields as they are, whether each asks to be trained).
+def parse_messages(value: Any, field: str) -> tuple[list[Message], list[bool | None]]:
+    """(messages with ``role`` and ``content`` and their other fields as they are, whether each asks to be trained on;
+    None: it does not say).
 
     Args:
         value: the list, or its JSON, as Hub datasets keep what has no one type.
@@ -47,8 +48,8 @@ def _placed(values: list[Any], field: str) -> list[tuple[str, Any]]:
     return [(f"{field}[{number}]", value) for number, value in enumerate(values)]
 
 
-def _message(raw: Any, where: str) -> tuple[Message, bool] | None:
-    """The message, and whether it asks to be trained on; None for a system message that is null."""
+def _message(raw: Any, where: str) -> tuple[Message, bool | None] | None:
+    """The message, and whether it asks to be trained on if it says; None for a system message that is null."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, got {type(raw).__name__}")
     fields = {key: value for key, value in raw.items() if value is not None}
@@ -58,7 +59,7 @@ def _message(raw: Any, where: str) -> tuple[Message, bool] | None:
     name = fields.pop(called)
     role = _role(name, where)
     content = next((fields.pop(key) for key in (said, *_CONTENT_KEYS) if key in fields), None)
-    wanted = is_trained({key: fields.pop(key) for key in WEIGHT_KEYS if key in fields}, where)
+    wanted = asks_for_training({key: fields.pop(key) for key in WEIGHT_KEYS if key in fields}, where)
     if content is None and role == "system":
         return None
     if _plain(name) in _CALLS:

@@ -2,10 +2,28 @@
 
 from qsharded.data.bad_rows import bad_rows_note
 from qsharded.data.examples import Dataset
-from qsharded.data.omissions import EMPTY_ANSWER, PLAIN_END, REASONING, UNMARKED_END, UNTRAINED_END
+from qsharded.data.omissions import (
+    ARGUMENTS,
+    CALL,
+    EMPTY_ANSWER,
+    PLAIN_END,
+    REASONING,
+    TOOL_ANSWER,
+    TOOLS,
+    UNHEEDED,
+    UNMARKED_END,
+    UNTRAINED_END,
+)
 
 TRUNCATED, PROMPT_TOO_LONG = "truncated", "prompt too long"
 
+_ANOTHER = "; take a model whose chat template has tools, or another template by --chat-template"
+_ADVICE = {
+    CALL: "; answers of nothing else are not trained on" + _ANOTHER + ", or write the calls into the content",
+    ARGUMENTS: _ANOTHER,
+    TOOLS: _ANOTHER,
+    TOOL_ANSWER: ", which answers are trained on without" + _ANOTHER,
+}
 _KEPT_AT_GENERATION = {REASONING: "it", "system messages": "them where generation would"}
 _SENTENCES = {
     EMPTY_ANSWER: "{rows} with empty answers, no content and no tool calls, which are not trained on, as at {example}; "
@@ -16,6 +34,8 @@ _SENTENCES = {
     "template marks: the model may not stop there; move {{% endgeneration %}} behind the end of the turn",
     PLAIN_END: "the chat template ends turns by plain text in {rows}, as at {example}: EOS is trained on behind the "
     "last turn alone; --one-example-per-answer does so behind each",
+    UNHEEDED: "{rows} ask for training on a message that is not the assistant's, or is in a prompt, as at {example}: "
+    "it is not trained on; --train-on all trains on every token",
     TRUNCATED: "the end of {rows} is cut off, and not trained on, as at {example}; --max-length sets where",
     PROMPT_TOO_LONG: "the prompt alone fills --max-length in {rows}, which are dropped, as at {example}",
 }
@@ -35,5 +55,5 @@ def _sentence(kind: str, one_example_per_answer: bool) -> str:
     if kind in _SENTENCES:
         return _SENTENCES[kind]
     keeps = kind in _KEPT_AT_GENERATION and not one_example_per_answer
-    advice = f"; --one-example-per-answer keeps {_KEPT_AT_GENERATION[kind]}" if keeps else ""
+    advice = f"; --one-example-per-answer keeps {_KEPT_AT_GENERATION[kind]}" if keeps else _ADVICE.get(kind, "")
     return f"the chat template leaves {kind} out of {{rows}}, as at {{example}}{advice}"

@@ -4,7 +4,8 @@ Text could be searched for instead, but short text is found by chance, and some 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -18,8 +19,10 @@ _LEADING_TAGS = re.compile(r"(?:\s*<[^<>\s]+>)*")
 _THINK_TAGS = re.compile(r"(</?think>)")
 
 REASONING, CALL, TOOLS = "reasoning", "tool calls", "definitions of tools"
+ARGUMENTS, TOOL_ANSWER = "arguments of tool calls", "tools' answers"
 # What else is told of a row than that its rendering lacks something; qsharded/data/notes.py has the words.
 EMPTY_ANSWER, UNMARKED_END, UNTRAINED_END, PLAIN_END = "empty answer", "unmarked end", "untrained end", "plain end"
+UNHEEDED = "asks to train on another's message"
 _TEXT_BESIDE_CALL = "text beside tool calls"
 
 
@@ -47,7 +50,7 @@ def omissions(template: ChatTemplate, chat: Conversation, text: str) -> list[Omi
     """What of ``chat`` is missing in ``text``, its rendering; reasoning only where it was to be trained on.
 
     Raises:
-        ValueError: a tool call, a tool's answer or the assistant's text is: the training would be on a falsehood.
+        ValueError: the assistant's text is, or of a call the name alone, where it was to be trained on.
     """
     roles = tuple((message["role"], bool(message.get("content", "").strip())) for message in _plain(chat))
     if len(roles) == len(chat.messages) and not chat.tools:
@@ -63,16 +66,35 @@ def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
     Raises:
         ValueError: as :func:`omissions`.
     """
-    kept = []
+    kept, lost = [], Counter((one.message, one.kind) for one in found)
     for one in found:
         calls = one.message is not None and "tool_calls" in chat.messages[one.message]
+        trained = one.message is not None and chat.trained[one.message]
         if one.kind == _ANSWER and calls:
             kept.append(replace(one, kind=_TEXT_BESIDE_CALL))
-        elif one.kind in _REFUSED:
-            raise ValueError(f"message {one.message} {_REFUSED[one.kind].format(text=repr(one.text[:80]))}")
-        elif one.kind != REASONING or (one.message is not None and chat.trained[one.message]):
+        elif one.kind == _ANSWER and trained:
+            raise ValueError(_LOST_ANSWER.format(number=one.message, text=repr(one.text[:80])))
+        elif one.kind == CALL and trained and lost[one.message, CALL] > lost[one.message, ARGUMENTS]:
+            raise ValueError(_LOST_NAME.format(number=one.message, text=repr(one.text[:80])))
+        elif one.kind == ARGUMENTS and lost[one.message, CALL] >= lost[one.message, ARGUMENTS]:
+            pass  # told by the call's name
+        elif one.kind != REASONING or trained:
             kept.append(one)
     return kept
+
+
+def unwritten_answers(chat: Conversation, found: Sequence[Omission]) -> set[int]:
+    """The numbers of the trained messages of which, with ``found`` left out, nothing is written but their end."""
+    lost = [(one.message, one.kind) for one in found]
+    return {
+        number
+        for number, message in enumerate(chat.messages)
+        if chat.trained[number]
+        and "tool_calls" in message
+        and lost.count((number, CALL)) == len(message["tool_calls"])
+        and (not message.get("content") or (number, _TEXT_BESIDE_CALL) in lost)
+        and (not any(message.get(key) for key in REASONING_KEYS) or (number, REASONING) in lost)
+    }
 
 
 def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation], str]) -> list[Omission]:
@@ -85,19 +107,19 @@ def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation]
     try:
         written = write(copy)
     except ValueError:  # a template may look into names and texts: what it wrote of these is all that can be known
-        return [part for part in marked.parts.values() if part.text not in text]
+        return [part for part in marked.parts.values() if part.kind != ARGUMENTS and part.text not in text]
     return [part for marker, part in marked.parts.items() if marker not in written]
 
 
-_ANSWER, _TOOL_ANSWER = "assistant messages", "tool messages"
-_REFUSED = {
-    CALL: "calls a tool ({text}), which the chat template does not write: it would train on an empty answer. Take a "
-    "model whose chat template has tool calls, write the call into the content, or leave the row out",
-    _TOOL_ANSWER: "is a tool's answer ({text}), which the chat template leaves out. Take a model whose chat template "
-    "has tools, make it a user's message, or leave the row out",
-    _ANSWER: "of the assistant ({text}) is left out by the chat template. Put another chat_template.jinja into the "
-    "model's folder, or leave the row out",
-}
+_ANSWER = "assistant messages"
+_LOST_NAME = (
+    "message {number} calls a tool ({text}) of which the chat template writes the arguments and not the name: it may "
+    'take the name from the call\'s id, as functions.NAME:0; give the calls such ids, or the message "weight": 0'
+)
+_LOST_ANSWER = (
+    "message {number} of the assistant ({text}) is left out by the chat template. Give another by --chat-template, or "
+    "leave the row out"
+)
 
 
 def _plain(chat: Conversation) -> Iterator[Message]:
@@ -127,7 +149,11 @@ def _left_out_of_plain(template: ChatTemplate, roles: tuple[tuple[str, bool], ..
 
 def _whole(chat: Conversation, number: int) -> Omission:
     message = chat.messages[number]
-    return Omission(f"{message['role']} messages", number, message["content"].strip())
+    return Omission(_kind(message), number, message["content"].strip())
+
+
+def _kind(message: Message) -> str:
+    return TOOL_ANSWER if message["role"] == "tool" else f"{message['role']} messages"
 
 
 @dataclass
@@ -158,7 +184,7 @@ class _Marked:
         return copy
 
     def _content(self, message: Message, number: int) -> str:
-        kind, text = f"{message['role']} messages", message["content"]
+        kind, text = _kind(message), message["content"]
         if kind != _ANSWER:
             return self._in_text(text, kind, number)
         head, end, tail = text.rpartition("</think>")
@@ -181,7 +207,7 @@ class _Marked:
     def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
         function, arguments = call["function"], call["function"]["arguments"]
         name = function["name"] + self._marker(CALL, number, function["name"])
-        marker = self._marker(CALL, number, f"{function['name']}, its arguments")
+        marker = self._marker(ARGUMENTS, number, f"{function['name']}: {arguments}")
         marked = {**arguments, marker: marker} if isinstance(arguments, dict) else arguments + marker
         return renamed(call | {"function": function | {"arguments": marked}}, name)
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qsharded.data.bad_rows import refuse_bad_rows
 from qsharded.data.call_form import fit_calls
+from qsharded.data.examples import Dataset
 from qsharded.data.formats import Conversation, PromptCompletion, Record, parse_row
 from qsharded.data.omissions import omissions
-from qsharded.data.records import read_rows
+from qsharded.data.records import find_rows
 from qsharded.data.tokenizer import Tokenizer
 
 TEXT_FILE = ".txt"
@@ -35,23 +37,30 @@ def load_prompts(
     format: str = "auto",
     split: str = "train",
     columns: Mapping[str, str] | None = None,
+    skip_bad_rows: int = 0,
+    counted: Dataset | None = None,
 ) -> list[Prompt]:
     """The rows of a dataset, each up to its last answer.
 
     Args:
         source, split: as for :func:`qsharded.data.load.load_examples`.
-        format, columns: as for :class:`qsharded.data.load.Reading`.
+        format, columns, skip_bad_rows: as for :class:`qsharded.data.load.Reading`.
+        counted: gets what is told of the rows: bad ones, and what the chat template leaves out of prompts.
 
     Raises:
-        ValueError: a malformed row, one whose last message is not the assistant's, or plain text; the message starts
-            with ``file:line``. No rows at all.
+        ValueError: more bad rows than may be skipped: malformed, one whose last message is not the assistant's, or
+            plain text; each is named by ``file:line``, up to a number of them. No rows at all.
     """
-    prompts = []
-    for origin, row in read_rows(source, split=split):
+    prompts, told = [], Dataset([]) if counted is None else counted
+    for origin, row in find_rows(source, split=split):
         try:
-            prompts.append(_prompt(parse_row(row, format, columns), tokenizer))
+            if isinstance(row, ValueError):
+                raise row
+            prompts.append(_prompt(parse_row(row, format, columns), tokenizer, told, origin))
         except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+            told.count_bad(f"{origin}: {error}")
+            refuse_bad_rows(told.bad, told.bad_reasons, skip_bad_rows, all_read=False)
+    refuse_bad_rows(told.bad, told.bad_reasons, skip_bad_rows, all_read=True)
     if not prompts:
         raise ValueError(f"{source} holds no rows to take prompts from")
     return prompts
@@ -80,13 +89,13 @@ def _asked(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True))
 
 
-def _prompt(record: Record, tokenizer: Tokenizer) -> Prompt:
+def _prompt(record: Record, tokenizer: Tokenizer, told: Dataset, origin: str) -> Prompt:
     match record:
         case Conversation(messages, trained, tools) if trained[-1] and len(messages) > 1:
             template = tokenizer.template_for(tools)
             given = fit_calls(template, replace(record, messages=messages[:-1], trained=[False] * (len(messages) - 1)))
             text = tokenizer.render(given.messages, add_generation_prompt=True, tools=tools)
-            omissions(template, given, tokenizer.render(given.messages, tools=tools))
+            told.count_omissions(origin, omissions(template, given, tokenizer.render(given.messages, tools=tools)))
             return Prompt(tokenizer.encode(text), messages[-2].get("content", ""), messages[-1].get("content", ""))
         case PromptCompletion(prompt, completion):
             return Prompt(tokenizer.with_bos(tokenizer.encode(prompt)), prompt, completion)

@@ -13,7 +13,7 @@ from qsharded.data.content import content_hash
 from qsharded.data.formats import Conversation
 from qsharded.data.messages import Message
 from qsharded.data.omissions import Omission
-from qsharded.data.template_options import TemplateOptions
+from qsharded.data.template_options import OPTIONS_FILE, TemplateOptions
 from qsharded.data.tokenizer_files import (
     EOS_TOKEN_ID,
     TEMPLATE,
@@ -26,7 +26,7 @@ from qsharded.data.tokenizer_files import (
 )
 from qsharded.data.trained_spans import assistant_spans
 from qsharded.data.turn_ends import with_turn_ends
-from qsharded.utils.durable_files import copy_whole
+from qsharded.utils.durable_files import copy_whole, write_whole
 from qsharded.utils.untrusted_json import check
 
 
@@ -74,7 +74,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, template: TemplateOptions | None = None) -> None:
         self._folder = folder
-        self._template = template or TemplateOptions()
+        self._template = (template or TemplateOptions()).over(TemplateOptions.kept_in(folder))
         self._settings = read_settings(folder)
         self._variables = special_variables(self._settings)
         self._backend = load_backend(folder, self._settings)
@@ -218,15 +218,33 @@ class Tokenizer:
         """Values of JSON that differ between tokenizers that may give a row other ids or another loss mask."""
         return {
             "files": {path.name: content_hash(path) for path in self.files},
-            "templates": {name: template.identity for name, template in self._templates.items()},
+            "templates": self.template_identity(),
             "eos": self.eos_ids,
         }
+
+    def template_identity(self) -> dict[str, Any]:
+        """Values of JSON that differ between tokenizers that may write a conversation otherwise."""
+        return {name: template.identity for name, template in self._templates.items()}
 
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
         for file in self.files:
             name = TEMPLATE if file == self._template.file else file.relative_to(self._folder)
             copy_whole(file, folder / name)
+        if (kept := self._template.to_json()) is not None:
+            write_whole(folder / OPTIONS_FILE, kept)
+
+    def template_difference(self, trained: "Tokenizer") -> str | None:
+        """A sentence on how chats are written otherwise than ``trained``, the tokenizer of an adapter, writes them."""
+        theirs, ours = trained.template_identity(), self.template_identity()
+        if theirs == ours:
+            return None
+        options = [str(tokenizer._template) for tokenizer in (trained, self)]
+        if options[0] != options[1]:
+            return (
+                f"the adapter was trained with other variables of the chat template: {options[0]}; here: {options[1]}"
+            )
+        return "the adapter was trained with another chat template than the one here"
 
     @cached_property
     def _templates(self) -> dict[str, ChatTemplate]:

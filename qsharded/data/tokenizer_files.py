@@ -5,6 +5,7 @@ from typing import Any
 
 import tokenizers
 
+from qsharded.data.template_options import OPTIONS_FILE
 from qsharded.utils.untrusted_json import (
     BOOLEAN,
     MEBIBYTE,
@@ -21,7 +22,7 @@ from qsharded.utils.untrusted_json import (
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", OPTIONS_FILE, "tokenizer.model", "vocab.json", "merges.txt"),
 )
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _LONGEST_TOKENIZER = 512 * MEBIBYTE  # those of 250,000 tokens have some 35

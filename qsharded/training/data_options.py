@@ -1,8 +1,5 @@
 """What a run's options say of its rows, as the data code takes it."""
 
-from datetime import date
-from pathlib import Path
-
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Tokenizer
 from qsharded.data.load import Reading
@@ -27,11 +24,7 @@ def reading(config: TrainConfig) -> Reading:
 
 def template_options(config: TrainConfig) -> TemplateOptions:
     """What is otherwise about the chat template than the model's folder has it."""
-    return TemplateOptions(
-        file=Path(config.chat_template) if config.chat_template else None,
-        variables=config.chat_template_kwargs,
-        today=date.fromisoformat(config.template_date) if config.template_date else None,
-    )
+    return TemplateOptions.given(config.chat_template, config.chat_template_kwargs, config.template_date)
 
 
 def date_note(tokenizer: Tokenizer) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Example, Mixture, Prompt, StepLoader, Tokenizer, load_prompts
 from qsharded.data.facts import facts_of
+from qsharded.data.notes import data_notes
 from qsharded.data.prompts import TEXT_FILE, plain_prompts
 from qsharded.data.shown import text
 from qsharded.distributed.world import World
@@ -24,6 +25,7 @@ class RunData:
         evaluation: the sets by their names.
         prompts: with the answers that they are to have.
         samples: whose answers are shown.
+        of_prompts: what is told of the rows that prompts were taken from.
     """
 
     train: Mixture
@@ -33,6 +35,7 @@ class RunData:
     loader: StepLoader
     note: str
     tokenizer: Tokenizer
+    of_prompts: Dataset
 
     def lines(self, config: TrainConfig) -> list[str]:
         """What of all this the run's summary tells, as the preview does."""
@@ -44,7 +47,8 @@ class RunData:
         for name, part in self.evaluation.items():
             shown = preview(replace(config, show_rows=0), f"evaluation {name}".strip(), part, self.tokenizer)
             lines += text.lines(shown, text.BRACKETS)
-        return lines
+        # prompts are rendered up to an answer already: no option keeps more
+        return lines + [f"exact match: {note}" for note in data_notes(self.of_prompts, one_example_per_answer=True)]
 
 
 def read_data(
@@ -58,23 +62,31 @@ def read_data(
     accumulation, note = kept_accumulation(config, world.size, resumed)
     batches = replace(config, gradient_accumulation_steps=accumulation)
     train, evaluation = load_datasets(batches, tokenizer, world)
-    prompts, samples = _prompts(config, tokenizer, config.exact_match_dataset), _samples(config, tokenizer)
+    told = Dataset([])
+    prompts, samples = _prompts(config, tokenizer, config.exact_match_dataset, told), _samples(config, tokenizer)
     _check_vocabulary(vocab_size, [train.examples, *(part.examples for part in evaluation.values())], prompts, samples)
     loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
-    return RunData(train, evaluation, prompts, samples, loader, note, tokenizer)
+    return RunData(train, evaluation, prompts, samples, loader, note, tokenizer, told)
 
 
-def _prompts(config: TrainConfig, tokenizer: Tokenizer, source: str | None) -> Sequence[Prompt]:
+def _prompts(config: TrainConfig, tokenizer: Tokenizer, source: str | None, told: Dataset) -> Sequence[Prompt]:
     if source is None:
         return []
-    return load_prompts(source, tokenizer, format=config.dataset_format, columns=config.dataset_columns)
+    return load_prompts(
+        source,
+        tokenizer,
+        format=config.dataset_format,
+        columns=config.dataset_columns,
+        skip_bad_rows=config.skip_bad_rows,
+        counted=told,
+    )
 
 
 def _samples(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
     source = config.sample_prompts
     if source is not None and source.endswith(TEXT_FILE):
         return plain_prompts(Path(source), tokenizer)
-    return _prompts(config, tokenizer, source)
+    return _prompts(config, tokenizer, source, Dataset([]))
 
 
 def _check_vocabulary(vocab_size: int, read: Sequence[Sequence[Example]], *prompts: Sequence[Prompt]) -> None:

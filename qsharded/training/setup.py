@@ -237,7 +237,16 @@ def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[st
     assert base.adapter is not None
     own = BaseIdentity.from_json(progress.base)
     note = base_note(base.adapter, config.model, base.folder, allow_other=config.allow_other_base, base=own)
-    return [note] if note else []
+    return [line for line in (note, _template_note(base)) if line]
+
+
+def _template_note(base: _Base) -> str | None:
+    """A line where rows are written otherwise than those of the adapter's earlier training."""
+    assert base.adapter is not None
+    if not (base.adapter / "tokenizer.json").is_file():
+        return None
+    difference = base.tokenizer.template_difference(Tokenizer.from_folder(base.adapter))
+    return difference and f"note: {difference}"
 
 
 def _optimizer(config: TrainConfig, model: CausalLM) -> ScaledOptimizer:

@@ -1,12 +1,11 @@
 """What is trained on of conversations with tool calls and reasoning, under the templates of well-known models."""
 
 import json
-from functools import partial
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qsharded.data import Tokenizer, load_examples, load_prompts
+from qsharded.data import Dataset, Tokenizer, load_examples, load_prompts
 from qsharded.data.notes import data_notes
 from tests.data import published, templates
 from tests.data.folders import chat, make_folder, write_rows
@@ -226,32 +225,84 @@ def test_empty_optional_fields_change_nothing(tmp_path, template, empty):
     assert [trained_runs(tokenizer_of(tmp_path, template), example)] == expected
 
 
+UNWRITTEN = [*chat("weather"), calling(), result(), said("four")]
+
+
+def noted(dataset):
+    return [note.split(", as at ") for note in data_notes(dataset, one_example_per_answer=False)]
+
+
 @pytest.mark.parametrize("template", ["SMOLLM2", "LLAMA30"])
 @pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize("options", [{}, {"train_on": "all"}, {"one_example_per_answer": True}])
-def test_a_call_that_the_template_does_not_write_is_refused(tmp_path, template, weight, options):
-    good, bad = chat("weather", "b"), [*chat("weather"), calling(weight=weight), result(), said("four")]
+def test_calls_that_the_template_does_not_write_are_counted_with_an_example(tmp_path, template, weight, options):
+    tokenizer, end = tokenizer_of(tmp_path, template), {"SMOLLM2": "<|im_end|>", "LLAMA30": "<|eot_id|>"}[template]
+    messages = [UNWRITTEN[0], calling(weight=weight), *UNWRITTEN[2:]]
+    dataset = load(tmp_path, tokenizer, chat("weather", "b"), messages, messages, **options)
+    found, example = next(note for note in noted(dataset) if "leaves tool calls" in note[0])
+    assert found == "note: the chat template leaves tool calls out of 2 rows"
+    assert example.startswith(f"{tmp_path / 'rows.jsonl'}:2, message 1: 'weather'; answers of nothing else are not")
+    if options.get("train_on") != "all":
+        learnt = [[text.strip() for text in trained_runs(tokenizer, example)] for example in dataset.examples]
+        assert learnt == [["b" + end], ["four" + end], ["four" + end]], "an end alone teaches to end the turn at once"
+
+
+def test_text_beside_calls_that_are_not_written_is_trained_on(tmp_path):
+    messages = [*chat("weather"), calling(content="hm"), result(), said("four")]
+    assert trained_texts(tmp_path, "SMOLLM2", messages) == [["hm<|im_end|>", "four<|im_end|>"]]
+
+
+def test_reasoning_beside_calls_that_are_not_written_is_trained_on(tmp_path):
+    source = "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content }}{{ m.content }}<|im_end|>{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant:{% endif %}"
+    messages = [*chat("weather"), calling(reasoning_content="why"), result(), said("four")]
+    assert trained_texts(tmp_path, source, messages) == [["why<|im_end|>", "four<|im_end|>"]]
+
+
+@pytest.mark.parametrize("options", [{}, {"one_example_per_answer": True}])
+def test_rows_of_calls_alone_that_are_not_written_are_left_out(tmp_path, options):
+    tokenizer = tokenizer_of(tmp_path, "SMOLLM2")
+    dataset = load(tmp_path, tokenizer, chat("a", "b"), UNWRITTEN[:2], **options)
+    assert (len(dataset.examples), dataset.empty, dataset.bad) == (1, 1, 0)
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl:2: message 1 calls a tool \('weather'\), which the chat template"
+        ValueError, match=r"no tokens to train on: 0 .*, 1 as empty\nnote: .* leaves tool calls out of 1"
     ):
-        load(tmp_path, tokenizer_of(tmp_path, template), good, bad, **options)
+        load(tmp_path, tokenizer, UNWRITTEN[:2], **options)
+    (example,) = load(tmp_path, tokenizer, UNWRITTEN[:2], train_on_empty_answers=True, **options).examples
+    assert [text.strip() for text in trained_runs(tokenizer, example)] == ["<|im_end|>"]
+
+
+def test_nothing_is_learnt_behind_the_last_answer_that_is_written(tmp_path):
+    source = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"  # EOS ends its last turn
+    messages = [*chat("a", "b", "weather"), calling()]
+    tokenizer = tokenizer_of(tmp_path, source)
+    (example,) = load(tmp_path, tokenizer, messages).examples
+    assert tokenizer.decode(example.ids.tolist()).endswith(f"assistant: b{tokenizer.decode([tokenizer.eos_id])}")
 
 
 @pytest.mark.parametrize("prompts", [False, True])
-def test_an_answer_of_a_tool_that_the_template_leaves_out_is_refused(tmp_path, prompts):
+def test_an_answer_of_a_tool_that_the_template_leaves_out_is_counted(tmp_path, prompts):
     source = published.QWEN3.replace("'\\n<tool_response>\\n' + content + '\\n</tool_response>'", "'?'")
+    assert source != published.QWEN3
     tokenizer = tokenizer_of(tmp_path, source)
-    messages = [*chat("4"), calling(), result(), said("4")]
-    rows = write_rows(tmp_path / "rows.jsonl", {"messages": messages})
-    read = load_prompts if prompts else partial(load_examples, max_length=512)
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 2 is a tool's answer \('4'\), which the chat"):
-        read(rows, tokenizer)
+    rows = write_rows(tmp_path / "rows.jsonl", {"messages": [*chat("4"), calling(), result(), said("4")]})
+    dataset = Dataset([])
+    if prompts:
+        load_prompts(rows, tokenizer, counted=dataset)
+    else:
+        dataset = load_examples(rows, tokenizer, max_length=512)
+    ((found, example),) = noted(dataset)
+    assert found == "note: the chat template leaves tools' answers out of 1 row"
+    assert example.startswith(f"{rows}:1, message 2: '4', which answers are trained on without; take a model")
 
 
-def test_arguments_that_the_template_leaves_out_are_refused(tmp_path):
+def test_arguments_that_the_template_leaves_out_are_counted(tmp_path):
     source = published.QWEN25.replace("call.arguments | tojson", "'{}'")
-    with pytest.raises(ValueError, match=r"message 1 calls a tool \('weather, its arguments'\)"):
-        trained_texts(tmp_path, source, [*chat("a"), calling()])
+    dataset = load(tmp_path, tokenizer_of(tmp_path, source), [*chat("a"), calling()])
+    ((found, example),) = noted(dataset)
+    assert found == "note: the chat template leaves arguments of tool calls out of 1 row"
+    assert "rows.jsonl:1, message 1: \"weather: {'city': 'Oslo'}\"; take a model" in example
+    assert len(dataset.examples) == 1
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
@@ -266,7 +317,9 @@ def test_a_name_that_stands_in_the_id_is_written(tmp_path):
         ['<think></think><call>functions.weather:0<args>{"city": "Oslo"}<|im_end|>', "<think></think>four<|im_end|>"]
     ]
     assert trained_texts(tmp_path, "KIMI_K2", messages) == expected
-    with pytest.raises(ValueError, match=r"calls a tool \('weather'\)"):
+    with pytest.raises(
+        ValueError, match=r"message 1 calls a tool \('weather'\) of which .* arguments and not the name"
+    ):
         trained_texts(tmp_path, "KIMI_K2", [*chat("a"), calling()])
 
 

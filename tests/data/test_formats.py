@@ -346,7 +346,8 @@ def test_a_malformed_history_is_refused(history):
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_a_message_that_is_not_to_be_trained(key, value, trained, column):
     rows = {column: [USER | {key: value}, ANSWER | {key: value}, USER, ANSWER]}
-    assert parse_row(rows) == Conversation([USER, ANSWER, USER, ANSWER], [False, trained, False, True])
+    unheeded = 0 if value else None
+    assert parse_row(rows) == Conversation([USER, ANSWER, USER, ANSWER], [False, trained, False, True], None, unheeded)
     completion = {"prompt": [USER], "completion": [ANSWER | {key: value}]}
     assert parse_row(completion) == Conversation([USER, ANSWER], [False, trained])
 
@@ -382,3 +383,20 @@ def test_the_rows_system_message_gives_way_to_the_lists_own(column, system):
 def test_json_in_a_text_is_no_deeper_than_a_row_may_be():
     with pytest.raises(ValueError, match="messages: not readable: lists and objects in each other"):
         parse_row({"messages": "[" * 100_000})
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize(
+    ("row", "number"),
+    [
+        (lambda asks: {"messages": [USER | asks, ANSWER]}, 0),
+        (lambda asks: {"system": "kind", "messages": [USER, ANSWER, USER | asks, ANSWER]}, 3),
+        (lambda asks: {"prompt": [USER, ANSWER | asks, USER], "completion": [ANSWER]}, 1),
+        (lambda asks: {"messages": [USER, ANSWER | asks]}, None),
+        (lambda asks: {"prompt": [USER], "completion": [ANSWER | asks]}, None),
+    ],
+)
+def test_a_message_that_asks_for_training_in_vain_is_known(key, row, number):
+    assert parse_row(row({key: True})).unheeded == number
+    assert parse_row(row({key: False})).unheeded is None
+    assert parse_row(row({key: True})).trained == parse_row(row({})).trained

@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qsharded.data import Tokenizer, load_examples
+from qsharded.data.notes import data_notes
 from tests.data import templates
 from tests.data.folders import chat, make_folder, write_rows
 
@@ -265,3 +266,15 @@ def test_too_long_conversations_are_left_out_before_their_turns_are_looked_for(t
     assert (len(dataset.examples), dataset.dropped) == (1, 1)
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 1 of the assistant .* is left out"):
         load(tmp_path, tokenizer, unclear, {"text": "fox"}, max_length=16, overlong="truncate")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_messages_that_ask_for_training_in_vain_are_told(tmp_path, tokenizer, train_on):
+    (user, answer), quiet = chat("the dog", "it rests."), chat("a", "b")
+    rows = [{"messages": quiet}, *[{"messages": [user | {"training": True}, answer]}] * 2]
+    dataset = load(tmp_path, tokenizer, *rows, train_on=train_on)
+    notes = data_notes(dataset, one_example_per_answer=False)
+    assert len(notes) == (train_on == "assistant"), "all tokens are trained on: nothing was asked for in vain"
+    for note in notes:
+        assert note.startswith("note: 2 rows ask for training on a message that is not the assistant's")
+        assert f"{tmp_path / 'rows.jsonl'}:2, message 0: 'user: the dog'" in note

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qsharded.data import Tokenizer, load_prompts
+from qsharded.data import Dataset, Tokenizer, load_prompts
 from tests.checkpoints import write_chat_checkpoint
 
 
@@ -53,3 +53,18 @@ def test_bos_comes_once(tmp_path: Path) -> None:
     rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "<s>ab", "completion": "c"}]
     prompts = load_prompts(write(tmp_path, *rows), tokenizer)
     assert [tokenizer.decode(prompt.ids) for prompt in prompts] == ["<s>ab", "<s>ab"]
+
+
+def test_bad_rows_are_listed_at_once_or_skipped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "abc"}, {"prompt": "c", "completion": "d"})
+    path.write_text("nope\n" + path.read_text())
+    with pytest.raises(ValueError, match="2 rows cannot be used") as raised:
+        load_prompts(path, tokenizer, skip_bad_rows=1)
+    _, first, second, last = str(raised.value).splitlines()
+    assert first.startswith(f"  {path}:1: not JSON")
+    assert second.startswith(f"  {path}:3: a prompt with its answer needs")
+    assert last == "(--bad-rows skip:2 goes on without them)"
+    counted = Dataset([])
+    prompts = load_prompts(path, tokenizer, skip_bad_rows=2, counted=counted)
+    assert [prompt.answer for prompt in prompts] == ["b", "d"]
+    assert (counted.bad, counted.bad_reasons[0]) == (2, first.strip())

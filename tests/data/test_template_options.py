@@ -77,3 +77,51 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model"), TemplateOptions(file=tmp_path / "no.jinja"))
     with pytest.raises(ValueError, match=r"the chat template .*no\.jinja cannot be read"):
         tokenizer.render(chat("a"))
+
+
+SET = TemplateOptions(variables={"enable_thinking": False, "level": 3}, today=date(2024, 2, 29))
+ASKING = "{{ strftime_now('%d %b %Y') }}" + SWITCHED
+
+
+def adapter_of(tmp_path, options):
+    (tmp_path / "adapter").mkdir()
+    Tokenizer.from_folder(make_folder(tmp_path / "model", template=ASKING), options).copy_files(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("options", [SET, TemplateOptions(variables=SET.variables), TemplateOptions(today=SET.today)])
+def test_what_was_set_goes_with_the_copies(tmp_path, options):
+    adapter = adapter_of(tmp_path, options)
+    trained = Tokenizer.from_folder(tmp_path / "model", options).render(chat("a"), add_generation_prompt=True)
+    assert Tokenizer.from_folder(adapter).render(chat("a"), add_generation_prompt=True) == trained
+    assert trained != Tokenizer.from_folder(tmp_path / "model").render(chat("a"), add_generation_prompt=True)
+    again = tmp_path / "again"
+    again.mkdir()
+    Tokenizer.from_folder(adapter, TemplateOptions(variables={"level": 4})).copy_files(again)
+    assert TemplateOptions.kept_in(again).variables == {**options.variables, "level": 4}
+    assert TemplateOptions.kept_in(again).today == options.today
+
+
+def test_what_is_set_now_beats_what_was_set_and_the_difference_is_told(tmp_path):
+    trained = Tokenizer.from_folder(adapter_of(tmp_path, SET))
+    assert Tokenizer.from_folder(tmp_path / "adapter", SET).template_difference(trained) is None
+    now = Tokenizer.from_folder(tmp_path / "adapter", TemplateOptions(None, {"level": 5}, date(2025, 1, 1)))
+    assert now.render(chat("a")).startswith("01 Jan 2025")
+    assert now.template_difference(trained) == (
+        "the adapter was trained with other variables of the chat template: enable_thinking=false, level=3, date "
+        "2024-02-29; here: enable_thinking=false, level=5, date 2025-01-01"
+    )
+    (tmp_path / "other.jinja").write_text(templates.CHATML)
+    other = Tokenizer.from_folder(tmp_path / "adapter", TemplateOptions(tmp_path / "other.jinja"))
+    assert other.template_difference(trained) == "the adapter was trained with another chat template than the one here"
+
+
+def test_nothing_is_kept_where_nothing_was_set(tmp_path):
+    assert not (adapter_of(tmp_path, None) / "chat_template_options.json").exists()
+
+
+@pytest.mark.parametrize("said", ['{"date": "soon"}', '{"date": 3}', '{"variables": ["a"]}', '{"variables": 1', "[]"])
+def test_a_malformed_file_of_what_was_set_is_named(tmp_path, said):
+    (adapter_of(tmp_path, SET) / "chat_template_options.json").write_text(said)
+    with pytest.raises(ValueError, match=r"adapter/chat_template_options\.json"):
+        Tokenizer.from_folder(tmp_path / "adapter")

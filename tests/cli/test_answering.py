@@ -1,0 +1,48 @@
+"""The tokenizer that answers: the one of the adapter's training, unless options say otherwise."""
+
+import logging
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qsharded.cli.answering import read_tokenizer
+from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
+from tests.data.folders import chat, make_folder
+
+SOURCE = "{{ level }}{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+
+
+def options(**given: Any) -> Any:
+    return SimpleNamespace(**{"chat_template": None, "chat_template_kwargs": {}, "template_date": None} | given)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    model, adapter = make_folder(tmp_path / "model", template=SOURCE), tmp_path / "adapter"
+    adapter.mkdir()
+    Tokenizer.from_folder(model, TemplateOptions(None, {"level": 3}, date(2024, 2, 29))).copy_files(adapter)
+    return model, adapter
+
+
+def test_an_adapter_is_asked_as_it_was_trained(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    model, adapter = folders
+    with caplog.at_level(logging.INFO):
+        assert read_tokenizer(options(), model, adapter).render(chat("a")) == "3user:a</s>"
+        assert read_tokenizer(options(), model, None).render(chat("a")) == "user:a</s>"
+    assert not caplog.messages
+
+
+def test_what_is_otherwise_is_told(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    model, adapter = folders
+    with caplog.at_level(logging.INFO):
+        config = options(chat_template_kwargs={"level": 4})
+        assert read_tokenizer(config, model, adapter).render(chat("a")) == "4user:a</s>"
+        assert read_tokenizer(config, model, None).render(chat("a")) == "4user:a</s>"
+    assert caplog.messages == [
+        "note: the adapter was trained with other variables of the chat template: level=3, date 2024-02-29; here: "
+        "level=4, date 2024-02-29"
+    ]

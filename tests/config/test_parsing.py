@@ -376,6 +376,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "optim": "adamw",
         "dtype": "float32",
         "model_code": "transformers",
+        "self_check": "never",
         "activation_checkpointing": "offloaded",
         "checkpointed_layers": 3,
         "profile": "3-4",

@@ -24,7 +24,7 @@ from benchmarks.record import command, environment, write
 from benchmarks.two_gpus.small import RANKS, SMALL, UNEVALUATED
 from qsharded.training.restarting import OWN_STORE
 
-STEPS, SAVED_EVERY = 150, 10  # they take about as long as a start
+STEPS, SAVED_EVERY = 60, 5
 OPTIONS: dict[str, Any] = SMALL | UNEVALUATED | {
     "max_steps": STEPS,
     "save_steps": SAVED_EVERY,
@@ -98,16 +98,16 @@ def launch(launcher: str, output: Path, log: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(words, env=os.environ | own_store, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
 
-def ranks_of(run: "subprocess.Popen[bytes]") -> list[int]:
+def ranks_of(run: "subprocess.Popen[Any]") -> list[int]:
     """The processes of the ranks that are alive, by rank."""
     found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             variables = dict(entry.partition("=")[::2] for entry in path.read_bytes().decode().split("\0"))
-            words, status = path.with_name("cmdline").read_bytes(), path.with_name("status").read_text()
+            status = path.with_name("status").read_text()
         except (OSError, UnicodeDecodeError):
             continue
-        if f"\nPPid:\t{run.pid}\n" in status and b"qsharded.train" in words and "RANK" in variables:
+        if f"\nPPid:\t{run.pid}\n" in status and "RANK" in variables:
             found[int(variables["RANK"])] = int(path.parent.name)
     return [found[rank] for rank in sorted(found)]
 
@@ -118,9 +118,9 @@ def logged(output: Path) -> int:
     return sum('"loss"' in line for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def final(output: Path) -> dict[str, str]:
+def final(output: Path, steps: int = STEPS) -> dict[str, str]:
     """The hashes of the last checkpoint's weights and optimizer state, and of the adapter."""
-    folder = output / "checkpoints" / f"step-{STEPS:06d}"
+    folder = output / "checkpoints" / f"step-{steps:06d}"
     files = [*sorted(folder.rglob("*.safetensors")), output / "adapter" / "adapter_model.safetensors"]
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()

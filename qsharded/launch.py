@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from qsharded.config import TrainConfig, builtin_overrides, parse
@@ -22,12 +23,15 @@ _TRAIN = "qsharded.train"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run torchrun with ``argv``, by default the process's own arguments; exits with 1 where a rank fails, as it."""
+    """Run torchrun with ``argv``, by default the process's own arguments; exits with 1 where a rank fails, as it, and
+    with 128 and the number of a signal that was passed on to the ranks."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault(OWN_STORE, "1")
     before = hardware.memory_kills()
     try:
         torchrun.run(torchrun.parse_args(argv))
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None  # the ranks have said what they saved
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         killed = [rank for rank, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]

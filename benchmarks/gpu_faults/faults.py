@@ -21,7 +21,7 @@ MINUTES = 0.25  # the first step compiles kernels meanwhile
 SEEN_AT = 3  # steps, before a fault
 TOLD_S = 3.0  # by then a rank has said that it trains
 BAD_STEP, STEPS = 2, 3
-KILLED_AT = 60  # of the restarted run's steps
+KILLED_AT = 33  # of the restarted run's steps
 ENDED_WITHIN_S = 20.0  # beyond the time-out
 
 

@@ -34,8 +34,8 @@ _SENTENCES = {
     "template marks: the model may not stop there; move {{% endgeneration %}} behind the end of the turn",
     PLAIN_END: "the chat template ends turns by plain text in {rows}, as at {example}: EOS is trained on behind the "
     "last turn alone; --one-example-per-answer does so behind each",
-    UNHEEDED: "{rows} ask for training on a message that is not the assistant's, or is in a prompt, as at {example}: "
-    "it is not trained on; --train-on all trains on every token",
+    UNHEEDED: "training on a message that is not the assistant's, or is in a prompt, is asked for in {rows}, as at "
+    "{example}: it is not done; --train-on all trains on every token",
     TRUNCATED: "the end of {rows} is cut off, and not trained on, as at {example}; --max-length sets where",
     PROMPT_TOO_LONG: "the prompt alone fills --max-length in {rows}, which are dropped, as at {example}",
 }

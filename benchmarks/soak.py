@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import restarts
 from benchmarks.launch import flags_of
 from benchmarks.record import command, environment, write
-from qsharded.training.metrics import read_metrics
+from qsharded.report.run_files import read_metrics
 
 SAVED_EVERY, LOGGED_EVERY = 50, 10
 FAULTS = {"killed": 4, "stopped and resumed": 2, "stood still": 5, "full disk": 5, "loader error": 2}

@@ -36,7 +36,7 @@ def main() -> None:
             yield step
 
     trainer.accumulate_gradient = noted
-    StepLoader.steps = failing  # type: ignore[method-assign]
+    StepLoader.steps = failing  # type: ignore[method-assign, assignment]
     train.main()
 
 

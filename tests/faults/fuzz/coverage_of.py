@@ -8,7 +8,10 @@ from typing import Any
 
 # The files that read what each parser is given, under qsharded/.
 READERS = {
-    "config": ("models/config.py", "models/config_schema.py", "models/config_keys.py", "models/config_spellings.py"),
+    "config": (
+        *("models/config.py", "models/config_schema.py", "models/config_keys.py", "models/config_spellings.py"),
+        *("models/families/reading.py", "models/layer_patterns.py", "models/rope.py"),
+    ),
     "index": ("checkpoint/source.py",),
     "tokenizer settings": ("data/tokenizer_files.py", "data/tokenizer.py"),
     "tokenizer": ("data/tokenizer.py", "data/tokenizer_files.py"),

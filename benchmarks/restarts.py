@@ -54,29 +54,30 @@ def main() -> None:
                 )
                 lines.append({"launcher": launcher, "trial": number} | line)
                 print(json.dumps(lines[-1]), flush=True)
-    head = environment() | {"command": command("benchmarks.restarts"), "files": len(whole), "undisturbed_s": seconds}
+    head = environment() | {"command": command("benchmarks.restarts"), "files": len(whole), "first_step_s": seconds}
     equal = {name: sum(bool(line["equal"]) for line in lines if line["launcher"] == name) for name in LAUNCHERS}
     write(given.record, head | {"trials_of_each": given.trials, "equal": equal, "lines": lines})
     sys.exit(sum(equal.values()) != len(lines))
 
 
 def undisturbed(output: Path) -> tuple[dict[str, str], float]:
-    """The hashes of a run in peace, and how long it took."""
+    """The hashes of a run in peace, and after how many seconds it had done its first step."""
     start = time.monotonic()
     run = launch("qsharded.launch", output, output.with_suffix(".txt"))
+    while not logged(output) and run.poll() is None:
+        time.sleep(_POLL_S)
+    seconds = time.monotonic() - start
     assert run.wait() == 0, output.with_suffix(".txt").read_text()
-    return final(output), round(time.monotonic() - start, 1)
+    return final(output), round(seconds, 1)
 
 
 def trial(output: Path, launcher: str, random: Random, whole: dict[str, str], seconds: float) -> dict[str, Any]:
-    """One run, with kills at moments that are as likely before its first step as later."""
+    """One run, of which one rank is killed at a random step, or in a random moment before the first."""
     log = output.with_suffix(".txt")
     run, killed = launch(launcher, output, log), []
     for _ in range(random.randint(1, MOST_KILLS)):
-        kill_at = time.monotonic() + random.uniform(0.05, 0.95) * seconds
-        rank = random.randrange(RANKS)
-        while time.monotonic() < kill_at and run.poll() is None:
-            time.sleep(_POLL_S)
+        rank, after_steps, after_s = random.randrange(RANKS), random.randrange(-STEPS // 2, STEPS - 5), random.random()
+        _wait(run, output, max(0, after_steps), after_s * seconds if after_steps < 0 else 0.0)
         if run.poll() is None and len(pids := ranks_of(run)) == RANKS:
             os.kill(pids[rank], signal.SIGKILL)
             killed.append(logged(output))
@@ -85,7 +86,22 @@ def trial(output: Path, launcher: str, random: Random, whole: dict[str, str], se
     if not equal:
         print(said, file=sys.stderr)
     starts = said.count("started again by torchrun")
-    return {"killed_after_steps": killed, "started_again": starts, "exit_status": status, "equal": equal}
+    return {
+        "killed_after_steps": killed,
+        "started_again": starts,
+        "exit_status": status,
+        "equal": equal and bool(killed),
+    }
+
+
+def _wait(run: "subprocess.Popen[bytes]", output: Path, steps: int, seconds: float) -> None:
+    """Until so many steps are logged; before the first one, for so many seconds."""
+    began, logged_then = time.monotonic(), logged(output)
+    while run.poll() is None:
+        now = logged(output)
+        if steps <= now and (time.monotonic() - began >= seconds or now > logged_then) and ranks_of(run):
+            return
+        time.sleep(_POLL_S)
 
 
 def launch(launcher: str, output: Path, log: Path) -> "subprocess.Popen[bytes]":

@@ -31,7 +31,7 @@ from benchmarks.record import command, environment, write
 from qsharded.report.run_files import read_metrics
 
 SAVED_EVERY, LOGGED_EVERY = 50, 10
-FAULTS = {"killed": 6, "stopped and resumed": 4, "stood still": 6, "full disk": 6, "loader error": 4}
+FAULTS = {"killed": 4, "stopped and resumed": 2, "stood still": 5, "full disk": 5, "loader error": 2}
 SEEN_AS = {
     "killed": "started again by torchrun",
     "stopped and resumed": "stopped by SIGTERM after step",
@@ -40,7 +40,7 @@ SEEN_AS = {
 }
 STILL_S, FULL_S = 2.0, 4.0
 SMALL_FILE = 4096  # bytes, beyond which none grows on the full disk
-LEAST_SAMPLES = 12  # of a process, for it to be judged
+LEAST_SAMPLES = 50  # of a process, for it to be judged: 250 steps
 MOST_GROWN_MIB = 8.0  # of the allocator's own ups and downs
 _POLL_S = 0.05
 
@@ -128,6 +128,7 @@ class Soak:
     def _cause(self, fault: str, process: "subprocess.Popen[str]") -> None:
         ranks = restarts.ranks_of(process)
         self.caused[fault] += 1
+        print(f"step {self._step()}: {fault}", flush=True)
         if fault == "killed":
             os.kill(ranks[self.caused[fault] % len(ranks)], signal.SIGKILL)
         elif fault == "stopped and resumed":

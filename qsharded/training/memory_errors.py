@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -83,13 +83,16 @@ def _explanation(config: TrainConfig, world: World, model: CausalLM | None, erro
     first = str(error).partition("\n")[0].partition(" If reserved")[0] or type(error).__name__
     where = "GPU" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in first else "host"
     lines = [f"out of {where} memory in {heartbeat.OWN.where}: {first}"]
-    with suppress(ValueError, OSError):  # the plan is a help, no reason for another error
+    try:  # the plan is a help, no reason for another error
         lines += _of_gpu(config, world, model) if where == "GPU" else host_plan(config, world.size)
+    except (ValueError, OSError) as why:
+        lines.append(f"  its memory could not be planned: {why}")
     return "\n".join(lines)
 
 
 def _of_gpu(config: TrainConfig, world: World, model: CausalLM | None) -> list[str]:
     planner, _ = planner_of(config)
+    planner = replace(planner, gpu_bytes=_room(planner, world))  # what the run chose its settings for
     plan = _plan(planner, config, world.size)
     measured = _measured(model, world)
     names = dict.fromkeys([*(row.name for row in plan.rows), *measured])
@@ -100,7 +103,7 @@ def _of_gpu(config: TrainConfig, world: World, model: CausalLM | None) -> list[s
     table = [f"  {name:<24}{_gib(planned.get(name)):>9}{_gib(measured.get(name)):>10}" for name in names]
     table.append(f"  {'allocated at the peak':<24}{_gib(plan.allocated):>9}{_gib(_peak(world)):>10}")
     # What fits by the plan did not fit: what is suggested must need less.
-    smaller = min(plan.needed - 1, _room(planner, world) or plan.needed)
+    smaller = min(plan.needed - 1, planner.gpu_bytes or plan.needed)
     less = replace(planner, gpu_bytes=smaller)
     lines = suggestions(replace(plan, gpu_bytes=smaller), nearest(less, replace(plan, gpu_bytes=smaller)))
     return [f"  {'GPU memory, GiB':<24}{'planned':>9}{'measured':>10}", *table, *lines]

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from qsharded import train
-from qsharded.training import objective
+from qsharded.config import parse_train
+from qsharded.distributed.world import World
+from qsharded.training import memory_errors, objective
+from qsharded.training.memory_errors import _explanation
+from qsharded.utils import hardware
 from qsharded.utils.exit_codes import OUT_OF_MEMORY
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_train import arguments
@@ -55,6 +59,31 @@ def test_a_gpu_without_room_names_phase_plan_and_what_fits(
     assert adapters[1] == adapters[2]  # planned and measured
     assert any(line.startswith("  allocated at the peak") for line in lines)
     assert any("--activation-checkpointing selective: needs" in line for line in lines)
+
+
+def test_settings_that_were_chosen_for_a_large_gpu_are_planned_as_chosen(
+    model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several ranks with room layers stay gathered: what is suggested must undo that where it has to."""
+    monkeypatch.setattr(hardware, "gpu_memory", lambda: 100 * hardware.GIB)
+    words = arguments(model, dataset, tmp_path / "out", **OPTIONS)
+    config, world = parse_train(words), World(0, 2, torch.device("cpu"), None)
+    said = _explanation(config, world, None, GPU)
+    assert any(line.startswith("  --reshard-after-forward always: needs ") for line in said.splitlines())
+    assert "--cpu-offload --activation-checkpointing full --reshard-after-forward always: needs " in said
+
+
+def test_a_plan_that_cannot_be_made_is_told(
+    model: Path, dataset: Path, tmp_path: Path, failing: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def no_plan(*_: Any) -> Any:
+        raise ValueError("its code asks for values")
+
+    monkeypatch.setattr(memory_errors, "planner_of", no_plan)
+    failing(GPU)
+    status, said = end(arguments(model, dataset, tmp_path / "out", **OPTIONS), capsys)
+    assert status == OUT_OF_MEMORY
+    assert said.splitlines()[-1] == "  its memory could not be planned: its code asks for values"
 
 
 def test_a_host_without_room_names_what_was_planned(

@@ -7,9 +7,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import command, environment, write
+from tests.faults.fuzz.coverage_of import covered
 from tests.faults.fuzz.parsers import Parser, parsers
 from tests.faults.fuzz.run import run_cases
 
@@ -19,6 +22,7 @@ def main() -> None:
     options.add_argument("--cases", type=int, default=100_000, help="for each parser")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--parser", action="append", help="only this one; may be repeated")
+    options.add_argument("--covered-cases", type=int, default=0, help="so many more, whose coverage is recorded")
     options.add_argument("--record", type=Path, help="a JSON file to write the numbers to")
     given = options.parse_args()
     record: dict[str, Any] = {}
@@ -26,9 +30,13 @@ def main() -> None:
         for name, parser in parsers(Path(folder)).items():
             if not given.parser or name in given.parser:
                 record[name] = _measured(name, parser, given.seed, given.cases)
+                if given.covered_cases:
+                    cases = partial(run_cases, name, parser, given.seed, given.covered_cases, first=given.cases)
+                    record[name]["coverage"] = covered(name, cases)
                 print(name, json.dumps(record[name]), flush=True)
     if given.record:
-        given.record.write_text(json.dumps({"seed": given.seed, "parsers": record}, indent=1) + "\n")
+        head = environment() | {"command": command("tests.faults.fuzz"), "seed": given.seed}
+        write(given.record, head | {"parsers": [{"parser": name} | found for name, found in record.items()]})
     sys.exit(any(result["unnamed"] for result in record.values()))
 
 

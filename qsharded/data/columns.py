@@ -35,7 +35,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def fields_of(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> tuple[str, Fields]:
-    """(format, the row by the names of that format's fields); columns that are null are not there.
+    """(format, the row by the names of that format's fields); columns that are null are not there, but that an answer
+    is empty where without it no format fits.
 
     Args:
         format: the format, or "auto".
@@ -45,6 +46,22 @@ def fields_of(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -
         ValueError: no format fits, or several do.
     """
     present = {key: value for key, value in row.items() if value is not None}
+    answers = {
+        "output",
+        "completion",
+        *_SAID,
+        *(columns[field] for field in ("output", "completion") if field in columns),
+    }
+    nothing = {key: "" for key in row if row[key] is None and key in answers}
+    try:
+        return _fields_of(present, format, columns)
+    except ValueError:
+        if not nothing:
+            raise
+    return _fields_of(present | nothing, format, columns)
+
+
+def _fields_of(present: Fields, format: str, columns: Mapping[str, str]) -> tuple[str, Fields]:
     told = {field: column for field, column in columns.items() if column in present}
     named = {key: value for key, value in present.items() if key not in told.values()}
     named |= {field: present[column] for field, column in told.items()}

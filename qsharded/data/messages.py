@@ -66,8 +66,15 @@ def _message(raw: Any, where: str) -> tuple[Message, bool | None] | None:
         fields, content = {"tool_calls": _as_list(from_json(content, where))} | fields, None
     message = _assembled(role, content, fields, where)
     if content is None and "tool_calls" not in message:
-        raise ValueError(f"{where} has no {said}")
+        if role != "assistant" or _unread_text(fields):
+            raise ValueError(f"{where} has no {said}")
+        message["content"] = ""
     return message, wanted
+
+
+def _unread_text(fields: dict[str, Any]) -> bool:
+    """Whether there is text that may be the content under a name that is not known."""
+    return any(isinstance(value, str) for key, value in fields.items() if key not in ("name", *REASONING_KEYS))
 
 
 def _as_list(calls: Any) -> list[Any]:

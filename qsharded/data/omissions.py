@@ -5,7 +5,7 @@ Text could be searched for instead, but short text is found by chance, and some 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -85,16 +85,21 @@ def judged(chat: Conversation, found: list[Omission]) -> list[Omission]:
 
 def unwritten_answers(chat: Conversation, found: Sequence[Omission]) -> set[int]:
     """The numbers of the trained messages of which, with ``found`` left out, nothing is written but their end."""
-    lost = [(one.message, one.kind) for one in found]
-    return {
-        number
-        for number, message in enumerate(chat.messages)
-        if chat.trained[number]
-        and "tool_calls" in message
-        and lost.count((number, CALL)) == len(message["tool_calls"])
-        and (not message.get("content") or (number, _TEXT_BESIDE_CALL) in lost)
-        and (not any(message.get(key) for key in REASONING_KEYS) or (number, REASONING) in lost)
-    }
+    lost = Counter((one.message, one.kind) for one in found)
+    trained = [(number, message) for number, message in enumerate(chat.messages) if chat.trained[number]]
+    return {number for number, message in trained if lost and _is_unwritten(message, number, lost)}
+
+
+def _is_unwritten(message: Message, number: int, lost: Mapping[tuple[int | None, str], int]) -> bool:
+    _, closed, text = (message.get("content") or "").rpartition("</think>")
+    thinks = bool(closed) or any(message.get(key) for key in REASONING_KEYS)
+    calls = len(message.get("tool_calls", ()))
+    written = [
+        calls > lost.get((number, CALL), 0),
+        text.strip() and (number, _TEXT_BESIDE_CALL) not in lost,
+        thinks and (number, REASONING) not in lost,
+    ]
+    return bool(calls or thinks) and not any(written)
 
 
 def find_omissions(chat: Conversation, text: str, write: Callable[[Conversation], str]) -> list[Omission]:

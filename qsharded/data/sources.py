@@ -16,6 +16,7 @@ SPLIT_OF_WORD = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_SAVED = "data"  # what `save_to_disk` of `datasets` calls its files, in a folder for each split
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
@@ -79,7 +80,7 @@ def choose_split(names: Iterable[str], split: str, source: str) -> list[str]:
 def _splits_of(name: PurePosixPath) -> set[str]:
     """What splits the file's name speaks of, or else those of the nearest folder that speaks of any."""
     for part in (name.name.removesuffix(name.suffix), *reversed(name.parts[:-1])):
-        if shard := _SHARD.fullmatch(part):
+        if (shard := _SHARD.fullmatch(part)) and shard["split"] != _SAVED:
             return {SPLIT_OF_WORD.get(shard["split"], shard["split"])}
         words = re.findall("[a-z]+", part.lower())
         if splits := {SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD}:

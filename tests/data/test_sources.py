@@ -7,6 +7,8 @@ from qsharded.data.sources import choose_split, find_files
 
 ULTRACHAT = [f"data/{split}-00000-of-00001-a0b1.parquet" for split in ("train_sft", "train_gen", "test_sft")]
 
+SAVED = ["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"]
+
 
 @pytest.mark.parametrize(
     ("names", "split", "chosen"),
@@ -27,6 +29,10 @@ ULTRACHAT = [f"data/{split}-00000-of-00001-a0b1.parquet" for split in ("train_sf
             "val",
             ["validation-00000-of-00002.parquet", "validation-00001-of-00002.parquet"],
         ),
+        # as `save_to_disk` names them: a Dataset, a DatasetDict
+        (["data-00000-of-00001.arrow"], "train", ["data-00000-of-00001.arrow"]),
+        (SAVED, "train", SAVED[:1]),
+        (SAVED, "test", SAVED[1:]),
     ],
 )
 def test_names_tell_the_split(names, split, chosen):

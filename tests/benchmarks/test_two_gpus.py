@@ -141,6 +141,7 @@ def test_lines_stand_behind_those_they_need_and_measured_ones_run_alone() -> Non
         assert line.alone == (line.name in {case.name for case in LARGE})
 
 
+@pytest.mark.slow
 def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     """`full` brings the run on one rank that it is held to."""
     flags = ["--short", "--record", str(tmp_path / "record.json"), "--lines", "full", "70b-1x2048"]

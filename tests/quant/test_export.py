@@ -39,6 +39,7 @@ def test_export_keeps_results_for_any_number_of_rows_and_bytes_through_a_file(ki
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's loader of such packages crashes on a CPU")
+@pytest.mark.slow
 def test_ahead_of_time_compiled_it_gives_the_same(tmp_path: Path) -> None:
     model, x = packed(128, 33), torch.randn(3, 128).bfloat16()
     program = torch.export.export(model, (x,))

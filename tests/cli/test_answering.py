@@ -11,6 +11,7 @@ import pytest
 from qsharded.cli.answering import read_tokenizer
 from qsharded.data import Tokenizer
 from qsharded.data.template_options import TemplateOptions
+from qsharded.training import setup
 from tests.data.folders import chat, make_folder
 
 SOURCE = "{{ level }}{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
@@ -46,3 +47,18 @@ def test_what_is_otherwise_is_told(folders: tuple[Path, Path], caplog: pytest.Lo
         "note: the adapter was trained with other variables of the chat template: level=3, date 2024-02-29; here: "
         "level=4, date 2024-02-29"
     ]
+
+
+def test_a_run_that_goes_on_from_an_adapter_tells_what_is_otherwise(folders: tuple[Path, Path]) -> None:
+    model, adapter = folders
+    same = TemplateOptions(None, {"level": 3}, date(2024, 2, 29))
+
+    def note(tokenizer: Tokenizer) -> str | None:
+        return setup._template_note(SimpleNamespace(adapter=adapter, tokenizer=tokenizer))  # type: ignore[arg-type]
+
+    assert note(Tokenizer.from_folder(model, same)) is None
+    assert note(Tokenizer.from_folder(model)) == (
+        "note: the adapter was trained with other variables of the chat template: level=3, date 2024-02-29; here: none"
+    )
+    (adapter / "tokenizer.json").unlink()
+    assert note(Tokenizer.from_folder(model)) is None, "an adapter without a tokenizer says nothing of it"

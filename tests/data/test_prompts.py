@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qsharded.data import Dataset, Tokenizer, load_prompts
+from qsharded.data.bad_rows import SHOWN
 from tests.checkpoints import write_chat_checkpoint
 
 
@@ -68,3 +69,10 @@ def test_bad_rows_are_listed_at_once_or_skipped_and_counted(tokenizer: Tokenizer
     prompts = load_prompts(path, tokenizer, skip_bad_rows=2, counted=counted)
     assert [prompt.answer for prompt in prompts] == ["b", "d"]
     assert (counted.bad, counted.bad_reasons[0]) == (2, first.strip())
+
+
+def test_more_bad_rows_than_are_listed_may_be_skipped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path, *[{"text": "abc"}] * (SHOWN + 1), {"prompt": "a", "completion": "b"})
+    assert len(load_prompts(path, tokenizer, skip_bad_rows=SHOWN + 1)) == 1
+    with pytest.raises(ValueError, match=f"at least {SHOWN} rows cannot be used"):
+        load_prompts(path, tokenizer)

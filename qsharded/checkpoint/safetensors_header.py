@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qsharded.utils.regular_files import regular_size
 from qsharded.utils.untrusted_json import (
     Kind,
     as_object,
@@ -94,7 +95,7 @@ def read(path: Path) -> bytes:
     Raises:
         ValueError: there is none, or less of it than the file says.
     """
-    size = path.stat().st_size
+    size = regular_size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if not 2 <= length <= min(size - _LENGTH_BYTES, _LONGEST):
@@ -120,6 +121,7 @@ def read_checked(path: Path) -> tuple[int, dict[str, Any]]:
         ValueError: the header is not what the format allows, or lists more tensors than a model's file has; the
             file and the tensor are named.
     """
+    regular_size(path)  # what it raises names the file already
     try:
         header = read(path)
     except ValueError as error:

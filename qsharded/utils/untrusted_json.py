@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qsharded.utils.regular_files import regular_size
+
 MEBIBYTE = 1 << 20
 _LONGEST_FILE = 64 * MEBIBYTE  # the index of the largest models has some 10
 _DEEPEST = 64  # chat templates' tools have some 10
@@ -87,10 +89,10 @@ def read_json(path: Path, *, longest: int = _LONGEST_FILE) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        ValueError: missing, too large, not JSON, or not an object; the message names the file.
+        ValueError: missing, no regular file, too large, not JSON, or not an object; the message names the file.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         raw = b"" if size > longest else path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None

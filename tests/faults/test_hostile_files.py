@@ -1,6 +1,7 @@
 """Files from outside that are nonsense, absurd, or point elsewhere: refused by name, in bounded time and memory."""
 
 import json
+import os
 import resource
 from pathlib import Path
 from random import Random
@@ -152,3 +153,13 @@ def test_a_link_out_of_the_folder_is_refused_but_into_the_hubs_cache(
         else:
             with pytest.raises(ValueError, match=rf"{name} is a link to .*elsewhere/blob, outside its folder"):
                 SafetensorsFolder(folder).names()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+@pytest.mark.parametrize("read", [read_json, read_header, open_weights])
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, kind: str, read: Any) -> None:
+    """A pipe would be waited for, and /dev/zero be read until the memory is full."""
+    path = tmp_path / "config.json"
+    {"a pipe": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/zero"), "a folder": os.mkdir}[kind](path)
+    with pytest.raises(ValueError, match=r"config\.json is no regular file"):
+        read(path)

@@ -173,8 +173,8 @@ def _in_order(executor: Executor, of: Iterable[Chunk], ahead: int) -> Iterator[t
         yield from ((chunk, future.result()) for chunk, future in waiting)
     except BrokenProcessPool:
         raise Interrupted(
-            "a process that tokenizes was killed, most likely since memory was short; the same command goes on from "
-            "where it was"
+            "a process that tokenizes was killed: where it said nothing above, most likely since memory was short; the "
+            "same command goes on from where it was"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

@@ -99,6 +99,8 @@ class RopeConfig:
         for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
             if self.rope_type == "longrope" and len(factors) != pairs:
                 raise ValueError(f"rope key {name!r} has {len(factors)} entries for {pairs} rotated pairs of a head")
+        if self.rope_type == "longrope" and self.original_length < 2:  # by whose logarithm attention is scaled
+            raise ValueError("original_max_position_embeddings must be above 1 for rope_type 'longrope', got 1")
         if self.rope_type == "ntk-alpha" and pairs < 2:
             raise ValueError(f"rope_type 'ntk-alpha' needs more than one rotated pair of a head, got {pairs}")
 

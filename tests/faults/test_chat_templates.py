@@ -1,13 +1,16 @@
 """Chat templates that loop, grow or nest without end: each is refused by name, in bounded time and memory."""
 
 import resource
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from qsharded.data import template_limits
 from qsharded.data.chat import ChatTemplate
 from tests.data.folders import chat
+from tests.processes import Command, script
 
 LOOPS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -28,6 +31,7 @@ NUMBERS = {
     "a power of powers": "{{ 2 ** 63 ** 63 ** 63 }}",
     "squares of squares": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "a rounding": "{{ 5 | round(100000000, 'floor') }}",
+    "a sum of lists": "{{ ([[1] * 1000] * 90000) | sum(start=[]) }}",
 }
 
 
@@ -74,3 +78,21 @@ def test_the_clock_is_stopped_after_a_rendering(monkeypatch: pytest.MonkeyPatch)
     start = time.process_time()
     while time.process_time() - start < 0.2:
         pass
+
+
+STUCK = """
+import resource
+from qsharded.data import template_limits
+from qsharded.data.chat import ChatTemplate
+template_limits.SECONDS = 0.2
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+source = "{% set n = namespace(x=[], y=[]) %}{% for i in range(60) %}"
+source += "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}"
+ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
+"""
+
+
+def test_a_single_operation_that_does_not_come_back_ends_the_process_and_names_the_template(tmp_path: Path) -> None:
+    run = Command([script(tmp_path, STUCK)])
+    assert run.end() == -signal.SIGPROF
+    assert any('File "<template>", line ' in line for line in run.lines), run.lines

@@ -41,6 +41,17 @@ def test_the_harness_notices_a_parser_that_names_nothing() -> None:
     assert {failure.split(": ")[1] for failure in failures} == {"KeyError", "names nothing", "RecursionError"}
 
 
+# found by the fuzz harness: the scale of attention divides by the logarithm of this length
+LONGROPE = {
+    "original_max_position_embeddings": 1,
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * (LLAMA["hidden_size"] // LLAMA["num_attention_heads"] // 2),
+        "long_factor": [2.0] * (LLAMA["hidden_size"] // LLAMA["num_attention_heads"] // 2),
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -57,6 +68,7 @@ def test_the_harness_notices_a_parser_that_names_nothing() -> None:
         ({"rope_scaling": []}, "rope_scaling must hold a JSON object, got list"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope_scaling: factor must be a number"),
         ({"quantization_config": 7}, "quantization_config must hold a JSON object"),
+        (LONGROPE, "original_max_position_embeddings must be above 1 for rope_type 'longrope', got 1"),
     ],
 )
 def test_nonsense_in_a_config_is_refused_by_its_key(changes: dict[str, Any], complaint: str) -> None:

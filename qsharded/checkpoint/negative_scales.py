@@ -43,6 +43,8 @@ def _scales(source: SafetensorsFolder, name: str, names: Collection[str]) -> Ten
     if nested not in names:
         return absmax.flatten().view(torch.float32)
     second = source.whole(nested).repeat_interleave(blockwise8.BLOCK)[: absmax.numel()]
+    if second.numel() < absmax.numel():
+        raise ValueError(f"{nested} has scales of {second.numel():,} blocks, {name} has {absmax.numel():,}")
     return blockwise8.dequantize(absmax.flatten(), second) + offset
 
 

@@ -35,6 +35,11 @@ def prepare_quantize(weight_NK: Tensor, midpoints: Tensor) -> tuple[Tensor, Tens
     return weight_NK, codes_NP, weight_NK.new_empty(N, K // BLOCK, dtype=torch.float32)
 
 
+def readable(codes_NP: Tensor, absmax_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as kernels read them: codes in one run, and each row's absmax in one."""
+    return aligned(codes_NP), absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+
+
 def prepare_dequantize(
     codes_NP: Tensor,
     absmax_NG: Tensor,
@@ -46,8 +51,7 @@ def prepare_dequantize(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and absmax as kernels read them, and memory for the weight [N, K]: ``out`` where it is given."""
-    codes_NP = aligned(codes_NP)
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    codes_NP, absmax_NG = readable(codes_NP, absmax_NG)
     assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, codebook, absmax_map)
     shape = codes_NP.shape[0], codes_NP.shape[1] * 2
     if out is None:

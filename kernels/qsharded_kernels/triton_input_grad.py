@@ -51,10 +51,10 @@ def input_grad(
     assert grad_MN.dtype in DTYPES, grad_MN.dtype
     assert absmax_NG.shape[0] == N, (absmax_NG.shape, grad_MN.shape)
     dtype = grad_MN.dtype
-    grad_MN, codes_NP = grad_MN.contiguous(), checks.aligned(codes_NP)
+    grad_MN = grad_MN.contiguous()
     if INTERPRETED.value:  # numpy has no bf16; in fp32 the same products are exact
         grad_MN = grad_MN.float()
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    codes_NP, absmax_NG = checks.readable(codes_NP, absmax_NG)
     checks.assert_encoded(codes_NP, absmax_NG, absmax_scales, absmax_offset, codebook, absmax_map)
     tiles = triton.cdiv(G, tile.blocks)
     splits = splits or splits_to_fill(tiles, tile.programs_per_sm, grad_MN.device)

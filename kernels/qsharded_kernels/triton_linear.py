@@ -64,10 +64,10 @@ def linear(
     assert K == G * checks.BLOCK, (K, G)
     assert x_MK.dtype in DTYPES, x_MK.dtype
     dtype = x_MK.dtype
-    x_MK, codes_NP = x_MK.contiguous(), checks.aligned(codes_NP)
+    x_MK = x_MK.contiguous()
     if INTERPRETED.value:  # numpy has no bf16; in fp32 the same products are exact
         x_MK, bias_N = x_MK.float(), None if bias_N is None else bias_N.float()
-    absmax_NG = absmax_NG if absmax_NG.stride(1) == 1 else absmax_NG.contiguous()
+    codes_NP, absmax_NG = checks.readable(codes_NP, absmax_NG)
     checks.assert_packed(codes_NP, absmax_NG, absmax_scales, absmax_offset, absmax_map)
     y_MN = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
     per_split = _blocks_per_split(N, G, tile, splits, x_MK.device)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qsharded.calibration.compensated import ColumnOrder, compensated, searched
 from qsharded.calibration.layer_inputs import LayerInputs
@@ -24,9 +24,8 @@ from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.pack_weight import SharedRows
 from qsharded.quant.packed_weight import PackedWeight
-from qsharded.utils import collectives, heartbeat
-from qsharded.utils.progress_bar import ProgressBar
-from qsharded.utils.sharding import rows_of_rank, rows_per_rank
+from qsharded.utils import collectives
+from qsharded.utils.sharding import gathered_rows, rows_of_rank
 
 Method = Literal["compensated", "search"]
 
@@ -61,35 +60,21 @@ def calibrate(
     Raises:
         ValueError: a weight or an input that is not finite.
     """
-    bar = ProgressBar("calibrating", len(walk.layers), " layers", stays=True) if shows_progress else None
-    walk.begin()
-    for number in range(len(walk.layers)):
-        heartbeat.beat("calibrating")
-        with walk.in_memory(number) as layer:
-            linears = _packed_linears(walk, number, layer, packed)
-            if not _is_done(store, number, how.group):
-                weights = dict(_rounded(walk, number, linears, source, how))
-                if collectives.rank(how.group) == 0:
-                    store.put(number, weights)
-                collectives.barrier(how.group)
-            for name, weight in store.get(number, device).items():
-                linear = linears[name]
-                linear.weight.data = ops.nf4_dequantize(weight, linear.weight.dtype)
-            walk.run(number, keep=True)
-        if bar:
-            bar.advance(1)
-    if bar:
-        bar.close()
+    for number in walk.in_turn("calibrating", shows_progress=shows_progress):
+        linears = {name: linear for name, linear in walk.linears(number).items() if name in packed}
+        if not _is_done(store, number, how.group):
+            weights = dict(_rounded(walk, number, linears, source, how))
+            if collectives.rank(how.group) == 0:
+                store.put(number, weights)
+            collectives.barrier(how.group)
+        for name, weight in store.get(number, device).items():
+            linear = linears[name]
+            linear.weight.data = ops.nf4_dequantize(weight, linear.weight.dtype)
+        walk.run(number, keep=True)
 
 
 def _is_done(store: LayerStore, layer: int, group: dist.ProcessGroup | None) -> bool:
     return collectives.broadcast_object(store.has(layer), group)
-
-
-def _packed_linears(walk: LayerWalk, number: int, layer: nn.Module, packed: Collection[str]) -> dict[str, nn.Linear]:
-    """By the names of their weights in the checkpoint."""
-    named = ((walk.name(number, name), module) for name, module in layer.named_modules())
-    return {name: module for name, module in named if name in packed and isinstance(module, nn.Linear)}
 
 
 def _rounded(
@@ -129,11 +114,5 @@ def _round_group(
 
 def _whole(own: PackedWeight, N: int, group: dist.ProcessGroup | None) -> PackedWeight:
     """The weight of which each rank has some rows."""
-    codes, absmax = (_gathered(part, N, group) for part in (own.codes, own.absmax))
+    codes, absmax = (gathered_rows(part, N, group) for part in (own.codes, own.absmax))
     return PackedWeight(codes, absmax, own.absmax_scales, own.absmax_offset, own.quant_format)
-
-
-def _gathered(own_rows: Tensor, N: int, group: dist.ProcessGroup | None) -> Tensor:
-    padding = rows_per_rank(N, collectives.size(group)) - own_rows.shape[0]
-    padded = nn.functional.pad(own_rows, (0, 0, 0, padding))
-    return collectives.all_gather(padded, group).flatten(0, 1)[:N]

@@ -16,7 +16,7 @@ from qsharded.calibration.column_loop import round_columns
 from qsharded.calibration.scale_frame import ScaleFrame
 from qsharded.calibration.scale_search import nearest_codes, search_scales
 from qsharded.calibration.second_moments import DampedMoments
-from qsharded.quant.formats import QuantFormat
+from qsharded.quant.formats import QuantFormat, two_to_a_byte
 from qsharded.quant.pack_weight import SharedRows
 from qsharded.quant.packed_weight import PackedWeight
 
@@ -56,11 +56,7 @@ def searched(weight_NK: Tensor, importance_K: Tensor, quant_format: QuantFormat,
     N, G, B = blocks_NGB.shape
     importance_MB = importance_K.view(1, G, B).expand(N, G, B).reshape(-1, B)
     frame = _frame(blocks_NGB, importance_MB, quant_format, rows)
-    own_M = frame.own_NG.flatten()
-
-    def readable(wanted_CM: Tensor, part: slice) -> Tensor:
-        return frame.decode(frame.encode(wanted_CM, own_M[part]), own_M[part])
-
+    readable = frame.readable(frame.own_NG.flatten())
     scales_NG = search_scales(blocks_NGB.flatten(0, 1), importance_MB, quant_format, readable).view(N, G)
     codes_NGB = nearest_codes(blocks_NGB, scales_NG[..., None], quant_format)
     absmax_NG = frame.encode(scales_NG, frame.own_NG)
@@ -105,15 +101,6 @@ def _block_scales(
     block_NB: Tensor, importance_B: Tensor, quant_format: QuantFormat, frame: ScaleFrame, own_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8 [N], scales fp32 [N] as they are read) of one block of every row."""
-
-    def readable(wanted_CN: Tensor, part: slice) -> Tensor:
-        return frame.decode(frame.encode(wanted_CN, own_N[part]), own_N[part])
-
-    scales_N = search_scales(block_NB, importance_B[None], quant_format, readable)
+    scales_N = search_scales(block_NB, importance_B[None], quant_format, frame.readable(own_N))
     codes_N = frame.encode(scales_N, own_N)
     return codes_N, frame.decode(codes_N, own_N)
-
-
-def two_to_a_byte(codes_NK: Tensor) -> Tensor:
-    """uint8 [N, K/2], the first of each two in the high nibble."""
-    return codes_NK[:, ::2] << 4 | codes_NK[:, 1::2]

@@ -18,6 +18,8 @@ from qsharded.checkpoint.load import plain_fills
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
 from qsharded.models.parts import layers_of, part_names
+from qsharded.utils import heartbeat
+from qsharded.utils.progress_bar import ProgressBar
 
 _TOKENS_AT_ONCE = 8192
 
@@ -43,6 +45,24 @@ class LayerWalk:
     def name(self, layer: int, linear: str) -> str:
         """What a checkpoint calls the weight of a layer's linear."""
         return f"{self._prefix}{layer}.{linear}.weight"
+
+    def linears(self, layer: int) -> dict[str, nn.Linear]:
+        """A layer's linears, by what a checkpoint calls their weights."""
+        modules = self.layers[layer].named_modules()
+        return {self.name(layer, name): module for name, module in modules if isinstance(module, nn.Linear)}
+
+    def in_turn(self, doing: str, *, shows_progress: bool) -> Iterator[int]:
+        """The number of each layer, which is in memory meanwhile; a bar says how far it is."""
+        bar = ProgressBar(doing, len(self.layers), " layers", stays=True) if shows_progress else None
+        self.begin()
+        for number in range(len(self.layers)):
+            heartbeat.beat(doing)
+            with self.in_memory(number):
+                yield number
+            if bar:
+                bar.advance(1)
+        if bar:
+            bar.close()
 
     def begin(self) -> None:
         """Bring what is not of the layers into memory, but for the head, and embed the rows."""

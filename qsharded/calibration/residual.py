@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from qsharded.calibration.layer_inputs import LayerInputs
 from qsharded.calibration.layer_walk import LayerWalk
 from qsharded.checkpoint.source import SafetensorsFolder
-from qsharded.utils import heartbeat
-from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.seeds import derived_seed
 
 _OVERSAMPLED, _ITERATIONS = 16, 4  # of the randomized decomposition: singular values to some 1e-4 of the exact ones
@@ -69,26 +67,17 @@ def residual_start(
 
     Layers see what the rounded layers before them give. All ranks of ``group`` call this, each with its own rows.
     """
-    bar = ProgressBar("starting adapters", len(walk.layers), " layers", stays=True) if shows_progress else None
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    walk.begin()
-    for number in range(len(walk.layers)):
-        heartbeat.beat("starting adapters")
-        with walk.in_memory(number) as layer:
-            linears = {walk.name(number, name): m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-            packed = {name: m for name, m in linears.items() if _round(m, rounded(name, m.weight))}
-            inputs = LayerInputs({name: m for name, m in packed.items() if name in shapes})
-            with inputs.watched():
-                walk.run(number, keep=True)
-            for moments, names in inputs.groups():
-                moments.agree(group)
-                L_KK = moments.damped(names[0]).factor().float()
-                for name in names:
-                    found[name] = _factors(source, name, rounded, L_KK, shapes[name])
-        if bar:
-            bar.advance(1)
-    if bar:
-        bar.close()
+    for number in walk.in_turn("starting adapters", shows_progress=shows_progress):
+        packed = {name: m for name, m in walk.linears(number).items() if _round(m, rounded(name, m.weight))}
+        inputs = LayerInputs({name: m for name, m in packed.items() if name in shapes})
+        with inputs.watched():
+            walk.run(number, keep=True)
+        for moments, names in inputs.groups():
+            moments.agree(group)
+            L_KK = moments.damped(names[0]).factor().float()
+            for name in names:
+                found[name] = _factors(source, name, rounded, L_KK, shapes[name])
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsharded.data import Example, Tokenizer, load_examples
 from qsharded.data.shuffling import shuffled
+from qsharded.data.vocabulary import refuse_beyond_vocabulary
 from qsharded.utils import collectives
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,7 @@ def rows_of_parts(
     shares = zip(examples.items(), _shares(rows, len(examples)), strict=True)
     parts = {name: rows_of(part, count, length, name) for (name, part), count in shares}
     ids_RS = torch.cat(list(parts.values()))
-    if (largest := int(ids_RS.max())) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "
-            "config.json are of different models"
-        )
+    refuse_beyond_vocabulary(int(ids_RS.max()), vocab_size)
     return CalibrationRows(ids_RS, {name: part.shape[0] for name, part in parts.items()})
 
 

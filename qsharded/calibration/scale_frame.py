@@ -3,6 +3,7 @@
 Axes: N = this rank's rows, G = blocks in a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,6 +40,10 @@ class ScaleFrame:
     def decode(self, codes: Tensor, own: Tensor) -> Tensor:
         """fp32, to the bit what every reader of the format makes of ``codes``."""
         return blockwise8.dequantize(codes, own) + self.offset
+
+    def readable(self, own_M: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """From wanted scales of the blocks in a slice to those that are read in their place; ``own_M`` is of all."""
+        return lambda wanted, part: self.decode(self.encode(wanted, own_M[part]), own_M[part])
 
 
 def alone(rows: int) -> SharedRows:

@@ -18,11 +18,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from functools import reduce
 from operator import or_
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from qsharded.utils.dates import DATE_IN_WORDS, is_date
 
 REQUIRED: Any = dataclasses.MISSING
 NAMES = str | list[str]
@@ -44,18 +45,11 @@ class Check:
     holds: Callable[[Any], bool]
 
 
-def _is_date(text: str) -> bool:
-    try:
-        return bool(date.fromisoformat(text))
-    except ValueError:
-        return False
-
-
 POSITIVE = Check("above 0", lambda value: value > 0)
 AT_LEAST_0 = Check("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
 AT_LEAST_2 = Check("at least 2", lambda value: value >= 2)
-DATE = Check("a date such as 2025-01-31", _is_date)
+DATE = Check(DATE_IN_WORDS, is_date)
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

@@ -7,18 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from qsharded.utils.dates import DATE_IN_WORDS, is_date
 from qsharded.utils.untrusted_json import ANY, NULL, Kind, check, map_of, read_json
 
 # Beside a tokenizer's files. transformers knows no such file: what it holds is given to its apply_chat_template.
 OPTIONS_FILE = "chat_template_options.json"
-_SCHEMA = {"variables": map_of(ANY, 100), "date": Kind("a date such as 2025-01-31", lambda text: _is_date(text)) | NULL}
-
-
-def _is_date(text: Any) -> bool:
-    try:
-        return bool(date.fromisoformat(text))
-    except (TypeError, ValueError):
-        return False
+_SCHEMA = {"variables": map_of(ANY, 100), "date": Kind(DATE_IN_WORDS, is_date) | NULL}
 
 
 @dataclass(frozen=True)

@@ -118,4 +118,4 @@ def _workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace | No
 
 
 def _agreed(able: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
-    return bool(collectives.all_reduce(torch.tensor(int(able), device=device), dist.ReduceOp.MIN, group))
+    return not collectives.largest(int(not able), device, group)

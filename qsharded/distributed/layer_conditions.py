@@ -10,20 +10,14 @@ from torch import Tensor, nn
 
 from qsharded.lora.layer import LoRALinear
 from qsharded.quant.linear import PackedLinear
-from qsharded.utils import collectives
-from qsharded.utils.sharding import local, own_rows, rows_per_rank
+from qsharded.utils.sharding import gathered_rows, local, own_rows
 
 
 def unsharded(tensor: Tensor, device: torch.device) -> Tensor:
     """All rows of a tensor, gathered as bytes by no means of FSDP2's. Every rank calls this."""
     own = local(tensor).detach().to(device)
     rows = own_rows(tensor) if own.dim() else None
-    if rows is None or rows.group is None:
-        return own
-    padded = own.new_zeros(rows_per_rank(rows.total, rows.group.size()), *own.shape[1:])
-    padded[: rows.count].view(torch.uint8).copy_(own.contiguous().view(torch.uint8))
-    gathered = collectives.all_gather(padded.view(torch.uint8), rows.group)
-    return gathered.view(own.dtype).flatten(0, 1)[: rows.total]
+    return own if rows is None or rows.group is None else gathered_rows(own, rows.total, rows.group)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Axes: B batch, S queries, T keys (earlier, cached ones first, then the queries' own), E head dim, R rotated dims of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,9 +90,18 @@ def attention_inputs(
         sights = _by_boundaries(config, positions_BS, documents_BT, boundaries)
     else:
         sights = _by_masks(config, positions_BS, documents_BT, keys)
-    ropes, kinds = set(config.rope_of_layer), list(zip(config.layer_windows, config.rope_of_layer, strict=True))
-    tables = {rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in ropes}
-    made = {(window, rope): shared(*tables[rope], **sights[window]) for window, rope in set(kinds)}
+    tables = {
+        rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in set(config.rope_of_layer)
+    }
+    return _of_layers(config, lambda window, rope: shared(*tables[rope], **sights[window]))
+
+
+def _of_layers(
+    config: ModelConfig, make: Callable[[int | None, RopeConfig | None], AttentionInputs]
+) -> tuple[AttentionInputs, ...]:
+    """Those of each layer in turn, made once for all layers of the same window and rotation."""
+    kinds = list(zip(config.layer_windows, config.rope_of_layer, strict=True))
+    made = {kind: make(*kind) for kind in set(kinds)}
     return tuple(made[kind] for kind in kinds)
 
 
@@ -224,9 +234,7 @@ class StepInputs:
             query_scale_BS=None if scale_1S is None else scale_1S[0][position_B1],
         )
         masks = {window: self._mask(place_1, keys, _narrow(window, keys)) for window in set(config.layer_windows)}
-        kinds = list(zip(config.layer_windows, config.rope_of_layer, strict=True))
-        made = {(window, rope): shared(*tables[rope], mask_BST=masks[window]) for window, rope in set(kinds)}
-        return tuple(made[kind] for kind in kinds)
+        return _of_layers(config, lambda window, rope: shared(*tables[rope], mask_BST=masks[window]))
 
     def _mask(self, place_1: Tensor, keys: int, window: int | None) -> Tensor:
         key_1T = torch.arange(keys, device=place_1.device)[None]

@@ -83,6 +83,7 @@ def _steps(
     generator = torch.Generator(device).manual_seed(seed)
     noise_BV: Tensor | None = None
     gaps_B1 = None if documents_BS is None else (documents_BS == PADDING).sum(dim=1, keepdim=True)
+    replays = graphs and can_replay(model)
     for step in range(max_new_tokens):
         before_forward()
         inputs = {"positions_BS": positions_BS, "document_ids_BS": documents_BS, "cache": cache}
@@ -96,7 +97,7 @@ def _steps(
         ids_BS, positions_BS = next_B[:, None], positions_BS[:, -1:] + 1
         if documents_BS is not None:
             documents_BS = documents_BS[:, -1:]  # the last position is never padding
-        if graphs and can_replay(model):
+        if replays:
             last_B1 = positions_BS - 1
             decoding = GraphDecoding(model, cache, next_B, last_B1, gaps_B1, sampling, noise_BV, generator)
             yield from decoding.tokens(max_new_tokens - 1)

@@ -80,17 +80,23 @@ class WindowAttention:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Rows cut into chunks: tensors [B n, W, ...], the last chunk of a row filled up with zeros."""
+    """Rows cut into chunks: tensors [B n, W, ...], the last chunk of a row filled up with zeros.
+
+    Attributes:
+        late_order: int64 [W]: W - 2 down to 0, and W - 1 behind them.
+    """
 
     rows: int
     length: int
     window: int
+    late_order: Tensor
     inputs: AttentionInputs
 
     @classmethod
     def of(cls, q: Tensor, inputs: AttentionInputs) -> "_Chunks":
         assert inputs.window is not None
-        return cls(q.shape[0], q.shape[1], inputs.window, replace(inputs, window=None, boundaries=None))
+        order = torch.arange(inputs.window - 2, -2, -1, device=q.device).remainder_(inputs.window)
+        return cls(q.shape[0], q.shape[1], inputs.window, order, replace(inputs, window=None, boundaries=None))
 
     @property
     def of_row(self) -> int:
@@ -116,8 +122,7 @@ class _Chunks:
 
     def late_flipped(self, tensor: Tensor) -> Tensor:
         """:meth:`late` ones in opposite order and the one that sees none behind them, [B (n - 1), W, ...]."""
-        order = torch.arange(self.window - 2, -2, -1, device=tensor.device).remainder_(self.window)
-        return self.apart(tensor)[:, 1:, order].flatten(0, 1)
+        return self.apart(tensor)[:, 1:, self.late_order].flatten(0, 1)
 
     def before(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and the chunk before them, in opposite order."""

@@ -228,7 +228,12 @@ def _quantize_rows(weight_NK: Tensor, quant_format: QuantFormat) -> tuple[Tensor
     reciprocal = 1 / quant_format.scale_encoding.decode(absmax_NG).clamp(min=SMALLEST_ABSMAX)
     scaled = (blocks_NGB * reciprocal.unsqueeze(-1)).clamp(-1, 1)
     codes = nearest_codes(scaled, quant_format.quant_type).flatten(1)
-    return codes[:, ::2] << 4 | codes[:, 1::2], absmax_NG
+    return two_to_a_byte(codes), absmax_NG
+
+
+def two_to_a_byte(codes_NK: Tensor) -> Tensor:
+    """uint8 [N, K/2] of uint8 codes, the first of each two in the high nibble."""
+    return codes_NK[:, ::2] << 4 | codes_NK[:, 1::2]
 
 
 def nearest_codes(scaled: Tensor, quant_type: str = "nf4") -> Tensor:

@@ -11,6 +11,7 @@ from qsharded.data.facts import facts_of
 from qsharded.data.notes import data_notes
 from qsharded.data.prompts import TEXT_FILE, plain_prompts
 from qsharded.data.shown import text
+from qsharded.data.vocabulary import refuse_beyond_vocabulary
 from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview
 from qsharded.training.resuming import Resumed, kept_accumulation
@@ -90,14 +91,8 @@ def _samples(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
 
 
 def _check_vocabulary(vocab_size: int, read: Sequence[Sequence[Example]], *prompts: Sequence[Prompt]) -> None:
-    """An id beyond the embedding would stop a GPU with no word of the row at fault."""
     in_rows = [int(facts_of(examples)["largest"].max(initial=0)) for examples in read]
-    largest = max(*in_rows, 0, *(max(prompt.ids) for some in prompts for prompt in some))
-    if largest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}: the tokenizer's files and "
-            "config.json are of different models, or tokens were added without resizing the embedding"
-        )
+    refuse_beyond_vocabulary(max(*in_rows, 0, *(max(prompt.ids) for some in prompts for prompt in some)), vocab_size)
 
 
 def _loader(

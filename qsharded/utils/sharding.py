@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+from qsharded.utils import collectives
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,13 @@ def own_rows(parameter: Tensor) -> RowRange:
     mesh = parameter.device_mesh
     start, stop = rows_of_rank(total, mesh.size(dim), mesh.get_local_rank(dim))
     return RowRange(start, stop, total, mesh.get_group(dim))
+
+
+def gathered_rows(own: Tensor, total: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The ``total`` rows of which each rank of ``group`` has its :func:`rows_of_rank`, byte for byte: a collective."""
+    padded = own.new_zeros(rows_per_rank(total, collectives.size(group)), *own.shape[1:])
+    padded[: own.shape[0]].view(torch.uint8).copy_(own.contiguous().view(torch.uint8))
+    return collectives.all_gather(padded.view(torch.uint8), group).view(own.dtype).flatten(0, 1)[:total]
 
 
 def local(tensor: Tensor) -> Tensor:

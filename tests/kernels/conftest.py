@@ -47,3 +47,11 @@ def needs_cuda_part(fresh_library: Path) -> None:
     assert compiled is not None
     if not library.has_cuda(compiled):
         pytest.skip("needs nvcc")
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """In this mode PyTorch fills new memory with NaN or the largest integer: outputs, workspace and partial sums."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,6 +1,5 @@
 """What each GPU implementation of the NF4 kernels is held to; CUDA's and Triton's tests are this and their own."""
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from qsharded.quant.codebooks import CODEBOOKS
 from tests.kernels import cases
 
 
+@pytest.mark.usefixtures("poisoned_outputs")
 class NF4Suite:
     """To be inherited from.
 
@@ -29,13 +29,6 @@ class NF4Suite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "shape" in metafunc.fixturenames:
             metafunc.parametrize("shape", self.shapes)
-
-    @pytest.fixture(autouse=True)
-    def poisoned_outputs(self) -> Iterator[None]:
-        """In this mode PyTorch fills new memory with NaN or the largest integer."""
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
     def moved(self, tensor: Tensor) -> Tensor:
         """With its strides, which ``to`` alone would drop."""

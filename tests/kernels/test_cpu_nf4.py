@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from qsharded.quant.codebooks import CODEBOOKS
 from qsharded_kernels import cpu, cpu_nf4, library
 from tests.kernels import cases
 
-pytestmark = pytest.mark.usefixtures("fresh_library")
+pytestmark = pytest.mark.usefixtures("fresh_library", "poisoned_outputs")
 
 
 @pytest.fixture(params=cpu_nf4.ISA_NAMES)
@@ -21,14 +20,6 @@ def isa(request: pytest.FixtureRequest) -> str:
     if cpu_nf4.ISA_NAMES.index(request.param) > cpu.compiled().qsharded_cpu_isa():
         pytest.skip(f"this machine does not run {request.param}")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """In this mode PyTorch fills new memory with NaN or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_quantizes(weight: torch.Tensor, **choices: str | int) -> None:

@@ -1,6 +1,6 @@
 """The fused product against the reference: bit for bit where the activations allow it, else against fp64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from qsharded.quant.codebooks import CODEBOOKS
 from qsharded_kernels import cuda_linear, cuda_nf4
 from tests.kernels import cases
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library", "needs_cuda_part")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_library", "needs_cuda_part", "poisoned_outputs")]
 
 DTYPES = cuda_linear.DTYPES
 # around the edges of every tile of rows of x
@@ -26,14 +26,6 @@ BOXED_WEIGHTS += [(14300, 20), (17000, 128)]
 # the output's own rounding, 2^-8 or 2^-11 of it, and fp32 sums of at most 4,096 products: relative to |x||w|
 OUTPUT_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUM_ERROR = 2**-20
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """In this mode PyTorch fills new memory with NaN or the largest integer: outputs and workspace."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def on_gpu(encoded: cases.Encoded) -> list[Tensor | None]:

@@ -1,7 +1,5 @@
 """dy W in Triton, interpreted where there is no GPU, against the fp64 product of the exact weights."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,16 +9,10 @@ from qsharded_kernels.triton_tiles import InputGradTile
 from tests.kernels.cases import assert_same_bits
 from tests.kernels.packed_products import KINDS, activations, assert_errs_no_more, exact, packed, random
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 N = 83
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """In this mode PyTorch fills new memory with NaN: outputs and partial sums."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dtypes

@@ -1,6 +1,5 @@
 """The fused product in Triton, interpreted where there is no GPU, against the fp64 product of the exact weights."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -14,18 +13,12 @@ from qsharded_kernels.triton_tiles import LinearTile
 from tests.kernels.cases import assert_same_bits
 from tests.kernels.packed_products import DEVICE, KINDS, activations, assert_errs_no_more, exact, packed, random
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 N, K = 72, 320  # a tile of rows of W and part of another; five blocks, one more than a turn of the loop takes
 QUICK = LinearTile(32, 2, decoder="gather")  # numpy takes ten times as long to permute bytes
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """In this mode PyTorch fills new memory with NaN: outputs and partial sums."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dtypes

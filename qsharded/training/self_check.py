@@ -107,7 +107,8 @@ def _compare_trained(trains: Passes, plain: Passes, limit: float, verdict: _Verd
         if has_none and (bool(right.any()) or name.rpartition(".lora_")[0] in plain.adapted):
             verdict.complaints.append(_Complaint(_GRADIENT, f"{name} trains, and has no gradient"))
         elif seen is not None:
-            gap = _gap(_GRADIENT, f"gradient of {name}", (seen, right), floor, limit, verdict)
+            own_limit = limit + torch.finfo(seen.dtype).eps  # adapters may be narrower than what they are beside
+            gap = _gap(_GRADIENT, f"gradient of {name}", (seen, right), floor, own_limit, verdict)
             verdict.gradients = max(verdict.gradients, gap)
 
 

@@ -40,6 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
     "split vocabulary": {"layout": Layout(vocab_parallel=True)},
     "hsdp": {"replicas": 2},
     "bf16": {"dtype": torch.bfloat16},
+    "bf16 adapters": {"lora": LoRAConfig(r=4, dtype=torch.bfloat16)},
     "norms in full": {"lora": LoRAConfig(r=4, modules_to_save=("input_layernorm",))},
     "the second layer": {"lora": LoRAConfig(r=4, target_modules=r".*layers\.1\.mlp\..*")},
 }

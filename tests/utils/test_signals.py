@@ -158,7 +158,7 @@ for name in ("find_checkpoint", "find_adapter", "tokenizer_folder", "log_base_no
 @pytest.mark.parametrize(
     ("command", "function", "options", "number"),
     [
-        ("quantize", "quantize_checkpoint", [], signal.SIGINT),
+        ("quantize", "write_packed", [], signal.SIGINT),
         ("merge", "merge_weights", ["--adapter=a"], signal.SIGTERM),
     ],
 )

@@ -7,7 +7,6 @@ of its processes. What must be equal to the last bit is the last checkpoint: wei
 """
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 from benchmarks.launch import flags_of
 from benchmarks.record import command, environment, write
 from benchmarks.two_gpus.small import RANKS, SMALL, UNEVALUATED
+from qsharded.checkpoint.files import read_record
 from qsharded.training.restarting import OWN_STORE
 
 STEPS, SAVED_EVERY = 60, 5
@@ -138,9 +138,7 @@ def final(output: Path, steps: int = STEPS) -> dict[str, str]:
     """The hashes of the last checkpoint's weights and optimizer state, and of the adapter."""
     folder = output / "checkpoints" / f"step-{steps:06d}"
     files = [*sorted(folder.rglob("*.safetensors")), output / "adapter" / "adapter_model.safetensors"]
-    return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()
-    }
+    return {str(path.relative_to(output)): read_record(path).sha256 for path in files if path.exists()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ one over gloo, and then write no adapter. Without a GPU the built-in run is made
 """
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ import torch
 from benchmarks.gpu_training import SHAPES, shape_options
 from benchmarks.launch import flags_of
 from benchmarks.record import command, environment, write
+from qsharded.checkpoint.files import read_record
 from qsharded.report.run_files import read_metrics
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 15, 4, 10
@@ -119,7 +119,7 @@ def losses(output: Path) -> list[float]:
 
 def adapter(output: Path) -> str | None:
     path = output / "adapter" / "adapter_model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return read_record(path).sha256 if path.exists() else None
 
 
 if __name__ == "__main__":

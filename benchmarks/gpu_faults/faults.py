@@ -1,6 +1,5 @@
 """A rank that hangs, one whose loss is infinite, and one that is killed: the built-in model on two ranks."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from benchmarks import restarts
 from benchmarks.gpu_faults.ranks import BUILTIN, Rank, start, statuses, wait_for_steps
 from benchmarks.two_gpus.runner import Found
 from benchmarks.two_gpus.small import RANKS
+from qsharded.checkpoint.files import read_record
 from qsharded.utils.exit_codes import HANG
 
 MINUTES = 0.25  # the first step compiles kernels meanwhile
@@ -159,7 +159,7 @@ def restart_found(found: list[int], said: str, finals: list[dict[str, str]], kil
 
 def _hash(*parts: "str | Path") -> str:
     path = Path(*parts) / "adapter_model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"no {path}"
+    return read_record(path).sha256 if path.is_file() else f"no {path}"
 
 
 def _missed(held: dict[str, bool]) -> list[str]:

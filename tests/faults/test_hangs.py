@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {"max_steps": 500, "eval_split": 0, "hang_timeout": MI
 @pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["the store's host", "another"])
 def test_a_stopped_rank_ends_the_run_and_is_named(model: Path, dataset: Path, tmp_path: Path, stopped: int) -> None:
     ranks = start_ranks(["-m", "qsharded.train", *arguments(model, dataset, tmp_path / "out", **OPTIONS)])
-    ranks[0].wait_for("step   2/")
+    ranks[0].wait_for("step 100/")  # by then each has told the others of a step
     ranks[stopped].signal(signal.SIGSTOP)
     try:
         assert ranks[1 - stopped].end() == HANG, ranks[1 - stopped].lines

@@ -93,7 +93,7 @@ def read(path: Path) -> bytes:
     """The header of a file, undecoded.
 
     Raises:
-        ValueError: there is none, or less of it than the file says.
+        ValueError: there is none, or less of it than the file says, or it is no regular file.
     """
     size = regular_size(path)
     with path.open("rb") as file:

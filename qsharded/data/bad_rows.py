@@ -4,6 +4,13 @@ from collections.abc import Sequence
 
 SHOWN = 20
 """How many reasons are kept and listed."""
+_LONGEST = 1_000  # characters of one: it quotes keys and values of the row, and what a chat template says
+
+
+def clipped(reason: str) -> str:
+    """A reason that a row, or a template, cannot make as long as it likes."""
+    more = len(reason) - _LONGEST
+    return reason if more <= 0 else f"{reason[:_LONGEST]}... and {more:,} more characters"
 
 
 def refuse_bad_rows(count: int, reasons: Sequence[str], skip: int, *, all_read: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qsharded.data.bad_rows import SHOWN
+from qsharded.data.bad_rows import SHOWN, clipped
 from qsharded.data.omissions import Omission
 
 
@@ -103,7 +103,7 @@ class Dataset:
         """Another row cannot be used."""
         self.bad += 1
         if len(self.bad_reasons) < SHOWN:
-            self.bad_reasons.append(reason)
+            self.bad_reasons.append(clipped(reason))
 
     def add(self, others: "Dataset") -> None:
         """Put the counts of later rows to those of these; the examples are the caller's business."""

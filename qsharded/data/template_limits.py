@@ -14,13 +14,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jinja2 import Environment, pass_environment
 from jinja2.filters import do_round, do_sum
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qsharded.utils.time_limit import TookTooLong, time_limited
 
 SECONDS = 5.0
 """Of CPU time, for one rendering: the longest conversations take some 0.01."""
@@ -33,10 +34,6 @@ _STDERR = 2
 _STATM, _PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
 
 
-class _TooLong(Exception):
-    """Raised in the template's program."""
-
-
 @contextmanager
 def limited(what: str) -> Iterator[None]:
     """Meanwhile a template's program has so much time and memory, and such a depth.
@@ -45,9 +42,9 @@ def limited(what: str) -> Iterator[None]:
         ValueError: it needed more; ``what`` begins the message.
     """
     try:
-        with _time_limited(), _memory_limited():
+        with _ended(), time_limited(SECONDS), _memory_limited():
             yield
-    except _TooLong:
+    except TookTooLong:
         raise ValueError(f"{what} takes more than {SECONDS:g} s of CPU time: it loops") from None
     except MemoryError:
         raise ValueError(f"{what} takes more than {BYTES >> 20} MiB of memory: it grows without end") from None
@@ -56,25 +53,18 @@ def limited(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _time_limited() -> Iterator[None]:
+def _ended() -> Iterator[None]:
+    """Where a single call does not come back, the process ends."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other can be interrupted; rows are rendered in the main thread
+        yield  # as in time_limited; rows are rendered in the main thread
         return
-    before = signal.signal(signal.SIGVTALRM, _stop)
     faulthandler.register(signal.SIGPROF, file=_STDERR, all_threads=False, chain=True)  # and then it kills
     signal.setitimer(signal.ITIMER_PROF, UNINTERRUPTED * SECONDS)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.unregister(signal.SIGPROF)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise _TooLong
 
 
 @contextmanager

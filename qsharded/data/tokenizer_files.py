@@ -6,6 +6,7 @@ from typing import Any
 import tokenizers
 
 from qsharded.data.template_options import OPTIONS_FILE
+from qsharded.utils.regular_files import regular_size
 from qsharded.utils.untrusted_json import (
     BOOLEAN,
     MEBIBYTE,
@@ -25,6 +26,7 @@ _FILES = (
     *("chat_template.jinja", OPTIONS_FILE, "tokenizer.model", "vocab.json", "merges.txt"),
 )
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_LONGEST_TEMPLATE = 4 * MEBIBYTE  # the longest have some 20,000 bytes
 _LONGEST_TOKENIZER = 512 * MEBIBYTE  # those of 250,000 tokens have some 35
 _TEXT = text(MEBIBYTE)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -104,8 +106,22 @@ def read_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     files = {path.stem: path for path in (folder / MORE_TEMPLATES).glob("*.jinja")}
     if (folder / TEMPLATE).is_file():
         files["default"] = folder / TEMPLATE
-    in_files = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    in_files = {name: _template(path) for name, path in files.items()}
     return in_files or ({"default": entry} if isinstance(entry, str) else entry)
+
+
+def _template(path: Path) -> str:
+    """The text of a chat template's file.
+
+    Raises:
+        ValueError: it is no file, too large or not UTF-8; the message names it.
+    """
+    if (size := regular_size(path)) > _LONGEST_TEMPLATE:
+        raise ValueError(f"{path} has {size:,} bytes, more than {_LONGEST_TEMPLATE:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
 
 
 def optional_json(path: Path) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from qsharded.utils.time_limit import TookTooLong, time_limited
+
 ALL_LINEAR = "all-linear"
+_SECONDS = 2.0  # of CPU time, for a pattern on one name; any that is meant takes microseconds
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class LoRAConfig:
         if not self.layers_to_transform:
             return True
         patterns = self.layers_pattern or [r"[^.]*"]
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name) for pattern in patterns)
+        found = (_match(re.match, rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name) for pattern in patterns)
         first = next((match for match in found if match is not None), None)
         return first is not None and int(first["layer"]) in self.layers_to_transform
 
@@ -91,7 +94,7 @@ class LoRAConfig:
 def _means(said: str | list[str], name: str) -> bool:
     """Whether ``said``, a regex of whole names or a list of endings, means ``name``."""
     if isinstance(said, str):
-        return bool(said) and re.fullmatch(said, name) is not None
+        return bool(said) and _match(re.fullmatch, said, name) is not None
     return any(ends_with(name, ending) for ending in said)
 
 
@@ -106,4 +109,16 @@ def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> flo
 
 def matches_pattern(pattern: str, name: str) -> bool:
     """PEFT's rule for the keys of patterns: an ending of the name, or a regex of one."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    return _match(re.fullmatch, rf"(.*\.)?({pattern})", name) is not None
+
+
+def _match(how: Callable[[str, str], re.Match[str] | None], pattern: str, name: str) -> re.Match[str] | None:
+    """``how`` of ``re`` in bounded time: patterns come with adapters that are downloaded."""
+    try:
+        with time_limited(_SECONDS):
+            return how(pattern, name)
+    except TookTooLong:
+        raise ValueError(
+            f"the pattern {pattern[:200]!r} takes more than {_SECONDS:g} s of CPU time on {name!r}: it goes back and "
+            "forth without end"
+        ) from None

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,9 +13,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch import nn
 
-from qsharded.checkpoint.adapter import open_weights
+from qsharded.checkpoint.adapter import open_weights, read_lora_config
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, read_header
+from qsharded.data.tokenizer_files import read_templates
+from qsharded.lora import config as lora_config
+from qsharded.lora.layer import add_lora
 from qsharded.models import ModelConfig
 from qsharded.utils.untrusted_json import check, integer, list_of, map_of, number, parse, read_json, text
 from tests.checkpoints import LLAMA
@@ -175,3 +181,38 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, kind: str, read: An
     {"a pipe": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/zero"), "a folder": os.mkdir}[kind](path)
     with pytest.raises(ValueError, match=r"config\.json is no regular file"):
         read(path)
+
+
+def link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, link_to_zeros, Path.mkdir])
+def test_no_more_is_one_in_the_place_of_a_chat_template(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "additional_chat_templates" / "rag.jinja"
+    path.parent.mkdir()
+    make(path)
+    with pytest.raises(ValueError, match=r"rag\.jinja is no regular file"):
+        read_templates(tmp_path, {})
+
+
+def test_a_chat_template_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'chat_template.jinja'} is not UTF-8 at byte 1")):
+        read_templates(tmp_path, {})
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules"])
+def test_a_pattern_that_goes_back_and_forth_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(lora_config, "_SECONDS", 0.2)
+    pattern = "(([a-z_.0-9]+)+)+X"
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    settings[key] = {pattern: 4} if key.endswith("_pattern") else pattern
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    whole = nn.Module()
+    whole.layers_of_a_long_name_of_its_own = model
+    with pytest.raises(ValueError, match=r"takes more than 0\.2 s of CPU time"):
+        add_lora(whole, read_lora_config(tmp_path))

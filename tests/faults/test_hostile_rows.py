@@ -82,3 +82,23 @@ def test_a_fake_parquet_file_is_named(tmp_path: Path, tokenizer: Tokenizer, cont
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.parquet: not readable as parquet"):
         load(path, tokenizer)
+
+
+@pytest.mark.parametrize("row", [{"k" * 5_000_000: 1}, {f"k{n}": 1 for n in range(90_000)}], ids=["one", "many"])
+def test_a_complaint_does_not_grow_with_the_rows_keys(tmp_path: Path, tokenizer: Tokenizer, row: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + json.dumps(row).encode() + b"\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the fields fit no known format") as refused:
+        load(path, tokenizer)
+    assert len(str(refused.value)) < 1_200
+    assert " more characters" in str(refused.value)
+
+
+def test_a_complaint_does_not_grow_with_what_the_template_says(tmp_path: Path) -> None:
+    template = "{{ raise_exception('x' * 10000000) }}"
+    tokenizer = Tokenizer.from_folder(make_folder(tmp_path / "model", template=template))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": chat("a", "b")}) + "\n")
+    with pytest.raises(ValueError, match="the chat template refuses this conversation") as refused:
+        load(path, tokenizer)
+    assert len(str(refused.value)) < 1_200

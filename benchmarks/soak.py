@@ -86,7 +86,7 @@ class Soak:
         """To the end, however often it is stopped."""
         self.folder.mkdir()
         waiting = list(faults)
-        while not restarts.final(self.output, self.steps):
+        while not restarts.last_checkpoint(self.output, self.steps).exists():
             process = self._start()
             while process.poll() is None:
                 if waiting and self._step() >= waiting[0][0] and len(restarts.ranks_of(process)) == restarts.RANKS:

@@ -24,7 +24,7 @@ def a_soak(folder: Path, *, growth_mib: float = 0.0, files: int = 7, adapter: by
         for n in range(LEAST_SAMPLES)
     ]
     rows[-LEAST_SAMPLES // 4 :] = [row | {"files": files} for row in rows[-LEAST_SAMPLES // 4 :]]
-    (folder / "held-0-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"held-0-{folder.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Soak(folder, STEPS)
 
 
@@ -51,6 +51,12 @@ def test_a_soak_is_held_to_its_end_and_to_what_processes_hold(
     found = verdict(a_soak(tmp_path / "whole"), disturbed(tmp_path / "disturbed", **settings))
     assert [line.partition(":")[0] for line in found["missed"]] == missed
     assert found["processes_judged"] == 2
+
+
+def test_growth_is_measured_against_a_process_in_peace_and_that_one_by_itself(tmp_path: Path) -> None:
+    grows = {"growth_mib": 4 * MOST_GROWN_MIB}
+    found = verdict(a_soak(tmp_path / "whole", **grows), disturbed(tmp_path / "disturbed", **grows))
+    assert ["held" if "whole" in line else "not" for line in found["missed"]] == ["held"]
 
 
 def test_a_fault_that_nobody_saw_is_missed(tmp_path: Path) -> None:

@@ -134,9 +134,14 @@ def logged(output: Path) -> int:
     return sum('"loss"' in line for line in path.read_text().splitlines()) if path.exists() else 0
 
 
+def last_checkpoint(output: Path, steps: int = STEPS) -> Path:
+    """That of a run which came to its end; one that was stopped has an adapter too, so far."""
+    return output / "checkpoints" / f"step-{steps:06d}"
+
+
 def final(output: Path, steps: int = STEPS) -> dict[str, str]:
     """The hashes of the last checkpoint's weights and optimizer state, and of the adapter."""
-    folder = output / "checkpoints" / f"step-{steps:06d}"
+    folder = last_checkpoint(output, steps)
     files = [*sorted(folder.rglob("*.safetensors")), output / "adapter" / "adapter_model.safetensors"]
     return {str(path.relative_to(output)): read_record(path).sha256 for path in files if path.exists()}
 

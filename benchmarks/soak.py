@@ -41,7 +41,8 @@ SEEN_AS = {
 STILL_S, FULL_S = 2.0, 4.0
 SMALL_FILE = 4096  # bytes, beyond which none grows on the full disk
 LEAST_SAMPLES = 50  # of a process, for it to be judged: 250 steps
-MOST_GROWN_MIB = 8.0  # of the allocator's own ups and downs
+# Beyond what a process in peace grew by at that age: allocators settle over some hundred steps.
+MOST_GROWN_MIB = 8.0
 _POLL_S = 0.05
 
 
@@ -86,7 +87,7 @@ class Soak:
         """To the end, however often it is stopped."""
         self.folder.mkdir()
         waiting = list(faults)
-        while not restarts.final(self.output, self.steps):
+        while not restarts.last_checkpoint(self.output, self.steps).exists():
             process = self._start()
             while process.poll() is None:
                 if waiting and self._step() >= waiting[0][0] and len(restarts.ranks_of(process)) == restarts.RANKS:
@@ -152,9 +153,13 @@ class Soak:
         while process.poll() is None and self._step() in (before, 0):
             time.sleep(_POLL_S)
 
-    def lives(self) -> list[dict[str, Any]]:
-        """What of each process moved between the first and the last quarter of its samples."""
-        return [moved for path in sorted(self.folder.glob("held-*.jsonl")) if (moved := _moved(path))]
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """What each process that lived long enough held, every few steps."""
+        read = {
+            path.stem.removeprefix("held-"): [json.loads(line) for line in path.read_text().splitlines()]
+            for path in sorted(self.folder.glob("held-*.jsonl"))
+        }
+        return {process: rows for process, rows in read.items() if len(rows) >= LEAST_SAMPLES}
 
 
 def _let_files_grow(pids: list[int], size: int) -> None:
@@ -162,29 +167,41 @@ def _let_files_grow(pids: list[int], size: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def _moved(path: Path) -> dict[str, Any] | None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if len(rows) < LEAST_SAMPLES:
-        return None
+def moved(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """From the second quarter of a process's samples to the last one, in the median."""
     quarter = len(rows) // 4
-    first, last = rows[quarter : 2 * quarter], rows[-quarter:]  # allocators and threads settle in the first quarter
-    moved = {key: median(row[key] for row in last) - median(row[key] for row in first) for key in rows[0]}
-    return {"process": path.stem.removeprefix("held-"), "steps": rows[-1]["step"] - rows[0]["step"]} | {
-        key: round(value, 1) for key, value in moved.items() if key != "step"
-    }
+    first, last = rows[quarter : 2 * quarter], rows[-quarter:]
+    keys = [key for key in rows[0] if key != "step"]
+    return {key: round(median(row[key] for row in last) - median(row[key] for row in first), 1) for key in keys}
+
+
+def judged(whole: Soak, disturbed: Soak) -> list[dict[str, Any]]:
+    """What moved in each process; of those that were disturbed also how much one in peace had grown by at that age."""
+    in_peace, found = whole.samples(), []
+    for process, rows in (in_peace | disturbed.samples()).items():
+        life = {"process": process, "steps": rows[-1]["step"] - rows[0]["step"]} | moved(rows)
+        if process not in in_peace:
+            life["host_mib_in_peace"] = max(moved(peace[: len(rows)])["host_mib"] for peace in in_peace.values())
+        found.append(life)
+    return found
+
+
+def has_grown(life: dict[str, Any]) -> bool:
+    """Whether a process holds more and more."""
+    beyond = life["host_mib"] - max(0.0, life.get("host_mib_in_peace", 0.0))
+    return life["files"] > 0 or life["threads"] > 0 or max(beyond, life["device_mib"]) > MOST_GROWN_MIB
 
 
 def verdict(whole: Soak, disturbed: Soak) -> dict[str, Any]:
     """What was seen, and what was missed."""
     text = "\n".join(disturbed.lines)
     seen = {fault: text.count(words) for fault, words in SEEN_AS.items()}
-    lives = whole.lives() + disturbed.lives()
+    assert whole.samples(), "the run in peace was too short to be judged"
+    lives = judged(whole, disturbed)
     equal = final(whole) == final(disturbed) and len(final(whole)) > 1
-    grown = [life for life in lives if life["files"] > 0 or life["threads"] > 0]
-    grown += [life for life in lives if life["host_mib"] > MOST_GROWN_MIB or life["device_mib"] > MOST_GROWN_MIB]
     missed = ["weights and moments"] * (not equal)
     missed += [f"{fault}: seen {count} times" for fault, count in seen.items() if count < disturbed.caused[fault]]
-    missed += ["a process long enough to be judged"] * (not lives) + [f"grew: {life}" for life in grown]
+    missed += [f"grew: {life}" for life in lives if has_grown(life)]
     return {
         "equal": equal,
         "caused": dict(disturbed.caused),

@@ -1,6 +1,11 @@
 """One rank of ``benchmarks.soak``: the trainer's own command, which notes what its process holds every few steps, and
 whose data cannot be read once where a file of that name asks for it. The first argument is the folder of both."""
 
+from qsharded.utils import signals
+
+if __name__ == "__main__":
+    signals.take_over("qsharded.train")
+
 import json
 import os
 import sys

@@ -15,7 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from qsharded.data.messages import REASONING_KEYS, Message
-from qsharded.data.template_limits import LimitedEnvironment, limited
+from qsharded.data.template_limits import LimitedEnvironment, Patience, limited
 
 Span = tuple[int, int]
 
@@ -60,6 +60,7 @@ class ChatTemplate:
         self._source = source
         self._variables = variables
         self._today = today
+        self._patience = Patience()
         self._plain = self._compile(_Generation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class ChatTemplate:
                 environment = _environment(generation)
                 environment.globals["strftime_now"] = self._strftime_now
                 return environment.from_string(self._source)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError) as error:  # Python's, of the program that Jinja writes
             raise ValueError(f"the chat template is not valid: {error}") from error
 
     def _strftime_now(self, format: str) -> str:
@@ -138,7 +139,7 @@ class ChatTemplate:
 
     def _run(self, template: Template, messages: Sequence[Message], prompt: bool, tools: list[Any] | None) -> str:
         try:
-            with limited("its program"):
+            with self._patience.limited("its program"):
                 return template.render(
                     **self._variables,
                     messages=[_with_reasoning(message) for message in messages],

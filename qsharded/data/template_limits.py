@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ UNINTERRUPTED = 3
 """Times as much, after which a single call of C that no signal interrupts ends the process."""
 BYTES = 512 << 20
 """Beyond what the process has: a rendering takes a few times its text."""
+ALL_SECONDS, MEAN_SECONDS = 60.0, 0.1
+"""Of a template's renderings together, and of each in the mean: one that is slow on purpose would take hours."""
 _BITS = 1 << 14  # of an integer
 _STDERR = 2
 _STATM, _PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
@@ -50,6 +53,31 @@ def limited(what: str) -> Iterator[None]:
         raise ValueError(f"{what} takes more than {BYTES >> 20} MiB of memory: it grows without end") from None
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply, or calls itself without end") from None
+
+
+class Patience:
+    """How long a template has taken so far."""
+
+    def __init__(self) -> None:
+        self._seconds, self._renderings = 0.0, 0
+
+    @contextmanager
+    def limited(self, what: str) -> Iterator[None]:
+        """As :func:`limited`, for one rendering.
+
+        Raises:
+            ValueError: as there, and where all renderings so far took more than any template has use for.
+        """
+        if self._seconds > ALL_SECONDS and self._seconds > MEAN_SECONDS * self._renderings:
+            each = self._seconds / self._renderings
+            raise ValueError(f"{what} took {each:.1f} s of CPU time for each of {self._renderings:,} renderings")
+        start = time.thread_time()
+        try:
+            with limited(what):
+                yield
+        finally:
+            self._seconds += time.thread_time() - start
+            self._renderings += 1
 
 
 @contextmanager

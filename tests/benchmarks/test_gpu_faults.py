@@ -14,6 +14,7 @@ import torch
 from benchmarks.gpu_faults.faults import BAD_STEP, MINUTES, hang_found, not_finite_found, restart_found
 from benchmarks.gpu_faults.out_of_memory import found_of
 from benchmarks.gpu_faults.ranks import Rank
+from benchmarks.gpu_faults.self_check import found_of as self_check_found
 
 HUNG = f"error (rank 0): no progress of any rank for {MINUTES:g} minutes: rank 1 does not answer (last: step 3); rank 0"
 
@@ -112,6 +113,18 @@ def test_a_gpu_without_room_is_held_to_its_message(old: str, new: str, missed: l
     assert found_of([74, 74], [[], lines], 1).missed == missed
 
 
+CHECKED = "self-check: gather probe exact, layer 0 computes as its bytes unsharded: output within 1.00%; 0.25 s"
+
+
+def test_the_self_check_is_held_to_its_line_time_and_memory() -> None:
+    taken = {"allocated": 11 << 30}
+    assert self_check_found([0, 0], [CHECKED], taken, 10.0).missed == []
+    assert self_check_found([0, 1], [CHECKED], taken, 10.0).missed == ["exit status"]
+    assert self_check_found([0, 0], [], taken, 10.0).missed == ["one line", "a second at most"]
+    assert self_check_found([0, 0], [CHECKED.replace("0.25", "1.25")], taken, 10.0).missed == ["a second at most"]
+    assert self_check_found([0, 0], [CHECKED], taken, 9.0).missed == ["a layer's memory"]
+
+
 @pytest.mark.slow
 def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     flags = ["--short", "--record", str(tmp_path / "record.json")]
@@ -119,4 +132,6 @@ def test_the_short_form_passes_its_lines(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
-    assert [line["name"] for line in record["lines"]] == ["hang", "not-finite", "restart", "out-of-memory"]
+    assert [line["name"] for line in record["lines"]] == [
+        *("hang", "not-finite", "restart", "self-check", "out-of-memory")
+    ]

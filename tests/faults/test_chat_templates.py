@@ -96,3 +96,20 @@ def test_a_single_operation_that_does_not_come_back_ends_the_process_and_names_t
     run = Command([script(tmp_path, STUCK)])
     assert run.end() == -signal.SIGPROF
     assert any('File "<template>", line ' in line for line in run.lines), run.lines
+
+
+@pytest.mark.parametrize("source", ["{% break %}", "{% for a in 'a' %}" * 25 + "{% endfor %}" * 25, "{% for"])
+def test_what_is_no_program_is_refused(source: str) -> None:
+    """Some of it Jinja takes, and Python not."""
+    with pytest.raises(ValueError, match="the chat template is not valid: "):
+        ChatTemplate(source, {})
+
+
+def test_a_template_that_is_slow_for_every_row_is_refused_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_limits, "ALL_SECONDS", 0.1)
+    monkeypatch.setattr(template_limits, "MEAN_SECONDS", 0.002)
+    slow = ChatTemplate("{% for a in range(999) %}{% for b in range(300) %}{% endfor %}{% endfor %}", {})
+    with pytest.raises(ValueError, match=r"its program took 0\.\d s of CPU time for each of \d+ renderings"):
+        [slow.render(chat("a", "b")) for _ in range(500)]
+    quick = ChatTemplate("{{ 1 }}", {})
+    assert {quick.render(chat("a", "b")) for _ in range(1000)} == {"1"}

@@ -1,8 +1,10 @@
 """Our launcher: ranks that the kernel killed for memory, and ranks that someone else did."""
 
+import signal
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from qsharded import launch
 from qsharded.utils import hardware
@@ -56,3 +58,13 @@ def test_the_kernels_counts_are_those_of_machine_and_group(tmp_path: Path, monke
     assert hardware.memory_kills() == 42
     (tmp_path / "vmstat").unlink()
     assert hardware.memory_kills() == 2
+
+
+def test_a_signal_that_was_passed_on_ends_it_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: object) -> None:
+        raise SignalException("stopped", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr(launch.torchrun, "run", stopped)
+    with pytest.raises(SystemExit) as left:
+        launch.main(["--standalone", "rank.py"])
+    assert left.value.code == 143

@@ -72,8 +72,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             if "failed" in result:
                 raise RuntimeError(f"{case.name} by {code}'s code: {result['failed']}")
             found[code].append(result["tokens_per_second"])
-    medians = {code: statistics.median(values) for code, values in found.items()}
-    ratio = medians["native"] / medians["transformers"]
+    medians = {code: round(statistics.median(values), 1) for code, values in found.items()}
+    ratio = round(medians["native"] / medians["transformers"], 3)
     return {"shape": case.name, "tokens": case.tokens, "tokens_per_second": medians, "native_over_transformers": ratio}
 
 

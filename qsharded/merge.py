@@ -71,13 +71,20 @@ class MergeConfig:
     )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
     format: Format = _out(
-        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it, in "
-        "the checkpoint's 16 or 32 bits; needs the gguf package, and for a while twice the room.",
+        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it; "
+        "needs the gguf package, and for a while up to twice the room.",
         "safetensors",
+    )
+    gguf_type: Literal["auto", "f16", "q8_0", "q4_0"] = _out(
+        "How --format gguf holds matrices: in 16 bits, or in blocks of 32 weights that share a scale, 8.5 or 4.5 bits "
+        "a weight; auto is the checkpoint's own 16 or 32 bits. Norms stay in 32 bits; docs/gguf.md says what else.",
+        "auto",
     )
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.gguf_type != "auto" and self.format != "gguf":
+            raise ValueError(f"--gguf-type {self.gguf_type} is for --format gguf, got --format {self.format}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,7 +119,7 @@ def run(config: MergeConfig) -> None:
             write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
         if config.format == "gguf":
-            _make_gguf(unfinished, output.name)
+            _make_gguf(unfinished, output.name, config.gguf_type)
     logging.getLogger(__name__).info("merged model written to %s", output)
 
 
@@ -130,12 +137,12 @@ def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:
     check_convertible(checkpoint, tokenizer)
 
 
-def _make_gguf(folder: Path, name: str) -> None:
+def _make_gguf(folder: Path, name: str, wanted: Literal["auto", "f16", "q8_0", "q4_0"]) -> None:
     """Put one file in the place of the checkpoint in ``folder``."""
     from qsharded.integrations.gguf import write_gguf  # needs the optional package
 
     parts = list(folder.iterdir())
-    write_gguf(folder, folder / "model.gguf", name)
+    write_gguf(folder, folder / "model.gguf", name, wanted)
     for part in parts:
         if part.is_dir():
             shutil.rmtree(part)

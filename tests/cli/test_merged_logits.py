@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qsharded
 from qsharded import merge
 from qsharded.calibration.layer_walk import LayerWalk
 from qsharded.checkpoint import load_model
-from qsharded.checkpoint.adapter import read_lora_config
-from qsharded.checkpoint.initial_adapter import write_initial
+from qsharded.checkpoint.adapter import WEIGHTS_FILE, read_lora_config
+from qsharded.checkpoint.initial_adapter import initial_metadata, write_initial
 from qsharded.checkpoint.merging import Merge, opened
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli import merged_logits
@@ -88,9 +89,9 @@ def test_what_an_adapter_began_with_counts_as_part_of_the_base(tmp_path: Path) -
     (tmp_path / "model").mkdir()
     checkpoint = recast(write_checkpoint(tmp_path / "model"), torch.float32)
     adapter = write_adapter(tmp_path / "adapter", checkpoint)
-    with opened(checkpoint, adapter, "16bit") as pair:
-        began = {name: pair.file.get_tensor(name) * 0.7 for name in pair.file.keys()}  # noqa: SIM118
-    write_initial(adapter, began)
+    weights = load_file(adapter / WEIGHTS_FILE)
+    began = write_initial(adapter, {name: 0.7 * weight for name, weight in weights.items()})
+    save_file(weights, adapter / WEIGHTS_FILE, metadata={"format": "pt", **initial_metadata(began)})
     found = measured(checkpoint, adapter, merged(checkpoint, adapter, tmp_path / "merged", check_rows=0))
     assert found.largest < 1e-4
     assert measured(checkpoint, adapter, checkpoint).largest > 0.1

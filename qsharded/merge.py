@@ -42,7 +42,7 @@ _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
 
 _SINGLE = World.single_process(torch.device("cpu"))
-Format = Literal["safetensors", "gguf"]
+Format = Literal["safetensors", "gguf", "compressed-tensors"]
 GgufType = Literal["auto", "f16", "q8_0", "q4_0"]  # gguf_tensors.py knows them too, and needs the optional package
 GGUF_FILE = "model.gguf"
 
@@ -85,7 +85,9 @@ class MergeConfig:
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
     format: Format = _out(
         "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it; "
-        "needs the gguf package, and for a while up to twice the room.",
+        "needs the gguf package, and for a while up to twice the room. compressed-tensors: a checkpoint whose linear "
+        "layers have 4 bits a weight (W4A16, rounded to nearest), for vLLM and transformers; needs the "
+        "compressed-tensors package.",
         "safetensors",
     )
     gguf_type: GgufType = _out(
@@ -129,8 +131,7 @@ def run(config: MergeConfig) -> None:
     allowed = {"allow_other": config.allow_other_base, "any_rounding": config.base == "16bit"}
     log_base_note(_SINGLE, adapter, config.model, checkpoint, **allowed)
     tokenizer = tokenizer_folder(checkpoint, adapter)
-    if config.format == "gguf":
-        _check_gguf(checkpoint, tokenizer)
+    _check_format(config.format, checkpoint, tokenizer)
     with complete_or_absent(output) as unfinished:
         with mismatch_explained(config.model, adapter):
             changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
@@ -151,12 +152,20 @@ def _files_beside(checkpoint: Path) -> list[str]:
     return ["config.json", "generation_config.json", *index]
 
 
-def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:
-    if find_spec("gguf") is None:
-        raise ValueError("--format gguf needs a package that is not installed: pip install 'qsharded[gguf]'")
-    from qsharded.integrations.gguf import check_convertible  # needs the optional package
+def _check_format(form: Format, checkpoint: Path, tokenizer: Path) -> None:
+    """Raise ValueError for a model that cannot be written so, or for want of a package."""
+    if form == "safetensors":
+        return
+    if find_spec(form.replace("-", "_")) is None:
+        raise ValueError(f"--format {form} needs a package that is not installed: pip install 'qsharded[{form}]'")
+    if form == "gguf":
+        from qsharded.integrations import gguf  # needs the optional package
 
-    check_convertible(checkpoint, tokenizer)
+        gguf.check_convertible(checkpoint, tokenizer)
+    else:
+        from qsharded.integrations import compressed_tensors  # needs the optional package
+
+        compressed_tensors.check_convertible(checkpoint)
 
 
 def _converted(config: MergeConfig, folder: Path, name: str) -> Merged:
@@ -164,12 +173,17 @@ def _converted(config: MergeConfig, folder: Path, name: str) -> Merged:
     described, source = open_tied(folder, read_config(read_json(folder / "config.json")))
     if config.format == "safetensors":
         return Merged(described, source, is_exact=True)
-    from qsharded.integrations.gguf_weights import gguf_weights  # needs the optional package
-
     assert isinstance(described, ModelConfig)
-    _make_gguf(folder, name, config.gguf_type)
-    is_exact = config.gguf_type in ("auto", "f16")
-    return Merged(described, gguf_weights(folder / GGUF_FILE, described), is_exact)
+    if config.format == "gguf":
+        from qsharded.integrations.gguf_weights import gguf_weights  # needs the optional package
+
+        _make_gguf(folder, name, config.gguf_type)
+        is_exact = config.gguf_type in ("auto", "f16")
+        return Merged(described, gguf_weights(folder / GGUF_FILE, described), is_exact)
+    from qsharded.integrations.compressed_tensors import compressed_weights, pack_in_place  # needs the optional package
+
+    pack_in_place(folder)
+    return Merged(described, compressed_weights(folder, source), is_exact=False)
 
 
 def _make_gguf(folder: Path, name: str, wanted: GgufType) -> None:

@@ -32,6 +32,7 @@ from qsharded.training.output_lock import output_locked
 from qsharded.training.rank_failures import one_cause
 from qsharded.training.restarting import after_restart
 from qsharded.training.self_check import SelfCheckFailed
+from qsharded.training.sharing import push_adapter, with_repository
 from qsharded.training.trainer import Trainer
 from qsharded.training.watchdog import collective_timeout, watched
 
@@ -64,11 +65,13 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], hel
             check_gather(world)
             held.enter_context(watched(config, world))
             held.enter_context(output_locked(Path(config.output_dir), world))
-            config = after_restart(config, world)
+            config = with_repository(after_restart(config, world), world)
             prepared = setup.prepare(config, world)
     except AlreadyFinished as end:
         if world.is_main:
             print(f"{config.prog}: {end}")
+        if (address := push_adapter(config, world)) and world.is_main:
+            print(f"{config.prog}: adapter uploaded to {address}")
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     again = partial(command_line.command, argv, world.size)

@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = 8192
 
 
 class LayerWalk:
-    """Runs calibration rows through a model, layer by layer.
+    """Runs rows of tokens through a model, layer by layer.
 
     Args:
         model: on the meta device, nothing packed.
@@ -101,6 +101,18 @@ class LayerWalk:
                 if keep:
                     self._hidden[number] = self._host(out if isinstance(out, Tensor) else out[0])
 
+    @torch.no_grad()
+    def logits(self) -> Iterator[Tensor]:
+        """Those [R, S, V] of the rows, a few at once, when each layer has run and what it put out was kept."""
+        head = part_names(self._model).head
+        for module in self._model.get_submodule(head).modules():
+            _allocate(module, self._device)
+        self._model.tie_weights()
+        self._fill(lambda name: name.startswith(f"{head}."))
+        for hidden, ids in zip(self._hidden, self._ids, strict=True):
+            with self._ending_in(hidden.to(self._device)):
+                yield self._model(ids.to(self._device))
+
     def _fill(self, chosen: Callable[[str], bool]) -> None:
         fill_shards.run(plain_fills(self._model, self._source, chosen), self._source, self._device)
 
@@ -120,6 +132,18 @@ class LayerWalk:
             for module in self.layers:
                 del module.__dict__["forward"]
 
+    @contextmanager
+    def _ending_in(self, hidden_RSD: Tensor) -> Iterator[None]:
+        """Have the model's forward pass by all layers, and the last one put out ``hidden_RSD``."""
+        for module in self.layers:
+            module.__dict__["forward"] = _pass_by
+        self.layers[-1].__dict__["forward"] = lambda *_, **__: hidden_RSD
+        try:
+            yield
+        finally:
+            for module in self.layers:
+                del module.__dict__["forward"]
+
     @torch.no_grad()
     def _arguments(self, ids_RS: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model's forward gives to the layer that it is stopped at."""
@@ -130,8 +154,8 @@ class LayerWalk:
         except (TypeError, ValueError, IndexError, AttributeError) as error:  # it takes something else from a layer
             kind = getattr(self._model.config, "model_type", "this model")
             raise ValueError(
-                f"{kind}: its code does not pass hidden states from layer to layer, so it cannot be calibrated; use "
-                f"--method nearest ({error})"
+                f"{kind}: its code does not pass hidden states from layer to layer, so they cannot be run one at "
+                f"a time; to quantize, use --method nearest ({error})"
             ) from error
         raise AssertionError("the forward calls no layer")
 

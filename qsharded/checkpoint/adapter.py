@@ -35,6 +35,7 @@ from qsharded.utils.untrusted_json import (
 )
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 
 logger = logging.getLogger(__name__)

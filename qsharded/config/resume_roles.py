@@ -38,6 +38,7 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
         "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "save_best", "early_stopping_patience",
         "early_stopping_threshold", "sample_prompts", "sample_steps", "sample_max_new_tokens", "report_to", "dry_run",
         "gpus", "gpu_memory_gib", "profile", "hang_timeout", "self_check", "ranks", "gpu", "host_memory_gib", "sweep",
+        "push_to_hub", "hub_private",
     ),
 }  # fmt: skip
 PATHS = ("dataset", "dataset_split")  # of the rows: where they are, which alone makes them no others

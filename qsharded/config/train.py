@@ -14,8 +14,10 @@ from qsharded.config.options import (
     POSITIVE,
     Check,
     check_values,
+    hub_private,
     ignored_config_keys,
     option,
+    push_to_hub,
 )
 from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
@@ -332,6 +334,8 @@ class TrainConfig:
         unset="start afresh",
     )
 
+    push_to_hub: str | None = push_to_hub("the adapter, at the end,", "Output and logging")
+    hub_private: bool = hub_private("Output and logging")
     exit_code_when_stopped: int = _output(
         "Exit status of each rank of a run that a signal stopped, once it has saved what it needs to go on: for "
         "schedulers that take 0 for finished. torchrun's own is 1 for any other than 0.",

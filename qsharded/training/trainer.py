@@ -24,11 +24,13 @@ from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_
 from qsharded.training.host_work import little_host_work
 from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
+from qsharded.training.model_cards import card_text
 from qsharded.training.objective import SUPERVISED, Objective
 from qsharded.training.profiling import profiled
 from qsharded.training.run_report import RunReport
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
+from qsharded.training.sharing import push_adapter
 from qsharded.training.stopping import StopRequested
 from qsharded.training.trackers import Trackers
 from qsharded.utils import heartbeat, signals
@@ -67,7 +69,7 @@ class Trainer:
             MetricsLog(
                 folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first, trackers=trackers
             ) as log,
-            CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
+            CheckpointWriter(folder, world, config.save_total_limit, refusal, partial(card_text, config)) as writer,
         ):
             trainer = cls(config, world, setup, log, writer, again, report, **others)
             with trainer.results.displacement_told():
@@ -114,6 +116,9 @@ class Trainer:
             )
         for line in self.evaluations.verdict():
             self.log.message(line)
+        self.results.describe()
+        if address := push_adapter(self.config, self.world):
+            self.log.message(f"adapter uploaded to {address}")
         return 0
 
     def train(self) -> None:

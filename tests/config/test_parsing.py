@@ -344,6 +344,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "lora_rank_pattern": {r"layers\.\d+": 3, "q-proj": 1},
         "lora_alpha_pattern": {"x": 1e-30},
         "revision": "r",
+        "push_to_hub": "owner/name",
         "adapter": "a",
         "data_cache": "c",
         "eval_dataset": ("a=e", "b=" + awkward),

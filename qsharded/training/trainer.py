@@ -62,7 +62,7 @@ class Trainer:
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
         with (
-            RunReport(folder, world.is_main) as report,
+            RunReport(folder, world.is_main, config.report_png) as report,
             Trackers(config, world.is_main, first) as trackers,
             MetricsLog(
                 folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first, trackers=trackers

@@ -132,7 +132,7 @@ def _duration(seconds: float) -> str:
         if minutes >= 60
         else f"{minutes:.0f} minutes"
         if minutes >= 2
-        else f"{seconds:.0f} s"
+        else f"{math.ceil(seconds)} s"
     )
 
 

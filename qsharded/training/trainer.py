@@ -15,7 +15,7 @@ from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
 from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
-from qsharded.report.run_files import METRICS_FILE
+from qsharded.report.run_files import METRICS_FILE, REPORT_FILE
 from qsharded.training import results
 from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
@@ -114,6 +114,9 @@ class Trainer:
             )
         for line in self.evaluations.verdict():
             self.log.message(line)
+        self.log.message(
+            f"the run on one page: {Path(self.config.output_dir, REPORT_FILE)}"
+        )  # its end is added on leaving
         return 0
 
     def train(self) -> None:

@@ -36,9 +36,9 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
         "output_dir", "overwrite_output_dir", "logging_steps", "show_rows", "show_characters", "save_steps",
         "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset", "eval_dataset_split",
         "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "save_best", "early_stopping_patience",
-        "early_stopping_threshold", "sample_prompts", "sample_steps", "sample_max_new_tokens", "report_to", "dry_run",
-        "gpus", "gpu_memory_gib", "profile", "hang_timeout", "self_check", "ranks", "gpu", "host_memory_gib", "sweep",
-        "push_to_hub", "hub_private",
+        "early_stopping_threshold", "sample_prompts", "sample_steps", "sample_max_new_tokens", "report_to",
+        "report_png", "dry_run", "gpus", "gpu_memory_gib", "profile", "hang_timeout", "self_check", "ranks", "gpu",
+        "host_memory_gib", "sweep", "push_to_hub", "hub_private",
     ),
 }  # fmt: skip
 PATHS = ("dataset", "dataset_split")  # of the rows: where they are, which alone makes them no others

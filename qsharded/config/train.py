@@ -292,6 +292,9 @@ class TrainConfig:
         [],
         metavar="NAME ...",
     )
+    report_png: bool = _output(
+        "Draw the curves of report.html to report.png too, at the end, with the package matplotlib.", False
+    )
     profile: str | None = _output(
         "Steps to record, as 12 or 12-14: OUTPUT_DIR/profile has a trace of each rank then, for chrome://tracing or "
         "ui.perfetto.dev.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.time_limit import TookTooLong, time_limited
 
 ALL_LINEAR = "all-linear"
@@ -51,8 +52,12 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
+            refuse_other_kind(r, int, "a LoRA rank", "a whole number")
             if r < 1:
                 raise ValueError(f"a LoRA rank must be at least 1, got {r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            refuse_other_kind(alpha, (int, float), "lora_alpha", "a number")
+        refuse_other_kind(self.lora_dropout, (int, float), "lora_dropout", "a number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.dtype not in (torch.float32, torch.bfloat16):

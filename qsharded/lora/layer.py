@@ -16,6 +16,7 @@ from qsharded.lora.embedding import LoRAEmbedding
 from qsharded.lora.targets import modules_to_save, peft_name, targets
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.unquantized import AdaptedLayer
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.seeds import derived_seed
 from qsharded.utils.sharding import local, own_rows
 
@@ -98,7 +99,10 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         ValueError: an entry of ``target_modules``, of the patterns or of ``modules_to_save`` matches nothing, or
             something that cannot be adapted, or a module to save is quantized or tied to another (an adapted layer may
             be: the other keeps the frozen weight), or the model has adapters already. The model is then as it was.
+            An argument of another kind.
     """
+    refuse_other_kind(model, nn.Module, "model", "an nn.Module")
+    refuse_other_kind(config, LoRAConfig, "config", "a LoRAConfig")
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already; add_lora takes one without")
     chosen, saved = targets(model, config), modules_to_save(model, config)

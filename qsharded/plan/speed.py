@@ -2,7 +2,8 @@
 
 A micro-batch takes the time of its products, at the share of the data sheet's rate that a large product reaches, and of
 dequantizing each layer for each pass; or the time of bringing the weights, from other ranks or the host, where that is
-longer. The shares are those of H200s, where the recorded runs are met within 25% (tests/plan/test_speed.py).
+longer; or of launching the kernels, which bounds small models. The shares are those of H200s, where the recorded runs
+are met within 25% (tests/plan/test_speed.py).
 
 Axes: S tokens of a row.
 """
@@ -18,6 +19,8 @@ from qsharded.utils.cards import Card
 _OF_THE_PEAK = 0.62  # of the data sheet's operations a second, by products, attention and what lies between them
 _OF_THE_MEMORY = 0.85
 _OF_A_LINK = 0.7
+_KERNELS_OF_A_LAYER = 70  # of a micro-batch, all else shared out among layers: the fewest of train_step.json
+_LAUNCH_S = 5e-6  # the least that a host takes for one
 _BF16 = 2
 _FORWARD, _INPUT_GRAD = 2, 2  # operations a frozen weight and token; it has no gradient of its own
 _ATTENTION_BACKWARD = 2.5  # five products, where the forward has two
@@ -47,7 +50,9 @@ def estimate(model: CausalLM, plan: Plan, card: Card) -> Speed:
     """The speed of the planned run on ``card``; the optimizer's step and saving are left out."""
     config = plan.config
     tokens = config.per_device_train_batch_size * config.max_length
-    micro_batch = max(_computing(model, plan, card, tokens), _bringing(model, plan, card)) + _inputs(model, plan, card)
+    launching = model.config.num_hidden_layers * _KERNELS_OF_A_LAYER * _LAUNCH_S
+    micro_batch = max(_computing(model, plan, card, tokens), _bringing(model, plan, card), launching)
+    micro_batch += _inputs(model, plan, card)
     return Speed(micro_batch * config.gradient_accumulation_steps, tokens_of_a_step(plan))
 
 

@@ -34,10 +34,12 @@ def quantize_(
     layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
 
     Raises:
-        ValueError: ``model`` is a linear layer itself or no module, no layer was quantized, a weight holds NaN or
-            infinity, or there is no such format.
+        ValueError: ``model`` is a linear layer itself or no module, ``filter`` is no function, no layer was quantized,
+            a weight holds NaN or infinity, or there is no such format.
     """
     _refuse_what_is_no_model(model)
+    if filter is not None:
+        refuse_other_kind(filter, Callable, "filter", "a function of a layer's name and module")
     block_size = formats.QuantFormat(quant_type, block_size).block_size
     pack = partial(PackedLinear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     chosen = filter or _all_but_the_head

@@ -35,6 +35,7 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.gpu_memory import Plan
+from qsharded.report import png
 from qsharded.training.calibration import calibrated_base, fill_adapters, residual_adapters
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loaders, read_data
@@ -86,6 +87,8 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
         SelfCheckFailed: this machine computes something else than the model.
     """
     found_by_main(world, partial(refuse_missing, config.report_to))
+    if config.report_png:
+        found_by_main(world, partial(png.refuse_missing, "--report-png"))
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
     resumed = Resumed.read(resume_from, world)

@@ -15,7 +15,7 @@ from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
 from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
-from qsharded.report.run_files import METRICS_FILE
+from qsharded.report.run_files import METRICS_FILE, REPORT_FILE
 from qsharded.training import results
 from qsharded.training.bad_batches import BadBatches
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
@@ -64,7 +64,7 @@ class Trainer:
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
         with (
-            RunReport(folder, world.is_main) as report,
+            RunReport(folder, world.is_main, config.report_png) as report,
             Trackers(config, world.is_main, first) as trackers,
             MetricsLog(
                 folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first, trackers=trackers
@@ -119,6 +119,8 @@ class Trainer:
         self.results.describe()
         if address := push_adapter(self.config, self.world):
             self.log.message(f"adapter uploaded to {address}")
+        report = Path(self.config.output_dir, REPORT_FILE)
+        self.log.message(f"the run on one page: {report}")  # its end is added on leaving
         return 0
 
     def train(self) -> None:

@@ -174,7 +174,8 @@ def _pool_begin(model: Path) -> None:
 
 def _pool_work(lines: list[str]) -> list[list[int]]:
     texts = [_pool_tokenizer.render(json.loads(line)["messages"]) for line in lines]
-    return [encoded.ids for encoded in _pool_tokenizer.encode_all(texts)]
+    encoded = _pool_tokenizer._backend.encode_batch(texts, add_special_tokens=False)
+    return [one.ids for one in encoded]
 
 
 def plain_pool(model: Path, paths: Sequence[Path], most: int) -> tuple[float, int, int]:

@@ -31,7 +31,7 @@ from qsharded.utils.progress_bar import ProgressBar
 
 _NOTE = "done.json"
 _NOTE_S = 5.0
-_AHEAD = 4  # chunks on their way for each process: enough that none waits, few enough to be held
+_AHEAD = 8  # chunks on their way for each process: enough that none waits for the disk, few enough to be held
 
 
 class Interrupted(ValueError):

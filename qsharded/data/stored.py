@@ -29,9 +29,9 @@ _AROUND_BYTES = 512 << 10
 def packed(examples: Sequence[Example]) -> tuple[bytes, bytes]:
     """What the two files hold of ``examples``, which have no groups."""
     assert all(example.group is None for example in examples), "groups are of rows in memory"
-    parts = [np.where(example.trained, example.ids | _TRAINED, example.ids) for example in examples]
-    tokens = np.concatenate([np.zeros(0, _TOKEN), *parts]).astype(_TOKEN)
-    return tokens.tobytes(), facts_of(examples).tobytes()
+    ids = np.concatenate([np.zeros(0, np.int32), *(example.ids for example in examples)])
+    trained = np.concatenate([np.zeros(0, np.bool_), *(example.trained for example in examples)])
+    return np.where(trained, ids | _TRAINED, ids).astype(_TOKEN).tobytes(), facts_of(examples).tobytes()
 
 
 class ExampleFiles:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ ALL_SECONDS, MEAN_SECONDS = 60.0, 0.1
 """Of a template's renderings together, and of each in the mean: one that is slow on purpose would take hours."""
 _BITS = 1 << 14  # of an integer
 _STDERR = 2
-_STATM, _PAGE = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
@@ -98,11 +99,12 @@ def _ended() -> Iterator[None]:
 @contextmanager
 def _memory_limited() -> Iterator[None]:
     """By the process's address space, which is what the system limits."""
-    if not _STATM.exists():
+    statm = _statm(os.getpid())
+    if statm is None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    allowed = int(_STATM.read_text().split()[0]) * _PAGE + BYTES
+    allowed = int(os.pread(statm, 64, 0).split()[0]) * _PAGE + BYTES
     if soft != resource.RLIM_INFINITY:
         allowed = min(allowed, soft)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
@@ -110,6 +112,13 @@ def _memory_limited() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@cache
+def _statm(process: int) -> int | None:
+    """The file that says what this process has, open: each row asks for it. None where the system has no such file."""
+    path = Path(f"/proc/{process}/statm")
+    return os.open(path, os.O_RDONLY) if path.exists() else None
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):

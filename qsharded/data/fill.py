@@ -5,6 +5,7 @@ What is done is noted now and then (:data:`_NOTE`), when it is on the disk. A fi
 
 import json
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -57,6 +58,8 @@ class Fill:
         workers: processes that tokenize; 1: this one alone.
         shows_progress: on standard error.
         enough: what is needed of the rows; None: all.
+        noted: examples after which what is done is noted, whenever the last time was, for others that already read
+            them; bad rows then count at once, and not when all are read.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Fill:
     workers: int
     shows_progress: bool
     enough: Enough | None = None
+    noted: int = sys.maxsize
 
     def run(self) -> None:
         """Fill the folder, or go on with it.
@@ -86,8 +90,8 @@ class Fill:
                     break
                 files.add(block)
                 progress.add(chunk, rows, len(block[0]) // TOKEN_BYTES, dataset)
-                self.reading.check_bad(progress.dataset)
-                progress.note_at_times(self.folder, files)
+                self.reading.check_bad(progress.dataset, all_read=self.noted < sys.maxsize)
+                progress.note_at_times(self.folder, files, self.noted)
                 if bar:
                     bar.reach(progress.nbytes, f"{progress.rows:,} rows")
             progress.note(self.folder, files)
@@ -128,6 +132,7 @@ class _Progress:
     sizes: list[int]
     dataset: Dataset
     noted_at: float
+    noted_rows: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "_Progress":
@@ -135,7 +140,8 @@ class _Progress:
             read = read_note(folder)
         except FileNotFoundError:
             return cls(0, 0, 0, 0, [0, 0], Dataset([]), time.monotonic())
-        return cls(**read | {"dataset": Dataset.from_json(read["dataset"], []), "noted_at": time.monotonic()})
+        dataset = Dataset.from_json(read.pop("dataset"), [])
+        return cls(**read, dataset=dataset, noted_at=time.monotonic(), noted_rows=read["rows"])
 
     def has(self, enough: Enough) -> bool:
         return self.rows >= enough.examples and self.tokens >= enough.tokens
@@ -147,15 +153,15 @@ class _Progress:
         self.tokens += tokens
         self.dataset.add(dataset)
 
-    def note_at_times(self, folder: Path, files: ExampleFiles) -> None:
-        if time.monotonic() - self.noted_at > _NOTE_S:
+    def note_at_times(self, folder: Path, files: ExampleFiles, most_rows: int) -> None:
+        if time.monotonic() - self.noted_at > _NOTE_S or self.rows - self.noted_rows >= most_rows:
             self.note(folder, files)
 
     def note(self, folder: Path, files: ExampleFiles) -> None:
         self.sizes = files.on_disk()
         counts = {name: getattr(self, name) for name in ("chunks", "nbytes", "rows", "tokens", "sizes")}
         write_whole(folder / _NOTE, json.dumps(counts | {"dataset": self.dataset.to_json()}).encode())
-        self.noted_at = time.monotonic()
+        self.noted_at, self.noted_rows = time.monotonic(), self.rows
 
 
 _Found = tuple[tuple[bytes, bytes], int, Dataset]

@@ -68,20 +68,20 @@ def _opened(path: Path, size: int) -> BinaryIO:
 
 
 class StoredExamples(ExamplesView):
-    """The ``count`` examples that :class:`ExampleFiles` wrote into ``folder``.
+    """The ``count`` examples that :class:`ExampleFiles` wrote into ``folder``, or, unless ``whole``, the first so many.
 
     Raises:
         ValueError: the files are not as long as each other says.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.facts: Facts = np.fromfile(folder / _FACTS, FACTS)
+    def __init__(self, folder: Path, count: int, *, whole: bool = True) -> None:
+        self.facts: Facts = np.fromfile(folder / _FACTS, FACTS, -1 if whole else count)
         if len(self.facts) != count:
             raise ValueError(f"{folder / _FACTS} is of {len(self.facts):,} examples, {count:,} belong there")
         self._starts = np.concatenate([[0], np.cumsum(self.facts["length"], dtype=np.int64)]) * _TOKEN.itemsize
         with (folder / _TOKENS).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size != self._starts[-1]:
+            if size < self._starts[-1] or (whole and size != self._starts[-1]):
                 raise ValueError(f"{folder / _TOKENS} has {size:,} bytes, {self._starts[-1]:,} belong there")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         self._mapped = 0

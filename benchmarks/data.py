@@ -30,7 +30,7 @@ from benchmarks.data_rows import FILES, prepare
 from benchmarks.record import command, environment, write
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
-from qsharded.data.fill import read_note
+from qsharded.data.fill_progress import read_note
 from qsharded.data.load import Reading
 from qsharded.data.row_source import Files
 from qsharded.data.sources import find_files

@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 import qsharded
 from qsharded.data.examples import Dataset
-from qsharded.data.fill import Enough, Fill, Interrupted, read_note
+from qsharded.data.fill import Fill, Interrupted
+from qsharded.data.fill_progress import Enough, read_note
 from qsharded.data.growing import WINDOW, Growing
 from qsharded.data.load import Reading
 from qsharded.data.row_source import RowSource

@@ -12,7 +12,7 @@ import numpy as np
 
 from qsharded.data.examples import Dataset
 from qsharded.data.facts import taken
-from qsharded.data.fill import read_note
+from qsharded.data.fill_progress import read_note
 from qsharded.data.stored import StoredExamples
 from qsharded.utils import heartbeat
 

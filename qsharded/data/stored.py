@@ -45,12 +45,16 @@ class ExampleFiles:
         for file, data in zip(self._files, block, strict=True):
             file.write(data)
 
-    def on_disk(self) -> list[int]:
-        """Bring what was added onto the disk; the sizes then."""
+    def flushed(self) -> list[int]:
+        """Give what was added to the system, where other processes can read it; the sizes then."""
         for file in self._files:
             file.flush()
-            os.fsync(file.fileno())
         return [file.tell() for file in self._files]
+
+    def sync(self) -> None:
+        """Bring what was flushed onto the disk. Another thread may add more meanwhile."""
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def __enter__(self) -> Self:
         return self

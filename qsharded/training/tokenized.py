@@ -10,7 +10,7 @@ from typing import TypeVar
 from qsharded.config import TrainConfig
 from qsharded.data import Dataset, Mixture, Tokenizer, load_examples
 from qsharded.data.cache import SMALL_BYTES, DataCache, default_folder
-from qsharded.data.fill import Enough
+from qsharded.data.fill_progress import Enough
 from qsharded.data.growing import Growing
 from qsharded.data.row_source import RowSource, row_source
 from qsharded.data.streams import Streams

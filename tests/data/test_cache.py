@@ -16,7 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsharded.data import Dataset, Example, Mixture, StepLoader, Tokenizer, cache, chunks, content, fill, load_examples
+from qsharded.data import (
+    Dataset,
+    Example,
+    Mixture,
+    StepLoader,
+    Tokenizer,
+    cache,
+    chunks,
+    content,
+    fill,
+    fill_progress,
+    load_examples,
+)
 from qsharded.data.cache import DataCache
 from qsharded.data.facts import facts_of
 from qsharded.data.fill import Fill, Interrupted
@@ -275,7 +287,7 @@ def test_an_interrupted_fill_is_no_cache_and_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *make_rows(90))
-    monkeypatch.setattr(fill, "_NOTE_S", 0.0)
+    monkeypatch.setattr(fill_progress, "_NOTE_S", 0.0)
     begun: list[chunks.Chunk] = []
     tokenized = fill._tokenized
 

@@ -15,7 +15,8 @@ from qsharded.data import Tokenizer, cache, growing
 from qsharded.data.ahead import one_ahead
 from qsharded.data.cache import DataCache
 from qsharded.data.chunks import Chunk, chunks_of
-from qsharded.data.fill import Enough, Fill
+from qsharded.data.fill import Fill
+from qsharded.data.fill_progress import Enough
 from qsharded.data.growing import Growing
 from qsharded.data.load import Reading
 from qsharded.data.loader import Cursor, Step, StepLoader

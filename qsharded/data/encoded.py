@@ -14,6 +14,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 _FEW = 2000  # texts; the table of a large vocabulary takes as long to make as so many save
+_KEPT_WORDS = 100_000  # whose ids the tokenizer keeps: ten times as many as by itself, for 7% less time
 
 
 class Encoded:
@@ -48,6 +49,8 @@ class Encoder:
 
     def all(self, texts: Sequence[str]) -> list[Encoded]:
         """The ids of each text, no beginning or end added."""
+        if self._seen < _FEW <= self._seen + len(texts):
+            _keep_words(self._backend)
         self._seen += len(texts)
         if self._seen < _FEW or not self._is_exact or self._bytes is None:
             return self._counted(texts)
@@ -101,17 +104,18 @@ class _Placed(Encoded):
 
 def _placed(text: str, ids: list[int], bytes_of: list[bytes]) -> _Placed | None:
     """None where the ids do not stand for the text's own bytes."""
-    pieces = [bytes_of[number] for number in ids]
-    return _Placed(ids, _starts(text, pieces)) if b"".join(pieces) == text.encode() else None
+    pieces = [*map(bytes_of.__getitem__, ids)]
+    content = text.encode()
+    return _Placed(ids, _starts(text, content, pieces)) if b"".join(pieces) == content else None
 
 
-def _starts(text: str, pieces: Sequence[bytes]) -> NDArray[np.int64]:
-    """The character at which each piece of the text's bytes begins, or in whose midst it does."""
+def _starts(text: str, content: bytes, pieces: Sequence[bytes]) -> NDArray[np.int64]:
+    """The character at which each piece of the text's content, its bytes, begins, or in whose midst it does."""
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
     if text.isascii():
         return starts
-    begins = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+    begins = (np.frombuffer(content, np.uint8) & 0xC0) != 0x80
     of_byte: NDArray[np.int64] = np.cumsum(begins) - 1
     return of_byte[starts]
 
@@ -127,6 +131,13 @@ def _bytes_of_ids(backend: tokenizers.Tokenizer) -> list[bytes] | None:
             return None
         found[number] = added.get(number) or bytes(byte_of[letter] for letter in token)
     return found
+
+
+def _keep_words(backend: tokenizers.Tokenizer) -> None:
+    """Have BPE remember the ids of more words; it is given no other ids by that."""
+    resize = getattr(backend.model, "_resize_cache", None)  # no version of tokenizers promises it
+    if resize is not None:
+        resize(_KEPT_WORDS)
 
 
 def _byte_of_letter() -> dict[str, int]:

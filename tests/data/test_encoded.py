@@ -32,7 +32,7 @@ def all_of(backend: tokenizers.Tokenizer, texts: list[str]) -> list[encoded.Enco
 
 @pytest.fixture(autouse=True)
 def from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "_FEW", 0)
+    monkeypatch.setattr(encoded, "_FEW", 1)
 
 
 def counted(backend: tokenizers.Tokenizer, texts: list[str]) -> list[encoded.Encoded]:
@@ -69,3 +69,13 @@ def test_where_most_texts_are_changed_all_are_counted(tmp_path: Path) -> None:
 def test_other_vocabularies_are_counted(tmp_path: Path) -> None:
     backend = backend_of(tmp_path, "metaspace")
     assert {type(one) for one in all_of(backend, TEXTS)} == {encoded._Counted}
+
+
+def test_more_words_are_kept_once_texts_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "_FEW", 3)
+    given: list[tokenizers.Tokenizer] = []
+    monkeypatch.setattr(encoded, "_keep_words", given.append)
+    encoder = encoded.Encoder(backend := backend_of(tmp_path))
+    for _ in range(3):
+        encoder.all(["the", "fox"])
+    assert given == [backend]

@@ -21,9 +21,9 @@ _TOKEN = np.dtype("<i4")
 TOKEN_BYTES = _TOKEN.itemsize
 _TRAINED = np.int32(np.iinfo(np.int32).min)  # the sign bit
 # Pages that were read count as this process's memory while they are mapped: they are let go after so many bytes. What
-# the file system caches of them stays, for all ranks. A read maps pages around its own too, more or less of them.
+# the file system caches of them stays, for all ranks. A read maps pages around its own too, up to a huge page of them.
 _MAPPED_BYTES = 64 << 20
-_AROUND_BYTES = 512 << 10
+_AROUND_BYTES = 2 << 20
 
 
 def packed(examples: Sequence[Example]) -> tuple[bytes, bytes]:

@@ -14,23 +14,21 @@ The exit status is 1 where a figure is not what it must be.
 
 import argparse
 import json
-import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.data_pool import plain_pool
 from benchmarks.data_rows import FILES, prepare
 from benchmarks.record import command, environment, write
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
-from qsharded.data.fill import read_note
+from qsharded.data.fill_progress import read_note
 from qsharded.data.load import Reading
 from qsharded.data.row_source import Files
 from qsharded.data.sources import find_files
@@ -161,30 +159,6 @@ def copied_up_to(folder: Path, rows: int) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(whole)
-
-
-_pool_tokenizer: Tokenizer
-
-
-def _pool_begin(model: Path) -> None:
-    global _pool_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _pool_tokenizer = Tokenizer.from_folder(model)
-
-
-def _pool_work(lines: list[str]) -> list[list[int]]:
-    texts = [_pool_tokenizer.render(json.loads(line)["messages"]) for line in lines]
-    return [encoded.ids for encoded in _pool_tokenizer.encode_all(texts)]
-
-
-def plain_pool(model: Path, paths: Sequence[Path], most: int) -> tuple[float, int, int]:
-    """(seconds, rows, tokens) of up to ``most`` rows of files, put through template and tokenizer."""
-    start = time.monotonic()
-    with multiprocessing.get_context("fork").Pool(initializer=_pool_begin, initargs=(model,)) as pool:
-        lines = islice(chain.from_iterable(path.open() for path in paths), most)
-        chunks = iter(lambda: list(islice(lines, 500)), [])
-        lengths = [len(ids) for chunk in pool.imap(_pool_work, chunks) for ids in chunk]
-    return time.monotonic() - start, len(lengths), sum(lengths)
 
 
 def starts(folder: Path) -> dict[str, Any]:

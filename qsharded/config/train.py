@@ -160,7 +160,7 @@ class TrainConfig:
 
     streaming: bool = _data(
         "Read only the first rows of each training dataset, as many as --max-steps takes, and nothing else of it from "
-        "the Hub: for datasets too large to read whole.",
+        "the Hub, and tokenize them while the run trains: for datasets too large to read whole.",
         False,
     )
     data_cache: str | None = _data(

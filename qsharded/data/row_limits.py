@@ -53,6 +53,6 @@ def parse_row(text: str) -> Any:
         raise ValueError(_TOO_DEEP) from None
     except ValueError:
         raise ValueError("not readable: an integer of more than 4,300 digits") from None
-    if is_deeper(value, _DEEPEST):
+    if text.count("[") + text.count("{") > _DEEPEST and is_deeper(value, _DEEPEST):
         raise ValueError(_TOO_DEEP)
     return value

@@ -22,6 +22,7 @@ from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.row_source import files_of
+from qsharded.data.window_loader import WindowLoader
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.choose_layout import (
     Layout,
@@ -62,7 +63,7 @@ class TrainingSetup:
     tokenizer: Tokenizer
     lora: LoRAConfig
     optimizer: ScaledOptimizer
-    loader: StepLoader
+    loader: StepLoader | WindowLoader
     eval_loaders: Mapping[str, StepLoader]
     prompts: Sequence[Prompt]
     samples: Sequence[Prompt]
@@ -71,10 +72,13 @@ class TrainingSetup:
     progress: Progress
     stopping: Stopping
     summary: list[str] = field(default_factory=list)
+    late_notes: Callable[[], Sequence[str]] = tuple
 
     def epochs_done(self) -> float:
-        """Passes over the data so far, with their fraction."""
+        """Passes over the data so far, with their fraction; of streams, how much of what the run takes of them."""
         epoch, loader = self.progress.epoch, self.loader
+        if isinstance(loader, WindowLoader):
+            return self.progress.step / self.total_steps
         return epoch + self.progress.row / (loader.steps_in_epoch(epoch) * loader.rows_per_step)
 
 
@@ -184,6 +188,7 @@ def _setup(
         eval_loaders=eval_loaders(config, world, base.tokenizer, data.evaluation),
         prompts=data.prompts,
         samples=data.samples,
+        late_notes=partial(data.late_notes, config),
         total_steps=total_steps,
         base_model=str(base.folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
@@ -267,10 +272,11 @@ def _optimizer(config: TrainConfig, model: CausalLM) -> ScaledOptimizer:
     )
 
 
-def _total_steps(config: TrainConfig, loader: StepLoader) -> int:
+def _total_steps(config: TrainConfig, loader: StepLoader | WindowLoader) -> int:
     """``--max-steps``, or the steps of ``--num-train-epochs``, the last of them in part."""
     if config.max_steps > 0:
         return config.max_steps
+    assert isinstance(loader, StepLoader), "streams go with --max-steps"
     whole, part = divmod(config.num_train_epochs, 1)
     steps = sum(loader.steps_in_epoch(epoch) for epoch in range(int(whole)))
     # 0.1 epochs of 10 steps are 1 step, whatever the last bits of 1.1 - 1 are

@@ -114,7 +114,7 @@ class Trainer:
             self.log.message(
                 f"stopped by {stop} during the last evaluation, which is left out; the training is finished"
             )
-        for line in self.evaluations.verdict():
+        for line in [*self.evaluations.verdict(), *self.setup.late_notes()]:
             self.log.message(line)
         self.results.describe()
         if address := push_adapter(self.config, self.world):

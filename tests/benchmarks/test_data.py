@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data, data_rows
+from benchmarks import data, data_rank, data_rows
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
 from qsharded.data.load import Reading
@@ -40,6 +40,18 @@ def test_a_cache_of_what_is_there_over_and_over(folder: Path) -> None:
         assert [example.ids.tolist() for example in stored.dataset("rows", rows).examples] == 3 * ids
     assert not kept.exists()
     assert data.cached(folder) == kept.with_suffix(".part")
+
+
+def test_a_rank_fills_the_cache_and_starts_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data_rank, "STEPS", 3)
+    for words in (["fill"], ["start", "packing"]):
+        monkeypatch.setattr("sys.argv", ["data_rank", str(folder), *words])
+        data_rank.main()
+    note = data.read_note(data.cached(folder))
+    assert note["rows"] + note["dataset"]["dropped"] == 60
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"seconds", "cpu", "mb"}
 
 
 def test_turns_are_found_for_the_figure(folder: Path) -> None:

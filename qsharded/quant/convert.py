@@ -24,8 +24,8 @@ def quantize_(
     block_size: int = formats.BLOCK,
     double_quant: bool = True,
 ) -> nn.Module:
-    """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`, and our own models' :class:`ExpertLinears`
-    by :class:`PackedExperts`; on the meta device, by empty ones.
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`, and the :class:`ExpertLinears` of our own
+    models by :class:`PackedExperts`; on the meta device, by empty ones.
 
     Args:
         model: changed in place, and returned.

@@ -13,8 +13,9 @@ Axes: E experts of the layer, n of them, N = out_features, K = in_features, P = 
 second-level blocks of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -31,11 +32,16 @@ class ExpertWeights(Protocol):
     """The matrices of a projection, as a product asks for them."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What they are made of, to be saved for a backward."""
 
-    def holding(self, tensors: Sequence[Tensor | None]) -> "ExpertWeights":
-        """The same of these ``tensors``."""
+    @property
+    def maker(self) -> "Callable[..., ExpertWeights]":
+        """Makes the same of the same tensors, and holds none: a layer that is computed again brings others."""
 
     def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Those of the ``chosen`` experts, [n, N, K] in ``dtype``."""
@@ -48,18 +54,23 @@ class PlainExpertWeights:
     weight_ENK: Tensor
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        return self.weight_ENK.shape[1], self.weight_ENK.shape[2]
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The one that there is."""
         return (self.weight_ENK,)
 
-    def holding(self, tensors: Sequence[Tensor | None]) -> "PlainExpertWeights":
+    @property
+    def maker(self) -> "Callable[..., PlainExpertWeights]":
         """As :class:`ExpertWeights` says."""
-        assert tensors[0] is not None
-        return PlainExpertWeights(tensors[0])
+        return PlainExpertWeights
 
     def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        return _of(self.weight_ENK, chosen).to(dtype)
+        return of_experts(self.weight_ENK, chosen).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -80,40 +91,43 @@ class PackedExpertWeights:
     quant_format: QuantFormat
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        return self.codes.shape[1], self.codes.shape[2] * 2
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """As the attributes are listed."""
         return self.codes, self.absmax, self.absmax_scales, self.absmax_offset
 
-    def holding(self, tensors: Sequence[Tensor | None]) -> "PackedExpertWeights":
+    @property
+    def maker(self) -> "Callable[..., PackedExpertWeights]":
         """As :class:`ExpertWeights` says."""
-        codes, absmax, scales, offset = tensors
-        assert codes is not None
-        assert absmax is not None
-        return PackedExpertWeights(codes, absmax, scales, offset, self.quant_format)
+        return partial(PackedExpertWeights, quant_format=self.quant_format)
 
     def expert(self, e: int) -> PackedWeight:
         """One matrix [N, K]: views."""
-        parts = (None if tensor is None else tensor[e] for tensor in self.tensors)
-        return PackedWeight(*parts, self.quant_format)  # type: ignore[arg-type]
+        scales, offset = (None if tensor is None else tensor[e] for tensor in (self.absmax_scales, self.absmax_offset))
+        return PackedWeight(self.codes[e], self.absmax[e], scales, offset, self.quant_format)
 
     def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        codes_nNP, absmax_nNG = _of(self.codes, chosen), self._decoded_absmax(chosen)
+        codes_nNP, absmax_nNG = of_experts(self.codes, chosen), self._decoded_absmax(chosen)
         tall = PackedWeight(codes_nNP.flatten(0, 1), absmax_nNG.flatten(0, 1), None, None, self.quant_format)
         return ops.nf4_dequantize(tall, dtype).unflatten(0, codes_nNP.shape[:2])
 
     def _decoded_absmax(self, chosen: Sequence[int]) -> Tensor:
         """[n, N, G] in the format's own encoding, which is fp32 for those that nest."""
-        absmax_nNG = _of(self.absmax, chosen)
+        absmax_nNG = of_experts(self.absmax, chosen)
         if self.absmax_scales is None or self.absmax_offset is None:
             return absmax_nNG
         block_NG = formats.second_level_block(absmax_nNG[0], 0)
-        scales_nNG = _of(self.absmax_scales, chosen)[:, block_NG]
+        scales_nNG = of_experts(self.absmax_scales, chosen)[:, block_NG]
         # as formats.dequantize_absmax: each of the two steps is rounded to fp32
-        return blockwise8.dequantize(absmax_nNG, scales_nNG) + _of(self.absmax_offset, chosen)[:, None, None]
+        return blockwise8.dequantize(absmax_nNG, scales_nNG) + of_experts(self.absmax_offset, chosen)[:, None, None]
 
 
-def _of(stacked: Tensor, chosen: Sequence[int]) -> Tensor:
+def of_experts(stacked: Tensor, chosen: Sequence[int]) -> Tensor:
     """The chosen of E: a view where they follow each other, as all experts do in a large batch."""
     first, n = chosen[0], len(chosen)
     if list(chosen) == list(range(first, first + n)):

@@ -1,5 +1,7 @@
 """Experts below each other in one parameter: each one's bytes are those of its matrix alone, on any number of ranks."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,7 +72,7 @@ def _on_ranks(absmax_RG: Tensor, edges: list[int]) -> list:
     for _ in range(3):  # the second collective sees what the first settled, the result what both did
         before, seen = seen, {0: [], 1: []}
         made = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             calls = iter((0, 1))
 
             def all_reduce(tensor: Tensor, op: object, calls=calls, before=before, seen=seen) -> None:

@@ -28,10 +28,12 @@ from qsharded.checkpoint.adapter import (
 )
 from qsharded.checkpoint.initial_adapter import open_initial
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
+from qsharded.checkpoint.merge_experts import ExpertMerge
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied, tied_names
+from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM
 from qsharded.models.choice import AnyConfig, read_config
@@ -155,6 +157,7 @@ class _Merge:
     file: Any
     path: Path
     initial: Any
+    experts: ExpertMerge
 
     @classmethod
     def of(
@@ -169,7 +172,8 @@ class _Merge:
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-        adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
+        linears = [(name, layer) for name, layer in lora_layers(model) if not isinstance(layer, LoRAExperts)]
+        adapted: dict[str, tuple[str, LoRALayer]] = {f"{name}.weight": (name, layer) for name, layer in linears}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
         held = set(file.keys())
         embedding, head = tied_names(model.config)
@@ -191,6 +195,9 @@ class _Merge:
             file=file,
             path=path,
             initial=initial,
+            experts=ExpertMerge(
+                model, source, quant_format, partial(_factors, partial(stored_name, model), file, path)
+            ),
         )
 
     def adapts_an_end(self) -> bool:
@@ -199,7 +206,9 @@ class _Merge:
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""
-        return any(name in changed for changed in (self.adapted, self.replaced, self.brought, self.rounded))
+        return name in self.experts or any(
+            name in changed for changed in (self.adapted, self.replaced, self.brought, self.rounded)
+        )
 
     def tensor(self, name: str, stored: Tensor) -> Tensor:
         """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
@@ -212,6 +221,8 @@ class _Merge:
         return new
 
     def _new(self, name: str, stored: Tensor) -> Tensor:
+        if name in self.experts:
+            return self.experts.merged(name, stored)
         if name in self.replaced:
             return self.file.get_tensor(self.name_in_adapter(name))
         base = stored
@@ -229,11 +240,19 @@ class _Merge:
         return update if self.initial is None else update.sub_(self._product(self.initial, name, layer))
 
     def _product(self, file: Any, name: str, layer: LoRALayer) -> Tensor:
-        values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
-        for part, value in values.items():
-            copy_rows(file, self.name_in_adapter(f"{name}.{part}"), value, self.path)
         with torch.no_grad():
-            return layer.product(*values.values())
+            return layer.product(*_factors(self.name_in_adapter, file, self.path, name, layer))
+
+
+def _factors(
+    name_in_adapter: Callable[[str], str], file: Any, path: Path, name: str, layer: LoRALayer
+) -> tuple[Tensor, Tensor]:
+    """An adapter's A and B out of its open file."""
+    values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
+    for part, value in values.items():
+        copy_rows(file, name_in_adapter(f"{name}.{part}"), value, path)
+    A, B = values.values()
+    return A, B
 
 
 def quantized_and_dequantized(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:

@@ -231,6 +231,10 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing from its folder")
         return _refuse_foreign(self.folder / parts, self.folder)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._stored
+
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._stored)

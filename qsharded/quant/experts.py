@@ -27,6 +27,9 @@ from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
 
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""The two parameters in which transformers holds a layer's experts; gate and up share an adapter's A there."""
+
 
 class ExpertWeights(Protocol):
     """The matrices of a projection, as a product asks for them."""

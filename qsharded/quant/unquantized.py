@@ -58,6 +58,8 @@ def _of_other_modules(model: nn.Module) -> Counter[str]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | ExpertLinears | PackedModule) or module in adapters:
             continue
+        if getattr(module, "is_router", False):  # stays as it is by design
+            continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() >= 2 and parameter.is_floating_point():
                 found[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += parameter.nbytes

@@ -50,7 +50,7 @@ ARCHITECTURES = {
     "phi": Architecture("Phi-1.5, Phi-2"),
     "stablelm": Architecture("StableLM 2"),
     "starcoder2": Architecture("StarCoder 2"),
-    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS),
+    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS, is_native=True),
     "mixtral": Architecture("Mixtral", {"num_local_experts": 4}),
     "gpt_oss": Architecture("gpt-oss", _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": Architecture("Granite MoE", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qsharded.checkpoint.mxfp4 import decode_mxfp4
+from qsharded.checkpoint.mxfp4 import BLOCKS, SCALES, decode_mxfp4
 from qsharded.checkpoint.row_chunks import RowChunk, WeightSource, row_chunks_of
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.quant.experts import DOWN, GATE_UP
@@ -85,7 +85,7 @@ def layout_of(source: WeightSource, name: str) -> Layout:
         return _Interleaved(f"{joined}_bias", half)
     if source.holds(f"{experts}.0.{part}_proj.weight"):
         return _Apart(partial("{}.{}.{}".format, experts), f"{part}_proj.weight")
-    if source.holds(f"{joined}_blocks"):
+    if source.holds(joined + BLOCKS):
         return _Mxfp4(joined, half)
     if source.holds(f"{joined}_bias"):  # gpt-oss alone has biases, and turns its matrices around
         return _Turned(joined, half)
@@ -197,7 +197,7 @@ class _Mxfp4:
 
     def shapes(self, N: int, K: int, E: int) -> Shapes:
         rows, G = N * _parts(self.half), K // 32
-        return {f"{self.name}_blocks": (E, rows, G, 16), f"{self.name}_scales": (E, rows, G)}
+        return {self.name + BLOCKS: (E, rows, G, 16), self.name + SCALES: (E, rows, G)}
 
     def units(self, source: WeightSource, e: int, first: int, last: int, N: int, K: int) -> Iterator[Unit]:
         parts, G = _parts(self.half), K // 32
@@ -205,9 +205,9 @@ class _Mxfp4:
         step = source.rows_at_once(G * 16) // parts * parts or parts
         for a in range(start, stop, step):
             b = min(a + step, stop)
-            scales = RowChunk(f"{self.name}_scales", a, b, G)
+            scales = RowChunk(self.name + SCALES, a, b, G)
             yield Unit(
-                [scales, RowChunk(f"{self.name}_blocks", a, b, G * 16)],
+                [scales, RowChunk(self.name + BLOCKS, a, b, G * 16)],
                 lambda values: _alternate(decode_mxfp4(values[1].view(-1, G, 16), values[0].view(-1, G)), self.half),
             )
 

@@ -8,8 +8,16 @@ Source: OCP Microscaling Formats (MX) v1.0.
 import torch
 from torch import Tensor
 
+BLOCKS, SCALES = "_blocks", "_scales"
+"""What follows the name of a tensor that is stored so."""
+
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BIAS = 127
+
+
+def is_mxfp4(name: str) -> bool:
+    """Whether a tensor of this name holds codes or scales of experts."""
+    return ".experts." in name and name.endswith((BLOCKS, SCALES))
 
 
 def decode_mxfp4(blocks_NGB: Tensor, scales_NG: Tensor) -> Tensor:

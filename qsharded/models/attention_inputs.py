@@ -42,6 +42,7 @@ class AttentionInputs:
         softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
         query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
         documents_BT: each key's document, for layers that attend by a state; None: one, or no such layer.
+        sinks_H: a layer's own: in each head's softmax one more score, to which no value belongs; None: none.
         is_routed_BS: False for padding, which a mixture of experts leaves out; None: all are tokens, or no such layer.
     """
 
@@ -55,6 +56,7 @@ class AttentionInputs:
     query_scale_BS: Tensor | None = None
     documents_BT: Tensor | None = None
     is_routed_BS: Tensor | None = None
+    sinks_H: Tensor | None = None
 
 
 def attention_inputs(

@@ -106,6 +106,8 @@ class ModelConfig:
         attention_gate: q_proj puts out q and a gate, by whose sigmoid attention's output is multiplied.
         linear, linear_layers: gated delta-net layers, and which layers are such in attention's place.
         mixture, sparse_layers: mixtures of experts, and which layers have one in place of the MLP; empty: all.
+        sinks: each head attends to a sink as well, a score without a value.
+        further_layers: how many layers behind these predict further tokens, and are passed over in a checkpoint.
         wrapper: model_type of the multimodal model of which this is the text part, or "".
     """
 
@@ -149,6 +151,8 @@ class ModelConfig:
     linear_layers: tuple[bool, ...] = ()
     mixture: ExpertMixture | None = None
     sparse_layers: tuple[bool, ...] = ()
+    sinks: bool = False
+    further_layers: int = 0
     wrapper: str = ""
 
     def __post_init__(self) -> None:

@@ -17,8 +17,6 @@ class Router(nn.Module):
     is_router = True
     """For those who would quantize or adapt what has a weight."""
 
-    bias: nn.Parameter | None = None
-
     def __init__(self, hidden_size: int, mixture: ExpertMixture) -> None:
         super().__init__()
         self.mixture = mixture
@@ -27,8 +25,7 @@ class Router(nn.Module):
 
     def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
         """(chosen int64, weights), of x in its dtype."""
-        bias_E = None if self.bias is None else self.bias.to(x_MD.dtype)
-        return self.choose(F.linear(x_MD, self.weight.to(x_MD.dtype), bias_E))
+        return self.choose(F.linear(x_MD, self.weight.to(x_MD.dtype)))
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         """Of the logits."""
@@ -55,6 +52,10 @@ class SoftmaxOfChosenRouter(Router):
     def __init__(self, hidden_size: int, mixture: ExpertMixture) -> None:
         super().__init__(hidden_size, mixture)
         self.bias = nn.Parameter(torch.zeros(mixture.experts))
+
+    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """As in :class:`Router`."""
+        return self.choose(F.linear(x_MD, self.weight.to(x_MD.dtype), self.bias.to(x_MD.dtype)))
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`Router`."""

@@ -4,9 +4,10 @@ Axes: N = out_features, K = in_features.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,12 @@ from qsharded.checkpoint.adapter import (
 )
 from qsharded.checkpoint.initial_adapter import open_initial
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
+from qsharded.checkpoint.merge_experts import ExpertMerge
 from qsharded.checkpoint.packed_format import read_storage_format
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import open_tied, tied_names
+from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM
 from qsharded.models.choice import read_config
@@ -85,6 +88,7 @@ class Merge:
         ends: the embedding's weight and the head's.
         file, path: the adapter's, open.
         initial: the file of what the adapter began with, open, where that is to be taken off; or None.
+        experts: what becomes of those.
     """
 
     model: CausalLM
@@ -98,6 +102,7 @@ class Merge:
     file: Any
     path: Path
     initial: Any
+    experts: ExpertMerge
 
     @classmethod
     def of(
@@ -112,7 +117,8 @@ class Merge:
         """For the skeleton ``model``, whose trainable parameters are the tensors in ``file``."""
         updates = {parameter for _, layer in lora_layers(model) for parameter in layer.parameters()}
         packed = {checkpoint_name(f"{name}.weight") for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-        adapted = {f"{name}.weight": (name, layer) for name, layer in lora_layers(model)}
+        linears = [(name, layer) for name, layer in lora_layers(model) if not isinstance(layer, LoRAExperts)]
+        adapted: dict[str, tuple[str, LoRALayer]] = {f"{name}.weight": (name, layer) for name, layer in linears}
         bases = {tensor: stored_name(model, own_base(name)) for tensor, (name, _) in adapted.items()}
         held = set(file.keys())
         embedding, head = tied_names(model.config)
@@ -122,6 +128,7 @@ class Merge:
             for end, other in ((head, embedding), (embedding, head)):
                 if bases.get(other) in held:
                     bases.setdefault(end, bases[other])
+        factors = partial(_factors, partial(stored_name, model), file, path)
         return cls(
             model=model,
             source=source,
@@ -134,6 +141,9 @@ class Merge:
             file=file,
             path=path,
             initial=initial,
+            experts=ExpertMerge(
+                model, source, quant_format, partial(_factors, partial(stored_name, model), file, path)
+            ),
         )
 
     def adapts_an_end(self) -> bool:
@@ -142,7 +152,8 @@ class Merge:
 
     def changes(self, name: str) -> bool:
         """Whether the merged checkpoint holds another tensor under ``name``."""
-        return any(name in changed for changed in (self.adapted, self.replaced, self.brought, self.rounded))
+        changed = self.experts, self.adapted, self.replaced, self.brought, self.rounded
+        return any(name in names for names in changed)
 
     def tensor(self, name: str, stored: Tensor) -> Tensor:
         """What the merged checkpoint holds under ``name``, where the checkpoint holds ``stored``; of its dtype."""
@@ -155,6 +166,8 @@ class Merge:
         return new
 
     def _new(self, name: str, stored: Tensor) -> Tensor:
+        if name in self.experts:
+            return self.experts.merged(name, stored)
         base = self._base(name, stored)
         if name in self.brought and not torch.equal(base.to(stored.dtype), stored):
             logger.warning(other_base(self.brought[name], self.path))
@@ -187,11 +200,19 @@ class Merge:
         return stored_name(self.model, name)
 
     def _product(self, file: Any, name: str, layer: LoRALayer) -> Tensor:
-        values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
-        for part, value in values.items():
-            copy_rows(file, self._name_in_adapter(f"{name}.{part}"), value, self.path)
         with torch.no_grad():
-            return layer.product(*values.values())
+            return layer.product(*_factors(self._name_in_adapter, file, self.path, name, layer))
+
+
+def _factors(
+    name_in_adapter: Callable[[str], str], file: Any, path: Path, name: str, layer: LoRALayer
+) -> tuple[Tensor, Tensor]:
+    """An adapter's A and B out of its open file."""
+    values = {part: torch.empty_like(meta, device="cpu") for part, meta in layer.updates().items()}
+    for part, value in values.items():
+        copy_rows(file, name_in_adapter(f"{name}.{part}"), value, path)
+    A, B = values.values()
+    return A, B
 
 
 def quantized_and_dequantized(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:

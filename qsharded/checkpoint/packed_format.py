@@ -33,7 +33,7 @@ from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.untrusted_json import NULL, as_object, check, integer, list_of, number, parse, text
 
 QUANT_METHOD, VERSION = "qsharded", 1
-BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES, MXFP4 = "bitsandbytes", "mxfp4"
 Form = Literal["qsharded", "bitsandbytes"]
 
 CONFIG_KEY = "quantization_config"
@@ -207,6 +207,8 @@ def read_storage_format(config: Mapping[str, Any]) -> StorageFormat | None:
     in_4bit, in_8bit = (said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit") for n in (4, 8))
     # bitsandbytes checkpoints of 2023 do not name it
     method = said.get("quant_method") or (BITSANDBYTES if in_4bit or in_8bit else None)
+    if method == MXFP4:  # experts alone, which are read as if they were in 16 bits
+        return None
     if method == QUANT_METHOD:
         return _own_storage_format(said)
     if method != BITSANDBYTES:

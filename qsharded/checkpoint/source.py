@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsharded.checkpoint import read_ahead, safetensors_header
+from qsharded.checkpoint.mxfp4 import is_mxfp4
 from qsharded.checkpoint.row_chunks import RowChunk
 from qsharded.utils import heartbeat
 from qsharded.utils.untrusted_json import map_of, read_json, require, shown, text
@@ -231,6 +232,10 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing from its folder")
         return _refuse_foreign(self.folder / parts, self.folder)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._stored
+
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._stored)
@@ -299,8 +304,9 @@ class SafetensorsFolder:
             stored = self._stored[name]
             if stored.shape != shape:
                 raise ValueError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {shape}")
-            if stored.dtype not in _READABLE:
-                raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not {_READABLE}")
+            readable = {"U8"} if is_mxfp4(name) else _READABLE
+            if stored.dtype not in readable:
+                raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not {readable}")
 
     def rows_at_once(self, row_bytes: int) -> int:
         """As many as fill a staging buffer."""

@@ -42,6 +42,8 @@ class AttentionInputs:
         softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
         query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
         documents_BT: each key's document, for layers that attend by a state; None: one, or no such layer.
+        sinks_H: a layer's own: in each head's softmax one more score, to which no value belongs; None: none.
+        is_routed_BS: False for padding, which a mixture of experts leaves out; None: all are tokens, or no such layer.
     """
 
     cos_BSR: Tensor
@@ -53,6 +55,8 @@ class AttentionInputs:
     softcap: float | None = None
     query_scale_BS: Tensor | None = None
     documents_BT: Tensor | None = None
+    is_routed_BS: Tensor | None = None
+    sinks_H: Tensor | None = None
 
 
 def attention_inputs(
@@ -83,6 +87,7 @@ def attention_inputs(
         softcap=config.score_softcap,
         query_scale_BS=_query_scale(config, positions_BS, dtype, keys),
         documents_BT=None if config.linear is None else documents_BT,
+        is_routed_BS=_routed(config, positions_BS.shape[1], documents_BT),
     )
     # the soft-capped backend reads boundaries on any device
     knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
@@ -94,6 +99,10 @@ def attention_inputs(
         rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in set(config.rope_of_layer)
     }
     return _of_layers(config, lambda window, rope: shared(*tables[rope], **sights[window]))
+
+
+def _routed(config: ModelConfig, queries: int, documents_BT: Tensor | None) -> Tensor | None:
+    return None if config.mixture is None or documents_BT is None else documents_BT[:, -queries:] >= 0
 
 
 def _of_layers(

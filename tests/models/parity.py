@@ -26,6 +26,8 @@ ROWS, LENGTH = 2, 21  # longer than the windows, and than the original length of
 # fp32 sums in another order; a recurrence carries its rounding on, and one processor was seen at 1.2e-5
 TOLERANCE, OF_RECURRENCES = 1e-5, 2e-5
 
+EXPERTS = "gate_up_proj", "down_proj"
+
 Result = dict[str, Tensor]
 
 
@@ -92,7 +94,20 @@ def round_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and is_of_decoder(name):
             layer.weight.data = formats.quantize(layer.weight.data).dequantize(torch.float32)
+        if name.endswith(".experts"):
+            round_experts(layer)
     return model
+
+
+def round_experts(experts: nn.Module) -> None:
+    """transformers' experts of a layer: gate, up and down of each are matrices by themselves."""
+    turned = getattr(experts, "is_transposed", False)
+    for name in ("gate_up_proj", "down_proj"):
+        for stored in experts.get_parameter(name).data:
+            matrix = stored.T if turned else stored
+            halves = [matrix[::2], matrix[1::2]] if turned else list(matrix.chunk(2))
+            for part in halves if name == "gate_up_proj" else [matrix]:
+                part.copy_(formats.quantize(part.contiguous()).dequantize(torch.float32))
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -101,7 +116,18 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     targets: str | list[str] = sorted({name.rpartition(".")[2] for name in linears})
     if any("language_model" in name for name, _ in model.named_modules()):
         targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
-    lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    experts = sorted(
+        {f"mlp.experts.{part}" for name, _ in model.named_modules() if name.endswith(".experts") for part in EXPERTS}
+    )
+    if experts:  # PEFT takes linear layers of these names for the experts': they are named as parameters
+        beside = {
+            ".".join(name.split(".")[3:]) for name in linears if name.endswith(("gate_proj", "up_proj", "down_proj"))
+        }
+        experts += [f"{name}.weight" for name in sorted(beside)]
+        targets = [target for target in targets if target not in ("gate_proj", "up_proj", "down_proj")]
+    lora = LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, target_parameters=experts or None, task_type="CAUSAL_LM"
+    )
     peft = get_peft_model(model, lora)
     torch.manual_seed(3)
     for name, parameter in peft.named_parameters():

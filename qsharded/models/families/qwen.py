@@ -1,7 +1,7 @@
 """Qwen2 to Qwen3.5."""
 
 from qsharded.models import layer_patterns
-from qsharded.models.config import LinearAttention
+from qsharded.models.config import ExpertMixture, LinearAttention
 from qsharded.models.families.family import Family, Settings, Values, biases, rope_parameters
 from qsharded.models.rope import RopeConfig
 
@@ -12,6 +12,28 @@ def _qwen2(values: Values) -> Settings:
 
 def _qwen3(values: Values) -> Settings:
     return biases(values) | {"qk_norm": True, "layer_windows": layer_patterns.last_layers(values)}
+
+
+def _sparse_layers(values: Values) -> tuple[bool, ...]:
+    """Every ``decoder_sparse_step``-th layer, less those that are named."""
+    step, dense = values["decoder_sparse_step"], values["mlp_only_layers"] or []
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(values["num_hidden_layers"]))
+
+
+def _qwen3_moe(values: Values) -> Settings:
+    mixture = ExpertMixture(
+        experts=values["num_experts"],
+        per_token=values["num_experts_per_tok"],
+        intermediate_size=values["moe_intermediate_size"],
+        normalised=bool(values["norm_topk_prob"]),
+    )
+    windows = layer_patterns.everywhere(values) if values["use_sliding_window"] else ()
+    return biases(values) | {
+        "qk_norm": True,
+        "mixture": mixture,
+        "sparse_layers": _sparse_layers(values),
+        "layer_windows": windows,
+    }
 
 
 def _linear_types(values: Values) -> list[str]:
@@ -64,6 +86,25 @@ FAMILIES = {
         "q and k normalised; sliding windows in some layers",
         defaults={"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_QWEN_WINDOWS},
         settings=_qwen3,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 MoE",
+        "Qwen3MoeForCausalLM",
+        "mixtures of experts; q and k normalised",
+        defaults={
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": None,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+        },
+        settings=_qwen3_moe,
     ),
     "qwen3_5_text": Family(
         "Qwen3.5 (dense)",

@@ -4,6 +4,7 @@ They are for blocks of 64. They dequantize with whatever codebook they are given
 """
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -119,6 +120,33 @@ def triton_linear(
     tile = tile or triton_tiles.linear_tile(*packed.shape, len(x_MK), packed.device)
     absmax_map = blockwise8.dynamic_map(True, packed.device)
     return fused.linear(x_MK, *packed.tensors, lookups, factor, absmax_map, bias, tile=tile, splits=splits)
+
+
+def triton_grouped_linear(
+    x_RK: Tensor,
+    experts: Sequence[Any],
+    quant_format: QuantFormat,
+    groups: Sequence[tuple[int, int]],
+    bias_EN: Tensor | None,
+    *,
+    tile: Any = None,
+) -> Tensor:
+    """``x W^T + bias`` [R, N], each group of rows with its expert's, by Triton in one launch.
+
+    Args:
+        experts: codes, absmax and second level, as ``PackedExpertWeights`` has them.
+        groups: experts and how many rows of x each has, in their order.
+        tile: a ``LinearTile`` in place of the table's.
+    """
+    from qsharded_kernels import triton_grouped, triton_tiles
+
+    codes_ENP, absmax_ENG, scales_ES, offset_E = experts
+    device, most = x_RK.device, max((rows for _, rows in groups), default=1)
+    tile = tile or triton_tiles.linear_tile(codes_ENP.shape[1], codes_ENP.shape[2] * 2, most, device)
+    lookups, factor = _lookups(device, quant_format.quant_type, x_RK.dtype)
+    absmax_map = blockwise8.dynamic_map(True, device)
+    packed = codes_ENP, absmax_ENG, scales_ES, offset_E
+    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, groups, bias_EN, tile=tile)
 
 
 def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None, splits: int | None = None) -> Tensor:

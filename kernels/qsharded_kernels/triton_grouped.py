@@ -1,6 +1,6 @@
 """Products of few rows with the 4-bit weight of their expert, all experts in one launch, in Triton.
 
-    y[r, n] = sum over k of x[r, k] * W[expert of r, n, k] (+ bias[expert of r, n])
+    y[r, n] = sum over k of x[r, k] * W[expert of r, n, k]
 
 Rows that share an expert lie together. Each such group is cut into pieces of TILE_M rows, and a program has a piece and
 a tile of W's rows; from there on it is ``triton_linear``'s kernel, of which this is another grid.
@@ -24,6 +24,11 @@ MOST_BLOCKS = checks.ABSMAX_BLOCK
 """Of a row: a program follows it through two second-level scales at most."""
 
 
+def serves(N: int, K: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`grouped_linear` takes weights [N, K] and x of ``dtype``."""
+    return dtype in DTYPES and N > 0 and 0 < K <= MOST_BLOCKS * checks.BLOCK
+
+
 def grouped_linear(
     x_RK: Tensor,
     codes_ENP: Tensor,
@@ -34,14 +39,13 @@ def grouped_linear(
     factor: float,
     absmax_map: Tensor | None,
     groups: Sequence[tuple[int, int]],
-    bias_EN: Tensor | None = None,
     *,
     tile: LinearTile,
 ) -> Tensor:
     """y [R, N] in x's dtype, bf16 or fp16. The same call gives the same bits.
 
     ``groups``: experts and how many rows each has; the first has the first rows, and so on to the last row. The rest is
-    as in ``triton_linear.linear``, an expert's behind the last's; ``bias_EN`` is of x's dtype.
+    as in ``triton_linear.linear``, an expert's behind the last's.
     """
     (R, K), (E, N, G) = x_RK.shape, absmax_ENG.shape
     assert K == G * checks.BLOCK, (K, G)
@@ -53,7 +57,7 @@ def grouped_linear(
     codes_ENP, absmax_ENG = codes_ENP.contiguous(), absmax_ENG if absmax_ENG.stride(2) == 1 else absmax_ENG.contiguous()
     x_RK = x_RK.contiguous()
     if INTERPRETED.value:  # as in triton_linear
-        x_RK, bias_EN = x_RK.float(), None if bias_EN is None else bias_EN.float()
+        x_RK = x_RK.float()
     y_RN = torch.empty(R, N, dtype=x_RK.dtype, device=x_RK.device)
     if R == 0:
         return y_RN.to(dtype)
@@ -64,7 +68,7 @@ def grouped_linear(
         linear_kernel[(triton.cdiv(N, tile.rows), len(pieces))](
             *(x_RK, codes_ENP.view(torch.int32)),
             *(absmax_ENG, absmax_ENG.stride(1), *(absmax_ENG if table is None else table for table in tables)),
-            *(lookups, y_RN if bias_EN is None else bias_EN.contiguous(), y_RN),
+            *(lookups, y_RN, y_RN),
             *(R, N, G, G, 1 / factor),
             *(pieces, absmax_ENG.stride(0), checks.second_level_blocks(N * G)),
             DTYPE=TYPES[dtype],
@@ -76,7 +80,7 @@ def grouped_linear(
             DOUBLE_QUANT=absmax_scales_ES is not None,
             WHOLE_TURNS=G % AT_ONCE.value == 0,
             WRITES_Y=True,
-            HAS_BIAS=bias_EN is not None,
+            HAS_BIAS=False,
             GROUPED=True,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -161,7 +161,6 @@ def linear_kernel(
         absmax_ptr += expert * absmax_expert_stride
         scales_ptr += expert * scales_expert_stride
         offset_ptr += expert
-        bias_ptr += expert * N
     else:
         first = tl.program_id(1) * blocks_per_split
         last = tl.minimum(first + blocks_per_split, G)

@@ -44,7 +44,28 @@ class CodebookKernels(Kernels):
         return out.is_contiguous()
 
 
-class TritonCuda(CodebookKernels):
+class CudaKernels(CodebookKernels):
+    """On GPUs experts that have few tokens each are multiplied by Triton, whoever serves the rest."""
+
+    def multiplies_experts(
+        self, shape: tuple[int, int], quant_format: QuantFormat, rows: float, dtype: torch.dtype
+    ) -> bool:
+        from qsharded_kernels import triton_grouped
+
+        few = rows <= _MOST_ROWS_OF_AN_EXPERT and triton_grouped.serves(*shape, dtype)
+        return few and dequantizes(quant_format)
+
+    def experts_linear(
+        self,
+        x_RK: Tensor,
+        experts: Sequence[Tensor | None],
+        quant_format: QuantFormat,
+        groups: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        return triton_grouped_linear(x_RK, experts, quant_format, groups)
+
+
+class TritonCuda(CudaKernels):
     """Those of Triton. ``fuses``: whether they multiply few rows of x too."""
 
     def __init__(self, nf4: ModuleType, absmax: ModuleType, fuses: bool) -> None:
@@ -69,7 +90,7 @@ class TritonCuda(CodebookKernels):
         return triton_input_grad(grad_MN, packed)
 
 
-class CompiledCuda(CodebookKernels):
+class CompiledCuda(CudaKernels):
     """Those of the compiled library for GPUs, which also multiply few tokens without dequantizing first."""
 
     def __init__(self) -> None:
@@ -127,11 +148,10 @@ def triton_grouped_linear(
     experts: Sequence[Any],
     quant_format: QuantFormat,
     groups: Sequence[tuple[int, int]],
-    bias_EN: Tensor | None,
     *,
     tile: Any = None,
 ) -> Tensor:
-    """``x W^T + bias`` [R, N], each group of rows with its expert's, by Triton in one launch.
+    """``x W^T`` [R, N], each group of rows with its expert's, by Triton in one launch.
 
     Args:
         experts: codes, absmax and second level, as ``PackedExpertWeights`` has them.
@@ -146,7 +166,7 @@ def triton_grouped_linear(
     lookups, factor = _lookups(device, quant_format.quant_type, x_RK.dtype)
     absmax_map = blockwise8.dynamic_map(True, device)
     packed = codes_ENP, absmax_ENG, scales_ES, offset_E
-    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, groups, bias_EN, tile=tile)
+    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, groups, tile=tile)
 
 
 def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None, splits: int | None = None) -> Tensor:
@@ -157,6 +177,9 @@ def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None
     tile = tile or triton_tiles.input_grad_tile(*packed.shape, len(grad_MN), packed.device)
     return fused.input_grad(grad_MN, *packed.tensors, *tables(packed), tile=tile, splits=splits)
 
+
+# Beyond so many the tensor cores are busy, and decoding once for all of a group's rows costs less.
+_MOST_ROWS_OF_AN_EXPERT = 32
 
 # Multiplied by these before they are rounded, the values err least, and with no bias that sums would gather: found by
 # search over four decimals for NF4, as its normal weights are spread; FP4's are twelfths, and so exact.

@@ -51,7 +51,7 @@ def main(architectures: list[int]) -> None:
             own_kernels.triton_linear(x, weight, None, splits=2)
         experts = PackedExperts(3, 1024, 320).packed()
         x = torch.empty(9, 1024, dtype=torch.bfloat16)
-        own_kernels.triton_grouped_linear(x, experts.tensors, experts.quant_format, [(0, 1), (2, 8)], None)
+        own_kernels.triton_grouped_linear(x, experts.tensors, experts.quant_format, [(0, 1), (2, 8)])
         M, grad = 8, torch.empty(8, 320, dtype=torch.bfloat16)
         own_kernels.triton_input_grad(grad, weights[0], splits=2)
 

@@ -118,8 +118,17 @@ class _Work:
         return cls(x_MD, scores_Mk.flatten(), order_R, (update_in, update_out), weights, biases, made)
 
     def chunks(self) -> list[Chunk]:
+        """Of experts that are decoded together."""
         matrix = max(_matrix_bytes(part, self.x_MD.dtype) for part in self.weights)
         return list(self.made.routed.chunks(max(1, DECODED_BYTES // matrix)))
+
+    def forward_chunks(self) -> list[Chunk]:
+        """All at once where kernels decode none to memory, as for few tokens of each."""
+        routed = self.made.routed
+        hit = sum(count > 0 for count in routed.counts)
+        if hit and not any(part.are_decoded(routed.pairs / hit, self.x_MD) for part in self.weights):
+            return list(routed.chunks(hit))
+        return self.chunks()
 
     def places(self, chunk: Chunk) -> Tensor:
         return self.order_R[chunk.pairs]
@@ -130,8 +139,7 @@ class _Work:
 
     def forward(self, x_cK: Tensor, part: int, chunk: Chunk) -> Tensor:
         """x W^T + b of one of the three projections, [c, N]."""
-        matrices = self.weights[part].decoded(chunk.experts, x_cK.dtype)
-        y_cN = grouped_mm(x_cK, matrices.transpose(1, 2), chunk.counts)
+        y_cN = self.weights[part].product(x_cK, chunk.experts, chunk.counts)
         return y_cN if self.biases[part] is None else y_cN.add_(self.bias(part, chunk))
 
     def backward(self, grad_cN: Tensor, part: int, chunk: Chunk) -> Tensor:
@@ -192,7 +200,7 @@ class _Experts(torch.autograd.Function):
         J = work.weights[0].shape[0]
         gate_RJ, up_RJ = (x_MD.new_empty(made.routed.pairs, J) for _ in range(2))
         out_PD = work.at_places(x_MD.shape[1])
-        for chunk in work.chunks():
+        for chunk in work.forward_chunks():
             places_c = work.places(chunk)
             gate_cJ, up_cJ = work.gate_and_up(work.tokens(x_MD, places_c), chunk)
             gate_RJ[chunk.pairs], up_RJ[chunk.pairs] = gate_cJ, up_cJ

@@ -21,8 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qsharded.quant import blockwise8, formats, ops
+from qsharded.quant import backends, blockwise8, formats, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.quant.grouped import grouped_mm
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
@@ -49,6 +50,12 @@ class ExpertWeights(Protocol):
     def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Those of the ``chosen`` experts, [n, N, K] in ``dtype``."""
 
+    def are_decoded(self, rows: float, like: Tensor) -> bool:
+        """Whether :meth:`product` dequantizes them first, each having so many rows like these on average."""
+
+    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """x W^T, [R, N]: the first ``counts[0]`` rows with the first chosen matrix, and so on."""
+
 
 @dataclass(frozen=True)
 class PlainExpertWeights:
@@ -74,6 +81,14 @@ class PlainExpertWeights:
     def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
         return of_experts(self.weight_ENK, chosen).to(dtype)
+
+    def are_decoded(self, rows: float, like: Tensor) -> bool:
+        """As :class:`ExpertWeights` says: they are cast."""
+        return True
+
+    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """As :class:`ExpertWeights` says."""
+        return grouped_mm(x_RK, self.decoded(chosen, x_RK.dtype).transpose(1, 2), counts)
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,17 @@ class PackedExpertWeights:
         codes_nNP, absmax_nNG = of_experts(self.codes, chosen), self._decoded_absmax(chosen)
         tall = PackedWeight(codes_nNP.flatten(0, 1), absmax_nNG.flatten(0, 1), None, None, self.quant_format)
         return ops.nf4_dequantize(tall, dtype).unflatten(0, codes_nNP.shape[:2])
+
+    def are_decoded(self, rows: float, like: Tensor) -> bool:
+        """As :class:`ExpertWeights` says."""
+        return backends.for_experts(self.shape, self.quant_format, rows, like) is None
+
+    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """As :class:`ExpertWeights` says."""
+        kernels = backends.for_experts(self.shape, self.quant_format, len(x_RK) / len(chosen), x_RK)
+        if kernels is not None:
+            return kernels.experts_linear(x_RK, self.tensors, self.quant_format, list(zip(chosen, counts, strict=True)))
+        return grouped_mm(x_RK, self.decoded(chosen, x_RK.dtype).transpose(1, 2), counts)
 
     def _decoded_absmax(self, chosen: Sequence[int]) -> Tensor:
         """[n, N, G] in the format's own encoding, which is fp32 for those that nest."""

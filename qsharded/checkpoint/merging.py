@@ -141,9 +141,7 @@ class Merge:
             file=file,
             path=path,
             initial=initial,
-            experts=ExpertMerge(
-                model, source, quant_format, partial(_factors, partial(stored_name, model), file, path)
-            ),
+            experts=ExpertMerge(model, source, quant_format, factors),
         )
 
     def adapts_an_end(self) -> bool:

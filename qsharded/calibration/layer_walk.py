@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.checkpoint import fill_shards
-from qsharded.checkpoint.load import plain_fills
+from qsharded.checkpoint.load import expert_fills_of, plain_fills
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
 from qsharded.models.parts import layers_of, part_names
+from qsharded.quant.experts import ExpertLinears
+from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils import heartbeat
 from qsharded.utils.progress_bar import ProgressBar
 
@@ -32,10 +34,18 @@ class LayerWalk:
         source: its weights.
         ids_RS: int64; this rank's rows.
         device: to compute on.
+        quant_format: of experts, which are rounded to nearest as they come: linear layers are the caller's.
     """
 
-    def __init__(self, model: CausalLM, source: WeightSource, ids_RS: Tensor, device: torch.device) -> None:
-        self._model, self._source, self._device = model, source, device
+    def __init__(
+        self,
+        model: CausalLM,
+        source: WeightSource,
+        ids_RS: Tensor,
+        device: torch.device,
+        quant_format: QuantFormat = NF4_64,
+    ) -> None:
+        self._model, self._source, self._device, self._quant_format = model, source, device, quant_format
         self.layers = list(layers_of(model))
         self._prefix = part_names(model).layers + "."
         rows = max(1, _TOKENS_AT_ONCE // ids_RS.shape[1])
@@ -84,6 +94,9 @@ class LayerWalk:
         for part in module.modules():
             _allocate(part, self._device)
         self._fill(lambda name: name.startswith(f"{self._prefix}{layer}."))
+        for part in module.modules():
+            if isinstance(part, ExpertLinears):
+                part.round_(self._quant_format)
         try:
             yield module
         finally:
@@ -114,7 +127,8 @@ class LayerWalk:
                 yield self._model(ids.to(self._device))
 
     def _fill(self, chosen: Callable[[str], bool]) -> None:
-        fill_shards.run(plain_fills(self._model, self._source, chosen), self._source, self._device)
+        fills = plain_fills(self._model, self._source, chosen) + expert_fills_of(self._model, self._source, chosen)
+        fill_shards.run(fills, self._source, self._device)
 
     def _host(self, hidden_RSD: Tensor) -> Tensor:
         if not hidden_RSD.is_cuda:

@@ -34,13 +34,22 @@ def shapes_in_files(source: WeightSource, name: str, shape: tuple[int, ...]) -> 
     return layout_of(source, name).shapes(N, K, E)
 
 
+def packed_experts_in(model: nn.Module) -> Iterator[tuple[str, PackedExperts]]:
+    """Those that are packed."""
+    return ((name, experts) for name, experts in experts_in(model) if isinstance(experts, PackedExperts))
+
+
 def fills(source: WeightSource, name: str, experts: AnyExperts) -> Iterator[fill_shards.Fill]:
     """What fills this rank's part of ``experts``, whose name in the checkpoint is ``name``."""
-    weight = f"{name}.weight"
-    yield _Rows(source, weight, experts, _sink_of(experts))
+    yield RowsOfExperts(source, f"{name}.weight", experts.out_features, experts.in_features, _sink_of(experts))
+    yield from bias_fills(source, name, experts)
+
+
+def bias_fills(source: WeightSource, name: str, experts: AnyExperts) -> Iterator[fill_shards.Fill]:
+    """What fills this rank's rows of their bias, where they have one."""
     if experts.bias is not None:
-        own, rows = local(experts.bias).detach(), own_rows(experts.bias)
-        yield _Rows(source, f"{name}.bias", experts, _PlainRows(own.view(-1, 1), rows.start * experts.out_features))
+        own, rows, N = local(experts.bias).detach(), own_rows(experts.bias), experts.out_features
+        yield RowsOfExperts(source, f"{name}.bias", N, 1, _PlainRows(own.view(-1, 1), rows.start * N))
 
 
 class Sink(Protocol):
@@ -67,12 +76,15 @@ def _sink_of(experts: AnyExperts) -> Sink:
     return _PlainRows(own.flatten(0, 1), rows.start * experts.out_features)
 
 
-class _Rows:
-    """This rank's rows of one projection of all experts, unit by unit."""
+class RowsOfExperts:
+    """This rank's rows of one projection of all experts, unit by unit, to a sink.
 
-    def __init__(self, source: WeightSource, name: str, experts: AnyExperts, sink: Sink) -> None:
+    Args:
+        name: the model's, of the matrices [N, K] or of biases, where K is 1.
+    """
+
+    def __init__(self, source: WeightSource, name: str, N: int, K: int, sink: Sink) -> None:
         self._sink, self._finite = sink, fill_shards.FiniteCheck(name)
-        N, K = experts.out_features, 1 if name.endswith(".bias") else experts.in_features
         self._units = iter(units := list(_units(layout_of(source, name), source, sink.start, sink.stop, N, K)))
         self.chunks = [chunk for unit in units for chunk in unit.chunks]
         self._unit: Unit | None = None

@@ -79,6 +79,8 @@ def layout_of(source: WeightSource, name: str) -> Layout:
     experts, part, kind = matched["experts"], matched["part"], matched["kind"]
     if not isinstance(source, SafetensorsFolder):
         return _Own(name)
+    if source.holds(name):
+        return _OwnPacked(name)
     joined = f"{experts}.{DOWN if part == 'down' else GATE_UP}"
     half = {"gate": _GATE, "up": _UP, "down": None}[part]
     if kind == "bias":
@@ -114,6 +116,12 @@ class _Own:
 
     def matrices(self, name: str, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
         raise AssertionError("random weights are not merged")
+
+
+@dataclass(frozen=True)
+class _OwnPacked(_Own):
+    def shapes(self, N: int, K: int, E: int) -> Shapes:
+        return {self.name: (E, N, K)}
 
 
 @dataclass(frozen=True)

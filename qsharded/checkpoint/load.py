@@ -225,7 +225,8 @@ def _refuse_torn_rows(model: nn.Module, packed: PackedCheckpoint) -> None:
 
 
 def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
-    for name in sorted(packed.weights - packed_layers(model).keys()):
+    experts = {checkpoint_name(f"{name}.weight") for name, _ in expert_fills.packed_experts_in(model)}
+    for name in sorted(packed.weights - packed_layers(model).keys() - experts):
         raise ValueError(
             f"{packed.source.file_of(name)}: {name} is packed; only linear layers other than the head can be. Give the "
             "16-bit checkpoint it was made from"
@@ -244,10 +245,12 @@ def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill_shards.
     return packed + expert_fills_of(model, source) + plain_fills(model, source)
 
 
-def expert_fills_of(model: nn.Module, source: WeightSource) -> list[fill_shards.Fill]:
-    """What fills the experts of ``model``, from a checkpoint in 16 or 32 bits."""
+def expert_fills_of(
+    model: nn.Module, source: WeightSource, chosen: Callable[[str], bool] = lambda name: True
+) -> list[fill_shards.Fill]:
+    """What fills the experts of ``model``, from a checkpoint in 16 or 32 bits, as far as their names are ``chosen``."""
     named = ((checkpoint_name(name), experts) for name, experts in expert_fills.experts_in(model))
-    return [fill for name, experts in named for fill in expert_fills.fills(source, name, experts)]
+    return [fill for name, experts in named if chosen(name) for fill in expert_fills.fills(source, name, experts)]
 
 
 def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill_shards.Fill:
@@ -259,11 +262,36 @@ def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fi
 
 def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill_shards.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
-    layers = packed_layers(model)
-    tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
-    packed.source.check(stacked.shapes_in_files(packed.source, _plain_shapes(model)), tensors)
+    layers, source = packed_layers(model), packed.source
+    experts = {checkpoint_name(name): layer for name, layer in expert_fills.packed_experts_in(model)}
+    names = [*layers, *(f"{name}.weight" for name in experts)]
+    tensors = (tensor for name in names for tensor in packed.storage_format.tensors(name))
+    unpacked = {name: shape for name, shape in _expert_shapes(model).items() if name not in names}
+    source.check(stacked.shapes_in_files(source, _plain_shapes(model) | unpacked), tensors)
     fills = [fill for name, layer in layers.items() for fill in packed_layer_fills(packed, name, layer)]
-    return fills + plain_fills(model, packed.source)
+    fills += [fill for name, layer in experts.items() for fill in packed_expert_fills(packed, name, layer)]
+    for name, kept in expert_fills.experts_in(model):
+        if isinstance(kept, ExpertLinears):
+            fills += expert_fills.fills(source, checkpoint_name(name), kept)
+    return fills + plain_fills(model, source)
+
+
+def packed_expert_fills(packed: PackedCheckpoint, name: str, experts: PackedExperts) -> Iterator[fill_shards.Fill]:
+    """What fills ``experts`` with those that our own form holds in one tensor, bytes to bytes."""
+    source, weight = packed.source, f"{name}.weight"
+    parts = packed.storage_format.expert_parts(
+        source, weight, experts.experts, experts.out_features, experts.in_features
+    )
+    first, G = own_rows(experts.weight).start, experts.in_features // experts.block_size
+    codes, absmax = (local(tensor).view(torch.uint8) for tensor in (experts.weight, experts.weight_absmax))
+    absmax[:, G:].zero_()
+    yield fill_shards.RowsFill(source, parts.codes, codes, first)
+    yield fill_shards.RowsFill(source, parts.absmax, absmax[:, :G], first)
+    second_level = (parts.scales, experts.weight_absmax_scales), (parts.offset, experts.weight_absmax_offset)
+    for stored, held in second_level:
+        assert held is not None
+        yield fill_shards.RowsFill(source, stored, held)
+    yield from expert_fills.bias_fills(source, name, experts)
 
 
 def packed_layer_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
@@ -287,6 +315,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers, by the names of their weights in a checkpoint."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
+
+
+def packed_modules(model: nn.Module) -> list[PackedLinear | PackedExperts]:
+    """All that is packed: linear layers, and projections of experts."""
+    return [module for module in model.modules() if isinstance(module, PackedLinear | PackedExperts)]
 
 
 def plain_fills(

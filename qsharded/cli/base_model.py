@@ -49,6 +49,7 @@ def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
+        target_parameters=config.lora_target_parameters,
         use_rslora=config.use_rslora,
         rank_pattern=config.lora_rank_pattern,
         alpha_pattern=config.lora_alpha_pattern,

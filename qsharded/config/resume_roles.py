@@ -19,8 +19,8 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     "step": ("per_device_train_batch_size", "gradient_accumulation_steps"),
     # The adapter's own configuration, which the checkpoint holds; it is fixed but for dropout.
     "adapter": (
-        "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "lora_rank_pattern",
-        "lora_alpha_pattern", "use_rslora",
+        "lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+        "lora_rank_pattern", "lora_alpha_pattern", "use_rslora",
     ),
     # These change the mathematics of the steps to come: on purpose, so they are taken and said.
     "told": (

@@ -226,11 +226,19 @@ class TrainConfig:
     lora_alpha: float = _lora("Adapters are scaled by alpha / r.", 32.0, check=POSITIVE)
     lora_dropout: float = _lora("Dropout on the adapters' input.", 0.0, unit="fraction", check=FRACTION)
     lora_target_modules: str | list[str] = _lora(
-        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj,embed_tokens, each "
-        "of which must be there, or a regular expression that matches whole names.",
+        "Layers to adapt: all-linear (every linear layer but the head; of a mixture of experts attention, shared "
+        "experts and experts, never the router), names such as q_proj,v_proj,embed_tokens, each of which must be "
+        "there, or a regular expression that matches whole names.",
         "all-linear",
     )
-    lora_modules_to_save: list[str] = _lora("Names of modules to train in full and save with the adapter.", [])
+    lora_target_parameters: list[str] = _lora(
+        "Experts to adapt beside the layers that --lora-target-modules names: endings such as "
+        "mlp.experts.gate_up_proj, as PEFT's target_parameters.",
+        [],
+    )
+    lora_modules_to_save: list[str] = _lora(
+        "Names of modules to train in full and save with the adapter; a mixture's router is mlp.gate.", []
+    )
     lora_rank_pattern: dict[str, int] = _lora("Other ranks for the layers whose names match KEY.", {})
     lora_alpha_pattern: dict[str, float] = _lora("Other alphas for the layers whose names match KEY.", {})
     lora_dtype: Literal["float32", "bfloat16"] = _lora("Type of everything that is trained.", "float32")

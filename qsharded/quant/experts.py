@@ -183,6 +183,13 @@ class ExpertLinears(nn.Module):
         """The matrices."""
         return PlainExpertWeights(self.weight)
 
+    @torch.no_grad()
+    def round_(self, quant_format: QuantFormat) -> None:
+        """Have the values that the matrices have in ``quant_format``, where they can be packed."""
+        if self.in_features % quant_format.block_size == 0:
+            for weight_NK in self.weight:
+                weight_NK.copy_(ops.nf4_dequantize(pack_weight(weight_NK, quant_format), weight_NK.dtype))
+
 
 class PackedExperts(PackedModule):
     """:class:`ExpertLinears` with frozen matrices in 4 bits, double-quantized unless it is made otherwise.

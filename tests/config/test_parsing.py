@@ -403,6 +403,8 @@ def changed(config: TrainConfig) -> TrainConfig:
 def other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
+    if isinstance(value, list):
+        return [*value, "a"]
     return value + "2" if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 3
 
 

@@ -19,7 +19,7 @@ from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
 from qsharded.models.parts import layers_of, part_names
 from qsharded.quant.experts import ExpertLinears
-from qsharded.quant.formats import NF4_64, QuantFormat
+from qsharded.quant.formats import QuantFormat
 from qsharded.utils import heartbeat
 from qsharded.utils.progress_bar import ProgressBar
 
@@ -34,7 +34,8 @@ class LayerWalk:
         source: its weights.
         ids_RS: int64; this rank's rows.
         device: to compute on.
-        quant_format: of experts, which are rounded to nearest as they come: linear layers are the caller's.
+        quant_format: to which experts are rounded as they come, to nearest; None leaves them. Linear layers are the
+            caller's.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class LayerWalk:
         source: WeightSource,
         ids_RS: Tensor,
         device: torch.device,
-        quant_format: QuantFormat = NF4_64,
+        quant_format: QuantFormat | None = None,
     ) -> None:
         self._model, self._source, self._device, self._quant_format = model, source, device, quant_format
         self.layers = list(layers_of(model))
@@ -95,7 +96,7 @@ class LayerWalk:
             _allocate(part, self._device)
         self._fill(lambda name: name.startswith(f"{self._prefix}{layer}."))
         for part in module.modules():
-            if isinstance(part, ExpertLinears):
+            if self._quant_format is not None and isinstance(part, ExpertLinears):
                 part.round_(self._quant_format)
         try:
             yield module

@@ -136,7 +136,7 @@ class _AdaptedWalk(LayerWalk):
     """One through the base, each of whose layers has its adapters beside it."""
 
     def __init__(self, model: CausalLM, merge: Merge, ids_RS: Tensor) -> None:
-        super().__init__(model, merge.source, ids_RS, _CPU)
+        super().__init__(model, merge.source, ids_RS, _CPU, merge.quant_format)
         self._merge = merge
         self._trained = {name: stored_name(model, name) for name, p in model.named_parameters() if p.requires_grad}
 

@@ -32,13 +32,15 @@ POST_NORMS = NormNames(None, "post_attention_layernorm", None, "post_feedforward
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """The shape of gated delta-net layers: heads and their dims, and the taps of the convolution before them."""
+    """The shape of gated delta-net layers: heads and their dims, the taps of the convolution before them, and whether
+    their projections are fused (``in_proj_qkvz`` and ``in_proj_ba``)."""
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
     taps: int
+    fused: bool = False
 
 
 @dataclass(frozen=True)

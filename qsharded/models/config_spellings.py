@@ -18,6 +18,7 @@ _UNREAD = {
 _RENAMED = {
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_next": {"num_local_experts": "num_experts"},
+    "qwen3_5_moe_text": {"num_local_experts": "num_experts"},
     "glm4_moe": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.chunked_loss import capped, chunked_cross_entropy, chunked_log_probs
 from qsharded.models.config import ModelConfig
-from qsharded.models.gated_delta_net import GatedDeltaNet
+from qsharded.models.gated_delta_net import FusedDeltaNet, GatedDeltaNet
 from qsharded.models.kv_cache import KVCache
 from qsharded.models.mixture import MixtureMLP
 from qsharded.models.mlp import make_mlp
@@ -40,7 +40,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config = config
         if config.is_linear[layer]:
-            self.linear_attn = GatedDeltaNet(config, layer)
+            is_fused = config.linear is not None and config.linear.fused
+            self.linear_attn = (FusedDeltaNet if is_fused else GatedDeltaNet)(config, layer)
         else:
             self.self_attn = self_attention(config, layer)
         self.mlp = MixtureMLP(config) if config.is_sparse[layer] else make_mlp(config)

@@ -34,7 +34,9 @@ from tests.models.variants import VARIANTS, model_type_of
 from tests.plan.test_activations import B, S, peak_of_a_step
 
 SHORT = LENGTH // 3
-ADAPTED = re.compile(r"_proj\.weight$|\.experts\.\w+_proj$|\.experts\.\d+\.w[123]\.weight$")
+ADAPTED = re.compile(
+    r"shared_expert_gate\.weight$|_proj\w*\.weight$|\.experts\.\w+_proj$|\.experts\.\d+\.w[123]\.weight$"
+)
 # What of a family or a variant the fused layer does not compute. All others are fused.
 COMPOSED = {
     "olmo2": "norms of q and k other than of each head before it is rotated",
@@ -42,6 +44,7 @@ COMPOSED = {
     "arcee": "an MLP without a gate",
     "qwen3_5": "gated delta-net layers",
     "qwen3_5_text": "gated delta-net layers",
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), "gated delta-net layers"),
     **dict.fromkeys(("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"), "a mixture of experts"),
     "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",
 }

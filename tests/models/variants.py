@@ -52,6 +52,18 @@ _DELTA_NET = {
 }
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
+_QWEN3_5_MOE = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", FULL],
+    "head_dim": 32,
+    "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    **_DELTA_NET,
+}
+
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": _LLAMA3},
     "llama-falcon3": {"head_dim": 32, "rope_theta": 1000042, "attention_bias": False, "mlp_bias": False},
@@ -346,6 +358,23 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 0.5,
         "attention_bias": True,
     },
+    "qwen3_5_moe_text": {**_QWEN3_5_MOE},
+    "qwen3_next": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", FULL],
+        "head_dim": 32,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "partial_rotary_factor": 0.25,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        **_DELTA_NET,
+    },
     "hunyuan_v1_dense": {"head_dim": 16, "rope_parameters": _DEFAULT_ROPE, "attention_bias": True},
     "hunyuan_v1_dense-alpha-v4": {
         "head_dim": 32,
@@ -412,6 +441,14 @@ _WRAPPED: dict[str, dict[str, Any]] = {
     "qwen3_5": {
         "text_config": {"model_type": "qwen3_5_text", **_SHAPE, **_SETTINGS["qwen3_5_text"]},
         "vision_config": _QWEN_VISION,
+        "image_token_id": 58,
+        "video_token_id": 59,
+        "vision_start_token_id": 57,
+        "vision_end_token_id": 60,
+    },
+    "qwen3_5_moe": {
+        "text_config": {"model_type": "qwen3_5_moe_text", **_SHAPE, **_QWEN3_5_MOE},
+        "vision_config": {**_QWEN_VISION, "model_type": "qwen3_5_moe_vision"},
         "image_token_id": 58,
         "video_token_id": 59,
         "vision_start_token_id": 57,

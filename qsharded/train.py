@@ -70,14 +70,15 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], hel
     except AlreadyFinished as end:
         if world.is_main:
             print(f"{config.prog}: {end}")
-        if (address := push_adapter(config, world)) and world.is_main:
-            print(f"{config.prog}: adapter uploaded to {address}")
+        push_adapter(config, world)
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     again = partial(command_line.command, argv, world.size)
     explained = memory_errors_explained(config, world, prepared.model)
     with explained, errors_named(config.prog, world, kinds), Trainer.opened(config, world, prepared, again) as trainer:
-        return trainer.run()
+        status = trainer.run()
+    push_adapter(config, world)
+    return status
 
 
 if __name__ == "__main__":

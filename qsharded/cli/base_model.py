@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qsharded.checkpoint.adapter import CONFIG_FILE, SCHEMA, read_lora_config
+from qsharded.checkpoint.adapter import CARD_FILE, CONFIG_FILE, SCHEMA, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
 from qsharded.checkpoint.initial_adapter import INITIAL_FILE, initial_of
 from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
@@ -18,7 +18,7 @@ from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import check, read_json
 
-_OF_ADAPTER = [*DESCRIBING, "adapter_model.*", INITIAL_FILE]  # the tokenizer that it was trained with too
+_OF_ADAPTER = [*DESCRIBING, "adapter_model.*", INITIAL_FILE, CARD_FILE]  # the tokenizer that it was trained with too
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,14 @@ folder that goes there at the end, whose failure is a warning.
 The client finds the token: ``HF_TOKEN``, or what ``hf auth login`` has kept.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qsharded.utils import heartbeat
+from qsharded.utils.signals import ending
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN, with a token that may write there"
 
@@ -45,11 +47,14 @@ def push_folder(
 
     Returns the page's address; None where it failed, after a warning with the command that tries again.
     """
+    again = shlex.join(["hf", "upload", repository, str(folder), "."])
     try:
-        with heartbeat.working_outside("uploading to the Hub"):
+        with (
+            heartbeat.working_outside("uploading to the Hub"),
+            ending(f" during the upload, which this repeats: {again}"),
+        ):
             return _upload(folder, repository, message, changed())
     except Exception as error:  # what was computed is on the disk
-        again = shlex.join(["hf", "upload", repository, str(folder), "."])
         print(f"warning: --push-to-hub {repository}: {_line(error)}. Upload it with: {again}", file=sys.stderr)
         return None
 
@@ -63,5 +68,6 @@ def _upload(folder: Path, repository: str, message: str, changed: Mapping[str, b
 
 
 def _line(error: Exception) -> str:
-    """What an error says, on one line, without the full stop at its end."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """What an error says, on one line, without its advice to read about HTTP and the full stop at its end."""
+    said = re.sub(r"For more information check: \S+", "", str(error))
+    return " ".join(said.split()).rstrip(".") or type(error).__name__

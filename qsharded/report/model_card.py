@@ -8,7 +8,7 @@ from qsharded.report.curves import smoothed
 from qsharded.report.html import figure
 from qsharded.report.markdown import code, front_matter, plain, section, sparkline, table
 from qsharded.report.run_files import Point, Run
-from qsharded.report.shareable import command, hub_id, in_lines, name_of, settings
+from qsharded.report.shareable import command, hub_id, in_lines, linked, name_of, settings
 
 _PLACE = "path/to/adapter"  # in commands, of an adapter that is not on the Hub
 _LOSS_ROWS, _SPARKS = 10, 48
@@ -54,15 +54,9 @@ def _about(run: Run, base: str, adapter: Mapping[str, Any], step: int) -> str:
     parameters = f", {trained:,} parameters" if trained else ""
     of_all = "" if run.total_steps in (None, step) else f" of {run.total_steps:,}"
     return (
-        f"It was trained for {step:,}{of_all} steps beside {_linked(base)}{commit}, whose weights stayed in 4 bits, "
+        f"It was trained for {step:,}{of_all} steps beside {linked(base)}{commit}, whose weights stayed in 4 bits, "
         f"with qsharded: rank {adapter['r']}, alpha {adapter['lora_alpha']:g}{parameters}."
     )
-
-
-def _linked(base: str) -> str:
-    """The base model's name, with its page on the Hub if it has one."""
-    found = hub_id(base)
-    return f"[{plain(found)}](https://huggingface.co/{found})" if found else plain(name_of(base))
 
 
 def _how_to_load(base: str, adapter: Mapping[str, Any], place: str) -> str:

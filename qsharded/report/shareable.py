@@ -9,6 +9,7 @@ from typing import Any
 from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.config.options import REQUIRED, Option, options
 from qsharded.data.sources import configuration_of, is_on_hub, suffix_of
+from qsharded.report.markdown import plain
 
 # Where a run is kept and gone on from is no part of what it computes.
 _PLACES = (
@@ -39,6 +40,12 @@ def hub_id(name: str) -> str | None:
         return "/".join(source.split("/")[:2])
     shown = name_of(source)
     return shown if shown.count("/") == 1 and not suffix_of(shown) else None
+
+
+def linked(base: str) -> str:
+    """In Markdown, a model's name, with its page on the Hub if it has one."""
+    found = hub_id(base)
+    return f"[{plain(found)}](https://huggingface.co/{found})" if found else plain(name_of(base))
 
 
 def settings(given: Mapping[str, Any]) -> dict[str, Any]:

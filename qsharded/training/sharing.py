@@ -12,6 +12,7 @@ from qsharded.config import TrainConfig
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
 from qsharded.report.shareable import name_of
+from qsharded.training.finished import is_marked
 from qsharded.utils.untrusted_json import read_json
 
 
@@ -28,16 +29,21 @@ def with_repository(config: TrainConfig, world: World) -> TrainConfig:
     return replace(config, push_to_hub=found)
 
 
-def push_adapter(config: TrainConfig, world: World) -> str | None:
-    """Upload the adapter that the run has left. Returns where it is, if it was to go there and did. Every rank calls
-    this, and waits for the main one."""
-    if config.push_to_hub is None:
-        return None
-    return found_by_main(world, partial(_push, Path(config.output_dir, ADAPTER), config.push_to_hub))
+def push_adapter(config: TrainConfig, world: World) -> None:
+    """Upload the adapter of a run that is finished, if it is to go there, and say where it is. Every rank calls this
+    and waits for the main one."""
+    if config.push_to_hub is not None:
+        found_by_main(world, partial(_push, config, config.push_to_hub))
 
 
-def _push(folder: Path, repository: str) -> str | None:
-    return push_folder(folder, repository, "Adapter trained with qsharded", partial(_shareable, folder))
+def _push(config: TrainConfig, repository: str) -> None:
+    folder = Path(config.output_dir)
+    if not is_marked(folder):
+        return
+    adapter = folder / ADAPTER
+    address = push_folder(adapter, repository, "Adapter trained with qsharded", partial(_shareable, adapter))
+    if address:
+        print(f"adapter uploaded to {address}")
 
 
 def _shareable(folder: Path) -> dict[str, bytes]:

@@ -30,7 +30,6 @@ from qsharded.training.profiling import profiled
 from qsharded.training.run_report import RunReport
 from qsharded.training.running_step import RunningStep
 from qsharded.training.setup import TrainingSetup
-from qsharded.training.sharing import push_adapter
 from qsharded.training.stopping import StopRequested
 from qsharded.training.trackers import Trackers
 from qsharded.utils import heartbeat, signals
@@ -117,8 +116,6 @@ class Trainer:
         for line in [*self.evaluations.verdict(), *self.setup.late_notes()]:
             self.log.message(line)
         self.results.describe()
-        if address := push_adapter(self.config, self.world):
-            self.log.message(f"adapter uploaded to {address}")
         report = Path(self.config.output_dir, REPORT_FILE)
         self.log.message(f"the run on one page: {report}")  # its end is added on leaving
         return 0

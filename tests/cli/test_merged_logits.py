@@ -97,10 +97,10 @@ def test_what_an_adapter_began_with_counts_as_part_of_the_base(tmp_path: Path) -
     assert measured(checkpoint, adapter, checkpoint).largest > 0.1
 
 
-def test_experts_and_windows_of_transformers_code_are_compared_too(tmp_path: Path) -> None:
+def test_models_of_transformers_code_are_compared_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    checkpoint = write_architecture(tmp_path / "model", "gpt_oss")
-    adapter = write_adapter(tmp_path / "adapter", checkpoint, target_modules=["q_proj", "o_proj"])
+    checkpoint = write_architecture(tmp_path / "model", "gpt_neox")
+    adapter = write_adapter(tmp_path / "adapter", checkpoint, target_modules=["query_key_value"])
     vocabulary = read_json(checkpoint / "config.json")["vocab_size"]
     found = measured(checkpoint, adapter, merged(checkpoint, adapter, tmp_path / "merged"), IDS % vocabulary)
     assert found.mean_kl < 1e-3

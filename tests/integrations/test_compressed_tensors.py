@@ -15,7 +15,7 @@ from tests.adapters import logits_of, recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
 
 pytest.importorskip("compressed_tensors")
-from qsharded.integrations import compressed_tensors
+from qsharded.integrations import compressed_tensors, merged_forms
 
 IDS = torch.arange(48).view(2, 24) * 7 % 97
 PROJECTION = "model.layers.1.mlp.down_proj.weight"
@@ -136,7 +136,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(
     (tmp_path / "model").mkdir()
     checkpoint = write_checkpoint(tmp_path / "model")
     adapter = write_adapter(tmp_path / "adapter", checkpoint)
-    monkeypatch.setattr(merge, "find_spec", lambda name: None)
+    monkeypatch.setattr(merged_forms, "find_spec", lambda name: None)
     monkeypatch.setattr(merge, "merge_weights", None)
     options = {"model": str(checkpoint), "adapter": str(adapter), "output": str(tmp_path / "o")}
     for form in ("gguf", "compressed-tensors"):

@@ -193,7 +193,7 @@ def test_merging_writes_one_file(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", BUILTIN)
     for form in ("safetensors", "gguf"):
         merged_into(tmp_path / form, BUILTIN, adapter, "--format", form)
-    assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"model.gguf", "README.md"}
     said, tensors = read(tmp_path / "gguf" / "model.gguf")
     assert said["general.name"] == "gguf"
     merged = load_file(tmp_path / "safetensors" / "model.safetensors")

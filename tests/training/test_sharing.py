@@ -1,6 +1,7 @@
 """Cards of a run's adapters, and --push-to-hub: asked first, uploaded last, and no reason to lose a run."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_a_finished_run_is_uploaded_when_it_is_asked_again(
     ("name", "token", "broken", "message"),
     [
         ("tuned", "", "", "there is no token for the Hub; run `hf auth login`"),
-        ("tuned", "hf_wrong", "", "Invalid credentials"),
+        ("tuned", "hf_wrong", "", "/api/repos/create' Invalid credentials"),
         ("other/tuned", "hf_right", "", "You don't have the rights to create a model under the namespace other"),
         ("other/there", "hf_right", "", "no write access"),
         ("tuned", "hf_right", "create", "the disk of the Hub is full"),
@@ -133,9 +134,21 @@ def test_an_upload_that_fails_is_a_warning_with_the_command_that_repeats_it(
 
 
 def test_other_ranks_do_not_ask_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "broadcast_object", lambda value, group: "me/tuned" if value is None else value)
+    told: list[Any] = []
+    monkeypatch.setattr(collectives, "broadcast_object", lambda value, group: told.append(value) or "me/tuned")
     config = train.parse_train(short(tmp_path, *PUSHED))
     second = World(1, 2, torch.device("cpu"), None)
     assert sharing.with_repository(config, second).push_to_hub == "me/tuned"
-    assert sharing.push_adapter(config, second) == "me/tuned"
+    sharing.push_adapter(config, second)
+    assert told == [None, None]  # it waits for the main rank, twice
     assert hub.asked == []
+
+
+def test_a_run_that_was_stopped_is_not_uploaded(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = iter([0, 0, 0, *[signal.SIGTERM] * 99])
+    monkeypatch.setattr("qsharded.utils.signals.noted", lambda: next(noted))
+    train.main(short(tmp_path, *PUSHED))
+    assert "and the adapter so far in" in capsys.readouterr().out
+    assert hub.repositories["me/tuned"]["files"] == {}

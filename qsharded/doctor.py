@@ -43,6 +43,7 @@ class DoctorConfig:
     """
 
     prog: ClassVar[str] = "qsharded.doctor"
+    example: ClassVar[str] = "qsharded doctor"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """``qsharded NAME``: which command runs with which words, and what is said where there is none."""
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -28,6 +29,21 @@ def test_every_command_is_a_module_and_is_listed(capsys: pytest.CaptureFixture[s
     for name, one in front.SUBCOMMANDS.items():
         assert importlib.util.find_spec(one.module), name
         assert f"\n  {name} " in listed
+
+
+@pytest.mark.parametrize("name", front.SUBCOMMANDS)
+def test_every_command_runs_as_a_module_of_its_name(name: str) -> None:
+    spec = importlib.util.find_spec(f"qsharded.{name}")
+    assert spec is not None
+    assert spec.submodule_search_locations is None or importlib.util.find_spec(f"qsharded.{name}.__main__")
+
+
+def test_the_module_called_plan_plans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["plan", "--gpu", "L4"])
+    with pytest.raises(SystemExit) as leave:
+        runpy.run_module("qsharded.plan", run_name="__main__")
+    assert leave.value.code == 0
+    assert capsys.readouterr().out.startswith("verdict: fits")
 
 
 def test_every_command_of_the_layers_table_has_a_name() -> None:

@@ -63,16 +63,30 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weig
         weights: whether the weights are downloaded too, or only what describes the model and its tokenizer.
 
     Raises:
-        ValueError: neither a folder nor the form of a Hub id, a revision given for a folder, or the Hub's refusal.
+        ValueError: neither a folder nor the form of a Hub id, a folder of something else, a revision given for a
+            folder, or the Hub's refusal.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub ids, but {folder} is a folder")
+        _refuse_no_model(folder)
         return folder
     if not is_hub_id(str(path_or_id)):
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
     return download(str(path_or_id), revision, [*DESCRIBING, "*.safetensors"] if weights else DESCRIBING)
+
+
+def _refuse_no_model(folder: Path) -> None:
+    """A tokenizer alone is enough for some commands; what is missing of a model is told by who needs it."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter and no model: --adapter takes it, and --model the base that it is for"
+        )
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder.resolve()} holds no model: its config.json is missing")
 
 
 def is_hub_id(text: str) -> bool:

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.files import write_bytes, write_json
 from qsharded.checkpoint.merge_adapter import Base, merge_weights
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
 from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
@@ -25,6 +25,7 @@ from qsharded.cli.command import BLOCK_SIZE, errors_named
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import ignored_config_keys
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
 from qsharded.models.config_spellings import ignoring
@@ -111,6 +112,8 @@ def run(config: MergeConfig) -> None:
         for name, content in changed.items():
             write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
+        for name, content in TemplateOptions.kept_in(adapter).over(TemplateOptions.kept_in(checkpoint)).files().items():
+            write_bytes(unfinished / name, [content])
         if config.format == "gguf":
             _make_gguf(unfinished, output.name)
     logging.getLogger(__name__).info("merged model written to %s", output)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
 from qsharded.checkpoint.base_identity import base_metadata
-from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
+from qsharded.checkpoint.files import FileRecord, write_bytes, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.initial_adapter import copy_initial, initial_metadata
 from qsharded.checkpoint.manifest import Manifest, write_manifest
@@ -63,6 +63,7 @@ class _Job:
     copied: torch.cuda.Event | None
     progress: Mapping[str, Any]
     adapter_config: Mapping[str, Any]
+    beside_adapter: Mapping[str, bytes]
 
     @property
     def partial(self) -> Path:
@@ -127,8 +128,11 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
+        beside_adapter: Mapping[str, bytes] | None = None,
     ) -> str | None:
         """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
+
+        ``beside_adapter``: more files for the adapter's folder, by their names.
 
         Returns None, or why none is written, on all ranks: what ``refusal`` has said.
 
@@ -150,6 +154,7 @@ class CheckpointWriter:
             mark_stream(self._world.device),
             without_nan(asdict(progress)),
             peft_config(model, lora, base_model, revision),
+            beside_adapter or {},
         )
         self._pending = self._thread.submit(self._write, job)
         self._unproved = progress.applied_steps
@@ -287,6 +292,7 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
     beside = copy_initial(job.folder.parent.parent, folder, initial)
     files = {WEIGHTS_FILE: tensors, CONFIG_FILE: described} | beside
+    files |= {name: write_bytes(folder / name, [content]) for name, content in job.beside_adapter.items()}
     return {f"{ADAPTER}/{name}": record for name, record in files.items()}
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qsharded.checkpoint.adapter import CARD_FILE, read_lora_config
-from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.files import write_bytes, write_json
 from qsharded.checkpoint.merge_adapter import merge_weights
 from qsharded.checkpoint.merging import Base, opened
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
@@ -30,6 +30,7 @@ from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_oc
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import Check, hub_private, ignored_config_keys, push_to_hub
 from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
 from qsharded.models import ModelConfig
@@ -171,6 +172,10 @@ def _merge(config: MergeConfig, given: _Given, folder: Path) -> None:
     for name, content in changed.items():
         write_json(folder / name, content)
     copy_files(present_files(given.tokenizer), given.tokenizer, folder)
+    for name, content in (
+        TemplateOptions.kept_in(given.adapter).over(TemplateOptions.kept_in(checkpoint)).files().items()
+    ):
+        write_bytes(folder / name, [content])
 
 
 def _files_beside(checkpoint: Path) -> list[str]:

@@ -24,9 +24,9 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     ),
     # These change the mathematics of the steps to come: on purpose, so they are taken and said.
     "told": (
-        "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps",
-        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "lora_dropout",
-        "lora_dtype", "dtype",
+        "learning_rate", "router_aux_loss_coef", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
+        "num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+        "optim", "lora_dropout", "lora_dtype", "dtype",
     ),
     # Where things lie, how fast and in whose memory it is computed, what is shown and saved.
     "free": (

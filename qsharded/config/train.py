@@ -249,6 +249,12 @@ class TrainConfig:
         "default",
     )
 
+    router_aux_loss_coef: float = _optimizer(
+        "Of the loss that keeps a mixture's experts evenly busy, over all ranks (transformers' output_router_logits). "
+        "It moves the adapters before a frozen router. 0: none.",
+        0.0,
+        check=AT_LEAST_0,
+    )
     optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = _optimizer(
         "AdamW with moments in fp32, in 8 bits, or in 8 bits and in host memory where the GPU has no room for them.",
         "paged_adamw8bit",

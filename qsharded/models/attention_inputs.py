@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsharded.models.config import ModelConfig
 from qsharded.models.rope import RopeConfig, rope_tables
@@ -87,7 +87,7 @@ def attention_inputs(
         softcap=config.score_softcap,
         query_scale_BS=_query_scale(config, positions_BS, dtype, keys),
         documents_BT=None if config.linear is None else documents_BT,
-        is_routed_BS=_routed(config, positions_BS.shape[1], documents_BT),
+        is_routed_BS=_routed(config, positions_BS, documents_BT),
     )
     # the soft-capped backend reads boundaries on any device
     knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
@@ -101,8 +101,15 @@ def attention_inputs(
     return _of_layers(config, lambda window, rope: shared(*tables[rope], **sights[window]))
 
 
-def _routed(config: ModelConfig, queries: int, documents_BT: Tensor | None) -> Tensor | None:
-    return None if config.mixture is None or documents_BT is None else documents_BT[:, -queries:] >= 0
+def _routed(config: ModelConfig, positions_BS: Tensor, documents_BT: Tensor | None) -> Tensor | None:
+    """Where documents are not told a row is one, and padding behind it has position 0, as its first token has."""
+    S = positions_BS.shape[1]
+    if config.mixture is None or (documents_BT is None and S == 1):
+        return None
+    if documents_BT is not None:
+        return documents_BT[:, -S:] >= 0
+    has_next_BS = nn.functional.pad(positions_BS[:, 1:2] == 1, (0, S - 1))
+    return (positions_BS > 0) | has_next_BS
 
 
 def _of_layers(

@@ -10,16 +10,24 @@ Axes: B batch, S sequence, M = B S tokens, D hidden size, J intermediate size of
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qsharded.models.config import ExpertMixture, ModelConfig
 from qsharded.models.mlp import ACTIVATIONS, MLP
-from qsharded.models.routers import ROUTERS
+from qsharded.models.routers import ROUTERS, Choice
 from qsharded.quant.expert_product import ExpertMLP, Glu, Update, expert_product
 from qsharded.quant.experts import DOWN, GATE_UP, ExpertLinears
 from qsharded.quant.routing import Routed
+
+
+class Tally(Protocol):
+    """Who counts what routers choose; :mod:`qsharded.models.balance` does."""
+
+    def add(self, logits_ME: Tensor, chosen_Mk: Tensor, is_routed_M: Tensor | None) -> None:
+        """Of the tokens of one layer."""
 
 
 class MixtureMLP(nn.Module):
@@ -34,14 +42,17 @@ class MixtureMLP(nn.Module):
         self.experts = Experts(config)
         if mixture.shared_size:
             self.add_module(self.shared_name, MLP(replace(config, intermediate_size=mixture.shared_size)))
+        self.tally: Tally | None = None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if mixture.shared_gate else None
 
     def forward(self, x_BSD: Tensor, is_routed_BS: Tensor | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]. Where ``is_routed_BS`` is False no expert is asked."""
         x_MD = x_BSD.flatten(0, 1)
-        chosen_Mk, scores_Mk = self.get_submodule(self.router_name)(x_MD)
+        choice: Choice = self.get_submodule(self.router_name)(x_MD)
         is_routed_M = None if is_routed_BS is None else is_routed_BS.expand(x_BSD.shape[:2]).flatten()
-        y_MD = self.experts(x_MD, scores_Mk, Routed.of(chosen_Mk, self.count, is_routed_M))
+        if self.tally is not None:
+            self.tally.add(choice.logits_ME, choice.experts_Mk, is_routed_M)
+        y_MD = self.experts(x_MD, choice.scores_Mk, Routed.of(choice.experts_Mk, self.count, is_routed_M))
         return (y_MD + shared_MD if (shared_MD := self._shared(x_MD)) is not None else y_MD).view_as(x_BSD)
 
     def _shared(self, x_MD: Tensor) -> Tensor | None:

@@ -4,6 +4,8 @@ are trained in full: no adapter goes on a router.
 Axes: M tokens, D hidden size, E experts, k of a token, Q groups of experts.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +13,16 @@ from torch import Tensor, nn
 from qsharded.models.config import ExpertMixture
 
 
+class Choice(NamedTuple):
+    """Of each token: its experts int64 [M, k], their weights [M, k], and the logits [M, E] that they come from."""
+
+    experts_Mk: Tensor
+    scores_Mk: Tensor
+    logits_ME: Tensor
+
+
 class Router(nn.Module):
-    """Logits [M, E] of a linear map; each kind makes of them the chosen experts and their weights, both [M, k]."""
+    """Logits [M, E] of a linear map, and what each kind chooses by them."""
 
     is_router = True
     """For those who would quantize or adapt what has a weight."""
@@ -23,12 +33,17 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(mixture.experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """(chosen int64, weights), of x in its dtype."""
-        return self.choose(F.linear(x_MD, self.weight.to(x_MD.dtype)))
+    def forward(self, x_MD: Tensor) -> Choice:
+        """Of x, in its dtype."""
+        logits_ME = self.logits(x_MD)
+        return Choice(*self.choose(logits_ME), logits_ME)
+
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """[M, E]."""
+        return F.linear(x_MD, self.weight.to(x_MD.dtype))
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the logits."""
+        """Experts and their weights, [M, k]."""
         raise NotImplementedError
 
     def _weighed(self, scores_Mk: Tensor, smallest: float = 0.0) -> Tensor:
@@ -53,9 +68,9 @@ class SoftmaxOfChosenRouter(Router):
         super().__init__(hidden_size, mixture)
         self.bias = nn.Parameter(torch.zeros(mixture.experts))
 
-    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, x_MD: Tensor) -> Tensor:
         """As in :class:`Router`."""
-        return self.choose(F.linear(x_MD, self.weight.to(x_MD.dtype), self.bias.to(x_MD.dtype)))
+        return F.linear(x_MD, self.weight.to(x_MD.dtype), self.bias.to(x_MD.dtype))
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`Router`."""
@@ -71,9 +86,9 @@ class SigmoidRouter(Router):
         super().__init__(hidden_size, mixture)
         self.e_score_correction_bias = nn.Parameter(torch.zeros(mixture.experts), requires_grad=False)
 
-    def forward(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """As in :class:`Router`, in fp32 throughout."""
-        return self.choose(F.linear(x_MD.float(), self.weight.float()))
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """As in :class:`Router`, in fp32."""
+        return F.linear(x_MD.float(), self.weight.float())
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`Router`."""

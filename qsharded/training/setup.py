@@ -38,6 +38,7 @@ from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.gpu_memory import Plan
 from qsharded.report import png
+from qsharded.training.balanced import objective_of
 from qsharded.training.calibration import calibrated_base, fill_adapters, residual_adapters
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loaders, read_data
@@ -156,6 +157,7 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
         outline = Outline.of(folder, lora, dtype, random_init=config.random_init, model_code=config.model_code)
+        objective_of(config, outline.model)
     return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 

@@ -18,6 +18,7 @@ from qsharded.optim.schedule import learning_rate
 from qsharded.report.run_files import METRICS_FILE, REPORT_FILE
 from qsharded.training import results
 from qsharded.training.bad_batches import BadBatches
+from qsharded.training.balanced import objective_of
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
 from qsharded.training.evaluating import Evaluations
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
@@ -70,6 +71,7 @@ class Trainer:
             ) as log,
             CheckpointWriter(folder, world, config.save_total_limit, refusal, partial(card_text, config)) as writer,
         ):
+            others = {"objective": objective_of(config, setup.model), **others}
             trainer = cls(config, world, setup, log, writer, again, report, **others)
             with trainer.results.displacement_told():
                 yield trainer

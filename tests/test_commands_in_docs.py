@@ -24,7 +24,8 @@ POSITIONAL = {"compare": "--runs", "inspect": "--path"}
 RUN = {
     "python": {"README.md": "test_docs", "operations.md": "test_docs"}
     | {f"{page}.md": "test_docs" for page in SCRIPTS_OF_LIBRARIES},
-    "bash": {"watch.md": "test_watch_docs", "multi-node.md": "test_slurm_script", "plan.md": "test_commands_in_docs"},
+    "bash": {"watch.md": "test_watch_docs", "multi-node.md": "test_slurm_script", "plan.md": "test_commands_in_docs"}
+    | dict.fromkeys(("share.md", "serve.md"), "test_share_docs"),
     "console": {"tour.md": "test_tour"},
 }
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -1,6 +1,7 @@
 """``qsharded NAME``: which command runs with which words, and what is said where there is none."""
 
 import importlib.util
+import os
 import runpy
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_as_a_process_it_tells_its_version_and_loads_no_torch() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"qsharded {qsharded.__version__}\n"
     assert " torch" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["train --help", "compare {run} {run}"])
+def test_a_reader_that_leaves_is_no_error(words: str, tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "config.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    command = [sys.executable, "-m", "qsharded", *words.format(run=tmp_path).split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_module_runs_as_the_process_would_run_it(

@@ -171,6 +171,9 @@ def test_the_host_is_counted_with_all_its_ranks(capsys: pytest.CaptureFixture[st
     assert (status, text[:13]) == (0, "verdict: fits")
     status, text = printed(capsys, model, *flags, "--host-memory-gib", f"{needed - 1:.1f}")
     assert (status, text[:21]) == (1, "verdict: DOES NOT FIT")
+    assert text.splitlines()[1] == "the host needs less without --cpu-offload, with fewer ranks on it"
+    one_plain = ["--gpus", "1", "--gpu-memory-gib", "80", "--host-memory-gib", "2"]
+    assert printed(capsys, model, *one_plain)[1].splitlines()[1] == "it takes a host with more memory"
     # of another machine's host nothing is known, so that it is asked for
     status, text = printed(capsys, model, *flags)
     assert status == 0

@@ -13,7 +13,7 @@ Axes: E experts of the layer, n of them, N = out_features, K = in_features, P = 
 second-level blocks of one expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -31,6 +31,10 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The two parameters in which transformers holds a layer's experts; gate and up share an adapter's A there."""
 
 
+ExpertIndex = slice | Tensor | list[int]
+"""Some of E experts: a slice of them, which makes views, or their numbers, int64."""
+
+
 class ExpertWeights(Protocol):
     """The matrices of a projection, as a product asks for them."""
 
@@ -46,7 +50,7 @@ class ExpertWeights(Protocol):
     def maker(self) -> "Callable[..., ExpertWeights]":
         """Makes the same of the same tensors, and holds none: a layer that is computed again brings others."""
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """Those of the ``chosen`` experts, [n, N, K] in ``dtype``."""
 
 
@@ -71,9 +75,9 @@ class PlainExpertWeights:
         """As :class:`ExpertWeights` says."""
         return PlainExpertWeights
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        return of_experts(self.weight_ENK, chosen).to(dtype)
+        return self.weight_ENK[chosen].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -113,29 +117,21 @@ class PackedExpertWeights:
         scales, offset = (None if tensor is None else tensor[e] for tensor in (self.absmax_scales, self.absmax_offset))
         return PackedWeight(self.codes[e], self.absmax[e], scales, offset, self.quant_format)
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        codes_nNP, absmax_nNG = of_experts(self.codes, chosen), self._decoded_absmax(chosen)
+        codes_nNP, absmax_nNG = self.codes[chosen], self._decoded_absmax(chosen)
         tall = PackedWeight(codes_nNP.flatten(0, 1), absmax_nNG.flatten(0, 1), None, None, self.quant_format)
         return ops.nf4_dequantize(tall, dtype).unflatten(0, codes_nNP.shape[:2])
 
-    def _decoded_absmax(self, chosen: Sequence[int]) -> Tensor:
+    def _decoded_absmax(self, chosen: ExpertIndex) -> Tensor:
         """[n, N, G] in the format's own encoding, which is fp32 for those that nest."""
-        absmax_nNG = of_experts(self.absmax, chosen)
+        absmax_nNG = self.absmax[chosen]
         if self.absmax_scales is None or self.absmax_offset is None:
             return absmax_nNG
         block_NG = formats.second_level_block(absmax_nNG[0], 0)
-        scales_nNG = of_experts(self.absmax_scales, chosen)[:, block_NG]
+        scales_nNG = self.absmax_scales[chosen][:, block_NG]
         # as formats.dequantize_absmax: each of the two steps is rounded to fp32
-        return blockwise8.dequantize(absmax_nNG, scales_nNG) + of_experts(self.absmax_offset, chosen)[:, None, None]
-
-
-def of_experts(stacked: Tensor, chosen: Sequence[int]) -> Tensor:
-    """The chosen of E: a view where they follow each other, as all experts do in a large batch."""
-    first, n = chosen[0], len(chosen)
-    if list(chosen) == list(range(first, first + n)):
-        return stacked[first : first + n]
-    return stacked.index_select(0, torch.tensor(chosen, device=stacked.device))
+        return blockwise8.dequantize(absmax_nNG, scales_nNG) + self.absmax_offset[chosen][:, None, None]
 
 
 class ExpertLinears(nn.Module):

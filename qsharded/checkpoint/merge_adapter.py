@@ -29,7 +29,7 @@ from qsharded.checkpoint.adapter import (
 from qsharded.checkpoint.initial_adapter import open_initial
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.merge_experts import ExpertMerge
-from qsharded.checkpoint.packed_format import read_storage_format
+from qsharded.checkpoint.packed_format import CONFIG_KEY, MXFP4, read_storage_format
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied, tied_names
@@ -77,6 +77,7 @@ def merge_weights(
             f"{checkpoint} is packed in 4 bits ({storage_format.form}), to which merged weights would be rounded "
             "again; give --model the 16-bit checkpoint it was made from"
         )
+    _refuse_mxfp4(checkpoint, described)
     quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
     config, source = open_tied(checkpoint, read_config(described))
     embedding, _ = tied_names(config)
@@ -93,6 +94,16 @@ def merge_weights(
     if merge.adapts_an_end():
         config = replace(config, tie_word_embeddings=False)
     return _changed_json(checkpoint, source, described, config, added)
+
+
+def _refuse_mxfp4(checkpoint: Path, described: Mapping[str, Any]) -> None:
+    said = described.get(CONFIG_KEY)
+    if isinstance(said, dict) and said.get("quant_method") == MXFP4:
+        raise ValueError(
+            f"{checkpoint} has experts in MXFP4, to which merged weights would be rounded again. Give --model the same "
+            "in 16 bits, which transformers writes: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16', "
+            "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
+        )
 
 
 def _initial(adapter: Path, base: Base) -> AbstractContextManager[Any]:

@@ -62,7 +62,7 @@ def measure(shape: Shape, tokens: list[int], repeats: int, device: torch.device)
     D, J = shape.hidden, shape.intermediate
     with device:
         packed = [random_experts(shape.experts, K, N) for N, K in ((J, D), (J, D), (D, J))]
-    ready = [experts.packed().decoded(range(shape.experts), torch.bfloat16) for experts in packed]
+    ready = [experts.packed().decoded(slice(None), torch.bfloat16) for experts in packed]
     rows = []
     for M in tokens:
         times = in_turns(ways(shape, M, packed, ready, device), device, repeats)
@@ -90,8 +90,7 @@ def ways(
         return expert_product(x, scores, Routed.of(chosen, shape.experts), mlp)
 
     def dequantize_all() -> Tensor:
-        every = range(shape.experts)
-        return product([PlainExpertWeights(part.packed().decoded(every, x.dtype)) for part in packed])
+        return product([PlainExpertWeights(part.packed().decoded(slice(None), x.dtype)) for part in packed])
 
     return {
         "ours": lambda: product([part.packed() for part in packed]),

@@ -10,6 +10,8 @@ from qsharded import quantize
 from qsharded.checkpoint.expert_fills import experts_in
 from qsharded.checkpoint.report import inspect_path
 from qsharded.distributed.world import World
+from qsharded.merge import MergeConfig
+from qsharded.merge import run as merge
 from tests.checkpoint.test_expert_layouts import in_mxfp4, rewritten
 from tests.models.parity import case, load, load_folders, results
 
@@ -49,6 +51,15 @@ def test_mxfp4_is_packed_and_sound(tmp_path: Path) -> None:
     )
     assert of_blocks.keys() == of_values.keys()
     assert all(tensor.equal(of_values[name]) for name, tensor in of_blocks.items())
+
+
+def test_a_merge_into_mxfp4_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoint = case("gpt_oss").checkpoint
+    blocks, _ = in_mxfp4(load_file(checkpoint / "model.safetensors"))
+    base = rewritten(tmp_path / "m", checkpoint, blocks, quantization_config={"quant_method": "mxfp4"})
+    options = MergeConfig(model=str(base), adapter=str(case("gpt_oss").adapter), output=str(tmp_path / "o"))
+    with pytest.raises(ValueError, match="has experts in MXFP4, to which merged weights would be rounded again"):
+        merge(options)
 
 
 def test_bitsandbytes_form_does_not_hold_experts(tmp_path: Path) -> None:

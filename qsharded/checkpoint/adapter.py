@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qsharded.checkpoint import safetensors_header
 from qsharded.checkpoint.adapter_targets import written_targets
 from qsharded.checkpoint.files import TensorParts, write_json, write_tensors
+from qsharded.checkpoint.per_expert_adapter import PerExpertFile, is_per_expert
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
 from qsharded.lora.config import LoRAConfig
@@ -179,7 +180,15 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     with named(str(path)):
         lora = _lora_config(read, dtype)
     _refuse_tied_adapters(read, lora, path)
-    return lora
+    return _with_experts(lora, folder / WEIGHTS_FILE)
+
+
+def _with_experts(lora: LoRAConfig, path: Path) -> LoRAConfig:
+    """Where the file has tensors for each expert, what their layers' names mean here."""
+    if not path.is_file():
+        return lora
+    with open_weights(path) as file:
+        return file.adapts(lora) if isinstance(file, PerExpertFile) else lora
 
 
 def _lora_config(read: dict[str, Any], dtype: torch.dtype) -> LoRAConfig:
@@ -319,7 +328,8 @@ def open_weights(path: Path) -> Any:
         )
     try:
         safetensors_header.read_checked(path)
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
+        return PerExpertFile(file) if is_per_expert(file.keys()) else file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing, damaged or incomplete: {error}") from None
 

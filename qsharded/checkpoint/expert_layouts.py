@@ -220,9 +220,7 @@ class _Mxfp4:
             )
 
     def matrices(self, name: str, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
-        raise ValueError(
-            f"{name} is in MXFP4, to which merged weights would be rounded again: give --model a checkpoint in 16 bits"
-        )
+        raise AssertionError("such checkpoints are not merged")
 
 
 def _parts(half: int | None) -> int:

@@ -4,7 +4,7 @@ Axes: N = out_features, K = in_features.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from qsharded.checkpoint.adapter import (
 from qsharded.checkpoint.initial_adapter import open_initial
 from qsharded.checkpoint.load import checkpoint_name, expected_shapes, skeleton
 from qsharded.checkpoint.merge_experts import ExpertMerge
-from qsharded.checkpoint.packed_format import read_storage_format
+from qsharded.checkpoint.packed_format import CONFIG_KEY, MXFP4, read_storage_format
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import open_tied, tied_names
@@ -57,6 +57,7 @@ def opened(checkpoint: Path, adapter: Path, base: Base, block_size: int = format
             f"{checkpoint} is packed in 4 bits ({storage_format.form}), to which merged weights would be rounded "
             "again; give --model the 16-bit checkpoint it was made from"
         )
+    _refuse_mxfp4(checkpoint, described)
     quant_format = None if base == "16bit" else formats.QuantFormat(base, block_size)
     config, source = open_tied(checkpoint, read_config(described))
     model = skeleton(config, read_lora_config(adapter), torch.float32, quant_format=quant_format)
@@ -64,6 +65,16 @@ def opened(checkpoint: Path, adapter: Path, base: Base, block_size: int = format
     load_adapter(model, adapter)  # on the meta device: nothing is kept, but every name and shape is checked
     with open_weights(adapter / WEIGHTS_FILE) as file, _initial(adapter, base) as initial:
         yield Merge.of(model, source, quant_format, file, adapter / WEIGHTS_FILE, initial)
+
+
+def _refuse_mxfp4(checkpoint: Path, described: Mapping[str, Any]) -> None:
+    said = described.get(CONFIG_KEY)
+    if isinstance(said, dict) and said.get("quant_method") == MXFP4:
+        raise ValueError(
+            f"{checkpoint} has experts in MXFP4, to which merged weights would be rounded again. Give --model the same "
+            "in 16 bits, which transformers writes: AutoModelForCausalLM.from_pretrained(PATH, dtype='bfloat16', "
+            "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
+        )
 
 
 def _initial(adapter: Path, base: Base) -> AbstractContextManager[Any]:

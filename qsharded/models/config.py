@@ -83,6 +83,13 @@ class ExpertMixture:
                 f"n_group ({self.groups}) must divide the {self.experts} experts, and topk_group "
                 f"({self.chosen_groups}) be one of them at least"
             )
+        to_choose_from = self.experts // self.groups * self.chosen_groups
+        if to_choose_from < self.per_token or (self.chosen_groups < self.groups > self.experts // 2):
+            raise ValueError(
+                f"n_group ({self.groups}) and topk_group ({self.chosen_groups}) leave {to_choose_from} of "
+                f"{self.experts} experts, of which num_experts_per_tok ({self.per_token}) are chosen, in groups of 2 "
+                "and more"
+            )
 
 
 @dataclass(frozen=True)

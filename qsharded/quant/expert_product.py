@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsharded.quant.experts import ExpertWeights, of_experts
+from qsharded.quant.experts import ExpertWeights
 from qsharded.quant.grouped import grouped_mm, grouped_outer
 from qsharded.quant.routing import Chunk, Routed
 
@@ -139,38 +139,38 @@ class _Work:
 
     def forward(self, x_cK: Tensor, part: int, chunk: Chunk) -> Tensor:
         """x W^T + b of one of the three projections, [c, N]."""
-        y_cN = self.weights[part].product(x_cK, chunk.experts, chunk.counts)
+        y_cN = self.weights[part].product(x_cK, chunk)
         return y_cN if self.biases[part] is None else y_cN.add_(self.bias(part, chunk))
 
     def backward(self, grad_cN: Tensor, part: int, chunk: Chunk) -> Tensor:
         """g W, [c, K]."""
-        return grouped_mm(grad_cN, self.weights[part].decoded(chunk.experts, grad_cN.dtype), chunk.counts)
+        return grouped_mm(grad_cN, self.weights[part].decoded(chunk.index, grad_cN.dtype), chunk.groups)
 
     def bias(self, part: int, chunk: Chunk) -> Tensor:
         """Each pair's own, [c, N]."""
         bias_EN = self.biases[part]
         assert bias_EN is not None
-        counts = torch.tensor(chunk.counts, device=bias_EN.device)
-        repeated = of_experts(bias_EN, chunk.experts).repeat_interleave(counts, 0, output_size=sum(chunk.counts))
-        return repeated.to(self.x_MD.dtype)
+        counts_n = chunk.groups.ends.diff(prepend=chunk.groups.ends.new_zeros(1))
+        pairs = chunk.pairs.stop - chunk.pairs.start
+        return bias_EN[chunk.index].repeat_interleave(counts_n, 0, output_size=pairs).to(self.x_MD.dtype)
 
     def update(self, index: int, chunk: Chunk) -> Update | None:
         """The chosen experts' part of one."""
         whole = self.updates[index]
-        return whole and Update(of_experts(whole.A, chunk.experts), of_experts(whole.B, chunk.experts), whole.scaling)
+        return whole and Update(whole.A[chunk.index], whole.B[chunk.index], whole.scaling)
 
     def gate_and_up(self, x_cD: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         gate_cJ, up_cJ = self.forward(x_cD, 0, chunk), self.forward(x_cD, 1, chunk)
         if update := self.update(0, chunk):
             narrow_cr = _narrow(x_cD, update, chunk)
             for y_cJ, B in zip((gate_cJ, up_cJ), update.B.chunk(2, dim=1), strict=True):
-                y_cJ += grouped_mm(narrow_cr, B.transpose(1, 2), chunk.counts)
+                y_cJ += grouped_mm(narrow_cr, B.transpose(1, 2), chunk.groups)
         return gate_cJ, up_cJ
 
     def down(self, h_cJ: Tensor, chunk: Chunk) -> Tensor:
         y_cD = self.forward(h_cJ, 2, chunk)
         if update := self.update(1, chunk):
-            y_cD += grouped_mm(_narrow(h_cJ, update, chunk), update.B.transpose(1, 2), chunk.counts)
+            y_cD += grouped_mm(_narrow(h_cJ, update, chunk), update.B.transpose(1, 2), chunk.groups)
         return y_cD
 
     def of_tokens(self, like_PD: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _matrix_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
 
 def _narrow(x_cK: Tensor, update: Update, chunk: Chunk) -> Tensor:
     """s A x, [c, r]."""
-    return grouped_mm(x_cK, update.A.transpose(1, 2), chunk.counts) * update.scaling
+    return grouped_mm(x_cK, update.A.transpose(1, 2), chunk.groups) * update.scaling
 
 
 class _Experts(torch.autograd.Function):
@@ -239,7 +239,7 @@ class _Gradients(NamedTuple):
         """The gradients of the chosen experts' factor."""
         whole = self.trained[index]
         assert whole is not None
-        whole[torch.tensor(chunk.experts, device=whole.device)] = value
+        whole[chunk.index] = value
 
 
 def _backward_of(
@@ -274,11 +274,11 @@ def _backward_of_down(
     """The gradient [c, J] by h, before the scores; that of the update goes where it belongs."""
     grad_h_cJ = work.backward(grad_cD, 2, chunk)
     if update := work.update(1, chunk):
-        narrow_cr = grouped_mm(grad_cD, update.B, chunk.counts) * update.scaling
-        grad_h_cJ += grouped_mm(narrow_cr, update.A, chunk.counts)
+        narrow_cr = grouped_mm(grad_cD, update.B, chunk.groups) * update.scaling
+        grad_h_cJ += grouped_mm(narrow_cr, update.A, chunk.groups)
         scored_cD = (grad_cD * scores_c1).to(grad_cD.dtype)
-        gradients.put(2, chunk, grouped_outer((narrow_cr * scores_c1).to(h_cJ.dtype), h_cJ, chunk.counts))
-        gradients.put(3, chunk, grouped_outer(scored_cD, _narrow(h_cJ, update, chunk), chunk.counts))
+        gradients.put(2, chunk, grouped_outer((narrow_cr * scores_c1).to(h_cJ.dtype), h_cJ, chunk.groups))
+        gradients.put(3, chunk, grouped_outer(scored_cD, _narrow(h_cJ, update, chunk), chunk.groups))
     return grad_h_cJ
 
 
@@ -289,8 +289,8 @@ def _backward_of_gate_and_up(
     grad_x_cD = work.backward(grad_gate_cJ, 0, chunk).add_(work.backward(grad_up_cJ, 1, chunk))
     if update := work.update(0, chunk):
         x_cD, grad_c2J = work.tokens(work.x_MD, places_c), torch.cat((grad_gate_cJ, grad_up_cJ), dim=1)
-        narrow_cr = grouped_mm(grad_c2J, update.B, chunk.counts) * update.scaling
-        grad_x_cD += grouped_mm(narrow_cr, update.A, chunk.counts)
-        gradients.put(0, chunk, grouped_outer(narrow_cr, x_cD, chunk.counts))
-        gradients.put(1, chunk, grouped_outer(grad_c2J, _narrow(x_cD, update, chunk), chunk.counts))
+        narrow_cr = grouped_mm(grad_c2J, update.B, chunk.groups) * update.scaling
+        grad_x_cD += grouped_mm(narrow_cr, update.A, chunk.groups)
+        gradients.put(0, chunk, grouped_outer(narrow_cr, x_cD, chunk.groups))
+        gradients.put(1, chunk, grouped_outer(grad_c2J, _narrow(x_cD, update, chunk), chunk.groups))
     return grad_x_cD

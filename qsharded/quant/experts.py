@@ -13,7 +13,7 @@ Axes: E experts of the layer, n of them, N = out_features, K = in_features, P = 
 second-level blocks of one expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -27,9 +27,14 @@ from qsharded.quant.grouped import grouped_mm
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.routing import Chunk
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """The two parameters in which transformers holds a layer's experts; gate and up share an adapter's A there."""
+
+
+ExpertIndex = slice | Tensor | list[int]
+"""Some of E experts: a slice of them, which makes views, or their numbers, int64."""
 
 
 class ExpertWeights(Protocol):
@@ -47,14 +52,14 @@ class ExpertWeights(Protocol):
     def maker(self) -> "Callable[..., ExpertWeights]":
         """Makes the same of the same tensors, and holds none: a layer that is computed again brings others."""
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """Those of the ``chosen`` experts, [n, N, K] in ``dtype``."""
 
     def are_decoded(self, rows: float, like: Tensor) -> bool:
         """Whether :meth:`product` dequantizes them first, each having so many rows like these on average."""
 
-    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """x W^T, [R, N]: the first ``counts[0]`` rows with the first chosen matrix, and so on."""
+    def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
+        """x W^T, [R, N]: the rows of each of the chunk's groups with its expert's matrix."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,17 @@ class PlainExpertWeights:
         """As :class:`ExpertWeights` says."""
         return PlainExpertWeights
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        return of_experts(self.weight_ENK, chosen).to(dtype)
+        return self.weight_ENK[chosen].to(dtype)
 
     def are_decoded(self, rows: float, like: Tensor) -> bool:
         """As :class:`ExpertWeights` says: they are cast."""
         return True
 
-    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        return grouped_mm(x_RK, self.decoded(chosen, x_RK.dtype).transpose(1, 2), counts)
+        return grouped_mm(x_RK, self.decoded(chunk.index, x_RK.dtype).transpose(1, 2), chunk.groups)
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,9 @@ class PackedExpertWeights:
         scales, offset = (None if tensor is None else tensor[e] for tensor in (self.absmax_scales, self.absmax_offset))
         return PackedWeight(self.codes[e], self.absmax[e], scales, offset, self.quant_format)
 
-    def decoded(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def decoded(self, chosen: ExpertIndex, dtype: torch.dtype) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        codes_nNP, absmax_nNG = of_experts(self.codes, chosen), self._decoded_absmax(chosen)
+        codes_nNP, absmax_nNG = self.codes[chosen], self._decoded_absmax(chosen)
         tall = PackedWeight(codes_nNP.flatten(0, 1), absmax_nNG.flatten(0, 1), None, None, self.quant_format)
         return ops.nf4_dequantize(tall, dtype).unflatten(0, codes_nNP.shape[:2])
 
@@ -138,30 +143,23 @@ class PackedExpertWeights:
         """As :class:`ExpertWeights` says."""
         return backends.for_experts(self.shape, self.quant_format, rows, like) is None
 
-    def product(self, x_RK: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        kernels = backends.for_experts(self.shape, self.quant_format, len(x_RK) / len(chosen), x_RK)
+        kernels = backends.for_experts(self.shape, self.quant_format, len(x_RK) / len(chunk.experts), x_RK)
         if kernels is not None:
-            return kernels.experts_linear(x_RK, self.tensors, self.quant_format, list(zip(chosen, counts, strict=True)))
-        return grouped_mm(x_RK, self.decoded(chosen, x_RK.dtype).transpose(1, 2), counts)
+            groups = list(zip(chunk.experts, chunk.groups.counts, strict=True))
+            return kernels.experts_linear(x_RK, self.tensors, self.quant_format, groups)
+        return grouped_mm(x_RK, self.decoded(chunk.index, x_RK.dtype).transpose(1, 2), chunk.groups)
 
-    def _decoded_absmax(self, chosen: Sequence[int]) -> Tensor:
+    def _decoded_absmax(self, chosen: ExpertIndex) -> Tensor:
         """[n, N, G] in the format's own encoding, which is fp32 for those that nest."""
-        absmax_nNG = of_experts(self.absmax, chosen)
+        absmax_nNG = self.absmax[chosen]
         if self.absmax_scales is None or self.absmax_offset is None:
             return absmax_nNG
         block_NG = formats.second_level_block(absmax_nNG[0], 0)
-        scales_nNG = of_experts(self.absmax_scales, chosen)[:, block_NG]
+        scales_nNG = self.absmax_scales[chosen][:, block_NG]
         # as formats.dequantize_absmax: each of the two steps is rounded to fp32
-        return blockwise8.dequantize(absmax_nNG, scales_nNG) + of_experts(self.absmax_offset, chosen)[:, None, None]
-
-
-def of_experts(stacked: Tensor, chosen: Sequence[int]) -> Tensor:
-    """The chosen of E: a view where they follow each other, as all experts do in a large batch."""
-    first, n = chosen[0], len(chosen)
-    if list(chosen) == list(range(first, first + n)):
-        return stacked[first : first + n]
-    return stacked.index_select(0, torch.tensor(chosen, device=stacked.device))
+        return blockwise8.dequantize(absmax_nNG, scales_nNG) + self.absmax_offset[chosen][:, None, None]
 
 
 class ExpertLinears(nn.Module):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qsharded.quant.grouped import Groups
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -54,17 +56,34 @@ class Routed:
         for first in range(0, len(hit), most):
             chosen = hit[first : first + most]
             counts = tuple(self.counts[e] for e in chosen)
-            yield Chunk(chosen, counts, slice(start, start + sum(counts)))
+            groups = Groups(counts, self.order_R.device)
+            yield Chunk(chosen, _index(chosen, self.order_R.device), groups, slice(start, start + sum(counts)))
             start += sum(counts)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Experts that are computed together, how many pairs each has, and where these lie among all R."""
+    """Experts that are computed together.
+
+    Attributes:
+        experts: their numbers, ascending.
+        index: the same, to index what there is of all E.
+        groups: how many pairs each has.
+        pairs: where these lie among all R.
+    """
 
     experts: Sequence[int]
-    counts: Sequence[int]
+    index: slice | Tensor
+    groups: Groups
     pairs: slice
+
+
+def _index(experts: Sequence[int], device: torch.device) -> slice | Tensor:
+    """A slice where they follow each other, as all experts do in a large batch: what it takes are views."""
+    first, n = experts[0], len(experts)
+    if list(experts) == list(range(first, first + n)):
+        return slice(first, first + n)
+    return torch.tensor(experts, device=device)
 
 
 def _even(pairs: int, experts: int) -> tuple[int, ...]:

@@ -110,12 +110,14 @@ def test_padding_and_experts_without_tokens_get_nothing() -> None:
 def test_nothing_of_an_expert_without_tokens_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
     case = Case(packed=True, bias=False)
-    decoded = type(case.layers[0].packed()).decoded
-    monkeypatch.setattr(
-        type(case.layers[0].packed()),
-        "decoded",
-        lambda self, chosen, dtype: seen.update(chosen) or decoded(self, chosen, dtype),
-    )
+    weights = type(case.layers[0].packed())
+    decoded = weights.decoded
+
+    def noted(self: Any, chosen: Any, dtype: torch.dtype) -> Tensor:
+        seen.update(torch.arange(E)[chosen].tolist())
+        return decoded(self, chosen, dtype)
+
+    monkeypatch.setattr(weights, "decoded", noted)
     case.result().sum().backward()
     assert seen == set(case.chosen[case.is_routed].flatten().tolist())
     assert E - 1 not in seen
@@ -149,3 +151,22 @@ def test_the_kernel_for_bf16_gives_what_the_loop_gives(monkeypatch: pytest.Monke
     kernel = [case.result(), *gradients(case.result(), case.leaves(), weight)]
     for got, right in zip(kernel, loop, strict=True):
         assert (got.float() - right.float()).abs().max() <= 0.02 * right.float().abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_bf16_on_a_gpu(bias: bool) -> None:
+    """By torch._grouped_mm, against fp64 on the CPU: as near as bf16 is, for outputs and every gradient."""
+    case = Case(packed=True, bias=bias, dtype=torch.bfloat16)
+    case.factors = [F.pad(f, (0, 0, 0, 5) if f.shape[1] == r else (0, 5)).detach() for f in case.factors]
+    exact = [leaf.detach().double().requires_grad_() for leaf in case.leaves()]
+    weight = torch.randn(M, D)
+    expected = case.expected(exact)
+    right = [expected, *gradients(expected, exact, weight.double())]
+    case.layers = [layer.cuda() for layer in case.layers]
+    case.chosen, case.is_routed = case.chosen.cuda(), case.is_routed.cuda()
+    case.x, case.scores, *case.factors = [leaf.detach().cuda().requires_grad_() for leaf in case.leaves()]
+    made = case.result()
+    got = [made, *gradients(made, case.leaves(), weight.cuda())]
+    for one, other in zip(got, right, strict=True):
+        assert (one.double().cpu() - other).abs().max() <= 0.03 * other.abs().max()

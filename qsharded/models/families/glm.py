@@ -1,7 +1,7 @@
 """GLM-4 and ERNIE 4.5, whose rotary embedding pairs neighbours, and GLM-4.5."""
 
-from qsharded.models.config import ExpertMixture, NormNames
-from qsharded.models.families.family import Family, Settings, Values, rope_parameters
+from qsharded.models.config import NormNames
+from qsharded.models.families.family import Family, Settings, Values, mixture, rope_parameters
 from qsharded.models.rope import RopeConfig
 
 
@@ -11,22 +11,22 @@ def _glm4(values: Values) -> Settings:
 
 
 def _glm4_moe(values: Values) -> Settings:
-    layers, dense = values["num_hidden_layers"], values["first_k_dense_replace"]
-    mixture = ExpertMixture(
-        experts=values["n_routed_experts"],
-        per_token=values["num_experts_per_tok"],
-        intermediate_size=values["moe_intermediate_size"],
+    layers, dense = values["num_hidden_layers"], values["first_k_dense_replace"] or 0
+    experts = mixture(
+        values,
+        experts="n_routed_experts",
+        size="moe_intermediate_size",
         router="sigmoid",
         normalised=bool(values["norm_topk_prob"]),
-        scaling=values["routed_scaling_factor"],
-        groups=values["n_group"],
-        chosen_groups=values["topk_group"],
-        shared_size=values["moe_intermediate_size"] * values["n_shared_experts"],
+        scaling=values["routed_scaling_factor"] or 1.0,
+        groups=values["n_group"] or 1,
+        chosen_groups=values["topk_group"] or 1,
+        shared_size=values["moe_intermediate_size"] * (values["n_shared_experts"] or 0),
     )
     return {
         "qkv_bias": bool(values["attention_bias"]),
         "qk_norm": bool(values["use_qk_norm"]),
-        "mixture": mixture,
+        "mixture": experts,
         "sparse_layers": tuple(layer >= dense for layer in range(layers)),
         "further_layers": values["num_nextn_predict_layers"] or 0,
     }

@@ -1,8 +1,7 @@
 """gpt-oss."""
 
 from qsharded.models import layer_patterns
-from qsharded.models.config import ExpertMixture
-from qsharded.models.families.family import Family, Settings, Values, rope_parameters
+from qsharded.models.families.family import Family, Settings, Values, mixture, rope_parameters
 from qsharded.models.rope import RopeConfig
 
 _ROPE = {
@@ -16,19 +15,19 @@ _ROPE = {
 
 
 def _gpt_oss(values: Values) -> Settings:
-    mixture = ExpertMixture(
-        experts=values["num_local_experts"],
-        per_token=values["num_experts_per_tok"],
-        intermediate_size=values["intermediate_size"],
+    experts = mixture(
+        values,
+        experts="num_local_experts",
+        size="intermediate_size",
         router="softmax of chosen",
         clamped=True,
-        clamp_limit=values["swiglu_limit"],
-        clamp_gain=values["swiglu_alpha"],
+        clamp_limit=values["swiglu_limit"] or 7.0,
+        clamp_gain=values["swiglu_alpha"] or 1.702,
     )
     bias = bool(values["attention_bias"])
     alternate = [(layer_patterns.SLIDING, layer_patterns.FULL)[n % 2] for n in range(values["num_hidden_layers"])]
     return {
-        "mixture": mixture,
+        "mixture": experts,
         "qkv_bias": bias,
         "o_bias": bias,
         "sinks": True,

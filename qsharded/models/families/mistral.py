@@ -1,8 +1,7 @@
 """Mistral and Ministral."""
 
 from qsharded.models import layer_patterns
-from qsharded.models.config import ExpertMixture
-from qsharded.models.families.family import Family, Settings, Values, rope_parameters
+from qsharded.models.families.family import Family, Settings, Values, mixture, rope_parameters
 from qsharded.models.rope import RopeConfig
 
 
@@ -11,12 +10,7 @@ def _mistral(values: Values) -> Settings:
 
 
 def _mixtral(values: Values) -> Settings:
-    mixture = ExpertMixture(
-        experts=values["num_local_experts"],
-        per_token=values["num_experts_per_tok"],
-        intermediate_size=values["intermediate_size"],
-    )
-    return _mistral(values) | {"mixture": mixture}
+    return _mistral(values) | {"mixture": mixture(values, experts="num_local_experts", size="intermediate_size")}
 
 
 def _mixtral_rope(values: Values) -> Settings:

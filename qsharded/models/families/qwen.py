@@ -4,7 +4,7 @@ from typing import Any
 
 from qsharded.models import layer_patterns
 from qsharded.models.config import ExpertMixture, LinearAttention
-from qsharded.models.families.family import Family, Settings, Values, biases, rope_parameters
+from qsharded.models.families.family import Family, Settings, Values, biases, mixture, rope_parameters
 from qsharded.models.rope import RopeConfig
 
 
@@ -18,21 +18,16 @@ def _qwen3(values: Values) -> Settings:
 
 def _sparse_layers(values: Values) -> tuple[bool, ...]:
     """Every ``decoder_sparse_step``-th layer, less those that are named."""
-    step, dense = values["decoder_sparse_step"], values["mlp_only_layers"] or []
+    step, dense = values["decoder_sparse_step"] or 1, values["mlp_only_layers"] or []
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(values["num_hidden_layers"]))
 
 
 def _qwen3_moe(values: Values) -> Settings:
-    mixture = ExpertMixture(
-        experts=values["num_experts"],
-        per_token=values["num_experts_per_tok"],
-        intermediate_size=values["moe_intermediate_size"],
-        normalised=bool(values["norm_topk_prob"]),
-    )
+    normalised = bool(values["norm_topk_prob"])
     windows = layer_patterns.everywhere(values) if values["use_sliding_window"] else ()
     return biases(values) | {
         "qk_norm": True,
-        "mixture": mixture,
+        "mixture": mixture(values, experts="num_experts", size="moe_intermediate_size", normalised=normalised),
         "sparse_layers": _sparse_layers(values),
         "layer_windows": windows,
     }
@@ -67,11 +62,11 @@ def _qwen3_5(values: Values, *, fused: bool = False) -> Settings:
 
 def _beside_a_shared_one(values: Values, **settings: Any) -> ExpertMixture:
     """The experts of Qwen3-Next and Qwen3.5, with one more that a gate weighs."""
-    return ExpertMixture(
-        experts=values["num_experts"],
-        per_token=values["num_experts_per_tok"],
-        intermediate_size=values["moe_intermediate_size"],
-        shared_size=values["shared_expert_intermediate_size"],
+    return mixture(
+        values,
+        experts="num_experts",
+        size="moe_intermediate_size",
+        shared_size=values["shared_expert_intermediate_size"] or 0,
         shared_name="shared_expert",
         shared_gate=True,
         **settings,
@@ -83,8 +78,8 @@ def _qwen3_5_moe(values: Values) -> Settings:
 
 
 def _qwen3_next(values: Values) -> Settings:
-    mixture = _beside_a_shared_one(values, normalised=bool(values["norm_topk_prob"]))
-    return _qwen3_5(values, fused=True) | {"mixture": mixture, "sparse_layers": _sparse_layers(values)}
+    experts = _beside_a_shared_one(values, normalised=bool(values["norm_topk_prob"]))
+    return _qwen3_5(values, fused=True) | {"mixture": experts, "sparse_layers": _sparse_layers(values)}
 
 
 def _qwen3_5_rope(values: Values) -> Settings:

@@ -3,7 +3,7 @@
 Each runs in fp32 with one layer in memory at a time, after the other, so models of any size that merge are compared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.calibration.layer_walk import LayerWalk
+from qsharded.checkpoint import read_ahead
 from qsharded.checkpoint.adapter import copy_rows, stored_name
 from qsharded.checkpoint.load import checkpoint_name, skeleton
 from qsharded.checkpoint.merging import Merge
@@ -104,19 +105,23 @@ def distance(merge: Merge, lora: LoRAConfig, merged: Merged, ids_RS: Tensor) -> 
         ValueError: the model's code cannot be run layer by layer.
         MemoryError: the host has too little memory for it; how much it takes is said.
     """
-    beside = skeleton(merge.model.config, lora, torch.float32, quant_format=None).eval()
-    _refuse_too_large(beside, ids_RS)
-    expected = list(_logits(_AdaptedWalk(beside, merge, ids_RS), "the base with its adapter"))
-    plain = skeleton(merged.config, None, torch.float32, quant_format=None).eval()
-    got = _logits(LayerWalk(plain, merged.weights, ids_RS, _CPU), "the merged model")
-    rows = [row for pair in zip(expected, got, strict=True) for row in zip(*pair, strict=True)]
-    return _of_rows(rows)
+    base = merge.model.config
+    _refuse_too_large(_empty(base, lora), ids_RS)
+    # a walk's embedding and head are in memory as long as it is: no name holds it
+    expected = _logits(_AdaptedWalk(_empty(base, lora), merge, ids_RS), "the base with its adapter")
+    got = _logits(LayerWalk(_empty(merged.config), merged.weights, ids_RS, _CPU), "the merged model")
+    return _of_rows(list(zip(expected, got, strict=True)))
 
 
-def _logits(walk: LayerWalk, of: str) -> Iterator[Tensor]:
+def _empty(config: AnyConfig, lora: LoRAConfig | None = None) -> CausalLM:
+    return skeleton(config, lora, torch.float32, quant_format=None).eval()
+
+
+def _logits(walk: LayerWalk, of: str) -> list[Tensor]:
+    """[S, V] of each row."""
     for number in walk.in_turn(f"logits of {of}", shows_progress=True):
         walk.run(number, keep=True)
-    yield from walk.logits()
+    return [row for rows in walk.logits() for row in rows]
 
 
 def _of_rows(rows: list[tuple[Tensor, Tensor]]) -> Distance:
@@ -160,11 +165,11 @@ def _refuse_too_large(model: CausalLM, ids_RS: Tensor) -> None:
 
 
 def _needed(model: CausalLM, ids_RS: Tensor) -> int:
-    """Bytes: the embedding, the head, a layer and the tensor that is made for it, and both models' logits."""
+    """Bytes: the embedding, the head, a layer and what is made on its way, both models' logits, and for reading."""
     ends = _elements(embedding_of(model)) + _elements(head_of(model))
     layer = max(_elements(layer) for layer in layers_of(model))
     logits = ids_RS.numel() * model.config.vocab_size
-    return _FP32_BYTES * (ends + 2 * layer + 6 * logits)
+    return _FP32_BYTES * (ends + 2 * layer + 6 * logits) + read_ahead.HOST_BYTES
 
 
 def _elements(module: nn.Module) -> int:

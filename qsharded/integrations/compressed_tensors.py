@@ -44,6 +44,10 @@ def check_convertible(checkpoint: Path) -> None:
         ValueError: a model whose layers are not all known here by their names in vLLM.
     """
     config = ModelConfig.from_hf(read_json(checkpoint / "config.json"))
+    if config.mixture:
+        raise ValueError(
+            "--format compressed-tensors does not pack mixtures of experts; merge to safetensors and use LLM Compressor"
+        )
     if config.wrapper:
         raise ValueError(
             "--format compressed-tensors is for models of text alone, this one has other parts too; merge to "

@@ -126,10 +126,11 @@ def _losses(run: Run) -> str:
     points = run.curve("loss")
     if not points:
         return ""
-    curve = sparkline([value for _, value in _spread(smoothed(points) or points, _SPARKS)])
+    values = [value for _, value in _spread(smoothed(points) or points, _SPARKS)]
+    curve = f"`{sparkline(values)}`\n\n" if len(values) > 2 else ""  # two are read from the table
     rows = [[int(at), figure("loss", value)] for at, value in _spread(points, _LOSS_ROWS)]
     measured = table(["step", *run.measured], figures.evaluations(run)) if run.measured else ""
-    return f"`{curve}`\n\n{table(['step', 'training loss, nats a trained token'], rows)}{measured}"
+    return f"{curve}{table(['step', 'training loss, nats a trained token'], rows)}{measured}"
 
 
 def _spread(points: list[Point], most: int) -> list[Point]:

@@ -158,7 +158,7 @@ def test_what_is_not_compared_is_said_with_its_reason(
     with monkeypatch.context() as patch:
         patch.setattr(merged_logits, "available_memory", lambda: 2**20)
         merged(*pair, tmp_path / "large")
-    assert "merged logits were not compared with those of base and adapter: it takes 0.0 GiB" in said(caplog)
+    assert "merged logits were not compared with those of base and adapter: it takes 0.3 GiB" in said(caplog)
 
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("its code is strange")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qsharded import merge
 from tests.adapters import logits_of, recast, transformers_model, write_adapter
 from tests.checkpoints import write_checkpoint
+from tests.models.architectures import write_architecture
 
 pytest.importorskip("compressed_tensors")
 from qsharded.integrations import compressed_tensors, merged_forms
@@ -142,6 +143,11 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(
     for form in ("gguf", "compressed-tensors"):
         with pytest.raises(ValueError, match=rf"--format {form} needs .*: pip install 'qsharded\[{form}\]'"):
             merge.run(merge.MergeConfig(format=form, **options))
+
+
+def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not pack mixtures of experts.*LLM Compressor"):
+        compressed_tensors.check_convertible(write_architecture(tmp_path, "qwen3_moe"))
 
 
 def test_models_with_other_parts_than_text_are_refused(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_what_vllm_does_not_serve_is_to_be_merged(tmp_path: Path) -> None:
 def test_a_run_that_logged_nothing_yet_has_a_card(tmp_path: Path) -> None:
     text = str(card(written(tmp_path / "out", [None, None]), 0))
     assert "\n## Settings\n" in text
+    assert "█" not in str(card(written(tmp_path / "few", [2.0, 1.0])))
     assert "\n## Loss\n" not in text
 
 

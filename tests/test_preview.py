@@ -57,7 +57,7 @@ def test_bad_rows_are_listed_and_the_others_shown(
     else:
         preview.main(flags)
     said = capsys.readouterr()
-    assert f"data {path}: 4 rows of up to 2048 tokens, 2 bad ones left out" in said.out
+    assert f"data {path}: 4 rows of up to 2048 tokens, 2 bad and left out" in said.out
     assert f"{path}:5: not JSON" in said.out
     assert f"{path}:6: the conversation has no message of the assistant to learn" in said.out
     assert ("2 rows cannot be used" in said.err) == bool(status)
@@ -71,7 +71,7 @@ def test_where_every_row_is_bad_they_are_listed_too(
     with pytest.raises(SystemExit, match="1"):
         preview.main(["--model", str(model), "--dataset", str(path)])
     said = capsys.readouterr()
-    assert f"data {path}: 0 rows of up to 2048 tokens, 1 bad ones left out" in said.out
+    assert f"data {path}: 0 rows of up to 2048 tokens, 1 bad and left out" in said.out
     assert f"{path}:1: not JSON" in said.err
 
 

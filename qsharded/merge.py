@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 
 from qsharded.checkpoint.adapter import read_lora_config
-from qsharded.checkpoint.files import write_json
+from qsharded.checkpoint.files import write_bytes, write_json
 from qsharded.checkpoint.merge_adapter import merge_weights
 from qsharded.checkpoint.merging import Base, opened
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
@@ -31,6 +31,7 @@ from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_oc
 from qsharded.config import check_values, option, parse
 from qsharded.config.options import Check, ignored_config_keys
 from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
 from qsharded.models import ModelConfig
@@ -140,6 +141,8 @@ def run(config: MergeConfig) -> None:
         for name, content in changed.items():
             write_json(unfinished / name, content)
         copy_files(present_files(tokenizer), tokenizer, unfinished)
+        for name, content in TemplateOptions.kept_in(adapter).over(TemplateOptions.kept_in(checkpoint)).files().items():
+            write_bytes(unfinished / name, [content])
         merged = _converted(config, unfinished, output.name)
         if config.check_rows:
             logger.info(_compared(config, checkpoint, adapter, tokenizer, merged))

@@ -95,3 +95,10 @@ def test_the_options_of_the_template_count(tmp_path: Path, model: Path, capsys: 
     said = capsys.readouterr().out
     assert "note" not in said
     assert "2024-02-29user-q0" in said.replace("</s>", "")
+
+
+def test_the_adapter_of_a_checkpoint_keeps_the_options_of_the_template(tmp_path: Path, model: Path) -> None:
+    flags = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--chat-template-kwargs", "level=3"]
+    train.main([*flags, "--output-dir", str(tmp_path / "out"), "--max-steps", "1"])
+    (kept,) = (tmp_path / "out" / "checkpoints").glob("*/adapter/chat_template_options.json")
+    assert json.loads(kept.read_text())["variables"] == {"level": 3}

@@ -63,6 +63,7 @@ class _Job:
     copied: torch.cuda.Event | None
     progress: Mapping[str, Any]
     adapter_config: Mapping[str, Any]
+    beside_adapter: Mapping[str, bytes]
 
     @property
     def partial(self) -> Path:
@@ -130,8 +131,11 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
+        beside_adapter: Mapping[str, bytes] | None = None,
     ) -> str | None:
         """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
+
+        ``beside_adapter``: more files for the adapter's folder, by their names.
 
         Returns None, or why none is written, on all ranks: what ``refusal`` has said.
 
@@ -153,6 +157,7 @@ class CheckpointWriter:
             mark_stream(self._world.device),
             without_nan(asdict(progress)),
             peft_config(model, lora, base_model, revision),
+            beside_adapter or {},
         )
         self._pending = self._thread.submit(self._write, job)
         self._unproved = progress.applied_steps
@@ -293,6 +298,7 @@ def _write_adapter(job: _Job, weights: list[str], card: str | None) -> dict[str,
     files = {WEIGHTS_FILE: tensors, CONFIG_FILE: described} | beside
     if card is not None:
         files[CARD_FILE] = write_bytes(folder / CARD_FILE, [card.encode()])
+    files |= {name: write_bytes(folder / name, [content]) for name, content in job.beside_adapter.items()}
     return {f"{ADAPTER}/{name}": record for name, record in files.items()}
 
 

@@ -13,6 +13,8 @@ from qsharded.checkpoint.initial_adapter import INITIAL_FILE, initial_of
 from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
+from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
@@ -155,3 +157,13 @@ def _base_of(adapter: Path) -> tuple[str | None, str | None]:
 def tokenizer_folder(model: Path, adapter: Path | None) -> Path:
     """The adapter's folder if it has a tokenizer, as that is what it was trained with; else the model's."""
     return adapter if adapter and (adapter / "tokenizer.json").is_file() else model
+
+
+def trained_tokenizer(model: Path, adapter: Path | None, given: TemplateOptions | None = None) -> Tokenizer:
+    """That tokenizer, with the chat template as it was when the adapter was trained, but for what is ``given``.
+
+    Raises:
+        ValueError: its files, or the chat template, cannot be read.
+    """
+    kept = TemplateOptions.kept_in(adapter) if adapter else TemplateOptions()
+    return Tokenizer.from_folder(tokenizer_folder(model, adapter), (given or TemplateOptions()).over(kept))

@@ -11,10 +11,9 @@ from qsharded.data.encoded import Encoded, Encoder
 from qsharded.data.formats import Conversation
 from qsharded.data.messages import Message
 from qsharded.data.omissions import Omission
-from qsharded.data.template_options import OPTIONS_FILE, TemplateOptions
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import (
     EOS_TOKEN_ID,
-    TEMPLATE,
     load_backend,
     optional_json,
     present_files,
@@ -196,10 +195,15 @@ class Tokenizer:
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
         for file in self.files:
-            name = TEMPLATE if file == self._template.file else file.relative_to(self._folder)
-            copy_whole(file, folder / name)
-        if (kept := self._template.to_json()) is not None:
-            write_whole(folder / OPTIONS_FILE, kept)
+            if file != self._template.file:
+                copy_whole(file, folder / file.relative_to(self._folder))
+        for name, content in self.template_files.items():
+            write_whole(folder / name, content)
+
+    @cached_property
+    def template_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that say what is otherwise about the chat template than the folder has it."""
+        return self._template.files()
 
     def template_difference(self, trained: "Tokenizer") -> str | None:
         """A sentence on how chats are written otherwise than ``trained``, the tokenizer of an adapter, writes them."""

@@ -82,6 +82,7 @@ class Results:
             self.setup.progress,
             base_model=self.setup.base_model,
             revision=self.config.revision,
+            beside_adapter=self.setup.tokenizer.template_files,
         )
 
     def write(self) -> Path:

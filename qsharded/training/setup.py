@@ -14,7 +14,7 @@ from qsharded.checkpoint.initial_adapter import copy_initial, initial_of, write_
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.resume import ADAPTER, Progress, load_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.base_model import base_note, find_adapter, lora_config
+from qsharded.cli.base_model import base_note, find_adapter, lora_config, trained_tokenizer
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.config.builtin import builtin_note
@@ -22,6 +22,7 @@ from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.row_source import files_of
+from qsharded.data.template_options import OPTIONS_FILE, TEMPLATE
 from qsharded.data.window_loader import WindowLoader
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.choose_layout import (
@@ -251,9 +252,9 @@ def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[st
 def _template_note(base: _Base) -> str | None:
     """A line where rows are written otherwise than those of the adapter's earlier training."""
     assert base.adapter is not None
-    if not (base.adapter / "tokenizer.json").is_file():
+    if not any((base.adapter / name).is_file() for name in ("tokenizer.json", TEMPLATE, OPTIONS_FILE)):
         return None
-    difference = base.tokenizer.template_difference(Tokenizer.from_folder(base.adapter))
+    difference = base.tokenizer.template_difference(trained_tokenizer(base.folder, base.adapter))
     return difference and f"note: {difference}"
 
 

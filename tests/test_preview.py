@@ -102,3 +102,15 @@ def test_the_adapter_of_a_checkpoint_keeps_the_options_of_the_template(tmp_path:
     train.main([*flags, "--output-dir", str(tmp_path / "out"), "--max-steps", "1"])
     (kept,) = (tmp_path / "out" / "checkpoints").glob("*/adapter/chat_template_options.json")
     assert json.loads(kept.read_text())["variables"] == {"level": 3}
+
+
+def test_rows_of_prompts_are_looked_at_too(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "completion": "b"}\nnope\n')
+    flags = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--exact-match-dataset", str(prompts)]
+    with pytest.raises(SystemExit, match="1"):
+        preview.main(flags)
+    said = capsys.readouterr()
+    assert f"prompts {prompts}: 1\nnote: 1 bad row is left out (--bad-rows):\n  {prompts}:2: not JSON" in said.out
+    assert f"{prompts}:2: not JSON: Expecting value at column 1 (--bad-rows skip:1 goes on without it)" in said.err
+    preview.main([*flags, "--bad-rows", "skip:1"])

@@ -305,6 +305,26 @@ def test_arguments_that_the_template_leaves_out_are_counted(tmp_path):
     assert len(dataset.examples) == 1
 
 
+@pytest.mark.parametrize("per_answer", [False, True])
+def test_a_call_beside_one_that_is_written_may_be_lost(tmp_path, per_answer):
+    source = published.QWEN25.replace("for call in message.tool_calls", "for call in message.tool_calls[:1]")
+    tokenizer = tokenizer_of(tmp_path, source)
+    messages = [*chat("a"), calling(call(), call(name="sun")), result(), said("four")]
+    dataset = load(tmp_path, tokenizer, messages, one_example_per_answer=per_answer)
+    runs = [run for example in dataset.examples for run in trained_runs(tokenizer, example)]
+    assert runs == [WRITTEN["QWEN25"], FINAL["QWEN25"]]
+    assert dataset.omitted["tool calls"].example.endswith("message 1: 'sun'")
+
+
+@pytest.mark.parametrize("per_answer", [False, True])
+def test_answers_of_lost_calls_alone_are_counted_once_a_row(tmp_path, per_answer):
+    messages = [*chat("a"), calling(), result(), calling()]
+    tokenizer = tokenizer_of(tmp_path, "SMOLLM2")
+    dataset = load(tmp_path, tokenizer, messages, chat("a", "b"), one_example_per_answer=per_answer)
+    assert [len(dataset.examples), dataset.empty] == [1, 2 if per_answer else 1]
+    assert dataset.omitted["tool calls"].rows == 1
+
+
 def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
     source = "{% for m in messages %}{{ m.content if m.role == 'user' or loop.last }}</s>{% endfor %}"
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: message 1 of the assistant \('b'\) is left out"):

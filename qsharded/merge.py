@@ -172,9 +172,8 @@ def _merge(config: MergeConfig, given: _Given, folder: Path) -> None:
     for name, content in changed.items():
         write_json(folder / name, content)
     copy_files(present_files(given.tokenizer), given.tokenizer, folder)
-    for name, content in (
-        TemplateOptions.kept_in(given.adapter).over(TemplateOptions.kept_in(checkpoint)).files().items()
-    ):
+    kept = TemplateOptions.kept_in(given.adapter).over(TemplateOptions.kept_in(checkpoint))
+    for name, content in kept.files().items():
         write_bytes(folder / name, [content])
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from qsharded.config.bad_rows import bad_rows_option, skipped_bad_rows
 from qsharded.config.evaluated import EXACT_MATCH, eval_sets, measures
 from qsharded.config.options import (
     AT_LEAST_0,
@@ -133,12 +134,7 @@ class TrainConfig:
         "left out, and counted.",
         False,
     )
-    bad_rows: str = _data(
-        "What rows do that cannot be used: stop the run, which names them all at once, or, with skip:N, are left out, "
-        "up to N in each dataset, and listed.",
-        "stop",
-        metavar="stop|skip:N",
-    )
+    bad_rows: str = bad_rows_option("Data")
     chat_template: str | None = _data(
         "File with the chat template to use in place of the model's; it is saved with the adapter.",
         None,
@@ -492,7 +488,7 @@ class TrainConfig:
     @property
     def skip_bad_rows(self) -> int:
         """How many rows of a dataset ``--bad-rows`` lets be left out."""
-        return int(self.bad_rows.removeprefix("skip:")) if self.bad_rows != "stop" else 0
+        return skipped_bad_rows(self.bad_rows)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -500,8 +496,7 @@ class TrainConfig:
         if not self.datasets:
             raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
-        if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
-            raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
+        skipped_bad_rows(self.bad_rows)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         _check_planned(self)

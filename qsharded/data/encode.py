@@ -25,7 +25,7 @@ def example_of(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Ex
         trained = np.concatenate([np.zeros(len(ids) - len(trained), np.bool_), trained])
     if rendered.eos and ids[-1] not in tokenizer.eos_ids:
         ids, trained = [*ids, tokenizer.eos_id], np.append(trained, True)
-    return Example(ids, trained)
+    return Example(encoded.array if ids is encoded.ids else ids, trained)
 
 
 def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:

@@ -7,6 +7,7 @@ tokenizers that change the text first, the tokenizer keeps count.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +28,11 @@ class Encoded:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
+    @cached_property
+    def array(self) -> NDArray[np.int32]:
+        """The ids: int32 [T]."""
+        return np.array(self.ids, np.int32)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -37,6 +43,25 @@ class Encoded:
     def start(self, number: int) -> int:
         """The character at which the id of this number starts; never less than that of the one before it."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What ids stand for.
+
+    Attributes:
+        pieces: bytes of each id.
+        lengths: int64 [V] of these.
+    """
+
+    pieces: list[bytes]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, backend: tokenizers.Tokenizer) -> "_Vocabulary | None":
+        """None if it is not that of byte-level BPE."""
+        pieces = _bytes_of_ids(backend)
+        return None if pieces is None else cls(pieces, np.array([len(piece) for piece in pieces]))
 
 
 class Encoder:
@@ -52,10 +77,10 @@ class Encoder:
         if self._seen < _FEW <= self._seen + len(texts):
             _keep_words(self._backend)
         self._seen += len(texts)
-        if self._seen < _FEW or not self._is_exact or self._bytes is None:
+        if self._seen < _FEW or not self._is_exact or self._vocabulary is None:
             return self._counted(texts)
         found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        placed = [_placed(text, one.ids, self._bytes) for text, one in zip(texts, found, strict=True)]
+        placed = [_placed(text, one.ids, self._vocabulary) for text, one in zip(texts, found, strict=True)]
         changed = [text for text, one in zip(texts, placed, strict=True) if one is None]
         self._is_exact = 2 * len(changed) <= len(texts)
         counted = iter(self._counted(changed))
@@ -65,8 +90,8 @@ class Encoder:
         return [_Counted(found) for found in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     @cached_property
-    def _bytes(self) -> list[bytes] | None:
-        return _bytes_of_ids(self._backend)
+    def _vocabulary(self) -> _Vocabulary | None:
+        return _Vocabulary.of(self._backend)
 
 
 class _Counted(Encoded):
@@ -91,9 +116,12 @@ class _Counted(Encoded):
 
 
 class _Placed(Encoded):
-    def __init__(self, ids: list[int], starts: NDArray[np.int64]) -> None:
+    def __init__(self, text: str, content: bytes, ids: list[int], vocabulary: _Vocabulary) -> None:
         super().__init__(ids)
-        self._starts = starts
+        lengths = vocabulary.lengths[self.array]
+        self._starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+        if not text.isascii():
+            self._starts = _characters(content)[self._starts]
 
     def first_from(self, character: int) -> int:
         return int(self._starts.searchsorted(character))
@@ -102,22 +130,19 @@ class _Placed(Encoded):
         return int(self._starts[number])
 
 
-def _placed(text: str, ids: list[int], bytes_of: list[bytes]) -> _Placed | None:
+def _placed(text: str, ids: list[int], vocabulary: _Vocabulary) -> _Placed | None:
     """None where the ids do not stand for the text's own bytes."""
-    pieces = [*map(bytes_of.__getitem__, ids)]
     content = text.encode()
-    return _Placed(ids, _starts(text, content, pieces)) if b"".join(pieces) == content else None
+    if b"".join(map(vocabulary.pieces.__getitem__, ids)) != content:
+        return None
+    return _Placed(text, content, ids, vocabulary)
 
 
-def _starts(text: str, content: bytes, pieces: Sequence[bytes]) -> NDArray[np.int64]:
-    """The character at which each piece of the text's content, its bytes, begins, or in whose midst it does."""
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
-    if text.isascii():
-        return starts
+def _characters(content: bytes) -> NDArray[np.int64]:
+    """The number of the character that each byte of a text is of."""
     begins = (np.frombuffer(content, np.uint8) & 0xC0) != 0x80
-    of_byte: NDArray[np.int64] = np.cumsum(begins) - 1
-    return of_byte[starts]
+    numbers: NDArray[np.int64] = np.cumsum(begins) - 1
+    return numbers
 
 
 def _bytes_of_ids(backend: tokenizers.Tokenizer) -> list[bytes] | None:

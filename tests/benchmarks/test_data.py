@@ -66,12 +66,14 @@ def test_the_pool_goes_on_with_the_next_files(folder: Path) -> None:
 
 
 def test_figures_and_what_they_miss(tmp_path: Path) -> None:
-    pool = [{"seconds": 1.5, "rows": 100, "tokens": 3000}, {"seconds": 0.5, "rows": 100, "tokens": 3000}]
-    (tmp_path / "state.json").write_text(json.dumps({"pool": pool, "fill": [2.0, 1.0], "rows": 250}))
+    counted = {"rows": 100, "tokens": 3000}
+    pool = [{"seconds": 1.5, "cpu": 3} | counted, {"seconds": 0.5, "cpu": 1} | counted]
+    fill = [{"seconds": 2.0, "cpu": 4}, {"seconds": 1.0, "cpu": 1.5}]
+    (tmp_path / "state.json").write_text(json.dumps({"pool": pool, "fill": fill, "rows": 250}))
     pieces = data.Pieces(tmp_path / "state.json")
     assert (pieces.filled(250), pieces.filled(251)) == (True, False)
     found = pieces.figures()
-    assert (found["tokens a row"], found["first start / plain pool"]) == (30, 1.2)
+    assert (found["tokens a row"], found["first start / plain pool"], found["the same of CPU time"]) == (30, 1.2, 1.1)
     others = dict.fromkeys(data.MUST, 3.0)
     assert data.misses(others | found) == []
     assert data.misses(others | {"second start, s": 3.1, "100 turns, ms": 41}) == [

@@ -19,7 +19,7 @@ from qsharded.nn import LoRAConfig, adapters_disabled
 from tests.models.parity import assert_close, case, ids, results, round_to_nf4
 from tests.models.variants import VARIANTS
 
-MIXTURES = ["qwen3_moe-v4", "mixtral", "glm4_moe", "gpt_oss", "qwen3_next"]
+MIXTURES = ["qwen3_moe-v4", "mixtral", "glm4_moe", "gpt_oss", pytest.param("qwen3_next", marks=pytest.mark.slow)]
 
 
 def adapted(variant: str, lora: LoRAConfig) -> Any:

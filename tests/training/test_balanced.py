@@ -44,7 +44,7 @@ def theirs(of: Case, variant: str, padded: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize(("padded", "knows_documents"), [(0, True), (6, True), (6, False)])
-@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_transformers(
     variant: str, padded: int, knows_documents: bool, checkpointing: Any
 ) -> None:

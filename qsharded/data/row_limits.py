@@ -22,6 +22,11 @@ def numbered_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes
             line = file.readline(LONGEST + 1)
 
 
+def not_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a text, and where."""
+    return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 def parse_line(line: bytes) -> Any:
     """The JSON value of a line.
 
@@ -33,7 +38,7 @@ def parse_line(line: bytes) -> Any:
     try:
         return parse_row(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(not_json(error)) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -14,7 +14,7 @@ RANK_8 = OFFLOADED | {"lora_r": 8}
 
 
 def _mixture(name: str, shape: dict[str, Any], ranks: int, rows: int, length: int, **rest: Any) -> Large:
-    settings = {"accumulation": 1, "steps": 5, "options": OFFLOADED, "tiny": TINY} | rest
+    settings: dict[str, Any] = {"accumulation": 1, "steps": 5, "options": OFFLOADED, "tiny": TINY} | rest
     return Large(name, shape, ranks, rows, length, **settings)
 
 

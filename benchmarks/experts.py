@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.timing import in_turns
 from benchmarks.record import command, environment, write
-from qsharded.quant.expert_product import ExpertMLP, expert_product
+from qsharded.quant.expert_mlp import ExpertMLP
+from qsharded.quant.expert_product import expert_product
+from qsharded.quant.expert_rows import silu_product
 from qsharded.quant.experts import ExpertLinears, PackedExperts, PlainExpertWeights
 from qsharded.quant.formats import NF4_64
 from qsharded.quant.routing import Routed
@@ -86,7 +87,7 @@ def ways(
 
     def product(weights: list[Any]) -> Tensor:
         gate, up, down = weights
-        mlp = ExpertMLP(gate, up, down, (None, None, None), lambda gate, up: F.silu(gate) * up)
+        mlp = ExpertMLP(gate, up, down, (None, None, None), silu_product)
         return expert_product(x, scores, Routed.of(chosen, shape.experts), mlp)
 
     def dequantize_all() -> Tensor:

@@ -2,15 +2,12 @@
 
     y[r, n] = sum over k of x[r, k] * W[expert of r, n, k]
 
-Rows that share an expert lie together. Each such group is cut into pieces of TILE_M rows, and a program has a piece and
-a tile of W's rows; from there on it is ``triton_linear``'s kernel, of which this is another grid.
+Rows that share an expert lie together, and are cut into pieces of at most TILE_M rows; a program has a piece and a tile
+of W's rows. From there on it is ``triton_linear``'s kernel, of which this is another grid.
 
 Axes: E experts, R = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = K/64 blocks in a row, S
-second-level blocks of an expert.
+second-level blocks of an expert, Q pieces.
 """
-
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -39,58 +36,44 @@ def grouped_linear(
     lookups: Tensor,
     factor: float,
     absmax_map: Tensor | None,
-    groups: Sequence[tuple[int, int]],
+    pieces_Q3: Tensor,
     *,
+    most: int,
     tile: LinearTile,
 ) -> Tensor:
     """y [R, N] in x's dtype, bf16 or fp16. The same call gives the same bits.
 
-    ``groups``: experts and how many rows each has; the first has the first rows, and so on to the last row. The rest is
-    as in ``triton_linear.linear``, an expert's behind the last's.
+    ``pieces_Q3``: int32, expert, first row of x and how many rows, at most ``most``, a power of two from 8 to 64. Rows
+    of no piece may come out as anything. The rest is as in ``triton_linear.linear``, an expert's behind the last's.
     """
-    (R, K), (E, N, G) = x_RK.shape, absmax_ENG.shape
+    (R, K), (_, N, G) = x_RK.shape, absmax_ENG.shape
     assert K == G * checks.BLOCK, (K, G)
     assert 0 < G <= MOST_BLOCKS, G
     assert x_RK.dtype in DTYPES, x_RK.dtype
-    assert sum(rows for _, rows in groups) == R, (groups, R)
-    assert all(0 <= expert < E for expert, _ in groups), (groups, E)
+    assert 8 <= most <= MOST_ROWS, most
+    assert most & (most - 1) == 0, most
+    assert pieces_Q3.dtype == torch.int32, pieces_Q3.dtype
+    assert pieces_Q3.is_contiguous()
     dtype = x_RK.dtype
     codes_ENP, absmax_ENG = codes_ENP.contiguous(), absmax_ENG if absmax_ENG.stride(2) == 1 else absmax_ENG.contiguous()
     x_RK = x_RK.contiguous()
     if INTERPRETED.value:  # as in triton_linear
         x_RK = x_RK.float()
     y_RN = torch.empty(R, N, dtype=x_RK.dtype, device=x_RK.device)
-    if R == 0:
+    if R == 0 or not len(pieces_Q3):
         return y_RN.to(dtype)
-    tile_m = max(8, min(MOST_ROWS, triton.next_power_of_2(max(rows for _, rows in groups))))
-    pieces = _pieces_on(x_RK.device, tuple(groups), tile_m)
     tables = absmax_scales_ES, absmax_offset_E, absmax_map
     with torch.cuda.device_of(x_RK):
-        linear_kernel[(triton.cdiv(N, tile.rows), len(pieces))](
+        linear_kernel[(triton.cdiv(N, tile.rows), len(pieces_Q3))](
             *(x_RK, codes_ENP.view(torch.int32)),
             *(absmax_ENG, absmax_ENG.stride(1), *(absmax_ENG if table is None else table for table in tables)),
             *(lookups, y_RN, y_RN),
             *(R, N, G, G, 1 / factor),
-            *(pieces, absmax_ENG.stride(0), checks.second_level_blocks(N * G)),
-            **constants(tile, tile_m, dtype, G),
+            *(pieces_Q3, absmax_ENG.stride(0), checks.second_level_blocks(N * G)),
+            **constants(tile, most, dtype, G),
             DOUBLE_QUANT=absmax_scales_ES is not None,
             WRITES_Y=True,
             HAS_BIAS=False,
             GROUPED=True,
         )
     return y_RN.to(dtype)
-
-
-@lru_cache(maxsize=1)
-def _pieces_on(device: torch.device, groups: tuple[tuple[int, int], ...], most: int) -> Tensor:
-    """int32 [pieces, 3], brought to the device once for the projections of a layer, which follow each other."""
-    return torch.tensor(list(_pieces(groups, most)), dtype=torch.int32, device=device)
-
-
-def _pieces(groups: Sequence[tuple[int, int]], most: int) -> Iterator[tuple[int, int, int]]:
-    """Expert, first row and how many rows, at most so many."""
-    first = 0
-    for expert, rows in groups:
-        for start in range(0, rows, most):
-            yield expert, first + start, min(most, rows - start)
-        first += rows

@@ -144,7 +144,7 @@ def linear_kernel(
     G,
     blocks_per_split,
     scale,
-    groups_ptr,
+    pieces_ptr,
     absmax_expert_stride,
     scales_expert_stride,
     DTYPE: tl.constexpr,
@@ -159,11 +159,13 @@ def linear_kernel(
     HAS_BIAS: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    if GROUPED:  # the second axis counts pieces of groups (triton_grouped), and K is whole
+    if GROUPED:  # the second axis counts pieces of rows (triton_grouped), and K is whole
         first, last = 0, G
-        expert = tl.load(groups_ptr + tl.program_id(1) * 3).to(tl.int64)
-        row = tl.load(groups_ptr + tl.program_id(1) * 3 + 1).to(tl.int64)
-        M = tl.load(groups_ptr + tl.program_id(1) * 3 + 2)
+        expert = tl.load(pieces_ptr + tl.program_id(1) * 3).to(tl.int64)
+        row = tl.load(pieces_ptr + tl.program_id(1) * 3 + 1).to(tl.int64)
+        M = tl.load(pieces_ptr + tl.program_id(1) * 3 + 2)
+        if M == 0:
+            return
         x_ptr += row * G * BLOCK
         out_ptr += row * N
         words_ptr += expert * N * G * WORDS

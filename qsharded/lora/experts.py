@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.lora.low_rank import LowRankLayer
-from qsharded.quant.expert_product import Update
+from qsharded.quant.expert_mlp import Update
 from qsharded.quant.grouped import ALIGNED
 from qsharded.quant.routing import Routed
 

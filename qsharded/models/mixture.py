@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from qsharded.models.config import ExpertMixture, ModelConfig
 from qsharded.models.mlp import ACTIVATIONS, MLP
 from qsharded.models.routers import ROUTERS, Choice
-from qsharded.quant.expert_product import ExpertMLP, Glu, Update, expert_product
+from qsharded.quant.expert_mlp import ExpertMLP, Update
+from qsharded.quant.expert_product import expert_product
+from qsharded.quant.expert_rows import Glu, silu_product
 from qsharded.quant.experts import DOWN, GATE_UP, ExpertLinears
 from qsharded.quant.routing import Routed
 
@@ -112,7 +114,7 @@ def _mixture_of(config: ModelConfig) -> ExpertMixture:
 def _glu(config: ModelConfig, mixture: ExpertMixture) -> Glu:
     if mixture.clamped:
         return partial(_clamped_glu, mixture.clamp_limit, mixture.clamp_gain)
-    return partial(_gated, config.activation)
+    return silu_product if config.activation == "silu" else partial(_gated, config.activation)
 
 
 def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:

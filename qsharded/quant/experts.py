@@ -27,6 +27,7 @@ from qsharded.quant.grouped import grouped_mm
 from qsharded.quant.pack_weight import pack_weight, rounded
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.pieces import Pieces
 from qsharded.quant.routing import Chunk
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -61,6 +62,9 @@ class ExpertWeights(Protocol):
     def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """x W^T, [R, N]: the rows of each of the chunk's groups with its expert's matrix."""
 
+    def multiplied(self, x_RK: Tensor, pieces: Pieces) -> Tensor:
+        """x W^T, [R, N]: each piece of rows with its expert's matrix; for those that are not ``are_decoded``."""
+
 
 @dataclass(frozen=True)
 class PlainExpertWeights:
@@ -94,6 +98,10 @@ class PlainExpertWeights:
     def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """As :class:`ExpertWeights` says."""
         return grouped_mm(x_RK, self.decoded(chunk.index, x_RK.dtype).transpose(1, 2), chunk.groups)
+
+    def multiplied(self, x_RK: Tensor, pieces: Pieces) -> Tensor:
+        """Never asked for."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,16 @@ class PackedExpertWeights:
 
     def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        kernels = backends.for_experts(self.shape, self.quant_format, len(x_RK) / len(chunk.experts), x_RK)
-        if kernels is not None:
+        if not self.are_decoded(len(x_RK) / len(chunk.experts), x_RK):
             groups = list(zip(chunk.experts, chunk.groups.counts, strict=True))
-            return kernels.experts_linear(x_RK, self.tensors, self.quant_format, groups)
+            return self.multiplied(x_RK, Pieces.of(groups, x_RK.device))
         return grouped_mm(x_RK, self.decoded(chunk.index, x_RK.dtype).transpose(1, 2), chunk.groups)
+
+    def multiplied(self, x_RK: Tensor, pieces: Pieces) -> Tensor:
+        """As :class:`ExpertWeights` says."""
+        kernels = backends.for_experts(self.shape, self.quant_format, 1, x_RK)
+        assert kernels is not None
+        return kernels.experts_linear(x_RK, self.tensors, self.quant_format, pieces)
 
     def _decoded_absmax(self, chosen: ExpertIndex) -> Tensor:
         """[n, N, G] in the format's own encoding, which is fp32 for those that nest."""

@@ -32,7 +32,18 @@ class Groups:
         return list(pairwise([0, *accumulate(self.counts)]))
 
 
-def grouped_mm(x_RI: Tensor, matrices_nIO: Tensor, groups: Groups) -> Tensor:
+@dataclass(frozen=True)
+class Ends:
+    """Groups of which the device knows the ends, int32 [n], and the host does not."""
+
+    ends: Tensor
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(start, stop) of each; the host waits for them."""
+        return list(pairwise([0, *self.ends.tolist()]))
+
+
+def grouped_mm(x_RI: Tensor, matrices_nIO: Tensor, groups: Groups | Ends) -> Tensor:
     """[R, O]: the first group's rows of x times the first matrix, the next times the second, and so on."""
     if x_RI.is_meta:
         return x_RI.new_empty(x_RI.shape[0], matrices_nIO.shape[2])

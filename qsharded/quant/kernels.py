@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.pieces import Pieces
 
 # a packed weight, its adapter's B [n, r] or None, the adapter's scaling, and B's first column behind the weight
 AdaptedWeight: TypeAlias = tuple[PackedWeight, Tensor | None, float, int]
@@ -64,13 +65,13 @@ class Kernels:
         x_RK: Tensor,
         experts: Sequence[Tensor | None],
         quant_format: QuantFormat,
-        groups: Sequence[tuple[int, int]],
+        pieces: Pieces,
     ) -> Tensor:
-        """``x W^T`` [R, N], each group of rows with its expert's, none dequantized in memory.
+        """``x W^T`` [R, N], each piece of rows with its expert's, none dequantized in memory.
 
         Args:
             experts: uint8 codes [E, N, P], absmax [E, N, G], and their second level [E, S] and [E], or None.
-            groups: experts and how many rows each has, in the order of the rows.
+            pieces: of the rows of x; those of none may come out as anything.
         """
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.kernels import AdaptedWeight, Kernels
 from qsharded.quant.packed_weight import PackedWeight
+from qsharded.quant.pieces import Pieces
 from qsharded.quant.scale_encoding import ABSMAX
 from qsharded_kernels import compiled_absmax, cpu, cpu_nf4, cuda, cuda_linear, cuda_nf4, fused_rows
 
@@ -60,9 +61,9 @@ class CudaKernels(CodebookKernels):
         x_RK: Tensor,
         experts: Sequence[Tensor | None],
         quant_format: QuantFormat,
-        groups: Sequence[tuple[int, int]],
+        pieces: Pieces,
     ) -> Tensor:
-        return triton_grouped_linear(x_RK, experts, quant_format, groups)
+        return triton_grouped_linear(x_RK, experts, quant_format, pieces)
 
 
 class TritonCuda(CudaKernels):
@@ -147,26 +148,26 @@ def triton_grouped_linear(
     x_RK: Tensor,
     experts: Sequence[Any],
     quant_format: QuantFormat,
-    groups: Sequence[tuple[int, int]],
+    pieces: Pieces,
     *,
     tile: Any = None,
 ) -> Tensor:
-    """``x W^T`` [R, N], each group of rows with its expert's, by Triton in one launch.
+    """``x W^T`` [R, N], each piece of rows with its expert's, by Triton in one launch.
 
     Args:
         experts: codes, absmax and second level, as ``PackedExpertWeights`` has them.
-        groups: experts and how many rows of x each has, in their order.
+        pieces: of the rows of x.
         tile: a ``LinearTile`` in place of the table's.
     """
     from qsharded_kernels import triton_grouped, triton_tiles
 
     codes_ENP, absmax_ENG, scales_ES, offset_E = experts
-    device, most = x_RK.device, max((rows for _, rows in groups), default=1)
+    device, (table_Q3, most) = x_RK.device, pieces
     tile = tile or triton_tiles.linear_tile(codes_ENP.shape[1], codes_ENP.shape[2] * 2, most, device)
     lookups, factor = _lookups(device, quant_format.quant_type, x_RK.dtype)
     absmax_map = blockwise8.dynamic_map(True, device)
     packed = codes_ENP, absmax_ENG, scales_ES, offset_E
-    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, groups, tile=tile)
+    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, table_Q3, most=most, tile=tile)
 
 
 def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None, splits: int | None = None) -> Tensor:

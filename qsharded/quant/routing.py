@@ -5,6 +5,7 @@ Axes: M tokens, k experts of each token, E experts, R <= M k pairs of a token an
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,50 +15,83 @@ from qsharded.quant.grouped import Groups
 
 @dataclass(frozen=True)
 class Routed:
-    """Which tokens each expert gets.
+    """Which tokens each expert gets. What waits for a GPU is found when it is asked for.
 
     Attributes:
-        order_R: int64, places in the flattened [M, k] in the order of their experts; within one, of their tokens.
-        counts: how many each of the E experts gets.
-        per_token: k.
+        chosen_Mk: int64, the experts of each token; E for none, as of padding.
+        experts: E.
     """
 
-    order_R: Tensor
-    counts: tuple[int, ...]
-    per_token: int
+    chosen_Mk: Tensor
+    experts: int
 
     @classmethod
     def of(cls, experts_Mk: Tensor, experts: int, is_routed_M: Tensor | None = None) -> "Routed":
         """Of the ``experts_Mk`` [M, k] that each token chose of so many ``experts``.
 
-        The host learns the counts, and waits for a GPU to say them: they decide what is dequantized.
-
         Args:
             is_routed_M: False for tokens that no expert computes, as padding; None: all are computed.
         """
-        M, k = experts_Mk.shape
-        if experts_Mk.is_meta:
-            return cls(experts_Mk.flatten(), _even(M * k, experts), k)
-        chosen = experts_Mk.flatten()
-        if is_routed_M is not None:
-            chosen = chosen.where(is_routed_M.repeat_interleave(k), experts)
-        counts = torch.bincount(chosen, minlength=experts + 1)[:experts].tolist()
-        return cls(chosen.argsort(stable=True)[: sum(counts)], tuple(counts), k)
+        if is_routed_M is not None and not experts_Mk.is_meta:
+            experts_Mk = experts_Mk.where(is_routed_M[:, None], experts)
+        return cls(experts_Mk, experts)
+
+    @property
+    def per_token(self) -> int:
+        """k."""
+        return self.chosen_Mk.shape[1]
+
+    @cached_property
+    def counts(self) -> "Counts":
+        """How many each of the E experts gets. The host waits for a GPU to say them."""
+        if self.chosen_Mk.is_meta:
+            return Counts(_even(self.chosen_Mk.numel(), self.experts), self.per_token)
+        counted = torch.bincount(self.chosen_Mk.flatten(), minlength=self.experts + 1)[: self.experts]
+        return Counts(tuple(counted.tolist()), self.per_token)
+
+    @cached_property
+    def order_R(self) -> Tensor:
+        """int64, places in the flattened [M, k] in the order of their experts; within one, of their tokens."""
+        chosen = self.chosen_Mk.flatten()
+        if chosen.is_meta:
+            return chosen
+        return chosen.argsort(stable=True)[: self.counts.pairs]
+
+    @cached_property
+    def position_Mk(self) -> Tensor:
+        """int32, where each place stands in ``order_R``; -1 if it does not."""
+        order_R = self.order_R
+        position = order_R.new_full((self.chosen_Mk.numel(),), -1, dtype=torch.int32)
+        position[order_R] = torch.arange(len(order_R), dtype=torch.int32, device=order_R.device)
+        return position.view(self.chosen_Mk.shape)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tokens each of the E experts gets.
+
+    Attributes:
+        of_expert: E numbers.
+        per_token: k.
+    """
+
+    of_expert: tuple[int, ...]
+    per_token: int
 
     @property
     def pairs(self) -> int:
         """R."""
-        return sum(self.counts)
+        return sum(self.of_expert)
 
-    def chunks(self, most: int) -> Iterator["Chunk"]:
+    def chunks(self, most: int, device: torch.device) -> Iterator["Chunk"]:
         """The experts that got tokens, at most so many at once, with their runs of the R pairs."""
-        hit = [e for e, count in enumerate(self.counts) if count]
+        hit = [e for e, count in enumerate(self.of_expert) if count]
         start = 0
         for first in range(0, len(hit), most):
             chosen = hit[first : first + most]
-            counts = tuple(self.counts[e] for e in chosen)
-            groups = Groups(counts, self.order_R.device)
-            yield Chunk(chosen, _index(chosen, self.order_R.device), groups, slice(start, start + sum(counts)))
+            counts = tuple(self.of_expert[e] for e in chosen)
+            groups = Groups(counts, device)
+            yield Chunk(chosen, _index(chosen, device), groups, slice(start, start + sum(counts)))
             start += sum(counts)
 
 

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.quant import expert_product, grouped
-from qsharded.quant.expert_product import ExpertMLP, Update
+from qsharded.quant import expert_product, expert_rows, grouped
+from qsharded.quant.expert_mlp import ExpertMLP, Update
+from qsharded.quant.expert_rows import Glu, silu_product
 from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.routing import Routed
+from qsharded_kernels import triton_experts
 
 M, k, E, D, J, r = 11, 3, 6, 64, 128, 3
 MATRIX = 4 * D * J
@@ -29,6 +31,8 @@ def budget(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 class Case:
     """Random experts, of which the last gets no token, and tokens of which two are padding."""
+
+    glu: Glu = staticmethod(glu)
 
     def __init__(self, *, packed: bool, bias: bool, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -49,7 +53,7 @@ class Case:
 
     def result(self, *, adapted: bool = True) -> Tensor:
         biases = tuple(None if layer.bias is None else layer.bias.to(self.x.dtype) for layer in self.layers)
-        mlp = ExpertMLP(*(layer.packed() for layer in self.layers), biases, glu)
+        mlp = ExpertMLP(*(layer.packed() for layer in self.layers), biases, self.glu)
         A_in, B_in, A_out, B_out = self.factors
         updates = (Update(A_in, B_in, 0.5), Update(A_out, B_out, 0.25)) if adapted else ()
         routed = Routed.of(self.chosen, E, self.is_routed)
@@ -71,7 +75,7 @@ class Case:
         for m in range(M):
             row = torch.zeros(D, dtype=torch.float64)
             for j, e in enumerate(self.chosen[m].tolist() if self.is_routed[m] else []):
-                h = glu(gate[e] @ x[m] + b_gate[e], up[e] @ x[m] + b_up[e])
+                h = self.glu(gate[e] @ x[m] + b_gate[e], up[e] @ x[m] + b_up[e])
                 row = row + scores[m, j] * (down[e] @ h + b_down[e])
             rows.append(row)
         return torch.stack(rows)
@@ -96,6 +100,19 @@ def test_result_and_gradients(packed: bool, bias: bool, adapted: bool) -> None:
     for got, right in pairs:
         assert right.abs().max() > 0
         assert (got.double() - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+@pytest.mark.usefixtures("budget")
+def test_by_the_kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what lies between the products: with silu, which they know, here interpreted."""
+    monkeypatch.setattr(expert_rows, "_kernels", lambda like: None if like.dtype == torch.float64 else triton_experts)
+    case, weight = Case(packed=True, bias=True), torch.randn(M, D)
+    case.glu = silu_product
+    exact = [leaf.detach().double().requires_grad_() for leaf in case.leaves()]
+    made, expected = case.result(), case.expected(exact)
+    right = [expected, *gradients(expected, exact, weight.double())]
+    for got, other in zip([made, *gradients(made, case.leaves(), weight)], right, strict=True):
+        assert (got.double() - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 def test_padding_and_experts_without_tokens_get_nothing() -> None:
@@ -136,7 +153,7 @@ def test_saved_for_the_backward_is_nothing_wide() -> None:
     there |= {tensor.untyped_storage().data_ptr() for tensor in (case.x, case.scores, *case.factors)}
     new = {tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in there}
     R = int(case.is_routed.sum()) * k
-    assert new == {(R, J), (R,)}
+    assert new == {(R, J), (R,), (M, k)}
 
 
 def test_the_kernel_for_bf16_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:

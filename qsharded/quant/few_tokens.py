@@ -1,0 +1,75 @@
+"""The experts' product for few tokens that need no gradient, as when generating.
+
+Nothing is decoded to memory, and the host waits for nothing: the tokens are sorted on the device, so that a CUDA graph
+can hold all of it. The rows of tokens that no expert computes come last; what is in them is not read.
+
+Axes: M tokens, k experts a token, P = M k pairs, E experts, D hidden size, J the experts' intermediate size, r rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsharded.quant import expert_rows
+from qsharded.quant.expert_mlp import ExpertMLP, Update
+from qsharded.quant.expert_rows import Places
+from qsharded.quant.experts import ExpertWeights
+from qsharded.quant.grouped import Ends, grouped_mm
+from qsharded.quant.pieces import Pieces, rows_of_piece
+from qsharded.quant.routing import Routed
+
+_ROOM = 1.5
+"""Rows of a piece, times the mean of an expert: most experts are then one piece, and decoded once."""
+
+
+def serves(x_MD: Tensor, routed: Routed, mlp: ExpertMLP, *trained: Tensor) -> bool:
+    """Whether :func:`few_tokens` is for these: kernels multiply so few rows of each, and no gradient is asked for."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_MD, *trained)):
+        return False
+    pairs = routed.chosen_Mk.numel()
+    if not expert_rows.sorts(x_MD, pairs, routed.experts):
+        return False
+    return not any(part.are_decoded(pairs / routed.experts, x_MD) for part in (mlp.gate, mlp.up, mlp.down))
+
+
+def few_tokens(
+    x_MD: Tensor, scores_Mk: Tensor, routed: Routed, mlp: ExpertMLP, updates: tuple[Update | None, Update | None]
+) -> Tensor:
+    """As :func:`qsharded.quant.expert_product.expert_product`."""
+    most = rows_of_piece(_ROOM * routed.chosen_Mk.numel() / routed.experts)
+    places = expert_rows.sort(routed.chosen_Mk, routed.experts, most)
+    rows = _Rows(places, Pieces(places.pieces_Q3, most), routed)
+    x_PD = x_MD.index_select(0, places.order_P // routed.per_token)
+    gate_PJ, up_PJ = rows.product(x_PD, mlp.gate, mlp.biases[0]), rows.product(x_PD, mlp.up, mlp.biases[1])
+    if update := updates[0]:
+        narrow_Pr = rows.narrow(x_PD, update)
+        for y_PJ, B in zip((gate_PJ, up_PJ), update.B.chunk(2, dim=1), strict=True):
+            y_PJ += rows.grouped(narrow_Pr, B.transpose(1, 2))
+    h_PJ = expert_rows.glu_forward(mlp.glu, gate_PJ, up_PJ)
+    y_PD = rows.product(h_PJ, mlp.down, mlp.biases[2])
+    if update := updates[1]:
+        y_PD += rows.grouped(rows.narrow(h_PJ, update), update.B.transpose(1, 2))
+    return expert_rows.combine(y_PD, places.position_P.view_as(routed.chosen_Mk), scores_Mk)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    places: Places
+    pieces: Pieces
+    routed: Routed
+
+    def product(self, x_PK: Tensor, part: ExpertWeights, bias_EN: Tensor | None) -> Tensor:
+        y_PN = part.multiplied(x_PK, self.pieces)
+        return y_PN if bias_EN is None else y_PN.add_(bias_EN[self._expert_P()])
+
+    def _expert_P(self) -> Tensor:
+        """Of each row; any one of those at the end."""
+        return self.routed.chosen_Mk.flatten()[self.places.order_P].clamp(max=self.routed.experts - 1)
+
+    def grouped(self, x_PI: Tensor, matrices_EIO: Tensor) -> Tensor:
+        return grouped_mm(x_PI, matrices_EIO, Ends(self.places.ends_E))
+
+    def narrow(self, x_PK: Tensor, update: Update) -> Tensor:
+        """s A x, [P, r]."""
+        return self.grouped(x_PK, update.A.transpose(1, 2)) * update.scaling

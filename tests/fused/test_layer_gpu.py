@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded.fused.layer import Policy, fused_forward
+from qsharded.fused.layer import fused_forward
+from qsharded.fused.policy import Policy
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer

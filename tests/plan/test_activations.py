@@ -212,9 +212,9 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(
 
 def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Checkpointing) -> int:
     model = skeleton(described, lora, torch.bfloat16)
-    for module in (*model.model.layers, model.model.norm):
-        as_on_gpu(module)
     layers = list(model.model.layers)
+    for module in (*layers, *(layer.mlp for layer in layers), model.model.norm):
+        as_on_gpu(module)
     forwards = layer_forwards(layers, [layer.forward for layer in layers], checkpointing)
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward

@@ -32,6 +32,13 @@ ATTENTION = B * S * H * E * 2 + B * H * S * 4 + 2 * 8 + 8  # its output, log-sum
 QKV = B * S * (H + 2 * H // 2) * E * 2
 BEFORE_A_NORM = B * S * D * 2 + B * S * 4  # and its rstd
 H_AFTER_ATTENTION, GATE_UP = B * S * D * 2, B * S * 2 * I * 2
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
 
 
 def work(
@@ -82,6 +89,16 @@ def test_norms_behind_attention_and_mlp_keep_their_inputs_too(checkpointing: Mod
     found = work(checkpointing=checkpointing, head_dim=E, layer_types=["full_attention"] * 2, **gemma).layer.kept
     factors = (4 * D + 2 * E) * 4  # 1 + weight of each norm, in fp32
     assert found == OUTPUT + ADAPTER + factors + kept
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"),
+    [("selective", QKV + ATTENTION + BEFORE_A_NORM), ("full", 0), ("offloaded", 0)],
+)
+def test_a_layer_with_a_mixture_keeps_what_its_backward_reads(checkpointing: Mode, kept: int) -> None:
+    """Its mixture is computed again, from an input that is made again too."""
+    work(checkpointing="full", **MIXTRAL)  # makes the table of the 8-bit map, once for all
+    assert work(checkpointing=checkpointing, **MIXTRAL).layer.kept == OUTPUT + ADAPTER + kept
 
 
 def test_a_composed_block_keeps_what_its_operations_save() -> None:
@@ -195,6 +212,17 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(
         pytest.skip("nothing is checkpointed")
     described = ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 4})
     lora = dataclasses.replace(LORA, lora_dropout=dropout)
+    assert_a_plan_adds_up(described, lora, checkpointing, checkpointed_layers)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_plan_of_mixtures_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode) -> None:
+    assert_a_plan_adds_up(ModelConfig.from_hf(LLAMA | MIXTRAL | {"num_hidden_layers": 4}), LORA, checkpointing, None)
+
+
+def assert_a_plan_adds_up(
+    described: ModelConfig, lora: LoRAConfig, checkpointing: Mode, checkpointed_layers: int | None
+) -> None:
     config = TrainConfig(
         model="m",
         dataset="d",

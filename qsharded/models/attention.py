@@ -93,13 +93,11 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
         return attention
     if inputs.softcap is not None:
         return SoftcapAttention()
-    if inputs.sinks_H is not None:
-        return SdpaAttention() if inputs.boundaries is None else FlashAttention()
     # the meta device stands for a GPU: plans run a layer there
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
         return SdpaAttention()
-    if not _is_fast_in_cudnn(x_BSD, head_dim):
+    if inputs.sinks_H is not None or not _is_fast_in_cudnn(x_BSD, head_dim):
         return FlashAttention()
     if inputs.window is not None:
         suits = _suits_two_halves(x_BSD.shape[1], inputs) and _halves_are_right(x_BSD.device, x_BSD.dtype, head_dim)

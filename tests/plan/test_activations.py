@@ -101,6 +101,20 @@ def test_a_layer_with_a_mixture_keeps_what_its_backward_reads(checkpointing: Mod
     assert work(checkpointing=checkpointing, **MIXTRAL).layer.kept == OUTPUT + ADAPTER + kept
 
 
+def test_dropout_of_a_shared_expert_keeps_its_mask_behind_a_fused_half() -> None:
+    glm = {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "first_k_dense_replace": 0}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": I, "n_shared_experts": 1}
+    described = ModelConfig.from_hf(LLAMA | glm | experts | {"n_group": 1, "topk_group": 1})
+
+    def kept(dropout: float) -> int:
+        lora = LoRAConfig(r=r, target_modules=["shared_experts.down_proj"], lora_dropout=dropout)
+        how = {"rows": B, "length": S, "checkpointing": "none", "is_sharded": True}
+        return step_work(described, lora, torch.bfloat16, **how).layer.kept
+
+    kept(0.0)  # makes the table of the 8-bit map, once for all
+    assert kept(0.1) - kept(0.0) == B * S * I  # a byte a value
+
+
 def test_a_composed_block_keeps_what_its_operations_save() -> None:
     norms = 2 * B * S * 4  # one fp32 figure a row each
     # q_proj's: the normalised input as dropout leaves it, the mask of dropout, and the narrow product

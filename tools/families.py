@@ -19,9 +19,9 @@ loss and the adapters' gradients within 1e-5 of each tensor's largest value in f
 
 """
 _TAIL = """
-A layer that is fused is one autograd node in training ([architecture.md](architecture.md)); the others run as they
-are written, with PyTorch's autograd and the same checkpointing modes. Ministral 3 is fused in rows up to its original
-context.
+A layer that is fused is one autograd node in training ([architecture.md](architecture.md)), or, up to its mixture of
+experts, a node before it; the others run as they are written, with PyTorch's autograd and the same checkpointing modes.
+Ministral 3 is fused in rows up to its original context.
 
 Of a multimodal model the text part is trained: a line says so, rows that hold images are refused, and `merge` carries
 the other parts' tensors through unchanged. PEFT reads the adapter on the whole model.
@@ -44,8 +44,9 @@ def page() -> str:
 
 def _row(model_type: str) -> str:
     family = FAMILIES[model_type]
-    reason = beyond_fused(ModelConfig.from_hf({**_SHAPE, **family.published, "model_type": model_type}))
-    layers = "fused" if reason is None else f"as written: {reason}"
+    config = ModelConfig.from_hf({**_SHAPE, **family.published, "model_type": model_type})
+    fused = "fused" if config.mixture is None else "fused up to the mixture"
+    layers = fused if (reason := beyond_fused(config)) is None else f"as written: {reason}"
     return f"| {family.title} | `{model_type}` | {family.beyond} | {layers} |\n"
 
 

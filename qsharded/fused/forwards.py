@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qsharded.fused import one_token
-from qsharded.fused.layer import EVERYTHING, LayerInput, Policy, can_fuse, fused_forward
+from qsharded.fused.layer import can_fuse, fused_forward
+from qsharded.fused.policy import EVERYTHING, LayerInput, Policy
 from qsharded.models.activation_checkpointing import Forward, Waiting, recomputed
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer

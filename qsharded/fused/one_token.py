@@ -9,12 +9,14 @@ Axes: B rows, one token each, D hidden size, J intermediate size, H query heads,
 import torch
 from torch import Tensor
 
-from qsharded.fused.layer import beyond_fused, norm_factor, rotary_of
+from qsharded.fused.attention_half import norm_factor, rotary_of
+from qsharded.fused.layer import beyond_fused
 from qsharded.fused.norm_rotary_swiglu import rms_norm, swiglu
 from qsharded.models.attention import attend
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.decoder import DecoderLayer
 from qsharded.models.kv_cache import KVCache
+from qsharded.models.mixture import MixtureMLP
 
 
 def takes(layer: DecoderLayer, x_BSD: Tensor, inputs: AttentionInputs) -> bool:
@@ -29,7 +31,7 @@ def forward(layer: DecoderLayer, x_B1D: Tensor, inputs: AttentionInputs, cache: 
     y_BD, _ = _normed(layer, norms.before_attention, x_BD, None)
     added_BD = _behind(layer, norms.after_attention, _attended(layer, y_BD, inputs, cache), eps)
     y_BD, h_BD = _normed(layer, norms.before_mlp, added_BD, x_BD)
-    return (h_BD + _behind(layer, norms.after_mlp, _mlp(layer, y_BD), eps))[:, None]
+    return (h_BD + _behind(layer, norms.after_mlp, _mlp(layer, y_BD, inputs), eps))[:, None]
 
 
 def _normed(layer: DecoderLayer, name: str | None, x_BD: Tensor, residual_BD: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,13 +60,15 @@ def _attended(layer: DecoderLayer, y_BD: Tensor, inputs: AttentionInputs, cache:
     rotary.turn_(qkv)
     q_B1HE, k_B1GE, v_B1GE = (heads.unsqueeze(1) for heads in rotary.q_k_v(qkv))
     k_BGTE, v_BGTE = cache.update(attention.layer, k_B1GE.transpose(1, 2), v_B1GE.transpose(1, 2))
-    out_B1HE = attend(q_B1HE, k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), inputs)
+    out_B1HE = attend(q_B1HE, k_BGTE.transpose(1, 2), v_BGTE.transpose(1, 2), attention.inputs_of(inputs))
     attended_BD: Tensor = attention.o_proj(out_B1HE.flatten(1))
     return attended_BD
 
 
-def _mlp(layer: DecoderLayer, y_BD: Tensor) -> Tensor:
+def _mlp(layer: DecoderLayer, y_BD: Tensor, inputs: AttentionInputs) -> Tensor:
     mlp = layer.mlp
+    if isinstance(mlp, MixtureMLP):
+        return mlp(y_BD[:, None], inputs.is_routed_BS)[:, 0]
     gate_up = _side_by_side([projection(y_BD) for projection in mlp.input_projections()])
     act_BJ = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     down_BD: Tensor = mlp.down_proj(swiglu(gate_up, act_BJ, layer.config.activation))

@@ -50,8 +50,12 @@ def _with_input_on_host(waiting: "Waiting", forward: Forward, x: Tensor, *others
     if not torch.is_grad_enabled():
         return forward(x, *others, **named)
     boundary = waiting.store(x)
-    # x itself is no argument, or the checkpoint would keep it
-    y: Tensor = checkpoint(lambda *others: forward(boundary.take(), *others, **named), *others, use_reentrant=False)
+
+    def again(_: Tensor) -> Tensor:
+        return forward(boundary.take(), *others, **named)
+
+    # x itself is no argument, or the checkpoint would keep it; by one it knows whose random numbers to draw again
+    y: Tensor = checkpoint(again, x.new_empty(0), use_reentrant=False)
     return y
 
 

@@ -72,8 +72,6 @@ def has_outside_attention() -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
     attention = _from_outside(q, inputs, q.shape[-1])
-    if attention is None and inputs.sinks_H is not None and inputs.boundaries is None:
-        return attend_by_mask(q, k, v, inputs)
     if attention is None and inputs.softcap is not None:
         attention = SoftcapAttention()
     if attention is None and inputs.boundaries is None:
@@ -99,7 +97,7 @@ def choose_attention(x_BSD: Tensor, inputs: AttentionInputs, head_dim: int) -> A
     device = torch.device("cuda") if x_BSD.is_meta else x_BSD.device
     if inputs.mask_BST is not None or not has_flash_kernel(device, x_BSD.dtype, head_dim):
         return SdpaAttention()
-    if not _is_fast_in_cudnn(x_BSD, head_dim):
+    if inputs.sinks_H is not None or not _is_fast_in_cudnn(x_BSD, head_dim):
         return FlashAttention()
     if inputs.window is not None:
         suits = _suits_two_halves(x_BSD.shape[1], inputs) and _halves_are_right(x_BSD.device, x_BSD.dtype, head_dim)
@@ -143,6 +141,8 @@ class SdpaAttention:
     """PyTorch's own choice, on any device, with a mask where documents or windows ask for one."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Saved]:
+        if inputs.sinks_H is not None:
+            return attend_by_mask(q, k, v, inputs), ()
         q_BHSE, k_BGTE, v_BGTE = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return _sdpa(q_BHSE, k_BGTE, v_BGTE, inputs.mask_BST, inputs.scale).transpose(1, 2), ()
 

@@ -54,9 +54,12 @@ class DecoderLayer(nn.Module):
         attends = getattr(self, "self_attn", None) or self.linear_attn
         attended_BSD = attends(self._norm(norms.before_attention, x_BSD), inputs, cache)
         x_BSD = x_BSD + self._scaled(self._norm(norms.after_attention, attended_BSD))
-        y_BSD = self._norm(norms.before_mlp, x_BSD)
-        y_BSD = self.mlp(y_BSD, inputs.is_routed_BS) if isinstance(self.mlp, MixtureMLP) else self.mlp(y_BSD)
-        return x_BSD + self._scaled(self._norm(norms.after_mlp, y_BSD))
+        return x_BSD + self.added_by_mlp(self._norm(norms.before_mlp, x_BSD), inputs)
+
+    def added_by_mlp(self, x_BSD: Tensor, inputs: AttentionInputs) -> Tensor:
+        """What the MLP adds to the residual stream, [B, S, D], of its normalised input."""
+        y_BSD = self.mlp(x_BSD, inputs.is_routed_BS) if isinstance(self.mlp, MixtureMLP) else self.mlp(x_BSD)
+        return self._scaled(self._norm(self.config.norms.after_mlp, y_BSD))
 
     def _norm(self, name: str | None, x_BSD: Tensor) -> Tensor:
         return x_BSD if name is None else self.get_submodule(name)(x_BSD)

@@ -59,8 +59,12 @@ class Attention(nn.Module):
         """The layers that read the attention's input; side by side their outputs are q, k and v."""
         return self.q_proj, self.k_proj, self.v_proj
 
+    def inputs_of(self, inputs: AttentionInputs) -> AttentionInputs:
+        """What this layer attends with, of the inputs that layers share."""
+        return inputs
+
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
-        return self.o_proj(self.attend(*self.project(x_BSD), inputs, cache).flatten(2))
+        return self.o_proj(self.attend(*self.project(x_BSD), self.inputs_of(inputs), cache).flatten(2))
 
     def attend(
         self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, inputs: AttentionInputs, cache: KVCache | None
@@ -110,8 +114,9 @@ class SinkAttention(Attention):
         super().__init__(config, layer)
         self.sinks = nn.Parameter(torch.zeros(self.heads))
 
-    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
-        return super().forward(x_BSD, replace(inputs, sinks_H=self.sinks), cache)
+    def inputs_of(self, inputs: AttentionInputs) -> AttentionInputs:
+        """With this layer's sinks."""
+        return replace(inputs, sinks_H=self.sinks)
 
 
 class FusedQKVAttention(Attention):

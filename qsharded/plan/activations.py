@@ -84,7 +84,8 @@ def _one_layer(
     lora = dataclasses.replace(lora, strict=False)
     model = skeleton(config, lora, dtype, quant_format=quant_format).train()
     one = model.model.layers[0]
-    for module in (one, model.model.norm):
+    # a mixture runs outside of its layer's forward
+    for module in (one, one.get_submodule("mlp"), model.model.norm):
         as_on_gpu(module)
     (one.forward,) = layer_forwards([one], [one.forward], Checkpointing(mode))
     return model

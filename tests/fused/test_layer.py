@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded.fused.layer import EVERYTHING, Policy, can_fuse, fused_forward
+from qsharded.fused.layer import can_fuse, fused_forward
+from qsharded.fused.policy import EVERYTHING, Policy
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.config import ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsharded.fused.layer import Policy, fused_forward
+from qsharded.fused.layer import fused_forward
+from qsharded.fused.policy import Policy
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
-from qsharded.models.config import ModelConfig, NormNames
+from qsharded.models.config import ExpertMixture, ModelConfig, NormNames
 from qsharded.models.decoder import DecoderLayer
 from qsharded.models.rope import RopeConfig
 from qsharded.nn import LoRAConfig, add_lora, quantize_
@@ -34,6 +35,8 @@ CONFIG = ModelConfig(
 _AROUND = NormNames(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
+# a token gets all of them, so that no rounding makes it choose others
+ALL_CHOSEN = ExpertMixture(experts=3, per_token=3, intermediate_size=192)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
@@ -57,6 +60,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"rope_interleaved": True, "rope": RopeConfig(rotary_fraction=0.5)},
     "phi4-mini": {"rope": RopeConfig(rotary_fraction=0.75)},
     "granite": {"residual_multiplier": 0.22, "attention_scale": 0.05},
+    "qwen3_moe": {"mixture": ALL_CHOSEN, "qk_norm": True},
+    "glm4_moe": {
+        "mixture": dataclasses.replace(ALL_CHOSEN, router="sigmoid", shared_size=256),
+        "qkv_bias": True,
+        "rope": RopeConfig(rotary_fraction=0.5),
+    },
+    "gpt_oss": {
+        "mixture": dataclasses.replace(ALL_CHOSEN, router="softmax of chosen", clamped=True),
+        "sinks": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "layer_windows": (50,),
+    },
 }
 # each row's documents by their lengths; the last one of the second row is padding
 LENGTHS = ((100, 156), (130, 70, 56))

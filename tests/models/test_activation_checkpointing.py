@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
 from qsharded.fused.projections import Projection
-from qsharded.models import CausalLM
+from qsharded.models import CausalLM, activation_checkpointing
 from qsharded.models.activation_checkpointing import Mode, recomputed
 from qsharded.nn import LoRAConfig, PackedLinear
 from qsharded.plan.simulation import LiveBytes
@@ -156,3 +158,28 @@ def plain_gradients(weights: list[nn.Parameter]) -> list[Tensor]:
             x = (x * copy * torch.tensor(1.5)).square()
         x.sum().backward()
     return [copy.grad for copy in copies]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full", "offloaded"])
+def test_a_checkpoint_is_told_whose_random_numbers_to_draw_again(monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+    """PyTorch restores the state of those devices alone on which it finds tensors among the arguments."""
+    told: list[list[str]] = []
+
+    def checkpoint_that_tells(forward: Any, *args: Any, **options: Any) -> Tensor:
+        told.append([arg.device.type for arg in args if isinstance(arg, Tensor)])
+        return checkpoint(forward, *args, **options)
+
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", checkpoint_that_tells)
+    (forward,) = recomputed([lambda x, inputs: F.dropout(x)], mode)
+    forward(torch.empty(3, device="meta", requires_grad=True), None)
+    assert told == [["meta"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["selective", "full", "offloaded"])
+def test_dropout_on_a_gpu_is_drawn_again_alike(mode: Mode) -> None:
+    (forward,) = recomputed([lambda x, inputs: F.dropout(x).square()], mode)
+    x = torch.ones(1000, device="cuda", requires_grad=True)
+    y = forward(x, None)
+    y.sum().backward()
+    assert torch.equal(x.grad > 0, y > 0)

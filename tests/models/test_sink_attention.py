@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsharded.models.attention import FlashAttention, attend
+from qsharded.models import attention
+from qsharded.models.attention import CudnnAttention, FlashAttention, WindowAttention, attend, choose_attention
 from qsharded.models.attention_inputs import AttentionInputs, attention_mask
 from qsharded.models.sink_attention import with_sinks
 from qsharded.utils.documents import Boundaries
@@ -90,6 +91,19 @@ def test_a_kernels_backward_is_right_once_it_gets_the_sinks_log_sum_exp(end_to_e
         torch.einsum("bhst,bshe->bthe", P, grad),
     ]
     assert_near(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize(("window", "without"), [(None, CudnnAttention), (1024, WindowAttention)])
+def test_a_fused_layer_gets_no_kernel_that_knows_of_no_sinks(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, without: type
+) -> None:
+    monkeypatch.setattr(attention, "_is_fast_in_cudnn", lambda *_: True)
+    monkeypatch.setattr(attention, "_halves_are_right", lambda *_: True)
+    x = torch.empty(1, 4096, 64, dtype=torch.bfloat16, device="meta")
+    rows = None if window is None else Boundaries.of_rows(1, 4096, torch.device("cpu"))
+    inputs = AttentionInputs(TABLE, TABLE, window, rows)
+    assert type(choose_attention(x, inputs, 64)) is without
+    assert type(choose_attention(x, replace(inputs, sinks_H=sinks()), 64)) is FlashAttention
 
 
 @pytest.mark.gpu

@@ -32,6 +32,13 @@ ATTENTION = B * S * H * E * 2 + B * H * S * 4 + 2 * 8 + 8  # its output, log-sum
 QKV = B * S * (H + 2 * H // 2) * E * 2
 BEFORE_A_NORM = B * S * D * 2 + B * S * 4  # and its rstd
 H_AFTER_ATTENTION, GATE_UP = B * S * D * 2, B * S * 2 * I * 2
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
 
 
 def work(
@@ -82,6 +89,30 @@ def test_norms_behind_attention_and_mlp_keep_their_inputs_too(checkpointing: Mod
     found = work(checkpointing=checkpointing, head_dim=E, layer_types=["full_attention"] * 2, **gemma).layer.kept
     factors = (4 * D + 2 * E) * 4  # 1 + weight of each norm, in fp32
     assert found == OUTPUT + ADAPTER + factors + kept
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "kept"),
+    [("selective", QKV + ATTENTION + BEFORE_A_NORM), ("full", 0), ("offloaded", 0)],
+)
+def test_a_layer_with_a_mixture_keeps_what_its_backward_reads(checkpointing: Mode, kept: int) -> None:
+    """Its mixture is computed again, from an input that is made again too."""
+    work(checkpointing="full", **MIXTRAL)  # makes the table of the 8-bit map, once for all
+    assert work(checkpointing=checkpointing, **MIXTRAL).layer.kept == OUTPUT + ADAPTER + kept
+
+
+def test_dropout_of_a_shared_expert_keeps_its_mask_behind_a_fused_half() -> None:
+    glm = {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "first_k_dense_replace": 0}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": I, "n_shared_experts": 1}
+    described = ModelConfig.from_hf(LLAMA | glm | experts | {"n_group": 1, "topk_group": 1})
+
+    def kept(dropout: float) -> int:
+        lora = LoRAConfig(r=r, target_modules=["shared_experts.down_proj"], lora_dropout=dropout)
+        how = {"rows": B, "length": S, "checkpointing": "none", "is_sharded": True}
+        return step_work(described, lora, torch.bfloat16, **how).layer.kept
+
+    kept(0.0)  # makes the table of the 8-bit map, once for all
+    assert kept(0.1) - kept(0.0) == B * S * I  # a byte a value
 
 
 def test_a_composed_block_keeps_what_its_operations_save() -> None:
@@ -195,6 +226,17 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(
         pytest.skip("nothing is checkpointed")
     described = ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 4})
     lora = dataclasses.replace(LORA, lora_dropout=dropout)
+    assert_a_plan_adds_up(described, lora, checkpointing, checkpointed_layers)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_plan_of_mixtures_adds_up_to_a_step_of_the_whole_model(checkpointing: Mode) -> None:
+    assert_a_plan_adds_up(ModelConfig.from_hf(LLAMA | MIXTRAL | {"num_hidden_layers": 4}), LORA, checkpointing, None)
+
+
+def assert_a_plan_adds_up(
+    described: ModelConfig, lora: LoRAConfig, checkpointing: Mode, checkpointed_layers: int | None
+) -> None:
     config = TrainConfig(
         model="m",
         dataset="d",
@@ -212,9 +254,9 @@ def test_a_plan_adds_up_to_a_step_of_the_whole_model(
 
 def peak_of_a_step(described: ModelConfig, lora: LoRAConfig, checkpointing: Checkpointing) -> int:
     model = skeleton(described, lora, torch.bfloat16)
-    for module in (*model.model.layers, model.model.norm):
-        as_on_gpu(module)
     layers = list(model.model.layers)
+    for module in (*layers, *(layer.mlp for layer in layers), model.model.norm):
+        as_on_gpu(module)
     forwards = layer_forwards(layers, [layer.forward for layer in layers], checkpointing)
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward

@@ -92,21 +92,21 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
 
 bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.sms); }
 
+template <typename T, typename Few, typename More, typename Most>
+Kernel<T> stream_of(int64_t m) {
+  return m <= 8 ? stream_kernel<T, Few>() : m <= 16 ? stream_kernel<T, More>() : stream_kernel<T, Most>();
+}
+
 // Tiles of such height that whole ones fill the SMs, where one does; higher ones spare loads of x.
 template <typename T>
 Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
-  const bool few = s.m <= 8;
-  if (s.m > 16) return stream_kernel<T, Stream64x32>();
-  if (weights >= kLarge) {
-    return few ? stream_kernel<T, Stream128x8>() : stream_kernel<T, Stream128x16>();
+  if (s.m > 32 && weights >= kTiny) {
+    return weights >= kLarge ? stream_kernel<T, Stream256x64>() : stream_kernel<T, Stream128x64>();
   }
-  if (fills(s, 112)) {
-    return few ? stream_kernel<T, Stream112x8>() : stream_kernel<T, Stream112x16>();
-  }
-  if (!fills(s, 64) && (fills(s, 32) || (few && weights < kSmall))) {
-    return few ? stream_kernel<T, Stream32x8>() : stream_kernel<T, Stream32x16>();
-  }
-  return few ? stream_kernel<T, Stream64x8>() : stream_kernel<T, Stream64x16>();
+  if (weights >= kLarge) return stream_of<T, Stream128x8, Stream128x16, Stream128x32>(s.m);
+  if (fills(s, 112)) return stream_of<T, Stream112x8, Stream112x16, Stream112x32>(s.m);
+  if (!fills(s, 64) && (fills(s, 32) || weights < kSmall)) return stream_of<T, Stream32x8, Stream32x16, Stream64x32>(s.m);
+  return stream_of<T, Stream64x8, Stream64x16, Stream64x32>(s.m);
 }
 
 // From benchmarks on an H200. Devices with 99 KB of shared memory (sm_86, 89, 120) get linear_vector_small.cuh and
@@ -116,7 +116,7 @@ Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
   if (s.m == 1 && s.rows >= kRowBatch && weights < kSmall) return vector_small_kernel<T>();
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
-  if (s.m <= (weights < kTiny ? 64 : 16) && has_rings(device)) return choose_stream<T>(s, weights);
+  if (s.m <= 64 && has_rings(device)) return choose_stream<T>(s, weights);
   if (has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
   return s.m <= 8 ? mma_kernel<T, Mma128x8>() : mma_kernel<T, Mma128x16>();
 }
@@ -160,13 +160,14 @@ int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, i
 int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                              int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                              const float* absmax_scales, const float* absmax_offset, const float* absmax_map,
-                             const float* codebook, const void* bias, void* y, void* workspace, void* stream) {
+                             const float* codebook, float factor, const void* bias, void* y, void* workspace,
+                             void* stream) {
   if (m == 0 || rows == 0) return QSHARDED_OK;
   if (rows * blocks_per_row > kMostBlocks || blocks_per_row * kBlock > kMostColumns || m > INT32_MAX) {
     return QSHARDED_BAD_SIZE;
   }
-  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, codebook, rows,
-                          static_cast<int>(blocks_per_row)};
+  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, codebook, factor,
+                          rows, static_cast<int>(blocks_per_row)};
   if (dtype == QSHARDED_BFLOAT16) return run<__nv_bfloat16>(x, m, w, bias, y, workspace, stream);
   if (dtype == QSHARDED_FLOAT16) return run<__half>(x, m, w, bias, y, workspace, stream);
   return QSHARDED_BAD_DTYPE;

@@ -136,7 +136,7 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_int, c_int64),  # x, dtype, m
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_void_p),  # codebook, bias, y
+        *(c_void_p, c_float, c_void_p, c_void_p),  # codebook, factor, bias, y
         *(c_void_p, c_void_p),  # workspace, stream
     ]
     library.qsharded_cuda_adamw8bit.argtypes = [

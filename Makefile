@@ -18,7 +18,7 @@ help:
 	@echo 'make test    make $(VENV) and run the test suite (WORKERS=processes, ARGS="tests/quant/test_formats.py ...")'
 	@echo 'make test-faults  the tests that cause faults, the long ones too (some 30 minutes)'
 	@echo 'make bench   time the kernels, a short form (ARGS="--peers bitsandbytes ..."; see benchmarks/kernels)'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy, and zizmor for .github/'
 	@echo 'make docs    write docs/ from the commands'"'"' options'
 	@echo 'make clean   remove caches and build outputs; $(VENV) and output/ stay'
 
@@ -38,6 +38,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet .github
 
 docs: $(VENV)/.installed-run
 	$(BIN)/python -m tools.make_docs

@@ -17,6 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "qsharded_kernels.libqsharded"
+_CUDA_TAKES = "which takes a minute or two (QSHARDED_CUDA=0 leaves the CUDA kernels out)"
 CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
@@ -37,13 +38,14 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         if compiler is None:
-            logging.warning("no C++ compiler found: building without the compiled kernels")
+            warn("no C++ compiler found: building without the compiled kernels")
             return
-        target = Path(self.get_ext_fullpath(ext.name))
+        target, nvcc = Path(self.get_ext_fullpath(ext.name)), find_nvcc()
+        tell(f"compiling the kernels with {compiler}" + (f" and {nvcc}, {_CUDA_TAKES}" if nvcc else ""))
         try:
-            compile_library(compiler, find_nvcc(), Path(self.build_temp), target)
+            compile_library(compiler, nvcc, Path(self.build_temp), target)
         except (OSError, subprocess.CalledProcessError) as error:
-            logging.warning("building without the compiled kernels: %s", error)
+            warn(f"building without the compiled kernels: {error}")
 
     def get_ext_filename(self, fullname: str) -> str:
         """Without the interpreter's ABI tag, for one library serves every Python."""
@@ -55,6 +57,20 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+def tell(text: str) -> None:
+    """Say it on the terminal, if there is one: pip shows nothing of what a build prints."""
+    try:
+        with open("/dev/tty", "w", encoding="utf-8") as terminal:
+            terminal.write(f"\n  qsharded: {text}\n")
+    except OSError:
+        pass
+
+
+def warn(text: str) -> None:
+    logging.warning(text)
+    tell(text)
 
 
 def find_compiler() -> str | None:
@@ -80,7 +96,7 @@ def compile_library(compiler: str, nvcc: str | None, objects: Path, target: Path
             link([*nvcc_linker(nvcc, compiler), *cpu_objects, *cuda_objects], target)
             return
         except (OSError, subprocess.CalledProcessError) as error:
-            logging.warning("building without the CUDA kernels: %s", error)
+            warn(f"building without the CUDA kernels: {error}")
     link([compiler, *HOST_FLAGS, "-shared", *cpu_objects], target)
 
 

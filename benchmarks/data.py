@@ -6,36 +6,38 @@ Conversations of made-up words are written into files, with a tokenizer that is 
 template; all stays in --folder. Then pieces of two are timed in turn, since other work on the machine comes and goes:
 a plain pool, of a process for each core, that reads the rows, runs the template and the tokenizer over them and gives
 back the ids; and a first start, which fills the cache. Its processes are killed at the end of a piece, and the next one
-goes on; what they had not noted counts as time. After --minutes the command leaves, and goes on when it is called
-again. With --fill-rows the first start is left when it has so many rows, and the second is measured on a cache that
-holds those over and over, --rows in all: what a second start does with a cache does not depend on how it was filled.
+goes on; what they had not noted counts as time. The ratio of CPU times stands beside that of times on the clock. After
+--minutes the command leaves, and goes on when it is called again. With --fill-rows the first start is left when it has
+so many rows, and the second is measured on a cache that holds those over and over, --rows in all: what a second start
+does with a cache does not depend on how it was filled.
 The exit status is 1 where a figure is not what it must be.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_time import cpu_seconds
+from benchmarks.data_pool import plain_pool
 from benchmarks.data_rows import FILES, prepare
 from benchmarks.record import command, environment, write
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
-from qsharded.data.fill import read_note
+from qsharded.data.fill_progress import read_note
 from qsharded.data.load import Reading
 from qsharded.data.row_source import Files
 from qsharded.data.sources import find_files
 
 PIECE_S, POOL_ROWS = 60.0, 25_000
+POLL_S = 0.2
 MUST = {
     "first start / plain pool": 1.2,
     "second start, s": 3.0,
@@ -98,8 +100,10 @@ class Pieces:
         """Time the plain pool on ``most`` rows, each time from the next file on."""
         done = len(self.state["pool"])
         paths = [folder / "rows" / f"{(done + number) % FILES}.jsonl" for number in range(FILES)]
+        before = cpu_seconds(os.getpid())
         seconds, rows, tokens = plain_pool(folder / "model", paths, most)
-        self.state["pool"].append({"seconds": round(seconds, 2), "rows": rows, "tokens": tokens})
+        taken = {"seconds": round(seconds, 2), "cpu": round(cpu_seconds(os.getpid()) - before, 2)}
+        self.state["pool"].append(taken | {"rows": rows, "tokens": tokens})
         self._save()
 
     def add_fill(self, folder: Path, ends: float) -> None:
@@ -108,22 +112,23 @@ class Pieces:
         process = subprocess.Popen(words, stdout=subprocess.PIPE)
         assert process.stdout is not None, "it was asked for"
         process.stdout.readline()  # its imports are done
-        start = time.monotonic()
-        try:
-            process.wait(min(PIECE_S, ends - start))
-        except subprocess.TimeoutExpired:
-            process.kill()
+        start, before = time.monotonic(), cpu_seconds(process.pid)
+        while (taken := cpu_seconds(process.pid)) and time.monotonic() < min(start + PIECE_S, ends):
+            if process.poll() is not None:
+                break
+            time.sleep(POLL_S)
+        process.kill()
         process.wait()
-        self.state["fill"].append(round(time.monotonic() - start, 2))
+        self.state["fill"].append({"seconds": round(time.monotonic() - start, 2), "cpu": round(taken - before, 2)})
         self.state["rows"] = read_note(cached(folder))["rows"]
         self._save()
 
     def figures(self) -> dict[str, float]:
-        """Seconds of each, and their ratio."""
-        seconds, done, tokens = (
-            sum(piece[name] for piece in self.state["pool"]) for name in ("seconds", "rows", "tokens")
-        )
-        pool, fill = 1000 * seconds / done, 1000 * sum(self.state["fill"]) / self.state["rows"]
+        """Milliseconds a row of each, and their ratio."""
+        done, tokens = self._sum("pool", "rows"), self._sum("pool", "tokens")
+        pool = 1000 * self._sum("pool", "seconds") / done
+        fill = 1000 * self._sum("fill", "seconds") / self.state["rows"]
+        cpu = self._sum("fill", "cpu") / self.state["rows"] * done / self._sum("pool", "cpu")
         return {
             "tokens a row": round(tokens / done, 1),
             "rows of the plain pool": done,
@@ -131,7 +136,11 @@ class Pieces:
             "plain pool, ms a row": round(pool, 3),
             "first start, ms a row": round(fill, 3),
             "first start / plain pool": round(fill / pool, 3),
+            "the same of CPU time": round(cpu, 3),
         }
+
+    def _sum(self, what: str, name: str) -> float:
+        return sum(float(piece[name]) for piece in self.state[what])
 
     def _save(self) -> None:
         self._path.write_text(json.dumps(self.state))
@@ -161,30 +170,6 @@ def copied_up_to(folder: Path, rows: int) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(whole)
-
-
-_pool_tokenizer: Tokenizer
-
-
-def _pool_begin(model: Path) -> None:
-    global _pool_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _pool_tokenizer = Tokenizer.from_folder(model)
-
-
-def _pool_work(lines: list[str]) -> list[list[int]]:
-    texts = [_pool_tokenizer.render(json.loads(line)["messages"]) for line in lines]
-    return [encoded.ids for encoded in _pool_tokenizer.encode_all(texts)]
-
-
-def plain_pool(model: Path, paths: Sequence[Path], most: int) -> tuple[float, int, int]:
-    """(seconds, rows, tokens) of up to ``most`` rows of files, put through template and tokenizer."""
-    start = time.monotonic()
-    with multiprocessing.get_context("fork").Pool(initializer=_pool_begin, initargs=(model,)) as pool:
-        lines = islice(chain.from_iterable(path.open() for path in paths), most)
-        chunks = iter(lambda: list(islice(lines, 500)), [])
-        lengths = [len(ids) for chunk in pool.imap(_pool_work, chunks) for ids in chunk]
-    return time.monotonic() - start, len(lengths), sum(lengths)
 
 
 def starts(folder: Path) -> dict[str, Any]:

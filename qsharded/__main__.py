@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import qsharded
+from qsharded.utils.closed_output import end_quietly
 
 _PROG = "qsharded"
 
@@ -51,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"{_PROG} {qsharded.__version__}")
         return
-    _run(*words)
+    try:
+        _run(*words)
+    except BrokenPipeError:
+        end_quietly()
 
 
 def help_text() -> str:

@@ -12,6 +12,7 @@ import torch
 from qsharded.cli.command import errors_named
 from qsharded.config import check_values, option, parse
 from qsharded.distributed.world import World
+from qsharded.report import png
 from qsharded.report.comparison import Comparison, named
 from qsharded.report.run_files import Run
 from qsharded.utils.durable_files import write_whole
@@ -37,6 +38,7 @@ class CompareConfig:
     )
     html: str | None = _out("File to write the page to.", None, metavar="FILE", unset="none")
     svg: str | None = _out("File to write the first plot to.", None, metavar="FILE", unset="none")
+    png: str | None = _out("The same as a PNG, drawn by the package matplotlib.", None, metavar="FILE", unset="none")
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -61,8 +63,10 @@ def run(config: CompareConfig) -> None:
     """Print the comparison, and write its files.
 
     Raises:
-        ValueError: a folder holds no run, or no run has the figure.
+        ValueError: a folder holds no run, no run has the figure, or a PNG is asked for and nothing can draw it.
     """
+    if config.png:
+        png.refuse_missing("--png")
     runs = [Run.read(Path(folder)) for folder in config.folders]
     comparison = Comparison(named(runs, config.folders))
     comparison.check(config.metric)
@@ -71,6 +75,8 @@ def run(config: CompareConfig) -> None:
         write_whole(Path(config.html), comparison.page(config.metric).encode())
     if config.svg:
         write_whole(Path(config.svg), comparison.plot(config.metric).file().encode())
+    if config.png:
+        write_whole(Path(config.png), png.draw([comparison.plot(config.metric)]))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class DoctorConfig:
     """
 
     prog: ClassVar[str] = "qsharded.doctor"
+    example: ClassVar[str] = "qsharded doctor"
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def _driver() -> str | None:
 def _no_gpu(driver: str | None) -> Finding:
     if driver is None:
         return Finding("no NVIDIA driver, so no GPU: training runs on the CPU")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Finding(f"NVIDIA driver {driver}; CUDA_VISIBLE_DEVICES hides every GPU: training runs on the CPU")
     if torch.version.cuda is None:
         remedy = "install a PyTorch that is built with CUDA: https://pytorch.org/get-started/locally"
     else:

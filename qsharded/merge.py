@@ -6,34 +6,46 @@ if __name__ == "__main__":
     signals.take_over("qsharded.merge", "; --output was not written")
 
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.checkpoint.files import write_json
-from qsharded.checkpoint.merge_adapter import Base, merge_weights
+from qsharded.checkpoint.adapter import CARD_FILE, read_lora_config
+from qsharded.checkpoint.files import write_bytes, write_json
+from qsharded.checkpoint.merge_adapter import merge_weights
+from qsharded.checkpoint.merging import Base, opened
 from qsharded.checkpoint.source import INDEX, SafetensorsFolder, find_checkpoint
+from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.cli.base_model import base_model, find_adapter, log_base_note, mismatch_explained, tokenizer_folder
+from qsharded.cli.check_rows import MOST_ROWS
 from qsharded.cli.command import BLOCK_SIZE, errors_named
+from qsharded.cli.hub import push_folder, writable_repository
+from qsharded.cli.merged_logits import LogitsDiffer, Merged, compare
 from qsharded.cli.output_folder import complete_or_absent, copy_files, refuse_occupied
 from qsharded.config import check_values, option, parse
-from qsharded.config.options import ignored_config_keys
+from qsharded.config.options import Check, hub_private, ignored_config_keys, push_to_hub
+from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import present_files
 from qsharded.distributed.world import World
+from qsharded.models import ModelConfig
+from qsharded.models.choice import read_config
 from qsharded.models.config_spellings import ignoring
+from qsharded.report.merged_card import MergedModel, merged_card
+from qsharded.utils.durable_files import write_whole
+from qsharded.utils.untrusted_json import read_json
 
 _in = partial(option, group="What is merged")
 _out = partial(option, group="What is written")
 
 _SINGLE = World.single_process(torch.device("cpu"))
-Format = Literal["safetensors", "gguf"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +82,34 @@ class MergeConfig:
         check=BLOCK_SIZE,
     )
     output: str = _out("Folder to write to: a new or an empty one. It appears when it is complete.", metavar="PATH")
-    format: Format = _out(
-        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it, in "
-        "the checkpoint's 16 or 32 bits; needs the gguf package, and for a while twice the room.",
+    format: Literal["safetensors", "gguf", "compressed-tensors"] = _out(
+        "safetensors: a Hugging Face checkpoint. gguf: one file, model.gguf, for llama.cpp and what is built on it; "
+        "needs the gguf package, and for a while up to twice the room. compressed-tensors: a checkpoint whose linear "
+        "layers have 4 bits a weight (W4A16, rounded to nearest), for vLLM and transformers; needs the "
+        "compressed-tensors package.",
         "safetensors",
     )
+    gguf_type: Literal["auto", "f16", "q8_0", "q4_0"] = _out(
+        "How --format gguf holds matrices: in 16 bits, or in blocks of 32 weights that share a scale, 8.5 or 4.5 bits "
+        "a weight; auto is the checkpoint's own 16 or 32 bits. Norms stay in 32 bits; docs/gguf.md says what else.",
+        "auto",
+    )
+
+    check_rows: int = _out(
+        "Rows of text, of up to 64 tokens, on which the logits of what is written are compared with those of the base "
+        "and the adapter beside it; both run on the CPU, a layer at a time. 0 compares nothing.",
+        4,
+        unit="rows",
+        check=Check(f"from 0 to {MOST_ROWS}", lambda value: 0 <= value <= MOST_ROWS),
+    )
+
+    push_to_hub: str | None = push_to_hub("the merged model", "What is written")
+    hub_private: bool = hub_private("What is written")
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.gguf_type != "auto" and self.format != "gguf":
+            raise ValueError(f"--gguf-type {self.gguf_type} is for --format gguf, got --format {self.format}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,31 +121,60 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: MergeConfig) -> None:
-    """Write the merged checkpoint.
+    """Write the merged checkpoint, and upload it where that is asked for.
 
     Raises:
-        ValueError: a mistake of the user's, named.
+        ValueError: a mistake of the user's, named; logits that are not those of base and adapter.
     """
     output = Path(config.output).resolve()
     refuse_occupied(output)
+    given = _found(config)
+    repository = config.push_to_hub and writable_repository(config.push_to_hub, private=config.hub_private)
+    with complete_or_absent(output) as unfinished:
+        _merge(config, given, unfinished)
+        merged = _converted(config, unfinished, output.name)
+        measured = _compared(config, given, merged) if config.check_rows else ""
+        write_whole(unfinished / CARD_FILE, _card(config, given.adapter, measured, repository).encode())
+    logger.info("merged model written to %s", output)
+    if repository and (address := push_folder(output, repository, "Merged with qsharded")):
+        logger.info("merged model uploaded to %s", address)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The folders that are read."""
+
+    checkpoint: Path
+    adapter: Path
+    tokenizer: Path
+
+
+def _found(config: MergeConfig) -> _Given:
+    """What is to be merged, once it is known that it can be written as was asked."""
+    from qsharded.integrations.merged_forms import check_form  # here, as all integrations are
+
     adapter = find_adapter(config.adapter)
     checkpoint = find_checkpoint(config.model, config.revision)
     allowed = {"allow_other": config.allow_other_base, "any_rounding": config.base == "16bit"}
     log_base_note(_SINGLE, adapter, config.model, checkpoint, **allowed)
     tokenizer = tokenizer_folder(checkpoint, adapter)
-    if config.format == "gguf":
-        _check_gguf(checkpoint, tokenizer)
-    with complete_or_absent(output) as unfinished:
-        with mismatch_explained(config.model, adapter):
-            changed = merge_weights(checkpoint, adapter, unfinished, config.base, config.block_size)
-        copied = [name for name in _files_beside(checkpoint) if name not in changed]
-        copy_files([checkpoint / name for name in copied], checkpoint, unfinished)
-        for name, content in changed.items():
-            write_json(unfinished / name, content)
-        copy_files(present_files(tokenizer), tokenizer, unfinished)
-        if config.format == "gguf":
-            _make_gguf(unfinished, output.name)
-    logging.getLogger(__name__).info("merged model written to %s", output)
+    check_form(config.format, checkpoint, tokenizer)
+    return _Given(checkpoint, adapter, tokenizer)
+
+
+def _merge(config: MergeConfig, given: _Given, folder: Path) -> None:
+    """Write the merged checkpoint in 16 or 32 bits, with what belongs to it."""
+    checkpoint = given.checkpoint
+    with mismatch_explained(config.model, given.adapter):
+        changed = merge_weights(checkpoint, given.adapter, folder, config.base, config.block_size)
+    copied = [name for name in _files_beside(checkpoint) if name not in changed]
+    copy_files([checkpoint / name for name in copied], checkpoint, folder)
+    for name, content in changed.items():
+        write_json(folder / name, content)
+    copy_files(present_files(given.tokenizer), given.tokenizer, folder)
+    kept = TemplateOptions.kept_in(given.adapter).over(TemplateOptions.kept_in(checkpoint))
+    for name, content in kept.files().items():
+        write_bytes(folder / name, [content])
 
 
 def _files_beside(checkpoint: Path) -> list[str]:
@@ -122,25 +183,49 @@ def _files_beside(checkpoint: Path) -> list[str]:
     return ["config.json", "generation_config.json", *index]
 
 
-def _check_gguf(checkpoint: Path, tokenizer: Path) -> None:
-    if find_spec("gguf") is None:
-        raise ValueError("--format gguf needs a package that is not installed: pip install 'qsharded[gguf]'")
-    from qsharded.integrations.gguf import check_convertible  # needs the optional package
+def _converted(config: MergeConfig, folder: Path, name: str) -> Merged:
+    """What is written of the checkpoint in ``folder``, which is brought into the form that was asked for."""
+    described, source = open_tied(folder, read_config(read_json(folder / "config.json")))
+    if config.format == "safetensors":
+        return Merged(described, source, is_exact=True)
+    from qsharded.integrations.merged_forms import convert  # here, as all integrations are
 
-    check_convertible(checkpoint, tokenizer)
+    assert isinstance(described, ModelConfig)
+    weights = convert(config.format, config.gguf_type, folder, name, described, source)
+    return Merged(described, weights, is_exact=config.format == "gguf" and config.gguf_type in ("auto", "f16"))
 
 
-def _make_gguf(folder: Path, name: str) -> None:
-    """Put one file in the place of the checkpoint in ``folder``."""
-    from qsharded.integrations.gguf import write_gguf  # needs the optional package
+def _compared(config: MergeConfig, given: _Given, merged: Merged) -> str:
+    """How far the merged model is from base and adapter; "" where that was not measured. It is logged, or why not.
 
-    parts = list(folder.iterdir())
-    write_gguf(folder, folder / "model.gguf", name)
-    for part in parts:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink()
+    Raises:
+        LogitsDiffer: too far.
+    """
+    try:
+        with opened(given.checkpoint, given.adapter, config.base, config.block_size) as merge:
+            tokenizer = _read_tokenizer(given.tokenizer)
+            found = compare(merge, read_lora_config(given.adapter), merged, tokenizer, config.check_rows)
+    except LogitsDiffer:
+        raise
+    except (ValueError, MemoryError) as why:
+        logger.info("merged logits were not compared with those of base and adapter: %s", why)
+        return ""
+    logger.info("merged logits, compared with those of base and adapter: %s", found)
+    return str(found)
+
+
+def _card(config: MergeConfig, adapter: Path, measured: str, repository: str | None) -> str:
+    of_adapter = adapter / CARD_FILE
+    text = of_adapter.read_text(encoding="utf-8", errors="replace") if of_adapter.is_file() else ""
+    model = MergedModel(config.model, config.base, config.format, config.gguf_type, measured, text, repository)
+    return merged_card(model)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_folder(folder)
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.command import errors_named
 from qsharded.config import TrainConfig, builtin_overrides, option, parse
 from qsharded.config.options import AT_LEAST_0
-from qsharded.data import Dataset, Tokenizer
+from qsharded.data import Dataset, Tokenizer, load_prompts
 from qsharded.data.bad_rows import refuse_bad_rows
+from qsharded.data.notes import data_notes
+from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.records import find_rows
 from qsharded.data.shown import text
 from qsharded.data.shown.page import page
@@ -72,7 +74,10 @@ def run(config: PreviewConfig) -> None:
         print(*text.lines(one, text.marks_for(sys.stdout)), sep="\n")
     if config.html:
         Path(config.html).write_text(page(previews, f"{config.prog}: {config.model}"), encoding="utf-8")
-    for _, data in read:
+    prompts = [(source, *_read_prompts(config, source, tokenizer)) for source in _prompt_sources(config)]
+    for source, count, told in prompts:
+        print(f"prompts {source}: {count:,}", *data_notes(told, one_example_per_answer=True), sep="\n")
+    for data in [*(data for _, data in read), *(told for *_, told in prompts)]:
         refuse_bad_rows(data.bad, data.bad_reasons, config.skip_bad_rows, all_read=True)
 
 
@@ -89,6 +94,26 @@ def _read(config: TrainConfig, source: str, split: str, tokenizer: Tokenizer) ->
     data = how.of_part.examples(find_rows(source, split=split), tokenizer)
     how.check_columns(data)
     return data
+
+
+def _prompt_sources(config: TrainConfig) -> list[str]:
+    """The datasets that the run takes prompts from; lines of text are no rows."""
+    named = (config.exact_match_dataset, config.sample_prompts)
+    return [source for source in dict.fromkeys(named) if source is not None and not source.endswith(TEXT_FILE)]
+
+
+def _read_prompts(config: TrainConfig, source: str, tokenizer: Tokenizer) -> tuple[int, Dataset]:
+    """(how many prompts, what is told of their rows)."""
+    told = Dataset([])
+    prompts = load_prompts(
+        source,
+        tokenizer,
+        format=config.dataset_format,
+        columns=config.dataset_columns,
+        skip_bad_rows=sys.maxsize,
+        counted=told,
+    )
+    return len(prompts), told
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from qsharded.checkpoint.source import find_checkpoint
 from qsharded.cli.command import BLOCK_SIZE, compute_dtype, errors_named, join_world, run_as_process
 from qsharded.cli.output_folder import complete_or_absent, refuse_occupied
 from qsharded.config import check_values, option, parse
+from qsharded.config.bad_rows import bad_rows_option, skipped_bad_rows
 from qsharded.config.options import AT_LEAST_1, AT_LEAST_2, ignored_config_keys
 from qsharded.data import Tokenizer
 from qsharded.distributed.world import World, stop_world
@@ -66,6 +67,7 @@ class QuantizeConfig:
     calibrate_length: int = _calibrated(
         "Tokens in each: rows of a source are put behind each other and cut.", 1024, unit="tokens", check=AT_LEAST_2
     )
+    bad_rows: str = bad_rows_option("What it is calibrated on")
     method: Literal["compensated", "search", "nearest"] | None = _calibrated(
         "compensated: each column's rounding error is made up for by the columns after it. search: scales alone are "
         "chosen. nearest: as bitsandbytes rounds, without rows.",
@@ -88,6 +90,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        skipped_bad_rows(self.bad_rows)
         if self.calibrate and self.method == "nearest":
             raise ValueError("--method nearest takes no --calibrate: leave one of them out")
         if not self.calibrate and self.method in ("compensated", "search"):
@@ -126,7 +129,8 @@ def _calibrate(
     tokenizer = Tokenizer.from_folder(checkpoint)
     vocab_size = read_config(read_unpacked(checkpoint)).vocab_size
     wanted = config.calibrate_rows, config.calibrate_length
-    rows = read_calibration_rows(config.calibrate, tokenizer, *wanted, vocab_size)
+    skip = skipped_bad_rows(config.bad_rows)
+    rows = read_calibration_rows(config.calibrate, tokenizer, *wanted, vocab_size, skip_bad_rows=skip)
     how = Calibration("search" if config.method == "search" else "compensated", quant_format, world.group)
     unfinished = output.with_name(f".{output.name}.calibration")
     dtype = compute_dtype("auto", world.device)

@@ -32,6 +32,7 @@ from qsharded.training.output_lock import output_locked
 from qsharded.training.rank_failures import one_cause
 from qsharded.training.restarting import after_restart
 from qsharded.training.self_check import SelfCheckFailed
+from qsharded.training.sharing import push_adapter, with_repository
 from qsharded.training.trainer import Trainer
 from qsharded.training.watchdog import collective_timeout, watched
 
@@ -64,17 +65,20 @@ def _prepare_and_run(config: TrainConfig, world: World, argv: Sequence[str], hel
             check_gather(world)
             held.enter_context(watched(config, world))
             held.enter_context(output_locked(Path(config.output_dir), world))
-            config = after_restart(config, world)
+            config = with_repository(after_restart(config, world), world)
             prepared = setup.prepare(config, world)
     except AlreadyFinished as end:
         if world.is_main:
             print(f"{config.prog}: {end}")
+        push_adapter(config, world)
         return 0
     kinds = SkippedTooOften, CheckpointNotWritten, DamagedGather, LogitsNotFinite, OSError
     again = partial(command_line.command, argv, world.size)
     explained = memory_errors_explained(config, world, prepared.model)
     with explained, errors_named(config.prog, world, kinds), Trainer.opened(config, world, prepared, again) as trainer:
-        return trainer.run()
+        status = trainer.run()
+    push_adapter(config, world)
+    return status
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def test_a_pytorch_out_of_range_is_broken(monkeypatch: pytest.MonkeyPatch, versi
 def test_a_driver_without_a_gpu_in_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert broken(doctor.check_gpus) == []
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan  2\nGCC: 12\n"
@@ -92,6 +93,10 @@ def test_a_driver_without_a_gpu_in_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "built with CUDA" in finding.remedy
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert "new enough for CUDA 12.8" in broken(doctor.check_gpus)[0].remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    [hidden] = doctor.check_gpus()
+    assert "hides every GPU" in hidden.text
+    assert not hidden.is_broken
 
 
 def test_kernels_that_write_other_bytes_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:

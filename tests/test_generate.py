@@ -203,7 +203,7 @@ def test_prompts_are_taken_as_they_are_from_flags_and_toml(tmp_path: Path) -> No
         (["--model", "{other}", "--prompt", "x", "--adapter", "{adapter}"], 1, "trained on {checkpoint}, --model is"),
         (["--model", "{small}", "--prompt", "x"], 1, "it is another model's tokenizer"),
         (["--adapter", "{nameless}", "--prompt", "x"], 2, "names no base model: give --model"),
-        (["--model", "{adapter}", "--prompt", "x"], 1, "has no tokenizer.json"),
+        (["--model", "{adapter}", "--prompt", "x"], 1, "holds an adapter and no model: --adapter takes it"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -1,6 +1,8 @@
 """``qsharded NAME``: which command runs with which words, and what is said where there is none."""
 
 import importlib.util
+import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -28,6 +30,21 @@ def test_every_command_is_a_module_and_is_listed(capsys: pytest.CaptureFixture[s
     for name, one in front.SUBCOMMANDS.items():
         assert importlib.util.find_spec(one.module), name
         assert f"\n  {name} " in listed
+
+
+@pytest.mark.parametrize("name", front.SUBCOMMANDS)
+def test_every_command_runs_as_a_module_of_its_name(name: str) -> None:
+    spec = importlib.util.find_spec(f"qsharded.{name}")
+    assert spec is not None
+    assert spec.submodule_search_locations is None or importlib.util.find_spec(f"qsharded.{name}.__main__")
+
+
+def test_the_module_called_plan_plans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["plan", "--gpu", "L4"])
+    with pytest.raises(SystemExit) as leave:
+        runpy.run_module("qsharded.plan", run_name="__main__")
+    assert leave.value.code == 0
+    assert capsys.readouterr().out.startswith("verdict: fits")
 
 
 def test_every_command_of_the_layers_table_has_a_name() -> None:
@@ -70,6 +87,19 @@ def test_as_a_process_it_tells_its_version_and_loads_no_torch() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"qsharded {qsharded.__version__}\n"
     assert " torch" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["train --help", "compare {run} {run}"])
+def test_a_reader_that_leaves_is_no_error(words: str, tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "config.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    command = [sys.executable, "-m", "qsharded", *words.format(run=tmp_path).split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_module_runs_as_the_process_would_run_it(

@@ -17,6 +17,8 @@ from qsharded import quantize
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config, save_adapter, trainable
 from qsharded.checkpoint.merge_adapter import merge_weights
+from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.merge import MergeConfig, main, run
 from qsharded.nn import LoRAConfig
 from qsharded.quant import formats
@@ -52,6 +54,7 @@ def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(checkpoint: Path, adapter: Path, output: Path, **options: Any) -> Path:
+    options = {"check_rows": 0} | options
     run(MergeConfig(model=str(checkpoint), adapter=str(adapter), output=str(output), **options))
     return output
 
@@ -156,7 +159,7 @@ def test_files_keep_their_layout_and_what_is_not_adapted_its_bytes(
 ) -> None:
     merged = merge(checkpoint, adapter, tmp_path / "merged")
     files = {path.name for path in checkpoint.iterdir()}
-    assert {path.name for path in merged.iterdir()} == files
+    assert {path.name for path in merged.iterdir()} == files | {"README.md"}
     assert len(files) == 5
     for name in files:
         before, after = (checkpoint / name).read_bytes(), (merged / name).read_bytes()
@@ -185,6 +188,16 @@ def test_the_adapters_tokenizer_is_taken_whole_before_the_models(tmp_path: Path,
     assert json.loads((merged / "tokenizer_config.json").read_text())["chat_template"] == "of the adapter"
     assert not (merged / "chat_template.jinja").exists()
     assert not (merged / "adapter_config.json").exists()
+
+
+def test_the_template_of_a_checkpoints_adapter_goes_with_the_merged_model(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(make_folder(tmp_path / "model", template="of the model"))
+    adapter = write_adapter(tmp_path / "adapter", checkpoint)  # without a tokenizer, as in a run's checkpoints
+    (tmp_path / "mine.jinja").write_text("{{ level }}")
+    for name, content in TemplateOptions(tmp_path / "mine.jinja", {"level": 3}).files().items():
+        (adapter / name).write_bytes(content)
+    merged = merge(checkpoint, adapter, tmp_path / "merged")
+    assert Tokenizer.from_folder(merged).render([{"role": "user", "content": "a"}]) == "3"
 
 
 def memory_of_merge(checkpoint: Path, adapter: Path, small: Path, small_adapter: Path, target: Path) -> int:

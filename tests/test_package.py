@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -67,3 +68,21 @@ def test_the_packed_layer_has_both_of_its_public_names() -> None:
     layer = nn.NF4Linear(64, 4)
     assert type(layer) is nn.PackedLinear
     assert layer.quant_format == formats.NF4_64
+
+
+@pytest.mark.parametrize("has_nvcc", [True, False])
+def test_who_installs_is_told_that_it_compiles(tmp_path: Path, has_nvcc: bool) -> None:
+    compiler = tmp_path / "compiler"  # makes what stands behind -o
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+    compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "NVCC": str(compiler), "QSHARDED_CUDA": str(int(has_nvcc))}
+    build = (
+        f"{sys.executable} setup.py -q build_ext --build-lib={tmp_path} --build-temp={tmp_path} >{tmp_path}/log 2>&1"
+    )
+    on_a_terminal = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))"
+    words = [sys.executable, "-c", on_a_terminal, "sh", "-c", build]
+    done = subprocess.run(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    assert f"qsharded: compiling the kernels with {compiler}" in done.stdout
+    assert ("a minute or two" in done.stdout) is has_nvcc
+    assert (tmp_path / "qsharded_kernels" / "libqsharded.so").exists()

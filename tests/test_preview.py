@@ -57,7 +57,7 @@ def test_bad_rows_are_listed_and_the_others_shown(
     else:
         preview.main(flags)
     said = capsys.readouterr()
-    assert f"data {path}: 4 rows of up to 2048 tokens, 2 bad ones left out" in said.out
+    assert f"data {path}: 4 rows of up to 2048 tokens, 2 bad and left out" in said.out
     assert f"{path}:5: not JSON" in said.out
     assert f"{path}:6: the conversation has no message of the assistant to learn" in said.out
     assert ("2 rows cannot be used" in said.err) == bool(status)
@@ -71,7 +71,7 @@ def test_where_every_row_is_bad_they_are_listed_too(
     with pytest.raises(SystemExit, match="1"):
         preview.main(["--model", str(model), "--dataset", str(path)])
     said = capsys.readouterr()
-    assert f"data {path}: 0 rows of up to 2048 tokens, 1 bad ones left out" in said.out
+    assert f"data {path}: 0 rows of up to 2048 tokens, 1 bad and left out" in said.out
     assert f"{path}:1: not JSON" in said.err
 
 
@@ -95,3 +95,22 @@ def test_the_options_of_the_template_count(tmp_path: Path, model: Path, capsys: 
     said = capsys.readouterr().out
     assert "note" not in said
     assert "2024-02-29user-q0" in said.replace("</s>", "")
+
+
+def test_the_adapter_of_a_checkpoint_keeps_the_options_of_the_template(tmp_path: Path, model: Path) -> None:
+    flags = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--chat-template-kwargs", "level=3"]
+    train.main([*flags, "--output-dir", str(tmp_path / "out"), "--max-steps", "1"])
+    (kept,) = (tmp_path / "out" / "checkpoints").glob("*/adapter/chat_template_options.json")
+    assert json.loads(kept.read_text())["variables"] == {"level": 3}
+
+
+def test_rows_of_prompts_are_looked_at_too(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "completion": "b"}\nnope\n')
+    flags = ["--model", str(model), "--dataset", str(rows(tmp_path)), "--exact-match-dataset", str(prompts)]
+    with pytest.raises(SystemExit, match="1"):
+        preview.main(flags)
+    said = capsys.readouterr()
+    assert f"prompts {prompts}: 1\nnote: 1 bad row is left out (--bad-rows):\n  {prompts}:2: not JSON" in said.out
+    assert f"{prompts}:2: not JSON: Expecting value at column 1 (--bad-rows skip:1 goes on without it)" in said.err
+    preview.main([*flags, "--bad-rows", "skip:1"])

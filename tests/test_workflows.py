@@ -46,6 +46,7 @@ def test_its_scripts_are_ones_that_bash_reads(path: Path) -> None:
 def test_a_change_is_checked_as_a_merge_is() -> None:
     assert ".ci/run" in scripts("ci.yml").split()
     assert ".ci/wheel" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").split()
+    assert '"$tour" --check' in (ROOT / ".ci" / "wheel").read_text(encoding="utf-8")
 
 
 def test_pythons_that_are_said_to_serve_are_checked() -> None:

@@ -30,6 +30,8 @@ Qwen3.5's gated delta-net layers run through flash-linear-attention's kernel whe
 16 bits), else in plain PyTorch. Layers that predict further tokens (`mtp.*`) are not trained; `merge` carries them
 through.
 
+Mixtures of experts: [mixtures-of-experts.md](mixtures-of-experts.md).
+
 Dropout that a config.json asks for (Seed-OSS's) is not applied; a line says so.
 """
 

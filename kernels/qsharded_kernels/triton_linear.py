@@ -76,21 +76,23 @@ def linear(
     tables = absmax_scales, absmax_offset, absmax_map
     tile_m = max(8, triton.next_power_of_2(M))
     with torch.cuda.device_of(x_MK):
-        _linear_kernel[(triton.cdiv(N, tile.rows), splits)](
+        linear_kernel[(triton.cdiv(N, tile.rows), splits)](
             *(x_MK, codes_NP.view(torch.int32)),
             *(absmax_NG, absmax_NG.stride(0), *(absmax_NG if table is None else table for table in tables)),
             *(lookups, y_MN if bias_N is None else bias_N.contiguous(), partials_SMN),
             *(M, N, G, per_split, 1 / factor),
-            DTYPE=_TYPES[dtype],
+            *(lookups, 0, 0),
+            DTYPE=TYPES[dtype],
             DECODER=tile.decoder,
             TILE_M=tile_m,
             TILE_N=tile.rows,
             WARPS=tile.warps,
-            RUN=_run(tile, tile_m),
+            RUN=run_of(tile, tile_m),
             DOUBLE_QUANT=absmax_scales is not None,
             WHOLE_TURNS=G % AT_ONCE.value == 0,
             WRITES_Y=splits == 1,
             HAS_BIAS=bias_N is not None,
+            GROUPED=False,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -99,7 +101,7 @@ def linear(
     return y_MN.to(dtype)
 
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _blocks_per_split(N: int, G: int, tile: LinearTile, splits: int | None, device: torch.device) -> int:
@@ -109,7 +111,7 @@ def _blocks_per_split(N: int, G: int, tile: LinearTile, splits: int | None, devi
     return min(per_split, checks.ABSMAX_BLOCK)
 
 
-def _run(tile: LinearTile, tile_m: int) -> int:
+def run_of(tile: LinearTile, tile_m: int) -> int:
     """How many of a row's values follow each other in a lane of the left operand, as Triton lays it out: 2 in
     ``wgmma``, which takes four warps, 64 rows and 16 columns, and 2 of what comes from ``tl.gather``; else 4."""
     wgmma = tile.warps % 4 == 0 and tile.rows >= 64 and tile_m >= 16
@@ -117,7 +119,7 @@ def _run(tile: LinearTile, tile_m: int) -> int:
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])  # one compilation for all of them
-def _linear_kernel(
+def linear_kernel(
     x_ptr,
     words_ptr,
     absmax_ptr,
@@ -133,6 +135,9 @@ def _linear_kernel(
     G,
     blocks_per_split,
     scale,
+    groups_ptr,
+    absmax_expert_stride,
+    scales_expert_stride,
     DTYPE: tl.constexpr,
     DECODER: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -143,9 +148,22 @@ def _linear_kernel(
     WHOLE_TURNS: tl.constexpr,
     WRITES_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
-    first = tl.program_id(1) * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, G)
+    if GROUPED:  # the second axis counts pieces of groups (triton_grouped), and K is whole
+        first, last = 0, G
+        expert = tl.load(groups_ptr + tl.program_id(1) * 3).to(tl.int64)
+        row = tl.load(groups_ptr + tl.program_id(1) * 3 + 1).to(tl.int64)
+        M = tl.load(groups_ptr + tl.program_id(1) * 3 + 2)
+        x_ptr += row * G * BLOCK
+        out_ptr += row * N
+        words_ptr += expert * N * G * WORDS
+        absmax_ptr += expert * absmax_expert_stride
+        scales_ptr += expert * scales_expert_stride
+        offset_ptr += expert
+    else:
+        first = tl.program_id(1) * blocks_per_split
+        last = tl.minimum(first + blocks_per_split, G)
     i_n, m = tl.arange(0, TILE_N), tl.arange(0, TILE_M)
     n = tl.program_id(0) * TILE_N + i_n
     # rows beyond the last are read as the last, and not written

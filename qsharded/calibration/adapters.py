@@ -23,6 +23,7 @@ from qsharded.lora.layer import LoRALinear, lora_layers
 from qsharded.models import CausalLM
 from qsharded.models.choice import read_config
 from qsharded.quant import ops
+from qsharded.quant.formats import NF4_64
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
 from qsharded.utils import collectives
@@ -61,7 +62,7 @@ def start_from_residual(
         for name, layer in lora_layers(model)
         if isinstance(layer, LoRALinear) and isinstance(layer.base_layer, PackedLinear)
     }
-    walk = LayerWalk(whole, source, rows.of_rank(group), device)
+    walk = LayerWalk(whole, source, rows.of_rank(group), device, NF4_64)
     rounded = _rounding(model, packed, device)
     is_main = collectives.rank(group) == 0
     found = residual_start(walk, source, rounded, shapes, group, shows_progress=is_main)

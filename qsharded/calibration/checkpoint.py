@@ -65,7 +65,7 @@ def calibrate_checkpoint(
     if is_main:
         store.begin({**record.to_json(), "made_from": list(made_from)})
     collectives.barrier(how.group)
-    walk = LayerWalk(model, source, rows.of_rank(how.group), device)
+    walk = LayerWalk(model, source, rows.of_rank(how.group), device, how.quant_format)
     calibrate(walk, source, packed_layers(packed_model), how, store, device, shows_progress=is_main)
     return Calibrated(store, record)
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.checkpoint import fill_shards
-from qsharded.checkpoint.load import plain_fills
+from qsharded.checkpoint.load import expert_fills_of, plain_fills
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
 from qsharded.models.parts import layers_of, part_names
+from qsharded.quant.experts import ExpertLinears
+from qsharded.quant.formats import QuantFormat
 from qsharded.utils import heartbeat
 from qsharded.utils.progress_bar import ProgressBar
 
@@ -25,17 +27,26 @@ _TOKENS_AT_ONCE = 8192
 
 
 class LayerWalk:
-    """Runs calibration rows through a model, layer by layer.
+    """Runs rows of tokens through a model, layer by layer.
 
     Args:
         model: on the meta device, nothing packed.
         source: its weights.
         ids_RS: int64; this rank's rows.
         device: to compute on.
+        quant_format: to which experts are rounded as they come, to nearest; None leaves them. Linear layers are the
+            caller's.
     """
 
-    def __init__(self, model: CausalLM, source: WeightSource, ids_RS: Tensor, device: torch.device) -> None:
-        self._model, self._source, self._device = model, source, device
+    def __init__(
+        self,
+        model: CausalLM,
+        source: WeightSource,
+        ids_RS: Tensor,
+        device: torch.device,
+        quant_format: QuantFormat | None = None,
+    ) -> None:
+        self._model, self._source, self._device, self._quant_format = model, source, device, quant_format
         self.layers = list(layers_of(model))
         self._prefix = part_names(model).layers + "."
         rows = max(1, _TOKENS_AT_ONCE // ids_RS.shape[1])
@@ -84,6 +95,9 @@ class LayerWalk:
         for part in module.modules():
             _allocate(part, self._device)
         self._fill(lambda name: name.startswith(f"{self._prefix}{layer}."))
+        for part in module.modules():
+            if self._quant_format is not None and isinstance(part, ExpertLinears):
+                part.round_(self._quant_format)
         try:
             yield module
         finally:
@@ -101,8 +115,21 @@ class LayerWalk:
                 if keep:
                     self._hidden[number] = self._host(out if isinstance(out, Tensor) else out[0])
 
+    @torch.no_grad()
+    def logits(self) -> Iterator[Tensor]:
+        """Those [R, S, V] of the rows, a few at once, when each layer has run and what it put out was kept."""
+        head = part_names(self._model).head
+        for module in self._model.get_submodule(head).modules():
+            _allocate(module, self._device)
+        self._model.tie_weights()
+        self._fill(lambda name: name.startswith(f"{head}."))
+        for hidden, ids in zip(self._hidden, self._ids, strict=True):
+            with self._ending_in(hidden.to(self._device)):
+                yield self._model(ids.to(self._device))
+
     def _fill(self, chosen: Callable[[str], bool]) -> None:
-        fill_shards.run(plain_fills(self._model, self._source, chosen), self._source, self._device)
+        fills = plain_fills(self._model, self._source, chosen) + expert_fills_of(self._model, self._source, chosen)
+        fill_shards.run(fills, self._source, self._device)
 
     def _host(self, hidden_RSD: Tensor) -> Tensor:
         if not hidden_RSD.is_cuda:
@@ -120,6 +147,18 @@ class LayerWalk:
             for module in self.layers:
                 del module.__dict__["forward"]
 
+    @contextmanager
+    def _ending_in(self, hidden_RSD: Tensor) -> Iterator[None]:
+        """Have the model's forward pass by all layers, and the last one put out ``hidden_RSD``."""
+        for module in self.layers:
+            module.__dict__["forward"] = _pass_by
+        self.layers[-1].__dict__["forward"] = lambda *_, **__: hidden_RSD
+        try:
+            yield
+        finally:
+            for module in self.layers:
+                del module.__dict__["forward"]
+
     @torch.no_grad()
     def _arguments(self, ids_RS: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model's forward gives to the layer that it is stopped at."""
@@ -130,8 +169,8 @@ class LayerWalk:
         except (TypeError, ValueError, IndexError, AttributeError) as error:  # it takes something else from a layer
             kind = getattr(self._model.config, "model_type", "this model")
             raise ValueError(
-                f"{kind}: its code does not pass hidden states from layer to layer, so it cannot be calibrated; use "
-                f"--method nearest ({error})"
+                f"{kind}: its code does not pass hidden states from layer to layer, so they cannot be run one at "
+                f"a time; to quantize, use --method nearest ({error})"
             ) from error
         raise AssertionError("the forward calls no layer")
 

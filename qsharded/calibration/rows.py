@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded.data import Example, Tokenizer, load_examples
+from qsharded.data.bad_rows import bad_rows_note
 from qsharded.data.shuffling import shuffled
 from qsharded.data.vocabulary import refuse_beyond_vocabulary
 from qsharded.utils import collectives
@@ -52,16 +54,21 @@ class CalibrationRows:
 
 
 def read_calibration_rows(
-    datasets: Sequence[str], tokenizer: Tokenizer, rows: int, length: int, vocab_size: int
+    datasets: Sequence[str], tokenizer: Tokenizer, rows: int, length: int, vocab_size: int, *, skip_bad_rows: int = 0
 ) -> CalibrationRows:
     """``rows`` rows of ``length`` tokens out of ``datasets``, in any format that trains, with the chat template.
+
+    ``skip_bad_rows``: how many of each dataset may be left out as bad; they are logged.
 
     Raises:
         ValueError: as ``load_examples``; there are fewer rows than datasets; a dataset with too few tokens for one row,
             or with ids beyond ``vocab_size``.
     """
-    longest = length * rows
-    parts = {name: load_examples(name, tokenizer, max_length=longest, overlong="truncate") for name in datasets}
+    how: dict[str, Any] = {"max_length": length * rows, "overlong": "truncate", "skip_bad_rows": skip_bad_rows}
+    parts = {name: load_examples(name, tokenizer, **how) for name in datasets}
+    for part in parts.values():
+        for note in bad_rows_note(part.bad, part.bad_reasons):
+            logger.info(note)
     return rows_of_parts({name: part.examples for name, part in parts.items()}, rows, length, vocab_size)
 
 

@@ -12,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qsharded.checkpoint import safetensors_header
+from qsharded.checkpoint.adapter_targets import written_targets
 from qsharded.checkpoint.files import TensorParts, write_json, write_tensors
+from qsharded.checkpoint.per_expert_adapter import PerExpertFile, is_per_expert
 from qsharded.checkpoint.tied_embeddings import EMBEDDING, HEAD
 from qsharded.distributed.agreement import groups_sharing, refused_by_all
-from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with
+from qsharded.lora.config import LoRAConfig
+from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import lora_layers
 from qsharded.lora.targets import peft_name
 from qsharded.quant.linear import PackedLinear
@@ -35,6 +38,7 @@ from qsharded.utils.untrusted_json import (
 )
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,7 @@ _WITHOUT_EFFECT = {
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
     "modules_to_save", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_parameters",
 }  # fmt: skip
 # Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA train beside changed ones.
 STARTS_ON_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -64,6 +69,7 @@ SCHEMA = {
     "lora_alpha": _ALPHA,
     "lora_dropout": number(0, 1, or_equal=True),
     "target_modules": _NAMES | _REGEX | NULL,
+    "target_parameters": _NAMES | NULL,
     "use_rslora": BOOLEAN,
     "rank_pattern": map_of(_RANK, 1 << 16, key=_REGEX) | NULL,
     "alpha_pattern": map_of(_ALPHA, 1 << 16, key=_REGEX) | NULL,
@@ -136,10 +142,8 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": _written_targets(model, config),
+        **written_targets(model, config),
         "use_rslora": config.use_rslora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
         "modules_to_save": _written_saved(model, config),
         "exclude_modules": config.exclude_modules or None,
         "layers_to_transform": config.layers_to_transform or None,
@@ -149,20 +153,6 @@ def peft_config(model: nn.Module, config: LoRAConfig, base_model: str, revision:
         "init_lora_weights": True,
         "use_dora": False,
     }
-
-
-def _written_targets(model: nn.Module, config: LoRAConfig) -> str | list[str]:
-    """ "all-linear" is written out as the layers' own names: each library understands another set by it. A name that
-    adapts nothing, as an adapter that was read may have it, is not written again."""
-    names = [peft_name(model, name) for name, _ in lora_layers(model)]
-    if config.target_modules == ALL_LINEAR:
-        last = sorted({name.rpartition(".")[2] for name in names})
-        nested = any(peft_name(model, name) != name for name, _ in lora_layers(model))
-        # in a multimodal model other parts' layers have these names too
-        return rf".*\.language_model\..*\.({'|'.join(last)})" if nested else last
-    if isinstance(config.target_modules, str):
-        return config.target_modules
-    return [target for target in config.target_modules if any(ends_with(name, target) for name in names)]
 
 
 def _written_saved(model: nn.Module, config: LoRAConfig) -> list[str] | None:
@@ -190,7 +180,15 @@ def read_lora_config(folder: Path, dtype: torch.dtype = torch.float32) -> LoRACo
     with named(str(path)):
         lora = _lora_config(read, dtype)
     _refuse_tied_adapters(read, lora, path)
-    return lora
+    return _with_experts(lora, folder / WEIGHTS_FILE)
+
+
+def _with_experts(lora: LoRAConfig, path: Path) -> LoRAConfig:
+    """Where the file has tensors for each expert, what their layers' names mean here."""
+    if not path.is_file():
+        return lora
+    with open_weights(path) as file:
+        return file.adapts(lora) if isinstance(file, PerExpertFile) else lora
 
 
 def _lora_config(read: dict[str, Any], dtype: torch.dtype) -> LoRAConfig:
@@ -199,6 +197,7 @@ def _lora_config(read: dict[str, Any], dtype: torch.dtype) -> LoRAConfig:
         lora_alpha=read.get("lora_alpha", 8),
         lora_dropout=read.get("lora_dropout", 0.0),
         target_modules=read.get("target_modules") or [],
+        target_parameters=read.get("target_parameters") or [],
         use_rslora=read.get("use_rslora", False),
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},
@@ -278,7 +277,7 @@ def own_base(layer: str) -> str:
 def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in an adapter file, frozen weight in 16 or 32 bits) of every adapted layer that has one."""
     for name, layer in lora_layers(model):
-        if not isinstance(layer.base_layer, PackedLinear):
+        if not isinstance(layer, LoRAExperts) and not isinstance(layer.base_layer, PackedLinear):
             yield stored_name(model, own_base(name)), layer.base_layer.get_parameter("weight")
 
 
@@ -329,7 +328,8 @@ def open_weights(path: Path) -> Any:
         )
     try:
         safetensors_header.read_checked(path)
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
+        return PerExpertFile(file) if is_per_expert(file.keys()) else file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing, damaged or incomplete: {error}") from None
 

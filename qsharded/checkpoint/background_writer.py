@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qsharded.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, peft_config
+from qsharded.checkpoint.adapter import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, peft_config
 from qsharded.checkpoint.base_identity import base_metadata
-from qsharded.checkpoint.files import FileRecord, write_json, write_tensors
+from qsharded.checkpoint.files import FileRecord, write_bytes, write_json, write_tensors
 from qsharded.checkpoint.host_copies import HostCopies, mark_stream
 from qsharded.checkpoint.initial_adapter import copy_initial, initial_metadata
 from qsharded.checkpoint.manifest import Manifest, write_manifest
@@ -63,6 +63,7 @@ class _Job:
     copied: torch.cuda.Event | None
     progress: Mapping[str, Any]
     adapter_config: Mapping[str, Any]
+    beside_adapter: Mapping[str, bytes]
 
     @property
     def partial(self) -> Path:
@@ -81,6 +82,8 @@ class CheckpointWriter:
         keep: how many checkpoints stay, the newest, and until the newest is proved (see ``retention``) the newest that
             is; None keeps all.
         refusal: why no checkpoint is written of such a progress, or None; the main rank asks it.
+        card: the text of an adapter's README.md, of its adapter_config.json and steps, or None for none; its thread
+            asks it.
     """
 
     def __init__(
@@ -89,9 +92,10 @@ class CheckpointWriter:
         world: World,
         keep: int | None,
         refusal: Callable[[Progress], str | None] = lambda progress: None,
+        card: Callable[[Mapping[str, Any], int], str | None] = lambda adapter, step: None,
     ) -> None:
         self._output_dir, self._world, self._keep = output_dir, world, keep
-        self._refusal = refusal
+        self._refusal, self._card = refusal, card
         output_dir.mkdir(parents=True, exist_ok=True)
         self._unproved: int | None = None  # the applied steps of the newest checkpoint, until it is proved
         self._copies = HostCopies()
@@ -127,8 +131,11 @@ class CheckpointWriter:
         *,
         base_model: str,
         revision: str | None = None,
+        beside_adapter: Mapping[str, bytes] | None = None,
     ) -> str | None:
         """Have a checkpoint written of what everything is now. All ranks first wait for the one before.
+
+        ``beside_adapter``: more files for the adapter's folder, by their names.
 
         Returns None, or why none is written, on all ranks: what ``refusal`` has said.
 
@@ -150,6 +157,7 @@ class CheckpointWriter:
             mark_stream(self._world.device),
             without_nan(asdict(progress)),
             peft_config(model, lora, base_model, revision),
+            beside_adapter or {},
         )
         self._pending = self._thread.submit(self._write, job)
         self._unproved = progress.applied_steps
@@ -250,7 +258,8 @@ class CheckpointWriter:
         """Make a checkpoint of what all ranks have written. The main rank's."""
         files = self._records_of_all(job)
         weights = [name for name in files if name.startswith(_WEIGHTS)]
-        files |= _write_adapter(job, weights)
+        card = self._card(job.adapter_config, job.progress["step"])
+        files |= _write_adapter(job, weights, card)
         files[STATE_FILE] = write_json(job.partial / STATE_FILE, job.progress)
         for name in [*weights, *map(_rank_file, range(self._world.size))]:
             (job.partial / name).unlink()
@@ -276,8 +285,8 @@ class CheckpointWriter:
         return records
 
 
-def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
-    """Join the ranks' rows into an adapter in PEFT's format."""
+def _write_adapter(job: _Job, weights: list[str], card: str | None) -> dict[str, FileRecord]:
+    """Join the ranks' rows into an adapter in PEFT's format, with its card."""
     folder = job.partial / ADAPTER
     folder.mkdir(exist_ok=True)
     with opened(job.partial, weights) as written:
@@ -287,6 +296,9 @@ def _write_adapter(job: _Job, weights: list[str]) -> dict[str, FileRecord]:
     described = write_json(folder / CONFIG_FILE, job.adapter_config)
     beside = copy_initial(job.folder.parent.parent, folder, initial)
     files = {WEIGHTS_FILE: tensors, CONFIG_FILE: described} | beside
+    if card is not None:
+        files[CARD_FILE] = write_bytes(folder / CARD_FILE, [card.encode()])
+    files |= {name: write_bytes(folder / name, [content]) for name, content in job.beside_adapter.items()}
     return {f"{ADAPTER}/{name}": record for name, record in files.items()}
 
 

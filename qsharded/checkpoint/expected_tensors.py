@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
+from qsharded.checkpoint.mxfp4 import is_mxfp4
 from qsharded.checkpoint.packed_format import (
     ABSMAX,
     BNB_ABSMAX,
@@ -16,6 +19,7 @@ from qsharded.checkpoint.packed_format import (
     BNB_STATE,
     OFFSET,
     SCALES,
+    packed_expert_specs,
 )
 from qsharded.checkpoint.scan import Stored
 from qsharded.quant import blockwise8, formats
@@ -70,7 +74,9 @@ def expected_tensors(
     packed, states = packed_bytes(stored), bitsandbytes_states(stored)
     for name, shape in shapes.items():
         if name not in packed:
-            expected[name] = Expected(_PLAIN, shape)
+            expected[name] = Expected(("U8",) if is_mxfp4(name) else _PLAIN, shape)
+        elif len(shape) == 3:
+            expected |= _experts_by_us(name, block_size, *shape)
         elif name in states:
             there = _by_bitsandbytes(name, block_size, *shape, is_nested=name + BNB_NESTED in stored)
             expected |= there | {states[name]: Expected(("U8",))}
@@ -91,6 +97,12 @@ def _by_us(name: str, B: int, N: int, K: int, *, is_nested: bool) -> dict[str, E
         name + SCALES: Expected(("F32",), (formats.second_level_blocks(N, G),)),
         name + OFFSET: Expected(("F32",), nbytes=4),
     }
+
+
+def _experts_by_us(name: str, B: int, E: int, N: int, K: int) -> dict[str, Expected]:
+    specs = packed_expert_specs(formats.QuantFormat(block_size=B), name, E, N, K)
+    words = {torch.uint8: "U8", torch.float32: "F32"}
+    return {tensor: Expected((words[spec[0]],), spec[1]) for tensor, spec in specs.items()}
 
 
 def _by_bitsandbytes(name: str, B: int, N: int, K: int, *, is_nested: bool) -> dict[str, Expected]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsharded.checkpoint import fill_shards, stacked
+from qsharded.checkpoint import expert_fills, fill_shards, stacked
 from qsharded.checkpoint.packed_format import PackedCheckpoint, StorageFormat, read_storage_format, torn_rows
 from qsharded.checkpoint.random_weights import RandomWeights
 from qsharded.checkpoint.row_chunks import WeightSource
@@ -26,8 +27,10 @@ from qsharded.models import CausalLM
 from qsharded.models.choice import AnyConfig, ModelCode, build_model, read_config
 from qsharded.models.parts import part_names
 from qsharded.quant.convert import Filter, quantize_
+from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
+from qsharded.quant.packed_module import PackedModule
 from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
@@ -200,7 +203,7 @@ def _quantize(model: nn.Module, quant_format: QuantFormat, double_quant: bool, f
     )
 
 
-def _packs(name: str, layer: nn.Linear, head: str) -> bool:
+def _packs(name: str, layer: nn.Module, head: str) -> bool:
     """Whether a linear layer is packed: not the head, and none of which others read the weight."""
     return name != head and getattr(layer, "is_adaptable", True)
 
@@ -222,7 +225,8 @@ def _refuse_torn_rows(model: nn.Module, packed: PackedCheckpoint) -> None:
 
 
 def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
-    for name in sorted(packed.weights - packed_layers(model).keys()):
+    experts = {checkpoint_name(f"{name}.weight") for name, _ in expert_fills.packed_experts_in(model)}
+    for name in sorted(packed.weights - packed_layers(model).keys() - experts):
         raise ValueError(
             f"{packed.source.file_of(name)}: {name} is packed; only linear layers other than the head can be. Give the "
             "16-bit checkpoint it was made from"
@@ -231,14 +235,22 @@ def _refuse_other_packed(model: nn.Module, packed: PackedCheckpoint) -> None:
 
 def checkpoint_name(name: str) -> str:
     """The name in a Hugging Face checkpoint of what the model calls ``name``: adapters leave no trace in it."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def quantizing_fills(model: CausalLM, source: WeightSource) -> list[fill_shards.Fill]:
     """What fills ``model`` from a checkpoint in 16 or 32 bits, or from random numbers, once its tensors are checked."""
     source.check(stacked.shapes_in_files(source, expected_shapes(model)))
     packed = [_quantizing_fill(source, name, layer) for name, layer in packed_layers(model).items()]
-    return packed + plain_fills(model, source)
+    return packed + expert_fills_of(model, source) + plain_fills(model, source)
+
+
+def expert_fills_of(
+    model: nn.Module, source: WeightSource, chosen: Callable[[str], bool] = lambda name: True
+) -> list[fill_shards.Fill]:
+    """What fills the experts of ``model``, from a checkpoint in 16 or 32 bits, as far as their names are ``chosen``."""
+    named = ((checkpoint_name(name), experts) for name, experts in expert_fills.experts_in(model))
+    return [fill for name, experts in named if chosen(name) for fill in expert_fills.fills(source, name, experts)]
 
 
 def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fill_shards.Fill:
@@ -250,11 +262,36 @@ def _quantizing_fill(source: WeightSource, name: str, layer: PackedLinear) -> fi
 
 def _packed_fills(model: CausalLM, packed: PackedCheckpoint) -> list[fill_shards.Fill]:
     """What fills ``model`` from a checkpoint that is packed already, bytes to bytes, once its tensors are checked."""
-    layers = packed_layers(model)
-    tensors = (tensor for name in layers for tensor in packed.storage_format.tensors(name))
-    packed.source.check(stacked.shapes_in_files(packed.source, _plain_shapes(model)), tensors)
+    layers, source = packed_layers(model), packed.source
+    experts = {checkpoint_name(name): layer for name, layer in expert_fills.packed_experts_in(model)}
+    names = [*layers, *(f"{name}.weight" for name in experts)]
+    tensors = (tensor for name in names for tensor in packed.storage_format.tensors(name))
+    unpacked = {name: shape for name, shape in _expert_shapes(model).items() if name not in names}
+    source.check(stacked.shapes_in_files(source, _plain_shapes(model) | unpacked), tensors)
     fills = [fill for name, layer in layers.items() for fill in packed_layer_fills(packed, name, layer)]
-    return fills + plain_fills(model, packed.source)
+    fills += [fill for name, layer in experts.items() for fill in packed_expert_fills(packed, name, layer)]
+    for name, kept in expert_fills.experts_in(model):
+        if isinstance(kept, ExpertLinears):
+            fills += expert_fills.fills(source, checkpoint_name(name), kept)
+    return fills + plain_fills(model, source)
+
+
+def packed_expert_fills(packed: PackedCheckpoint, name: str, experts: PackedExperts) -> Iterator[fill_shards.Fill]:
+    """What fills ``experts`` with those that our own form holds in one tensor, bytes to bytes."""
+    source, weight = packed.source, f"{name}.weight"
+    parts = packed.storage_format.expert_parts(
+        source, weight, experts.experts, experts.out_features, experts.in_features
+    )
+    first, G = own_rows(experts.weight).start, experts.in_features // experts.block_size
+    codes, absmax = (local(tensor).view(torch.uint8) for tensor in (experts.weight, experts.weight_absmax))
+    absmax[:, G:].zero_()
+    yield fill_shards.RowsFill(source, parts.codes, codes, first)
+    yield fill_shards.RowsFill(source, parts.absmax, absmax[:, :G], first)
+    second_level = (parts.scales, experts.weight_absmax_scales), (parts.offset, experts.weight_absmax_offset)
+    for stored, held in second_level:
+        assert held is not None
+        yield fill_shards.RowsFill(source, stored, held)
+    yield from expert_fills.bias_fills(source, name, experts)
 
 
 def packed_layer_fills(packed: PackedCheckpoint, name: str, layer: PackedLinear) -> Iterator[fill_shards.Fill]:
@@ -280,6 +317,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {checkpoint_name(f"{name}.weight"): layer for name, layer in layers}
 
 
+def packed_modules(model: nn.Module) -> list[PackedLinear | PackedExperts]:
+    """All that is packed: linear layers, and projections of experts."""
+    return [module for module in model.modules() if isinstance(module, PackedLinear | PackedExperts)]
+
+
 def plain_fills(
     model: nn.Module, source: WeightSource, chosen: Callable[[str], bool] = lambda name: True
 ) -> list[fill_shards.Fill]:
@@ -303,13 +345,15 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         if ".lora_A" in prefix or ".lora_B" in prefix:
             continue
+        if isinstance(module, ExpertLinears | PackedExperts):
+            continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if ".lora_embedding_" in name:
                 continue
             is_packed = isinstance(module, PackedLinear) and parameter is not module.bias
             if not is_packed and not _is_tied_head(model, name):
                 yield name, parameter
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, PackedModule):
             yield from _stored_buffers(prefix, module)
 
 
@@ -329,7 +373,18 @@ def _is_tied_head(model: nn.Module, name: str) -> bool:
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint in 16 bits holds, by its name there."""
     packed = {name: (layer.out_features, layer.in_features) for name, layer in packed_layers(model).items()}
-    return packed | _plain_shapes(model)
+    return packed | _expert_shapes(model) | _plain_shapes(model)
+
+
+def _expert_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of each projection of all experts [E, N, K], and of its bias [E, N]."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, experts in expert_fills.experts_in(model):
+        E, N, K = experts.experts, experts.out_features, experts.in_features
+        shapes[checkpoint_name(f"{name}.weight")] = (E, N, K)
+        if experts.bias is not None:
+            shapes[checkpoint_name(f"{name}.bias")] = (E, N)
+    return shapes
 
 
 def _plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -36,16 +36,19 @@ def _scales(source: SafetensorsFolder, name: str, names: Collection[str]) -> Ten
     """fp32, flat: those of all blocks of a packed weight."""
     if name + ABSMAX in names:
         absmax, nested = source.whole(name + ABSMAX), name + SCALES
-        offset = source.whole(name + OFFSET).item() if nested in names else 0.0
+        offset = source.whole(name + OFFSET).view(-1, 1) if nested in names else torch.zeros(1, 1)
     else:
         absmax, nested = source.whole(name + BNB_ABSMAX), name + BNB_NESTED
-        offset = _bitsandbytes_offset(source, name, names) if nested in names else 0.0
+        offset = torch.tensor([[_bitsandbytes_offset(source, name, names) if nested in names else 0.0]])
     if nested not in names:
         return absmax.flatten().view(torch.float32)
-    second = source.whole(nested).repeat_interleave(blockwise8.BLOCK)[: absmax.numel()]
-    if second.numel() < absmax.numel():
-        raise ValueError(f"{nested} has scales of {second.numel():,} blocks, {name} has {absmax.numel():,}")
-    return blockwise8.dequantize(absmax.flatten(), second) + offset
+    if absmax.numel() % len(offset) or source.whole(nested).numel() % len(offset):
+        raise ValueError(f"{nested} is not of as many experts as {name + OFFSET}")
+    codes_EV = absmax.view(offset.shape[0], -1)  # of experts each by itself; of another weight one row
+    second_EV = source.whole(nested).view(offset.shape[0], -1).repeat_interleave(blockwise8.BLOCK, dim=1)
+    if second_EV.shape[1] < codes_EV.shape[1]:
+        raise ValueError(f"{nested} has scales of {second_EV.numel():,} blocks, {name} has {absmax.numel():,}")
+    return (blockwise8.dequantize(codes_EV, second_EV[:, : codes_EV.shape[1]]) + offset).flatten()
 
 
 def _bitsandbytes_offset(source: SafetensorsFolder, name: str, names: Collection[str]) -> float:

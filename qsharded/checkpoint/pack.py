@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.checkpoint import fill_shards, packed_format
+from qsharded.checkpoint.expert_fills import packed_experts_in
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
+from qsharded.checkpoint.pack_experts import ExpertsToPack
 from qsharded.checkpoint.packed_format import Form, StorageFormat
 from qsharded.checkpoint.row_chunks import RowChunk, row_chunks_of
 from qsharded.checkpoint.safetensors_header import Spec
@@ -70,8 +72,15 @@ def quantize_checkpoint(
             "--format qsharded alone is written"
         )
     model = skeleton(config, None, torch.bfloat16, StorageFormat(form, quant_format=quant_format))
-    shapes = shapes_in_files(source, expected_shapes(model))
+    experts = {f"{name}.weight": part for name, part in packed_experts_in(model)}
+    if experts and form != packed_format.QUANT_METHOD:
+        raise ValueError(
+            f"{checkpoint} is a mixture of experts, which {form}'s form does not hold in 4 bits: --format qsharded does"
+        )
+    expected = expected_shapes(model)
+    shapes = shapes_in_files(source, expected)
     source.check(shapes)
+    shapes = shapes_in_files(source, {name: shape for name, shape in expected.items() if name not in experts})
     parts = source.all_parts()
 
     def in_parts(name: str) -> str:
@@ -80,10 +89,12 @@ def quantize_checkpoint(
     layers = {in_parts(name): layer for name, layer in packed_layers(model).items()}
     names = [*map(in_parts, shapes), *source.other_parts()]
     nbytes = sum(math.prod(parts.shape(name)) * parts.dtype(name).itemsize for name in names)
+    packs = {in_parts(name): ExpertsToPack(source, name, part, in_parts) for name, part in experts.items()}
+    nbytes += sum(one.nbytes for one in packs.values())
     with fill_shards.shown_bar("quantizing", nbytes) as bar:
         names_here = {in_parts(name): name for name in shapes}
-        writer = _Writer(parts, layers, form, quant_format, device, names_here, ready, bar)
-        names_of = writer.names_by_file(names)
+        writer = _Writer(parts, layers, packs, form, quant_format, device, names_here, ready, bar)
+        names_of = writer.names_by_file([*names, *packs])
         files = {path: writer.write(target / path, names) for path, names in sorted(names_of.items())}
     if source.index is not None:
         weight_map = {name: path.as_posix() for path, file in files.items() for name in file.names()}
@@ -111,6 +122,7 @@ class _Writer:
 
     source: SafetensorsFolder
     layers: Mapping[str, PackedLinear]
+    experts: Mapping[str, ExpertsToPack]
     form: Form
     quant_format: QuantFormat
     device: torch.device
@@ -122,7 +134,8 @@ class _Writer:
         """The tensors to write, by the file that holds them."""
         names: dict[Path, list[str]] = {}
         for name in to_write:
-            names.setdefault(self.source.file_of(name).relative_to(self.source.folder), []).append(name)
+            stored = self.experts[name].stored if name in self.experts else name
+            names.setdefault(self.source.file_of(stored).relative_to(self.source.folder), []).append(name)
         return names
 
     def write(self, path: Path, names: Sequence[str]) -> SafetensorsFile:
@@ -136,11 +149,15 @@ class _Writer:
         return file
 
     def _specs(self, name: str) -> Mapping[str, Spec | None]:
+        if name in self.experts:
+            return self.experts[name].specs(name)
         if name not in self.layers:
             return {name: (self.source.dtype(name), self.source.shape(name))}
         return packed_format.packed_specs(self.form, self.quant_format, name, *self.source.shape(name))
 
     def _fill(self, name: str, file: SafetensorsFile) -> fill_shards.Fill:
+        if name in self.experts:
+            return self.experts[name].fill(name, file)
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)

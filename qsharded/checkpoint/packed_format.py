@@ -11,6 +11,10 @@ S = ceil(N*G/256):
                                                 blocksize and nested_offset
                                                 W.quant_map fp32 [16], W.nested_quant_map fp32 [256]
 
+The experts of a mixture are packed in our form alone: W is then a projection of all of a layer's experts, whose E
+matrices [N, K] lie below each other, uint8 [E*N, K/2] and [E*N, G], with W_absmax_scales [E, S] and W_absmax_offset
+[E]; each is quantized by itself.
+
 Bytes and their order are the same in both. config.json's quantization_config names the form and the codebook; the size
 of the blocks stands there in our form, and beside each weight in bitsandbytes'. All weights of a checkpoint are of one
 format. Ours too can do without double quantization ("double_quant": false): W_absmax is then uint8 [N, 4G], the bytes
@@ -33,7 +37,7 @@ from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.untrusted_json import NULL, as_object, check, integer, list_of, number, parse, text
 
 QUANT_METHOD, VERSION = "qsharded", 1
-BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES, MXFP4 = "bitsandbytes", "mxfp4"
 Form = Literal["qsharded", "bitsandbytes"]
 
 CONFIG_KEY = "quantization_config"
@@ -126,6 +130,23 @@ class StorageFormat:
         )
         return parts
 
+    def expert_parts(self, source: SafetensorsFolder, name: str, E: int, N: int, K: int) -> "PackedExpertTensors":
+        """Where the parts of the packed matrices ``name`` of E experts are found, each [N, K].
+
+        Raises:
+            ValueError: they are of another size, or not in the one form that holds experts.
+        """
+        if self.form != QUANT_METHOD or not self.double_quant:
+            raise ValueError(
+                f"{source.folder}: experts are packed in qsharded's form alone, double-quantized; {_ORIGINAL}"
+            )
+        G = K // self.quant_format.block_size
+        _check_bytes(source, name, E * N * K // 2)
+        _check_kind(source, name + ABSMAX, torch.uint8, E * N * G)
+        _check_kind(source, name + SCALES, torch.float32, E * formats.second_level_blocks(N, G))
+        _check_kind(source, name + OFFSET, torch.float32, E)
+        return PackedExpertTensors(name, name + ABSMAX, name + SCALES, name + OFFSET)
+
     def _own(self, source: SafetensorsFolder, name: str) -> "PackedTensors":
         if not self.double_quant:
             return PackedTensors(name, name + ABSMAX, None, None)
@@ -169,6 +190,16 @@ class PackedTensors:
 
 
 @dataclass(frozen=True)
+class PackedExpertTensors:
+    """The tensors of the packed matrices of experts."""
+
+    codes: str
+    absmax: str
+    scales: str
+    offset: str
+
+
+@dataclass(frozen=True)
 class PackedCheckpoint:
     """A checkpoint whose weights are packed already, and the names of those that are."""
 
@@ -207,6 +238,8 @@ def read_storage_format(config: Mapping[str, Any]) -> StorageFormat | None:
     in_4bit, in_8bit = (said.get(f"load_in_{n}bit") or said.get(f"_load_in_{n}bit") for n in (4, 8))
     # bitsandbytes checkpoints of 2023 do not name it
     method = said.get("quant_method") or (BITSANDBYTES if in_4bit or in_8bit else None)
+    if method == MXFP4:  # experts alone, which are read as if they were in 16 bits
+        return None
     if method == QUANT_METHOD:
         return _own_storage_format(said)
     if method != BITSANDBYTES:
@@ -260,6 +293,18 @@ def packed_specs(form: Form, quant_format: QuantFormat, name: str, N: int, K: in
         name + BNB_MAP: (torch.float32, (formats.codebook().numel(),)),
         name + BNB_NESTED_MAP: (torch.float32, (blockwise8.dynamic_map().numel(),)),
         name + BNB_STATE + quant_format.quant_type: None,
+    }
+
+
+def packed_expert_specs(quant_format: QuantFormat, name: str, E: int, N: int, K: int) -> dict[str, Spec]:
+    """Dtype and shape of each tensor of packed experts [N, K] in our own form: rows below each other, and a row of the
+    second level for each."""
+    G = K // quant_format.block_size
+    return {
+        name: (torch.uint8, (E * N, K // 2)),
+        name + ABSMAX: (torch.uint8, (E * N, G)),
+        name + SCALES: (torch.float32, (E, formats.second_level_blocks(N, G))),
+        name + OFFSET: (torch.float32, (E,)),
     }
 
 

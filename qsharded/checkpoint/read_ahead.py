@@ -12,6 +12,7 @@ PIECE = 64 << 20
 
 # Two threads read from the page cache faster than one, four buffers keep both busy: 256 MiB of host memory a rank.
 _THREADS, _BUFFERS = 2, 4
+HOST_BYTES = _BUFFERS * PIECE
 
 
 def read_ahead(

@@ -23,8 +23,10 @@ from qsharded.checkpoint.scan import Scan, Stored, read_header, scan_file
 from qsharded.checkpoint.source import RECOMPUTED, SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import open_tied, tied_names
+from qsharded.lora.config import LoRAConfig, ends_with
 from qsharded.models.choice import AnyConfig, read_config
 from qsharded.models.config import declared_dtype
+from qsharded.quant.experts import DOWN, GATE_UP
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.utils.untrusted_json import read_json
 
@@ -297,7 +299,18 @@ def _check_adapter(report: Report, folder: Path, adapter: Path) -> None:
     for pair in _PAIRS:
         ends = [(name.removeprefix(PREFIX), end) for name in tensors for end in pair if name.endswith(end)]
         for layer in sorted({name.removesuffix(end) for name, end in ends}):
-            report.problems += _pair_faults(layer, lora.rank(layer), pair, tensors)
+            report.problems += _pair_faults(layer, _rank(lora, layer, tensors), pair, tensors)
+
+
+def _rank(lora: LoRAConfig, layer: str, tensors: Mapping[str, Stored]) -> int:
+    """PEFT knows experts by their parameters; of two that are adapted, the first is nested in the second."""
+    experts = layer.replace(".base_layer", "")
+    if not ends_with(experts, "experts"):
+        return lora.rank(layer)
+    nests = f"{PREFIX}{experts}.base_layer.lora_A.weight" in tensors
+    named = [part for part in (GATE_UP, DOWN) if lora.adapts_experts(f"{experts}.{part}")]
+    is_first = layer != experts or not nests
+    return lora.rank(f"{experts}.{(named or [GATE_UP])[0 if is_first else -1]}")
 
 
 # The two halves of an adapter, on a linear layer and on an embedding.
@@ -314,9 +327,20 @@ def _pair_faults(layer: str, rank: int, pair: tuple[str, str], tensors: Mapping[
     if a is None or b is None:
         there, lacking = (pair[1], part_a) if a is None else (pair[0], part_b)
         return [f"{PREFIX}{layer}{there} has no {lacking} beside it"]
+    if ends_with(layer.replace(".base_layer", ""), "experts") and len(a.shape) == len(b.shape) == 2:
+        return _experts_faults(layer, rank, a, b)
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         return [f"{layer}: {part_a} is {list(a.shape)}, {part_b} {list(b.shape)}, {CONFIG_FILE} gives rank {rank}"]
     return []
+
+
+def _experts_faults(layer: str, rank: int, a: Stored, b: Stored) -> list[str]:
+    """Of an adapter on experts, whose number the file does not tell: A and B have as many ranks of each."""
+    if a.shape[0] == b.shape[1] and a.shape[0] % rank == 0:
+        return []
+    return [
+        f"{layer}: lora_A is {list(a.shape)}, lora_B {list(b.shape)}, {CONFIG_FILE} gives rank {rank} to each expert"
+    ]
 
 
 def _adapter_class(tensor: Stored) -> str:

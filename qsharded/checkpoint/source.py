@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsharded.checkpoint import read_ahead, safetensors_header
+from qsharded.checkpoint.mxfp4 import is_mxfp4
 from qsharded.checkpoint.row_chunks import RowChunk
 from qsharded.utils import heartbeat
 from qsharded.utils.untrusted_json import map_of, read_json, require, shown, text
@@ -62,16 +63,30 @@ def find_checkpoint(path_or_id: str | Path, revision: str | None = None, *, weig
         weights: whether the weights are downloaded too, or only what describes the model and its tokenizer.
 
     Raises:
-        ValueError: neither a folder nor the form of a Hub id, a revision given for a folder, or the Hub's refusal.
+        ValueError: neither a folder nor the form of a Hub id, a folder of something else, a revision given for a
+            folder, or the Hub's refusal.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for Hub ids, but {folder} is a folder")
+        _refuse_no_model(folder)
         return folder
     if not is_hub_id(str(path_or_id)):
         raise ValueError(f"{path_or_id} is neither a folder nor a Hub id such as meta-llama/Llama-3.1-8B")
     return download(str(path_or_id), revision, [*DESCRIBING, "*.safetensors"] if weights else DESCRIBING)
+
+
+def _refuse_no_model(folder: Path) -> None:
+    """A tokenizer alone is enough for some commands; what is missing of a model is told by who needs it."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter and no model: --adapter takes it, and --model the base that it is for"
+        )
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder.resolve()} holds no model: its config.json is missing")
 
 
 def is_hub_id(text: str) -> bool:
@@ -231,6 +246,10 @@ class SafetensorsFolder:
             raise ValueError(f"{self.folder / INDEX} names {file}, which is missing from its folder")
         return _refuse_foreign(self.folder / parts, self.folder)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._stored
+
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._stored)
@@ -299,8 +318,9 @@ class SafetensorsFolder:
             stored = self._stored[name]
             if stored.shape != shape:
                 raise ValueError(f"{stored.path}: {name} is {stored.shape}, config.json asks for {shape}")
-            if stored.dtype not in _READABLE:
-                raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not {_READABLE}")
+            readable = {"U8"} if is_mxfp4(name) else _READABLE
+            if stored.dtype not in readable:
+                raise ValueError(f"{stored.path}: {name} is {stored.dtype}, not {readable}")
 
     def rows_at_once(self, row_bytes: int) -> int:
         """As many as fill a staging buffer."""

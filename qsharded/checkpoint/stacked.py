@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from qsharded.checkpoint import fill_shards
+from qsharded.checkpoint import expert_fills, fill_shards
+from qsharded.checkpoint.expert_layouts import is_of_experts
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.utils.sharding import local, own_rows
@@ -41,7 +42,10 @@ def shapes_in_files(source: WeightSource, shapes: dict[str, tuple[int, ...]]) ->
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        found |= _of_parts(source, name, shape) if is_stacked(source, name) else {name: shape}
+        if is_of_experts(name):
+            found |= expert_fills.shapes_in_files(source, name, shape)
+        else:
+            found |= _of_parts(source, name, shape) if is_stacked(source, name) else {name: shape}
     return found
 
 

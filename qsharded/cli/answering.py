@@ -11,7 +11,7 @@ import torch
 
 from qsharded.checkpoint.adapter import load_adapter, read_lora_config
 from qsharded.checkpoint.load import load_model
-from qsharded.cli.base_model import tokenizer_folder
+from qsharded.cli.base_model import trained_tokenizer
 from qsharded.config import option
 from qsharded.config.options import DATE, ignored_config_keys
 from qsharded.data import Tokenizer
@@ -71,10 +71,9 @@ def read_tokenizer(config: ModelOptions, checkpoint: Path, adapter: Path | None)
     Raises:
         ValueError: its files, or the other chat template, cannot be read.
     """
-    folder = tokenizer_folder(checkpoint, adapter)
     given = TemplateOptions.given(config.chat_template, config.chat_template_kwargs, config.template_date)
-    tokenizer = Tokenizer.from_folder(folder, given)
-    if adapter and (note := tokenizer.template_difference(Tokenizer.from_folder(folder))):
+    tokenizer = trained_tokenizer(checkpoint, adapter, given)
+    if adapter and (note := tokenizer.template_difference(trained_tokenizer(checkpoint, adapter))):
         logger.info("note: %s", note)
     return tokenizer
 

@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qsharded.checkpoint.adapter import CONFIG_FILE, SCHEMA, read_lora_config
+from qsharded.checkpoint.adapter import CARD_FILE, CONFIG_FILE, SCHEMA, read_lora_config
 from qsharded.checkpoint.base_identity import BaseIdentity, CannotTell, base_of_adapter
 from qsharded.checkpoint.initial_adapter import INITIAL_FILE, initial_of
 from qsharded.checkpoint.source import DESCRIBING, download, is_hub_id
 from qsharded.cli.command import DTYPES
 from qsharded.config import TrainConfig, builtin_overrides
+from qsharded.data import Tokenizer
+from qsharded.data.template_options import TemplateOptions
 from qsharded.distributed.agreement import found_by_main
 from qsharded.distributed.world import World
 from qsharded.lora.config import LoRAConfig
 from qsharded.utils.untrusted_json import check, read_json
 
-_OF_ADAPTER = [*DESCRIBING, "adapter_model.*", INITIAL_FILE]  # the tokenizer that it was trained with too
+_OF_ADAPTER = [*DESCRIBING, "adapter_model.*", INITIAL_FILE, CARD_FILE]  # the tokenizer that it was trained with too
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def lora_config(config: TrainConfig, adapter: Path | None) -> LoRAConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
+        target_parameters=config.lora_target_parameters,
         use_rslora=config.use_rslora,
         rank_pattern=config.lora_rank_pattern,
         alpha_pattern=config.lora_alpha_pattern,
@@ -155,3 +158,13 @@ def _base_of(adapter: Path) -> tuple[str | None, str | None]:
 def tokenizer_folder(model: Path, adapter: Path | None) -> Path:
     """The adapter's folder if it has a tokenizer, as that is what it was trained with; else the model's."""
     return adapter if adapter and (adapter / "tokenizer.json").is_file() else model
+
+
+def trained_tokenizer(model: Path, adapter: Path | None, given: TemplateOptions | None = None) -> Tokenizer:
+    """That tokenizer, with the chat template as it was when the adapter was trained, but for what is ``given``.
+
+    Raises:
+        ValueError: its files, or the chat template, cannot be read.
+    """
+    kept = TemplateOptions.kept_in(adapter) if adapter else TemplateOptions()
+    return Tokenizer.from_folder(tokenizer_folder(model, adapter), (given or TemplateOptions()).over(kept))

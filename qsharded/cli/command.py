@@ -14,6 +14,7 @@ from qsharded.config.options import Check
 from qsharded.distributed.world import World, start_world
 from qsharded.quant.formats import BLOCK_SIZES
 from qsharded.utils import signals
+from qsharded.utils.closed_output import end_quietly
 
 BLOCK_SIZE = Check("one of " + ", ".join(map(str, BLOCK_SIZES)), lambda value: value in BLOCK_SIZES)
 _MAIN_FIRST_S = 1.0
@@ -34,6 +35,8 @@ def errors_named(prog: str, world: World, kinds: tuple[type[Exception], ...] = (
     try:
         yield
     except kinds as error:
+        if isinstance(error, BrokenPipeError):
+            end_quietly()
         rank = "" if world.is_main else f" (rank {world.rank})"
         if _is_first_to_tell(world):
             print(f"{prog}: error{rank}: {error}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ such text, or several, behind one flag or with a flag for each). Every other fla
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -50,6 +51,8 @@ AT_LEAST_0 = Check("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Check("at least 1", lambda value: value >= 1)
 AT_LEAST_2 = Check("at least 2", lambda value: value >= 2)
 DATE = Check(DATE_IN_WORDS, is_date)
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+HUB_NAME = Check("owner/name, or a name for your own account", lambda value: bool(_HUB_NAME.fullmatch(value)))
 FRACTION = Check("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
@@ -80,6 +83,21 @@ def ignored_config_keys(group: str) -> Any:
         "given once for each."
     )
     return option(help, (), group=group, metavar="NAME")
+
+
+def push_to_hub(what: str, group: str) -> Any:
+    """The option of every command that uploads ``what``."""
+    help = (
+        f"Hub repository to upload {what} to, with a model card; it is made if need be. The name, the token (HF_TOKEN, "
+        "or that of hf auth login) and the right to write are checked at the start. An upload that fails is a warning."
+    )
+    return option(help, None, group=group, metavar="OWNER/NAME", check=HUB_NAME, unset="nothing is uploaded")
+
+
+def hub_private(group: str) -> Any:
+    """The option that goes with it."""
+    help = "Make that repository a private one; one that exists stays as it is. Off makes a new one public."
+    return option(help, True, group=group)
 
 
 @dataclass(frozen=True)

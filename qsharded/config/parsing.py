@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from qsharded.config.options import REQUIRED, Command, Option, options
-from qsharded.config.other_names import other_names
+from qsharded.config.other_names import done_by_itself, other_names
 from qsharded.config.rendering import help_text, usage
 from qsharded.config.values import from_toml, from_words, to_toml
 
@@ -165,6 +165,8 @@ def _refuse_rest(known: Mapping[str, Option], rest: Sequence[str]) -> None:
 def _unknown(key: str, known: Mapping[str, Option]) -> str:
     keys = ["config", *(item.key for item in known.values())]
     spelled = key.replace("_", "-")
+    if why := done_by_itself(spelled):
+        return f"unknown key {key!r}; leave it out: {why}"
     nearest = other_names(spelled, keys) or difflib.get_close_matches(spelled, keys, n=1)
     return f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 

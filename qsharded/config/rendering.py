@@ -49,7 +49,8 @@ def _example(command: type[Command]) -> str:
 
 def markdown(command: type[Command]) -> str:
     """The same options as a Markdown page."""
-    head = f"# {command.prog}\n\n```\n{usage(command)}\n```\n\n{_description(command, 120)}\n"
+    example = f"For example:\n\n```\n{command.example}\n```\n\n" if hasattr(command, "example") else ""
+    head = f"# {command.prog}\n\n```\n{usage(command)}\n```\n\n{example}{_description(command, 120)}\n"
     groups = (f"## {group}\n\n{_TABLE_HEAD}" + "".join(map(_row, items)) for group, items in _groups(_listed(command)))
     return head + f"`--config FILE`: {_CONFIG_HELP}\n\n" + "\n".join(groups)
 

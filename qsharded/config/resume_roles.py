@@ -19,14 +19,14 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
     "step": ("per_device_train_batch_size", "gradient_accumulation_steps"),
     # The adapter's own configuration, which the checkpoint holds; it is fixed but for dropout.
     "adapter": (
-        "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "lora_rank_pattern",
-        "lora_alpha_pattern", "use_rslora",
+        "lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+        "lora_rank_pattern", "lora_alpha_pattern", "use_rslora",
     ),
     # These change the mathematics of the steps to come: on purpose, so they are taken and said.
     "told": (
-        "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps",
-        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "lora_dropout",
-        "lora_dtype", "dtype",
+        "learning_rate", "router_aux_loss_coef", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
+        "num_train_epochs", "max_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+        "optim", "lora_dropout", "lora_dtype", "dtype",
     ),
     # Where things lie, how fast and in whose memory it is computed, what is shown and saved.
     "free": (
@@ -36,8 +36,9 @@ _OPTIONS: dict[Role, tuple[str, ...]] = {
         "output_dir", "overwrite_output_dir", "logging_steps", "show_rows", "show_characters", "save_steps",
         "save_total_limit", "resume_from_checkpoint", "exit_code_when_stopped", "eval_dataset", "eval_dataset_split",
         "eval_steps", "per_device_eval_batch_size", "exact_match_dataset", "save_best", "early_stopping_patience",
-        "early_stopping_threshold", "sample_prompts", "sample_steps", "sample_max_new_tokens", "report_to", "dry_run",
-        "gpus", "gpu_memory_gib", "profile", "hang_timeout", "self_check", "ranks", "gpu", "host_memory_gib", "sweep",
+        "early_stopping_threshold", "sample_prompts", "sample_steps", "sample_max_new_tokens", "report_to",
+        "report_png", "dry_run", "gpus", "gpu_memory_gib", "profile", "hang_timeout", "self_check", "ranks", "gpu",
+        "host_memory_gib", "sweep", "push_to_hub", "hub_private",
     ),
 }  # fmt: skip
 PATHS = ("dataset", "dataset_split")  # of the rows: where they are, which alone makes them no others

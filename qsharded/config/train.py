@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from qsharded.config.bad_rows import bad_rows_option, skipped_bad_rows
 from qsharded.config.evaluated import EXACT_MATCH, eval_sets, measures
 from qsharded.config.options import (
     AT_LEAST_0,
@@ -14,8 +15,10 @@ from qsharded.config.options import (
     POSITIVE,
     Check,
     check_values,
+    hub_private,
     ignored_config_keys,
     option,
+    push_to_hub,
 )
 from qsharded.utils.cards import CardName
 from qsharded.utils.checkpointing_modes import Checkpointing, ModeOrAuto
@@ -131,12 +134,7 @@ class TrainConfig:
         "left out, and counted.",
         False,
     )
-    bad_rows: str = _data(
-        "What rows do that cannot be used: stop the run, which names them all at once, or, with skip:N, are left out, "
-        "up to N in each dataset, and listed.",
-        "stop",
-        metavar="stop|skip:N",
-    )
+    bad_rows: str = bad_rows_option("Data")
     chat_template: str | None = _data(
         "File with the chat template to use in place of the model's; it is saved with the adapter.",
         None,
@@ -158,7 +156,7 @@ class TrainConfig:
 
     streaming: bool = _data(
         "Read only the first rows of each training dataset, as many as --max-steps takes, and nothing else of it from "
-        "the Hub: for datasets too large to read whole.",
+        "the Hub, and tokenize them while the run trains: for datasets too large to read whole.",
         False,
     )
     data_cache: str | None = _data(
@@ -224,11 +222,19 @@ class TrainConfig:
     lora_alpha: float = _lora("Adapters are scaled by alpha / r.", 32.0, check=POSITIVE)
     lora_dropout: float = _lora("Dropout on the adapters' input.", 0.0, unit="fraction", check=FRACTION)
     lora_target_modules: str | list[str] = _lora(
-        "Layers to adapt: all-linear (every linear layer but the head), names such as q_proj,v_proj,embed_tokens, each "
-        "of which must be there, or a regular expression that matches whole names.",
+        "Layers to adapt: all-linear (every linear layer but the head; of a mixture of experts attention, shared "
+        "experts and experts, never the router), names such as q_proj,v_proj,embed_tokens, each of which must be "
+        "there, or a regular expression that matches whole names.",
         "all-linear",
     )
-    lora_modules_to_save: list[str] = _lora("Names of modules to train in full and save with the adapter.", [])
+    lora_target_parameters: list[str] = _lora(
+        "Experts to adapt beside the layers that --lora-target-modules names: endings such as "
+        "mlp.experts.gate_up_proj, as PEFT's target_parameters.",
+        [],
+    )
+    lora_modules_to_save: list[str] = _lora(
+        "Names of modules to train in full and save with the adapter; a mixture's router is mlp.gate.", []
+    )
     lora_rank_pattern: dict[str, int] = _lora("Other ranks for the layers whose names match KEY.", {})
     lora_alpha_pattern: dict[str, float] = _lora("Other alphas for the layers whose names match KEY.", {})
     lora_dtype: Literal["float32", "bfloat16"] = _lora("Type of everything that is trained.", "float32")
@@ -239,6 +245,12 @@ class TrainConfig:
         "default",
     )
 
+    router_aux_loss_coef: float = _optimizer(
+        "Of the loss that keeps a mixture's experts evenly busy, over all ranks (transformers' output_router_logits). "
+        "It moves the adapters before a frozen router. 0: none.",
+        0.0,
+        check=AT_LEAST_0,
+    )
     optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = _optimizer(
         "AdamW with moments in fp32, in 8 bits, or in 8 bits and in host memory where the GPU has no room for them.",
         "paged_adamw8bit",
@@ -290,6 +302,9 @@ class TrainConfig:
         [],
         metavar="NAME ...",
     )
+    report_png: bool = _output(
+        "Draw the curves of report.html to report.png too, at the end, with the package matplotlib.", False
+    )
     profile: str | None = _output(
         "Steps to record, as 12 or 12-14: OUTPUT_DIR/profile has a trace of each rank then, for chrome://tracing or "
         "ui.perfetto.dev.",
@@ -332,6 +347,8 @@ class TrainConfig:
         unset="start afresh",
     )
 
+    push_to_hub: str | None = push_to_hub("the adapter, at the end,", "Output and logging")
+    hub_private: bool = hub_private("Output and logging")
     exit_code_when_stopped: int = _output(
         "Exit status of each rank of a run that a signal stopped, once it has saved what it needs to go on: for "
         "schedulers that take 0 for finished. torchrun's own is 1 for any other than 0.",
@@ -471,7 +488,7 @@ class TrainConfig:
     @property
     def skip_bad_rows(self) -> int:
         """How many rows of a dataset ``--bad-rows`` lets be left out."""
-        return int(self.bad_rows.removeprefix("skip:")) if self.bad_rows != "stop" else 0
+        return skipped_bad_rows(self.bad_rows)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -479,8 +496,7 @@ class TrainConfig:
         if not self.datasets:
             raise ValueError("--dataset must name at least one dataset, got an empty list")
         _check_weights(self.dataset_weights, self.datasets)
-        if not re.fullmatch(r"stop|skip:\d+", self.bad_rows):
-            raise ValueError(f"--bad-rows must be stop, or skip:N with a number N, got {self.bad_rows!r}")
+        skipped_bad_rows(self.bad_rows)
         if self.streaming and self.max_steps < 1:
             raise ValueError("--streaming reads as many rows as --max-steps takes: give --max-steps")
         _check_planned(self)

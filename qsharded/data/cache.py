@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,13 +22,15 @@ from typing import Any, TextIO
 
 import qsharded
 from qsharded.data.examples import Dataset
-from qsharded.data.fill import Enough, Fill, Interrupted, read_note
+from qsharded.data.fill import Fill, Interrupted
+from qsharded.data.fill_progress import Enough, read_note
+from qsharded.data.growing import WINDOW, Growing
 from qsharded.data.load import Reading
 from qsharded.data.row_source import RowSource
 from qsharded.data.stored import StoredExamples
 from qsharded.data.tokenizer import Tokenizer
 from qsharded.data.tokenizing import fill_by_processes
-from qsharded.utils.durable_files import sync_folder
+from qsharded.utils.durable_files import sync_folder, write_whole
 
 # Datasets of less are tokenized where they are needed: in less time than processes for it take to start.
 SMALL_BYTES = 4 << 20
@@ -71,6 +74,31 @@ class DataCache:
         assert found is not None, "it has just been written"
         return found
 
+    def start(self, name: str, source: RowSource) -> Growing:
+        """As :meth:`dataset`, but what is there can be read before all is. One process of a node calls this.
+
+        Raises:
+            ValueError, OSError: as :meth:`dataset`, of a small one; of others :meth:`Growing.window` raises it.
+        """
+        found = self.growing(name, source)
+        found.failed.unlink(missing_ok=True)
+        if 0 < source.nbytes < SMALL_BYTES:
+            self.dataset(name, source)
+        elif _read(found.kept) is None:
+            # A daemon: a run that has taken its steps does not wait for more rows. What was noted of them stays.
+            threading.Thread(target=self._fill_behind, args=(name, source, found), daemon=True, name="rows").start()
+        return found
+
+    def growing(self, name: str, source: RowSource) -> Growing:
+        """What :meth:`start` gives in another process of this node, which has called it."""
+        return Growing(name, self.folder / self._key(source))
+
+    def _fill_behind(self, name: str, source: RowSource, found: Growing) -> None:
+        try:
+            self.dataset(name, source)
+        except (ValueError, OSError) as error:
+            write_whole(found.failed, str(error).encode())
+
     def _key(self, source: RowSource) -> str:
         made_from = [source.identity(self.folder / "files"), self.tokenizer.identity(), asdict(self.reading), _code()]
         if self.enough:
@@ -83,7 +111,8 @@ class DataCache:
         small = 0 < source.nbytes < SMALL_BYTES
         workers = 1 if small else len(os.sched_getaffinity(0))
         shown = self.shows_progress and not small
-        fill = Fill(name, source, self.tokenizer, self.reading, part, workers, shown, self.enough)
+        noted = WINDOW if self.enough else sys.maxsize
+        fill = Fill(name, source, self.tokenizer, self.reading, part, workers, shown, self.enough, noted)
         try:
             fill.run() if small else fill_by_processes(fill)
         except Interrupted:

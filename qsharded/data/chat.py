@@ -21,6 +21,7 @@ Span = tuple[int, int]
 
 _OF_EACH_CALL = {"messages", "tools", "documents", "add_generation_prompt"}
 
+_REASONING = frozenset(REASONING_KEYS)
 # Unicode noncharacters, for use inside a program only: they stand in no text meant for reading.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 
@@ -164,6 +165,8 @@ def _unmark(marked: str) -> tuple[str, list[Span]]:
 
 def _with_reasoning(message: Message) -> Message:
     """The message with its reasoning under the two names that templates read."""
+    if _REASONING.isdisjoint(message):
+        return message
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qsharded.data.chat import Span
+from qsharded.data.encoded import Encoded
 from qsharded.data.examples import Example
 from qsharded.data.render import Rendered
-from qsharded.data.tokenizer import Encoded, Tokenizer
+from qsharded.data.tokenizer import Tokenizer
 
 
 def example_of(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Example:
@@ -18,26 +22,26 @@ def example_of(rendered: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> Ex
         ids, trained = encoded.ids, _inside(rendered.spans, encoded)
     if rendered.bos:
         ids = tokenizer.with_bos(ids)
-        trained = [False] * (len(ids) - len(trained)) + trained
+        trained = np.concatenate([np.zeros(len(ids) - len(trained), np.bool_), trained])
     if rendered.eos and ids[-1] not in tokenizer.eos_ids:
-        ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
-    return Example(ids, trained)
+        ids, trained = [*ids, tokenizer.eos_id], np.append(trained, True)
+    return Example(encoded.array if ids is encoded.ids else ids, trained)
 
 
-def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _behind_prompt(rendered: Rendered, ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:
     """The prompt's ids are those that generation will be given, even where its end and the rest would merge."""
     prompt = tokenizer.encode(rendered.prompt)
     if ids[: len(prompt)] != prompt:
         ids = prompt + tokenizer.encode_continuation(rendered.text[len(rendered.prompt) :])
-    return ids, [number >= len(prompt) for number in range(len(ids))]
+    return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _inside(spans: Sequence[Span] | None, encoded: Encoded) -> list[bool]:
-    inside = [spans is None] * len(encoded)
+def _inside(spans: Sequence[Span] | None, encoded: Encoded) -> NDArray[np.bool_]:
+    inside = np.full(len(encoded), spans is None)
     for start, end in spans or ():
         if start < end:
             first, behind = _first_reaching(start, encoded), encoded.first_from(end)
-            inside[first:behind] = [True] * (behind - first)
+            inside[first:behind] = True
     return inside
 
 

@@ -11,6 +11,7 @@ from qsharded.data.bad_rows import refuse_bad_rows
 from qsharded.data.columns import check_columns, refuse_misspelt
 from qsharded.data.empty_answers import without_empty_answers
 from qsharded.data.encode import example_of
+from qsharded.data.encoded import Encoded
 from qsharded.data.examples import Dataset, Example
 from qsharded.data.formats import Conversation, Record, parse_row
 from qsharded.data.notes import PROMPT_TOO_LONG, TRUNCATED, data_notes
@@ -18,7 +19,7 @@ from qsharded.data.omissions import UNHEEDED, Omission
 from qsharded.data.records import FoundRows, Row, find_rows
 from qsharded.data.render import Rendered, TrainOn, Wanted, render
 from qsharded.data.row_length import most_characters
-from qsharded.data.tokenizer import Encoded, Tokenizer
+from qsharded.data.tokenizer import Tokenizer
 from qsharded.utils import heartbeat
 
 Overlong = Literal["drop", "truncate"]

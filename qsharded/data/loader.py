@@ -117,14 +117,38 @@ class StepLoader:
         Raises:
             ValueError: the epoch has fewer rows than ``cursor`` has done: it comes from a run on other data.
         """
-        if cursor.row > self._row_count(cursor.epoch):
-            raise ValueError(f"cannot resume at {cursor}: the epoch has {self._row_count(cursor.epoch)} rows")
+        self._check(cursor)
         while True:
             while cursor.row < self._row_count(cursor.epoch):
                 step = self._step(cursor)
                 yield step
                 cursor = step.cursor
             cursor = Cursor(cursor.epoch + 1)
+
+    def rows_from(self, cursor: Cursor, most: int) -> list[Numbers]:
+        """The numbers of the examples in each of the epoch's next rows, of up to so many.
+
+        Raises:
+            ValueError: as :meth:`steps`.
+        """
+        self._check(cursor)
+        rows = self._rows(cursor.epoch)
+        return [rows[row] for row in range(cursor.row, min(cursor.row + most, len(rows)))]
+
+    def step_of(self, rows: list[Numbers], cursor: Cursor) -> Step:
+        """The step of these rows, of which there is one at least, with ``cursor`` behind it."""
+        documents = np.concatenate(rows)
+        return Step(
+            micro_batches=[self._batch(mine) for mine in self._share(rows)],
+            trained_tokens=int(trained_of(self.examples, documents).sum()),
+            tokens=int(lengths_of(self.examples, documents).sum()),
+            groups=sum(groups_among(self.examples, row) for row in rows),
+            cursor=cursor,
+        )
+
+    def _check(self, cursor: Cursor) -> None:
+        if cursor.row > self._row_count(cursor.epoch):
+            raise ValueError(f"cannot resume at {cursor}: the epoch has {self._row_count(cursor.epoch)} rows")
 
     def _row_count(self, epoch: int) -> int:
         if self.draw is None or not self.packing:
@@ -158,16 +182,8 @@ class StepLoader:
 
     def _step(self, cursor: Cursor) -> Step:
         end = cursor.row + self.rows_per_step
-        of_epoch = self._rows(cursor.epoch)
-        rows = [of_epoch[row] for row in range(cursor.row, min(end, len(of_epoch)))]
-        documents = np.concatenate(rows)
-        return Step(
-            micro_batches=[self._batch(mine) for mine in self._share(rows)],
-            trained_tokens=int(trained_of(self.examples, documents).sum()),
-            tokens=int(lengths_of(self.examples, documents).sum()),
-            groups=sum(groups_among(self.examples, row) for row in rows),
-            cursor=Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1),
-        )
+        behind = Cursor(cursor.epoch, end) if end < self._row_count(cursor.epoch) else Cursor(cursor.epoch + 1)
+        return self.step_of(self.rows_from(cursor, self.rows_per_step), behind)
 
     def _batch(self, rows: list[Numbers]) -> Batch:
         examples = [[self.examples[number] for number in row.tolist()] for row in rows]

@@ -19,6 +19,7 @@ _ROLES = {
     **dict.fromkeys(("function", "observation", "ipython"), "tool"),
     **{f"{what}_{says}": "tool" for what in ("function", "tool") for says in ("response", "result", "results")},
 }
+_USUAL_ROLES, _USUAL_KEYS = ("user", "assistant", "system"), {"role", "content"}
 _NAMES = (("role", "content"), ("from", "value"))
 _CONTENT_KEYS = ("content", "value", "text")
 
@@ -52,6 +53,8 @@ def _message(raw: Any, where: str) -> tuple[Message, bool | None] | None:
     """The message, and whether it asks to be trained on if it says; None for a system message that is null."""
     if not isinstance(raw, dict):
         raise ValueError(f"{where} must be an object, got {type(raw).__name__}")
+    if raw.keys() == _USUAL_KEYS and raw["role"] in _USUAL_ROLES and isinstance(raw["content"], str):
+        return {"role": raw["role"], "content": raw["content"]}, None  # most are such, of millions
     fields = {key: value for key, value in raw.items() if value is not None}
     called, said = next((names for names in _NAMES if names[0] in fields), (None, ""))
     if called is None:

@@ -12,10 +12,21 @@ from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 from qsharded.data.examples import Dataset, Example
 from qsharded.data.facts import joined
 from qsharded.data.held_out import split_examples
+
+
+class Windows(Protocol):
+    """Rows that come in windows; :class:`qsharded.data.streams.Streams` is one."""
+
+    def window(self, number: int) -> "Mixture":
+        """The rows of a window."""
+
+    def notes(self, one_example_per_answer: bool) -> list[str]:
+        """What is told of all rows that were read so far."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +36,12 @@ class Mixture:
     Attributes:
         parts: the datasets, each with a row at least, by the name that the user has for it.
         weights: one above 0 for each part, in their order; only their ratios count. None: every row once an epoch.
+        streams: whose first window this is; None: it is all that there is.
     """
 
     parts: Mapping[str, Dataset]
     weights: Sequence[float] | None = None
+    streams: "Windows | None" = None
 
     @cached_property
     def examples(self) -> Sequence[Example]:

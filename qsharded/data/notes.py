@@ -37,7 +37,7 @@ _SENTENCES = {
     UNHEEDED: "training on a message that is not the assistant's, or is in a prompt, is asked for in {rows}, as at "
     "{example}: it is not done; --train-on all trains on every token",
     TRUNCATED: "the end of {rows} is cut off, and not trained on, as at {example}; --max-length sets where",
-    PROMPT_TOO_LONG: "the prompt alone fills --max-length in {rows}, which are dropped, as at {example}",
+    PROMPT_TOO_LONG: "{rows} dropped, since the prompt alone fills --max-length, as at {example}",
 }
 
 
@@ -47,7 +47,8 @@ def data_notes(data: Dataset, one_example_per_answer: bool) -> list[str]:
     notes = []
     for kind, counted in data.omitted.items():
         rows = f"{counted.rows:,} row{'s' if counted.rows > 1 else ''}"
-        notes.append(f"note: {_sentence(kind, one_example_per_answer).format(rows=rows, example=counted.example)}")
+        said = _sentence(kind, one_example_per_answer).format(rows=rows, example=counted.example)
+        notes.append(f"{'note' if kind == EMPTY_ANSWER else 'warning'}: {said}")
     return notes + bad_rows_note(data.bad, data.bad_reasons)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qsharded.data.bad_rows import refuse_bad_rows
 from qsharded.data.call_form import fit_calls
+from qsharded.data.columns import refuse_misspelt
 from qsharded.data.examples import Dataset
 from qsharded.data.formats import Conversation, PromptCompletion, Record, parse_row
 from qsharded.data.omissions import omissions
@@ -49,17 +50,20 @@ def load_prompts(
 
     Raises:
         ValueError: more bad rows than may be skipped: malformed, one whose last message is not the assistant's, or
-            plain text; each is named by ``file:line``, up to a number of them. No rows at all.
+            plain text; each is named by ``file:line``, up to a number of them. No rows at all, or columns that none has
+            of them, where others are there.
     """
-    prompts, told = [], Dataset([]) if counted is None else counted
+    prompts, told, columns = [], Dataset([]) if counted is None else counted, columns or {}
     for origin, row in find_rows(source, split=split):
         try:
             if isinstance(row, ValueError):
                 raise row
+            told.columns |= row.keys() & set(columns.values())
             prompts.append(_prompt(parse_row(row, format, columns), tokenizer, told, origin))
         except ValueError as error:
             told.count_bad(f"{origin}: {error}")
             refuse_bad_rows(told.bad, told.bad_reasons, skip_bad_rows, all_read=False)
+    refuse_misspelt(told.columns, columns)
     refuse_bad_rows(told.bad, told.bad_reasons, skip_bad_rows, all_read=True)
     if not prompts:
         raise ValueError(f"{source} holds no rows to take prompts from")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qsharded.data.nulls import without_nulls
-from qsharded.data.row_limits import numbered_lines, parse_line, parse_row
+from qsharded.data.row_limits import not_json, numbered_lines, parse_line, parse_row
 from qsharded.data.sources import SPLIT_OF_WORD, configuration_of, find_files, suffix_of
 from qsharded.data.through_datasets import configured_rows, file_rows
 
@@ -140,7 +140,7 @@ def _document_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
         parse_row(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"{path}:{error.lineno}: {not_json(error)}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:

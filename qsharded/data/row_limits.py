@@ -22,6 +22,11 @@ def numbered_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes
             line = file.readline(LONGEST + 1)
 
 
+def not_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a text, and where."""
+    return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 def parse_line(line: bytes) -> Any:
     """The JSON value of a line.
 
@@ -33,7 +38,7 @@ def parse_line(line: bytes) -> Any:
     try:
         return parse_row(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(not_json(error)) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -53,6 +58,6 @@ def parse_row(text: str) -> Any:
         raise ValueError(_TOO_DEEP) from None
     except ValueError:
         raise ValueError("not readable: an integer of more than 4,300 digits") from None
-    if is_deeper(value, _DEEPEST):
+    if text.count("[") + text.count("{") > _DEEPEST and is_deeper(value, _DEEPEST):
         raise ValueError(_TOO_DEEP)
     return value

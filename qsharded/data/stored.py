@@ -21,17 +21,17 @@ _TOKEN = np.dtype("<i4")
 TOKEN_BYTES = _TOKEN.itemsize
 _TRAINED = np.int32(np.iinfo(np.int32).min)  # the sign bit
 # Pages that were read count as this process's memory while they are mapped: they are let go after so many bytes. What
-# the file system caches of them stays, for all ranks. A read maps pages around its own too, more or less of them.
+# the file system caches of them stays, for all ranks. A read maps pages around its own too, up to a huge page of them.
 _MAPPED_BYTES = 64 << 20
-_AROUND_BYTES = 512 << 10
+_AROUND_BYTES = 2 << 20
 
 
 def packed(examples: Sequence[Example]) -> tuple[bytes, bytes]:
     """What the two files hold of ``examples``, which have no groups."""
     assert all(example.group is None for example in examples), "groups are of rows in memory"
-    parts = [np.where(example.trained, example.ids | _TRAINED, example.ids) for example in examples]
-    tokens = np.concatenate([np.zeros(0, _TOKEN), *parts]).astype(_TOKEN)
-    return tokens.tobytes(), facts_of(examples).tobytes()
+    ids = np.concatenate([np.zeros(0, np.int32), *(example.ids for example in examples)])
+    trained = np.concatenate([np.zeros(0, np.bool_), *(example.trained for example in examples)])
+    return np.where(trained, ids | _TRAINED, ids).astype(_TOKEN).tobytes(), facts_of(examples).tobytes()
 
 
 class ExampleFiles:
@@ -45,12 +45,16 @@ class ExampleFiles:
         for file, data in zip(self._files, block, strict=True):
             file.write(data)
 
-    def on_disk(self) -> list[int]:
-        """Bring what was added onto the disk; the sizes then."""
+    def flushed(self) -> list[int]:
+        """Give what was added to the system, where other processes can read it; the sizes then."""
         for file in self._files:
             file.flush()
-            os.fsync(file.fileno())
         return [file.tell() for file in self._files]
+
+    def sync(self) -> None:
+        """Bring what was flushed onto the disk. Another thread may add more meanwhile."""
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -68,20 +72,20 @@ def _opened(path: Path, size: int) -> BinaryIO:
 
 
 class StoredExamples(ExamplesView):
-    """The ``count`` examples that :class:`ExampleFiles` wrote into ``folder``.
+    """The ``count`` examples that :class:`ExampleFiles` wrote into ``folder``, or, unless ``whole``, the first so many.
 
     Raises:
         ValueError: the files are not as long as each other says.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.facts: Facts = np.fromfile(folder / _FACTS, FACTS)
+    def __init__(self, folder: Path, count: int, *, whole: bool = True) -> None:
+        self.facts: Facts = np.fromfile(folder / _FACTS, FACTS, -1 if whole else count)
         if len(self.facts) != count:
             raise ValueError(f"{folder / _FACTS} is of {len(self.facts):,} examples, {count:,} belong there")
         self._starts = np.concatenate([[0], np.cumsum(self.facts["length"], dtype=np.int64)]) * _TOKEN.itemsize
         with (folder / _TOKENS).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size != self._starts[-1]:
+            if size < self._starts[-1] or (whole and size != self._starts[-1]):
                 raise ValueError(f"{folder / _TOKENS} has {size:,} bytes, {self._starts[-1]:,} belong there")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         self._mapped = 0

@@ -10,6 +10,7 @@ from typing import Any
 from qsharded.utils.dates import DATE_IN_WORDS, is_date
 from qsharded.utils.untrusted_json import ANY, NULL, Kind, check, map_of, read_json
 
+TEMPLATE = "chat_template.jinja"
 # Beside a tokenizer's files. transformers knows no such file: what it holds is given to its apply_chat_template.
 OPTIONS_FILE = "chat_template_options.json"
 _SCHEMA = {"variables": map_of(ANY, 100), "date": Kind(DATE_IN_WORDS, is_date) | NULL}
@@ -49,29 +50,37 @@ class TemplateOptions:
 
     @classmethod
     def kept_in(cls, folder: Path) -> "TemplateOptions":
-        """Those of :data:`OPTIONS_FILE` in a tokenizer's folder; nothing where there is no such file.
+        """What :meth:`files` says of them in the folder of a tokenizer or of an adapter; nothing where it has none.
+        Beside a tokenizer the Jinja program is the tokenizer's own.
 
         Raises:
             ValueError: the file is malformed.
         """
-        path = folder / OPTIONS_FILE
+        path, file = folder / OPTIONS_FILE, None
+        if not (folder / "tokenizer.json").is_file() and (folder / TEMPLATE).is_file():
+            file = folder / TEMPLATE
         if not path.is_file():
-            return cls()
+            return cls(file)
         read = read_json(path)
         check(read, _SCHEMA, str(path))
         today = read.get("date")
-        return cls(None, read.get("variables", {}), date.fromisoformat(today) if today else None)
+        return cls(file, read.get("variables", {}), date.fromisoformat(today) if today else None)
 
     def over(self, kept: "TemplateOptions") -> "TemplateOptions":
         """These, and of ``kept`` what they leave open."""
         return TemplateOptions(self.file or kept.file, {**kept.variables, **self.variables}, self.today or kept.today)
 
-    def to_json(self) -> bytes | None:
-        """What :data:`OPTIONS_FILE` holds of them, None where that is nothing."""
-        if not self.variables and self.today is None:
-            return None
-        today = None if self.today is None else self.today.isoformat()
-        return json.dumps({"variables": dict(self.variables), "date": today}, indent=1).encode()
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the files that say all of this, for the folder of an adapter.
+
+        Raises:
+            ValueError: as :meth:`sources`.
+        """
+        files = {} if self.file is None else {TEMPLATE: self.sources()["default"].encode()}
+        if self.variables or self.today is not None:
+            today = None if self.today is None else self.today.isoformat()
+            files[OPTIONS_FILE] = json.dumps({"variables": dict(self.variables), "date": today}, indent=1).encode()
+        return files
 
     def __str__(self) -> str:
         """As the command line has them, but for the file."""

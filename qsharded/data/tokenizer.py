@@ -1,22 +1,19 @@
 """A Hugging Face tokenizer folder at work: text to ids, ids to text, and conversations to text."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from qsharded.data.chat import ChatTemplate, Span
 from qsharded.data.content import content_hash
+from qsharded.data.encoded import Encoded, Encoder
 from qsharded.data.formats import Conversation
 from qsharded.data.messages import Message
 from qsharded.data.omissions import Omission
-from qsharded.data.template_options import OPTIONS_FILE, TemplateOptions
+from qsharded.data.template_options import TemplateOptions
 from qsharded.data.tokenizer_files import (
     EOS_TOKEN_ID,
-    TEMPLATE,
     load_backend,
     optional_json,
     present_files,
@@ -28,38 +25,6 @@ from qsharded.data.trained_spans import assistant_spans
 from qsharded.data.turn_ends import with_turn_ends
 from qsharded.utils.durable_files import copy_whole, write_whole
 from qsharded.utils.untrusted_json import check
-
-
-class Encoded:
-    """A text's ids, and where in the text they start.
-
-    Attributes:
-        ids: of the text, in its order.
-    """
-
-    def __init__(self, found: tokenizers.Encoding) -> None:
-        self.ids: list[int] = found.ids
-        self._found = found  # its list of all places takes longer to make than the few that are asked for
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def first_from(self, character: int) -> int:
-        """The number of the first id that starts at this character of the text or behind it; that of ids, if none."""
-        number = self._found.char_to_token(character)  # one that has the character, if one has it
-        if number is None:
-            return bisect_left(range(len(self)), character, key=self.start)
-        while number > 0 and self.start(number - 1) >= character:
-            number -= 1
-        while number < len(self) and self.start(number) < character:
-            number += 1
-        return number
-
-    def start(self, number: int) -> int:
-        """The character at which the id of this number starts; never less than that of the one before it."""
-        place = self._found.token_to_chars(number)
-        assert place is not None, "of the text: the tokenizer adds none"
-        return place[0]
 
 
 class Tokenizer:
@@ -85,6 +50,7 @@ class Tokenizer:
         self.adds_bos = self._find_adds_bos()
         # Offsets must be the tokens' own: a ByteLevel post-processor may cut the spaces out of them.
         self._backend.post_processor = None
+        self._encoder = Encoder(self._backend)
 
     @classmethod
     def from_folder(cls, path: str | Path, template: TemplateOptions | None = None) -> "Tokenizer":
@@ -106,9 +72,9 @@ class Tokenizer:
             return ids
         return [self.bos_id, *ids]
 
-    def encode_all(self, texts: Sequence[str]) -> list["Encoded"]:
+    def encode_all(self, texts: Sequence[str]) -> list[Encoded]:
         """As :meth:`encode`, of many texts, on all cores; with the place of each id in its text."""
-        return [Encoded(found) for found in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        return self._encoder.all(texts)
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of ``text`` in mid-text: without the space that some tokenizers put before all they are given."""
@@ -229,10 +195,15 @@ class Tokenizer:
     def copy_files(self, folder: Path) -> None:
         """Put copies of :attr:`files` into ``folder``, laid out as they are here."""
         for file in self.files:
-            name = TEMPLATE if file == self._template.file else file.relative_to(self._folder)
-            copy_whole(file, folder / name)
-        if (kept := self._template.to_json()) is not None:
-            write_whole(folder / OPTIONS_FILE, kept)
+            if file != self._template.file:
+                copy_whole(file, folder / file.relative_to(self._folder))
+        for name, content in self.template_files.items():
+            write_whole(folder / name, content)
+
+    @cached_property
+    def template_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that say what is otherwise about the chat template than the folder has it."""
+        return self._template.files()
 
     def template_difference(self, trained: "Tokenizer") -> str | None:
         """A sentence on how chats are written otherwise than ``trained``, the tokenizer of an adapter, writes them."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-from qsharded.data.template_options import OPTIONS_FILE
+from qsharded.data.template_options import OPTIONS_FILE, TEMPLATE
 from qsharded.utils.regular_files import regular_size
 from qsharded.utils.untrusted_json import (
     BOOLEAN,
@@ -23,9 +23,9 @@ from qsharded.utils.untrusted_json import (
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", OPTIONS_FILE, "tokenizer.model", "vocab.json", "merges.txt"),
+    *(TEMPLATE, OPTIONS_FILE, "tokenizer.model", "vocab.json", "merges.txt"),
 )
-TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 _LONGEST_TEMPLATE = 4 * MEBIBYTE  # the longest have some 20,000 bytes
 _LONGEST_TOKENIZER = 512 * MEBIBYTE  # those of 250,000 tokens have some 35
 _TEXT = text(MEBIBYTE)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from qsharded.distributed.exact_all_gather import use_exact_gather
 from qsharded.models import parts
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 
 def shard(
@@ -33,11 +34,14 @@ def shard(
         replicate_frozen: leave what is frozen whole on every rank, and shard what trains.
 
     Raises:
-        ValueError: a ``param_dtype`` that would cast packed bytes.
+        ValueError: ``model`` is no module, a ``param_dtype`` that would cast packed bytes, or there are no ranks.
     """
+    refuse_other_kind(model, nn.Module, "model", "an nn.Module")
     if param_dtype not in (None, torch.bfloat16):
         raise ValueError(f"param_dtype must be None or bfloat16, got {param_dtype}: it would destroy packed NF4 bytes")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if mesh is None and not dist.is_initialized():
+        raise ValueError("there are no ranks: call torch.distributed.init_process_group() first, under torchrun")
     mesh = mesh or init_device_mesh(_device_type(model), (dist.get_world_size(),))
     left = {p for p in model.parameters() if isinstance(p, DTensor) or (replicate_frozen and not p.requires_grad)}
     wrap = functools.partial(

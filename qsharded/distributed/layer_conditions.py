@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import LoRALinear
+from qsharded.quant.experts import PackedExperts
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import gathered_rows, local, own_rows
 
@@ -24,7 +26,9 @@ def unsharded(tensor: Tensor, device: torch.device) -> Tensor:
 def bytes_compared(layer: nn.Module, whole: dict[str, Tensor]) -> Iterator[set[str]]:
     """The names of packed layers that meanwhile computed with other bytes than those of ``whole``."""
     changed: set[str] = set()
-    packed = {name: module for name, module in layer.named_modules() if isinstance(module, PackedLinear)}
+    packed = {
+        name: module for name, module in layer.named_modules() if isinstance(module, PackedLinear | PackedExperts)
+    }
     for name, module in packed.items():
         module.packed = partial(_compared, module, name, whole, changed)  # type: ignore[method-assign]
     try:
@@ -34,12 +38,12 @@ def bytes_compared(layer: nn.Module, whole: dict[str, Tensor]) -> Iterator[set[s
             del module.packed
 
 
-def _compared(module: PackedLinear, name: str, whole: dict[str, Tensor], changed: set[str]) -> Any:
+def _compared(module: PackedLinear | PackedExperts, name: str, whole: dict[str, Tensor], changed: set[str]) -> Any:
     for part in ("weight", "weight_absmax"):
         seen, held = module.get_parameter(part).detach(), whole[f"{name}.{part}"]
         if not torch.equal(seen.view(torch.uint8), held.view(torch.uint8)):
             changed.add(name)
-    return type(module).packed(module)
+    return type(module).packed(module)  # type: ignore[arg-type]  # of its own class
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def adapters_at_work(layer: nn.Module) -> Iterator[None]:
     weights, and then its own back."""
     before: list[tuple[Tensor, Tensor]] = []
     for module in layer.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | LoRAExperts):
             before.append((local(module.lora_B.weight).detach(), local(module.lora_B.weight).detach().clone()))
             _fill(module)
     try:
@@ -71,7 +75,7 @@ def adapters_at_work(layer: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _fill(module: LoRALinear) -> None:
+def _fill(module: LoRALinear | LoRAExperts) -> None:
     weight = module.lora_B.weight
     rows, R = own_rows(weight), weight.shape[1]
     numbers = torch.arange(rows.start * R, rows.stop * R, device=local(weight).device, dtype=torch.float32)

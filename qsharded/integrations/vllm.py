@@ -27,14 +27,15 @@ def check_adapter(folder: Path | str, max_lora_rank: int = 16) -> None:
         ValueError: it does not; every reason is named.
     """
     path = Path(folder) / CONFIG_FILE
-    reasons = list(_reasons(read_json(path), max_lora_rank))
+    reasons = list(unsupported(read_json(path), max_lora_rank))
     if reasons:
         raise ValueError(
             f"{path}: vLLM cannot serve this adapter: {'; '.join(reasons)}. Merge it instead: python -m qsharded.merge"
         )
 
 
-def _reasons(config: Mapping[str, Any], max_lora_rank: int) -> Iterator[str]:
+def unsupported(config: Mapping[str, Any], max_lora_rank: int) -> Iterator[str]:
+    """Why vLLM does not serve the adapter of such an adapter_config.json; nothing where it does."""
     for key in _REQUIRED:
         if not config.get(key):
             yield f"{key} is missing"

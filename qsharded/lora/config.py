@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.time_limit import TookTooLong, time_limited
 
 ALL_LINEAR = "all-linear"
@@ -26,6 +27,8 @@ class LoRAConfig:
         use_rslora: scale by lora_alpha / sqrt(r).
         rank_pattern, alpha_pattern: name ending or regex -> r or lora_alpha of the layers that it matches.
         modules_to_save: endings of the names of modules to train in full, kept out of quantization.
+        target_parameters: endings of the names of parameters to adapt, as PEFT has them: experts'
+            ("experts.down_proj"), or a linear layer's ("shared_experts.up_proj.weight"). "all-linear" has the experts'.
         exclude_modules: endings of names, or a regex of whole ones, that are no targets.
         layers_to_transform: numbers of the layers whose modules are targets; empty: all. As in PEFT, it does not hold
             for a whole name in ``target_modules``, nor where that is a regex.
@@ -43,6 +46,7 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
     exclude_modules: str | list[str] = field(default_factory=list)
     layers_to_transform: list[int] = field(default_factory=list)
     layers_pattern: list[str] = field(default_factory=list)
@@ -51,8 +55,12 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
+            refuse_other_kind(r, int, "a LoRA rank", "a whole number")
             if r < 1:
                 raise ValueError(f"a LoRA rank must be at least 1, got {r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            refuse_other_kind(alpha, (int, float), "lora_alpha", "a number")
+        refuse_other_kind(self.lora_dropout, (int, float), "lora_dropout", "a number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.dtype not in (torch.float32, torch.bfloat16):
@@ -65,11 +73,26 @@ class LoRAConfig:
     def scaling(self, name: str) -> float:
         """What the adapter's output of the layer called ``name`` is multiplied by."""
         r = self.rank(name)
-        return _by_pattern(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+
+    def alpha(self, name: str) -> float:
+        """The alpha of the layer called ``name``."""
+        return _by_pattern(self.alpha_pattern, name, self.lora_alpha)
 
     def is_target(self, name: str) -> bool:
         """Whether the layer called ``name`` gets an adapter, if it is of a kind that can."""
         return not self.is_saved(name) and not _means(self.exclude_modules, name) and self.matches(name)
+
+    def is_target_parameter(self, name: str) -> bool:
+        """Whether the parameter called ``name`` is named: as PEFT, whatever layers and exclusions say."""
+        return any(ends_with(name, ending) for ending in self.target_parameters)
+
+    def adapts_experts(self, name: str) -> bool:
+        """Whether the experts' parameter called ``name`` gets an adapter."""
+        if self.is_target_parameter(name):
+            return True
+        module = name.rpartition(".")[0]
+        return self.target_modules == ALL_LINEAR and self.is_target(module) and not _means(self.exclude_modules, name)
 
     def matches(self, name: str) -> bool:
         """Whether ``target_modules`` means the layer called ``name``, in the layers that are to be transformed."""

@@ -3,7 +3,6 @@
 Source: Hu et al., "LoRA", arXiv:2106.09685; rsLoRA's scaling: Kalajdzievski, arXiv:2312.03732.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.embedding import LoRAEmbedding
-from qsharded.lora.targets import modules_to_save, peft_name, targets
+from qsharded.lora.experts import LoRAExperts
+from qsharded.lora.initial_values import initial_A
+from qsharded.lora.targets import expert_targets, modules_to_save, peft_name, targets
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.unquantized import AdaptedLayer
-from qsharded.utils.seeds import derived_seed
+from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.sharding import local, own_rows
 
 
@@ -84,7 +85,7 @@ class LoRALinear(AdaptedLayer):
         return f"scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-LoRALayer = LoRALinear | LoRAEmbedding
+LoRALayer = LoRALinear | LoRAEmbedding | LoRAExperts
 """A layer with its adapter."""
 
 
@@ -98,14 +99,19 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         ValueError: an entry of ``target_modules``, of the patterns or of ``modules_to_save`` matches nothing, or
             something that cannot be adapted, or a module to save is quantized or tied to another (an adapted layer may
             be: the other keeps the frozen weight), or the model has adapters already. The model is then as it was.
+            An argument of another kind.
     """
+    refuse_other_kind(model, nn.Module, "model", "an nn.Module")
+    refuse_other_kind(config, LoRAConfig, "config", "a LoRAConfig")
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has adapters already; add_lora takes one without")
-    chosen, saved = targets(model, config), modules_to_save(model, config)
+    chosen, saved, experts = targets(model, config), modules_to_save(model, config), expert_targets(model, config)
     _refuse_shared(model, saved, "modules_to_save cannot train")
     model.requires_grad_(False)
     for name, base in chosen.items():
         model.set_submodule(name, _adapted(peft_name(model, name), base, config).train(base.training))
+    for name, parameters in experts.items():
+        model.set_submodule(name, _adapted_experts(model, name, parameters, config))
     for name, module in saved.items():
         _train_in_full(model, name, module.to(config.dtype))
     if not any(parameter.is_meta for parameter in model.parameters()):
@@ -118,6 +124,15 @@ def _adapted(name: str, base: Any, config: LoRAConfig) -> LoRALayer:
     if isinstance(base, nn.Embedding):
         return LoRAEmbedding(base, r, scaling, config.dtype)
     return LoRALinear(base, r, scaling, config.lora_dropout, config.dtype)
+
+
+def _adapted_experts(model: nn.Module, name: str, parameters: list[str], config: LoRAConfig) -> nn.Module:
+    experts = model.get_submodule(name)
+    training = experts.training
+    for parameter in parameters:
+        called = f"{peft_name(model, name)}.{parameter}"
+        experts = LoRAExperts(experts, parameter, config.rank(called), config.scaling(called), config.dtype)
+    return experts.train(training)
 
 
 def _refuse_shared(model: nn.Module, chosen: Iterable[str], complaint: str) -> None:
@@ -155,16 +170,6 @@ class MasterLinear(nn.Linear):
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(name, layer) of every adapted layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
-
-
-def initial_A(name: str, seed: int, r: int, in_features: int) -> Tensor:
-    """fp32 [r, K] on the CPU: lora_A of the layer called ``name``, uniform in +-1/sqrt(K) as PEFT draws it.
-
-    It depends on seed and name alone: neither on the number of ranks nor on which layers came before.
-    """
-    generator = torch.Generator().manual_seed(derived_seed(seed, name))
-    bound = 1 / math.sqrt(in_features)
-    return (torch.rand(r, in_features, generator=generator) * 2 - 1) * bound
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from torch import nn
 
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches_pattern
+from qsharded.lora.experts import adapted_parameters, has_experts
 from qsharded.quant.linear import PackedLinear
+from qsharded.quant.packed_module import PackedModule
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -38,10 +40,58 @@ def targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     if config.strict:
         _refuse_idle_targets(config, {called[n]: layer for n, layer in layers.items() if _may_mean(config, layer)})
         _refuse_other_modules(model, config)
-    chosen = {n: layer for n, layer in layers.items() if config.is_target(called[n]) and _may_mean(config, layer)}
+    chosen = {
+        n: layer
+        for n, layer in layers.items()
+        if (config.is_target(called[n]) and _may_mean(config, layer))
+        or (config.is_target_parameter(f"{called[n]}.weight") and not isinstance(layer, nn.Embedding))
+    }
     if config.strict:
-        _refuse_idle_patterns(config, {called[n]: layer for n, layer in chosen.items()})
+        experts = {name for parts in _expert_parameters(model).values() for name in parts.values()}
+        adapted = {*(called[name] for name in chosen), *filter(config.adapts_experts, experts)}
+        _refuse_idle_patterns(config, adapted)
     return chosen
+
+
+def expert_targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """The experts of ``model`` of which a parameter gets an adapter, by name, with those parameters in their order.
+
+    Raises:
+        ValueError: an entry of ``target_parameters`` that matches nothing that can be adapted (unless ``config`` is not
+            strict), or dropout.
+    """
+    called = _expert_parameters(model)
+    if config.strict:
+        linears = [f"{peft_name(model, n)}.weight" for n, m in model.named_modules() if adaptable(m)]
+        _refuse_idle_parameters(config, [*linears, *(name for parts in called.values() for name in parts.values())])
+    chosen = {
+        name: [part for part, full in parts.items() if config.adapts_experts(full)] for name, parts in called.items()
+    }
+    chosen = {name: parts for name, parts in chosen.items() if parts}
+    if chosen and config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout = {config.lora_dropout:g}: adapters on experts ({next(iter(chosen))}) have no dropout, in "
+            "PEFT neither; set it to 0, or name target_modules without the experts"
+        )
+    return chosen
+
+
+def _expert_parameters(model: nn.Module) -> dict[str, dict[str, str]]:
+    """name of experts -> their parameters -> what PEFT calls these."""
+    return {
+        name: {part: f"{peft_name(model, name)}.{part}" for part in adapted_parameters(module)}
+        for name, module in model.named_modules()
+        if has_experts(module)
+    }
+
+
+def _refuse_idle_parameters(config: LoRAConfig, parameters: list[str]) -> None:
+    for entry in config.target_parameters:
+        if not any(ends_with(name, entry) for name in parameters):
+            raise ValueError(
+                f"no parameter matches target_parameters = {entry!r}; there are {_listed(parameters)} of experts and "
+                "linear layers"
+            )
 
 
 def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -60,7 +110,7 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
             )
         chosen |= found
     for name, module in chosen.items():
-        if any(isinstance(part, PackedLinear) for part in module.modules()):
+        if any(isinstance(part, PackedModule) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
     return chosen
 
@@ -82,7 +132,7 @@ def _entries(config: LoRAConfig) -> Iterator[tuple[str, Callable[[str], bool]]]:
 
 def _refuse_idle_targets(config: LoRAConfig, layers: Mapping[str, nn.Module]) -> None:
     idle = [entry for entry, matches in _entries(config) if not any(map(matches, layers))]
-    if idle or not config.target_modules:
+    if idle or not (config.target_modules or config.target_parameters):
         said = config.target_modules if isinstance(config.target_modules, str) else idle
         raise ValueError(f"no linear layer matches target_modules = {said!r}{_there_are(layers)}")
 
@@ -110,7 +160,7 @@ def _refuse_other_modules(model: nn.Module, config: LoRAConfig) -> None:
             )
 
 
-def _refuse_idle_patterns(config: LoRAConfig, chosen: Mapping[str, nn.Module]) -> None:
+def _refuse_idle_patterns(config: LoRAConfig, chosen: Iterable[str]) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(matches_pattern(pattern, name) for name in chosen):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsharded.models.attention_inputs import AttentionInputs, has_flash_kernel
+from qsharded.models.sink_attention import attend_by_mask, with_sinks
 from qsharded.models.softcap_attention import SoftcapAttention
 from qsharded.models.window_attention import WindowAttention, agree
 
@@ -71,6 +72,8 @@ def has_outside_attention() -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
     """The output [B, S, H, E] with its gradients. q: [B, S, H, E]; k, v: [B, T, G, E]."""
     attention = _from_outside(q, inputs, q.shape[-1])
+    if attention is None and inputs.sinks_H is not None and inputs.boundaries is None:
+        return attend_by_mask(q, k, v, inputs)
     if attention is None and inputs.softcap is not None:
         attention = SoftcapAttention()
     if attention is None and inputs.boundaries is None:
@@ -80,6 +83,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
 
 
 def _from_outside(x: Tensor, inputs: AttentionInputs, head_dim: int) -> Attention | None:
+    if inputs.sinks_H is not None:  # none from outside knows of them
+        return None
     found = (find(x, inputs, head_dim) for find in _registered)
     return next((attention for attention in found if attention is not None), None)
 
@@ -194,7 +199,10 @@ class FlashAttention:
         out, log_sum_exp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_lengths(q, inputs), 0.0, True, False, scale=inputs.scale, **_window(inputs)
         )
-        return out.view(*rows, *out.shape[-2:]), (log_sum_exp, seed, offset)
+        out = out.view(*rows, *out.shape[-2:])
+        if inputs.sinks_H is not None:
+            out, log_sum_exp = with_sinks(out, log_sum_exp, inputs.sinks_H)
+        return out, (log_sum_exp, seed, offset)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, inputs: AttentionInputs

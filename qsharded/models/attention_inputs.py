@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsharded.models.config import ModelConfig
 from qsharded.models.rope import RopeConfig, rope_tables
@@ -42,6 +42,8 @@ class AttentionInputs:
         softcap: c of c tanh(score / c), or None. A backend that is registered from outside must apply it, and scale.
         query_scale_BS: q is multiplied by it once it is rotated; None: by 1.
         documents_BT: each key's document, for layers that attend by a state; None: one, or no such layer.
+        sinks_H: a layer's own: in each head's softmax one more score, to which no value belongs; None: none.
+        is_routed_BS: False for padding, which a mixture of experts leaves out; None: all are tokens, or no such layer.
     """
 
     cos_BSR: Tensor
@@ -53,6 +55,8 @@ class AttentionInputs:
     softcap: float | None = None
     query_scale_BS: Tensor | None = None
     documents_BT: Tensor | None = None
+    is_routed_BS: Tensor | None = None
+    sinks_H: Tensor | None = None
 
 
 def attention_inputs(
@@ -83,6 +87,7 @@ def attention_inputs(
         softcap=config.score_softcap,
         query_scale_BS=_query_scale(config, positions_BS, dtype, keys),
         documents_BT=None if config.linear is None else documents_BT,
+        is_routed_BS=_routed(config, positions_BS, documents_BT),
     )
     # the soft-capped backend reads boundaries on any device
     knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
@@ -94,6 +99,17 @@ def attention_inputs(
         rope: _tables(config, rope, positions_BS, dtype, documents_BT, keys) for rope in set(config.rope_of_layer)
     }
     return _of_layers(config, lambda window, rope: shared(*tables[rope], **sights[window]))
+
+
+def _routed(config: ModelConfig, positions_BS: Tensor, documents_BT: Tensor | None) -> Tensor | None:
+    """Where documents are not told a row is one, and padding behind it has position 0, as its first token has."""
+    S = positions_BS.shape[1]
+    if config.mixture is None or (documents_BT is None and S == 1):
+        return None
+    if documents_BT is not None:
+        return documents_BT[:, -S:] >= 0
+    has_next_BS = nn.functional.pad(positions_BS[:, 1:2] == 1, (0, S - 1))
+    return (positions_BS > 0) | has_next_BS
 
 
 def _of_layers(

@@ -32,13 +32,64 @@ POST_NORMS = NormNames(None, "post_attention_layernorm", None, "post_feedforward
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """The shape of gated delta-net layers: heads and their dims, and the taps of the convolution before them."""
+    """The shape of gated delta-net layers: heads and their dims, the taps of the convolution before them, and whether
+    their projections are fused (``in_proj_qkvz`` and ``in_proj_ba``)."""
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
     taps: int
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertMixture:
+    """The MLP of sparse layers: experts, of which a router chooses some for each token.
+
+    Attributes:
+        experts, per_token: how many there are, and how many a token gets.
+        intermediate_size: of one expert.
+        router: how a token's experts are chosen and weighted: "softmax" over all experts, "softmax of chosen" logits
+            (gpt-oss's), or "sigmoid" (DeepSeek-V3's and GLM's: a correction bias counts in the choice alone).
+        normalised: weights of a token's experts are divided by their sum.
+        scaling: of the weights.
+        groups, chosen_groups: with "sigmoid" a token's experts come from so many of the groups.
+        shared_size: intermediate size of the expert that every token gets beside; 0: there is none.
+        shared_name, shared_gate: what it is called, and whether a gate weighs it.
+        clamped: gate and up are clamped to +-7, and meet as gpt-oss's do; experts and router have biases.
+    """
+
+    experts: int
+    per_token: int
+    intermediate_size: int
+    router: Literal["softmax", "softmax of chosen", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scaling: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    shared_size: int = 0
+    shared_name: str = "shared_experts"
+    shared_gate: bool = False
+    clamped: bool = False
+    clamp_limit: float = 7.0
+    clamp_gain: float = 1.702
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.experts:
+            raise ValueError(f"num_experts_per_tok must be from 1 to the {self.experts} experts, got {self.per_token}")
+        if self.experts % self.groups or not 1 <= self.chosen_groups <= self.groups:
+            raise ValueError(
+                f"n_group ({self.groups}) must divide the {self.experts} experts, and topk_group "
+                f"({self.chosen_groups}) be one of them at least"
+            )
+        to_choose_from = self.experts // self.groups * self.chosen_groups
+        if to_choose_from < self.per_token or (self.chosen_groups < self.groups > self.experts // 2):
+            raise ValueError(
+                f"n_group ({self.groups}) and topk_group ({self.chosen_groups}) leave {to_choose_from} of "
+                f"{self.experts} experts, of which num_experts_per_tok ({self.per_token}) are chosen, in groups of 2 "
+                "and more"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,6 +114,9 @@ class ModelConfig:
         embedding_multiplier_rounded: the first is rounded to the activations' dtype.
         attention_gate: q_proj puts out q and a gate, by whose sigmoid attention's output is multiplied.
         linear, linear_layers: gated delta-net layers, and which layers are such in attention's place.
+        mixture, sparse_layers: mixtures of experts, and which layers have one in place of the MLP; empty: all.
+        sinks: each head attends to a sink as well, a score without a value.
+        further_layers: how many layers behind these predict further tokens, and are passed over in a checkpoint.
         wrapper: model_type of the multimodal model of which this is the text part, or "".
     """
 
@@ -104,6 +158,10 @@ class ModelConfig:
     attention_gate: bool = False
     linear: LinearAttention | None = None
     linear_layers: tuple[bool, ...] = ()
+    mixture: ExpertMixture | None = None
+    sparse_layers: tuple[bool, ...] = ()
+    sinks: bool = False
+    further_layers: int = 0
     wrapper: str = ""
 
     def __post_init__(self) -> None:
@@ -121,7 +179,7 @@ class ModelConfig:
             rope.check(self.head_dim)
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
-        for name in ("layer_windows", "layer_ropes", "linear_layers"):
+        for name in ("layer_windows", "layer_ropes", "linear_layers", "sparse_layers"):
             entries = getattr(self, name)
             if entries and len(entries) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(entries)} entries for {self.num_hidden_layers} layers")
@@ -136,6 +194,11 @@ class ModelConfig:
         """Whether each layer is a gated delta-net."""
         return self.linear_layers or (False,) * self.num_hidden_layers
 
+    @property
+    def is_sparse(self) -> tuple[bool, ...]:
+        """Whether each layer's MLP is a mixture of experts."""
+        return self.sparse_layers or (self.mixture is not None,) * self.num_hidden_layers
+
     def of_layers(self, *layers: int) -> "ModelConfig":
         """The same decoder with these of its layers alone."""
         return replace(
@@ -144,6 +207,7 @@ class ModelConfig:
             layer_windows=tuple(self.layer_windows[layer] for layer in layers),
             layer_ropes=tuple(self.layer_ropes[layer] for layer in layers) if self.layer_ropes else (),
             linear_layers=tuple(self.is_linear[layer] for layer in layers),
+            sparse_layers=tuple(self.is_sparse[layer] for layer in layers),
         )
 
     @classmethod

@@ -10,6 +10,7 @@ _COUNT, _WIDTH = integer(1, 1 << 16), integer(1, 1 << 22)
 _POSITIONS = integer(1, 1 << 40)
 _FACTOR = number(0, 1e6)
 _FRACTION, _PERIOD = number(0, 1), integer(0, MOST_LAYERS)
+_EXPERTS = integer(0, 1 << 14)
 _NAMES = list_of(text(100), MOST_LAYERS)
 _TOKEN = integer(-1, (1 << 31) - 1)
 
@@ -76,6 +77,13 @@ _MODEL: dict[str, Kind] = {
     "linear_key_head_dim": _COUNT | NULL,
     "linear_value_head_dim": _COUNT | NULL,
     "linear_conv_kernel_dim": integer(1, 1 << 10) | NULL,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), _EXPERTS | NULL),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "decoder_sparse_step"), _EXPERTS | NULL),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), integer(0, 1 << 22) | NULL),
+    **dict.fromkeys(("first_k_dense_replace", "num_nextn_predict_layers"), integer(0, MOST_LAYERS) | NULL),
+    **dict.fromkeys(("norm_topk_prob", "use_qk_norm"), BOOLEAN | NULL),
+    **dict.fromkeys(("routed_scaling_factor", "swiglu_limit", "swiglu_alpha"), _FACTOR | NULL),
+    "mlp_only_layers": list_of(integer(0, MOST_LAYERS), MOST_LAYERS) | NULL,
     "dtype": text(100) | NULL,
     "torch_dtype": text(100) | NULL,
     "bos_token_id": _TOKEN | list_of(_TOKEN, 1000) | NULL,

@@ -14,6 +14,13 @@ _UNREAD = {
     "llama": ("use_sliding_window", "max_window_layers", "sliding_window"),
     "mistral": ("use_sliding_window", "max_window_layers"),
 }
+# What transformers 5 writes for a key of the models' own config.json, by family.
+_RENAMED = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_next": {"num_local_experts": "num_experts"},
+    "qwen3_5_moe_text": {"num_local_experts": "num_experts"},
+    "glm4_moe": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+}
 
 
 class _Ignored:
@@ -32,6 +39,9 @@ def respelled(config: Mapping[str, Any]) -> dict[str, Any]:
     said = dict(config)
     if said.get("architectures"):
         said["architectures"] = [_ARCHITECTURES.get(name, name) for name in said["architectures"]]
+    for new, old in _RENAMED.get(said.get("model_type", ""), {}).items():
+        if new in said:
+            said[old] = said.pop(new)
     unread = _UNREAD.get(said.get("model_type", ""), ())
     if said.get("use_sliding_window") is False:
         said = {key: value for key, value in said.items() if key not in unread}

@@ -1,6 +1,7 @@
 """The decoder of every family, under the module names of their checkpoints.
 
-Read from top to bottom: layer, stack, head, model; a layer's attention is in self_attention.py, its MLP in mlp.py.
+Read from top to bottom: layer, stack, head, model; a layer's attention is in self_attention.py, its MLP in mlp.py or,
+where it is a mixture of experts, in mixture.py.
 What a family has beyond Llama is in its configuration. Nothing here knows of sharding, quantization or
 adapters: those replace modules from outside, and any Linear may become another module that maps x to y.
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from qsharded.models.attention_inputs import AttentionInputs, attention_inputs
 from qsharded.models.chunked_loss import capped, chunked_cross_entropy, chunked_log_probs
 from qsharded.models.config import ModelConfig
-from qsharded.models.gated_delta_net import GatedDeltaNet
+from qsharded.models.gated_delta_net import FusedDeltaNet, GatedDeltaNet
 from qsharded.models.kv_cache import KVCache
+from qsharded.models.mixture import MixtureMLP
 from qsharded.models.mlp import make_mlp
 from qsharded.models.norm import rms_norm
 from qsharded.models.self_attention import self_attention
@@ -32,15 +34,17 @@ class DecoderLayer(nn.Module):
 
     input_layernorm: nn.RMSNorm  # these two and others, as ``config.norms`` says
     post_attention_layernorm: nn.RMSNorm
+    mlp: Any  # of one projection after the other, or a mixture of experts
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
         if config.is_linear[layer]:
-            self.linear_attn = GatedDeltaNet(config, layer)
+            is_fused = config.linear is not None and config.linear.fused
+            self.linear_attn = (FusedDeltaNet if is_fused else GatedDeltaNet)(config, layer)
         else:
             self.self_attn = self_attention(config, layer)
-        self.mlp = make_mlp(config)
+        self.mlp = MixtureMLP(config) if config.is_sparse[layer] else make_mlp(config)
         for name in config.norms.names():
             self.add_module(name, rms_norm(config, config.hidden_size))
 
@@ -50,7 +54,8 @@ class DecoderLayer(nn.Module):
         attends = getattr(self, "self_attn", None) or self.linear_attn
         attended_BSD = attends(self._norm(norms.before_attention, x_BSD), inputs, cache)
         x_BSD = x_BSD + self._scaled(self._norm(norms.after_attention, attended_BSD))
-        y_BSD = self.mlp(self._norm(norms.before_mlp, x_BSD))
+        y_BSD = self._norm(norms.before_mlp, x_BSD)
+        y_BSD = self.mlp(y_BSD, inputs.is_routed_BS) if isinstance(self.mlp, MixtureMLP) else self.mlp(y_BSD)
         return x_BSD + self._scaled(self._norm(norms.after_mlp, y_BSD))
 
     def _norm(self, name: str | None, x_BSD: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def can_replay(model: CausalLM) -> bool:
 
 def _is_steady(config: ModelConfig) -> bool:
     ropes = {rope.rope_type for rope in config.rope_of_layer if rope is not None}
-    return config.linear is None and config.score_softcap is None and not ropes & {"dynamic", "longrope"}
+    steady = config.linear is None and config.mixture is None and config.score_softcap is None
+    return steady and not ropes & {"dynamic", "longrope"}
 
 
 def _captures_on(model: CausalLM) -> bool:

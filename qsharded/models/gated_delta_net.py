@@ -1,5 +1,5 @@
-"""Gated delta-net layers, in place of attention in three of four layers of Qwen3.5: in plain PyTorch, for any device,
-and by flash-linear-attention's kernel where that is installed.
+"""Gated delta-net layers, in place of attention in three of four layers of Qwen3-Next and Qwen3.5: in plain PyTorch,
+for any device, and by flash-linear-attention's kernel where that is installed.
 
 A state S [Ek, Ev] a head is read and rewritten by each token, and so stands for all keys and values before it:
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.models.attention_inputs import AttentionInputs
-from qsharded.models.config import ModelConfig
+from qsharded.models.config import LinearAttention, ModelConfig
 from qsharded.models.fla import fla_rule, run_rule
 from qsharded.models.kv_cache import KVCache
 
@@ -35,29 +35,37 @@ class GatedDeltaNet(nn.Module):
         self.layer, self.key_dim, self.value_dim = layer, linear.key_dim, linear.value_dim
         keys, values = linear.key_heads * linear.key_dim, linear.value_heads * linear.value_dim
         self.widths = [keys, keys, values]
-        self.in_proj_qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.in_proj_z = nn.Linear(config.hidden_size, values, bias=False)
-        self.in_proj_b = nn.Linear(config.hidden_size, linear.value_heads, bias=False)
-        self.in_proj_a = nn.Linear(config.hidden_size, linear.value_heads, bias=False)
+        self._make_projections(config.hidden_size, linear)
         self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), linear.taps, groups=sum(self.widths), bias=False)
         self.dt_bias = nn.Parameter(torch.ones(linear.value_heads))
         self.A_log = nn.Parameter(torch.zeros(linear.value_heads))
         self.norm = nn.RMSNorm(linear.value_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(values, config.hidden_size, bias=False)
 
+    def _make_projections(self, hidden_size: int, linear: LinearAttention) -> None:
+        self.in_proj_qkv = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.in_proj_z = nn.Linear(hidden_size, self.widths[2], bias=False)
+        self.in_proj_b = nn.Linear(hidden_size, linear.value_heads, bias=False)
+        self.in_proj_a = nn.Linear(hidden_size, linear.value_heads, bias=False)
+
+    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v side by side [B, S, W]; the output's gate [B, S, H Ev]; what makes b and a, [B, S, H] each."""
+        return self.in_proj_qkv(x_BSD), self.in_proj_z(x_BSD), self.in_proj_b(x_BSD), self.in_proj_a(x_BSD)
+
     def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
+        qkv_BSW, z, b_BSH, a_BSH = self.project(x_BSD)
         taps_before, state = (None, None) if cache is None else cache.state(self.layer)
         documents = Documents.of(inputs.documents_BT, x_BSD.shape[1])
-        mixed_BSW, taps_before = causal_conv(self.in_proj_qkv(x_BSD), self.conv1d.weight, documents, taps_before)
+        mixed_BSW, taps_before = causal_conv(qkv_BSW, self.conv1d.weight, documents, taps_before)
         q, k, v = F.silu(mixed_BSW).split(self.widths, dim=-1)
         q_BSHE, k_BSHE, v_BSHE = (
             self._heads(q, self.key_dim),
             self._heads(k, self.key_dim),
             self._heads(v, self.value_dim),
         )
-        beta_BSH = self.in_proj_b(x_BSD).sigmoid()
-        keeps = F.softplus(self.in_proj_a(x_BSD).float() + self.dt_bias.float())
+        beta_BSH = b_BSH.sigmoid()
+        keeps = F.softplus(a_BSH.float() + self.dt_bias.float())
         log_kept_BSH = -self.A_log.float().exp() * keeps
         rule = fla_rule(x_BSD) if cache is None else None
         given = q_BSHE, k_BSHE, v_BSHE, log_kept_BSH, beta_BSH
@@ -67,13 +75,33 @@ class GatedDeltaNet(nn.Module):
             out_BSHE, state = gated_delta_rule(*given, documents, state)
             if cache is not None:
                 cache.set_state(self.layer, (taps_before, state))
-        gate_BSHE = self._heads(self.in_proj_z(x_BSD), self.value_dim)
+        gate_BSHE = self._heads(z, self.value_dim)
         gated_BSHE = (self.norm(out_BSHE).float() * F.silu(gate_BSHE.float())).to(x_BSD.dtype)
         return self.out_proj(gated_BSHE.flatten(2))
 
     @staticmethod
     def _heads(x: Tensor, dim: int) -> Tensor:
         return x.unflatten(-1, (-1, dim))
+
+
+class FusedDeltaNet(GatedDeltaNet):
+    """q, k, v and the gate from one linear layer, b and a from another, each key head's part of all behind the last's:
+    Qwen3-Next's."""
+
+    def _make_projections(self, hidden_size: int, linear: LinearAttention) -> None:
+        of_a_head = linear.value_heads // linear.key_heads
+        self.key_heads, self.value_heads_each = linear.key_heads, of_a_head
+        width = sum(self.widths) + self.widths[2]
+        self.in_proj_qkvz = nn.Linear(hidden_size, width, bias=False)
+        self.in_proj_ba = nn.Linear(hidden_size, 2 * linear.value_heads, bias=False)
+
+    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in :class:`GatedDeltaNet`."""
+        value_width = self.value_heads_each * self.value_dim
+        by_head = self.in_proj_qkvz(x_BSD).unflatten(-1, (self.key_heads, -1))
+        q, k, v, z = (part.flatten(2) for part in by_head.split([self.key_dim] * 2 + [value_width] * 2, dim=-1))
+        b, a = (part.flatten(2) for part in self.in_proj_ba(x_BSD).unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1))
+        return torch.cat((q, k, v), dim=-1), z, b, a
 
 
 class Documents:

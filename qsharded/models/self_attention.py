@@ -4,6 +4,9 @@ Axes: B batch, S sequence, T keys (S, and before them the cache's), D hidden siz
 E head dim.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from qsharded.models.attention import attend
@@ -18,6 +21,8 @@ def self_attention(config: ModelConfig, layer: int) -> "Attention":
     """The attention that ``config`` describes."""
     if config.attention_gate:
         return GatedAttention(config, layer)
+    if config.sinks:
+        return SinkAttention(config, layer)
     if config.fused_qkv:
         return FusedQKVAttention(config, layer)
     return _BY_NORM[config.qk_norm_place](config, layer)
@@ -96,6 +101,17 @@ class GatedAttention(Attention):
         k_BSGE, v_BSGE = self._heads(self.k_proj(x_BSD)), self._heads(self.v_proj(x_BSD))
         y_BSHE = self.attend(q_BSHE, k_BSGE, v_BSGE, inputs, cache)
         return self.o_proj((y_BSHE * gate_BSHE.sigmoid()).flatten(2))
+
+
+class SinkAttention(Attention):
+    """Each head's softmax has one more score, of no key: gpt-oss's."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.sinks = nn.Parameter(torch.zeros(self.heads))
+
+    def forward(self, x_BSD: Tensor, inputs: AttentionInputs, cache: KVCache | None) -> Tensor:
+        return super().forward(x_BSD, replace(inputs, sinks_H=self.sinks), cache)
 
 
 class FusedQKVAttention(Attention):

@@ -15,6 +15,7 @@ from qsharded.optim.paging import BUCKET_BYTES, PageBudget, check_page_budget
 from qsharded.optim.reference import Coefficient
 from qsharded.optim.state import joined, part_of
 from qsharded.optim.store import Store, upload
+from qsharded.utils.argument_kinds import refuse_other_kind
 
 
 class PagedAdamW8bit(Optimizer):
@@ -34,7 +35,7 @@ class PagedAdamW8bit(Optimizer):
             256 MiB more of them.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range, or an argument of another kind.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PagedAdamW8bit(Optimizer):
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         check_page_budget(page_budget)
+        refuse_other_kind(params, Iterable, "params", "a model's parameters(), or a list of groups")
         self.page_budget, self.bucket_bytes = page_budget, bucket_bytes
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
         self._store: Store | None = None
@@ -261,6 +263,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got {group['lr'].shape}")
     for name in ("lr", "eps", "weight_decay"):
+        refuse_other_kind(group[name], (int, float, Tensor), name, "a number")
         if not isinstance(group[name], Tensor) and not group[name] >= 0:
             raise ValueError(f"{name} must be at least 0, got {group[name]}")
     if not all(0 <= beta < 1 for beta in group["betas"]):

@@ -65,14 +65,13 @@ def step_work(
         x_BSD = torch.zeros(rows, length, config.hidden_size, dtype=dtype)
         inputs = _packed_rows(config, positions_BS, dtype)
     works: list[Work] = []
-    for first in sorted({config.is_linear.index(kind) for kind in config.is_linear}):
+    kinds = list(zip(config.is_linear, config.is_sparse, strict=True))
+    for first in sorted({kinds.index(kind) for kind in kinds}):
         model = _one_layer(config.of_layers(first), of_all, dtype, checkpointing, quant_format)
         if not is_sharded:
             give_gradients(model)
         one, its_inputs = model.model.layers[0], inputs[first]
-        works += [simulate(model, partial(_call, one, its_inputs), x_BSD)] * config.is_linear.count(
-            config.is_linear[first]
-        )
+        works += [simulate(model, partial(_call, one, its_inputs), x_BSD)] * kinds.count(kinds[first])
     layer = Work(-(-sum(work.kept for work in works) // len(works)), max(work.passing for work in works))
     shared = positions_BS.nbytes + x_BSD.nbytes + _bytes(inputs)
     return StepWork(layer, _loss_work(model, positions_BS, x_BSD), shared, boundary=x_BSD.nbytes)

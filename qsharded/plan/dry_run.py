@@ -121,8 +121,19 @@ def _about(model: CausalLM, plan: Plan) -> list[str]:
 def _how_fast(speed: Speed, config: TrainConfig) -> str:
     steps = config.max_steps if config.max_steps > 0 else math.ceil(_MILLIONS * 1e6 / speed.tokens)
     what = f"{steps:,} steps" if config.max_steps > 0 else f"{_MILLIONS} million tokens"
-    hours = steps * speed.step_s / 3600
-    return f"estimate, not measured: {speed.tokens_per_second:,.0f} tokens/s in all; {what} take {hours:.1f} hours"
+    estimated = f"estimate, not measured: {speed.tokens_per_second:,.0f} tokens/s in all"
+    return f"{estimated}; {what} take {_duration(steps * speed.step_s)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return (
+        f"{minutes / 60:.1f} hours"
+        if minutes >= 60
+        else f"{minutes:.0f} minutes"
+        if minutes >= 2
+        else f"{math.ceil(seconds)} s"
+    )
 
 
 def _card(config: TrainConfig) -> Card | None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from qsharded.checkpoint.load import packed_layers, parameter_count
+from qsharded.checkpoint.load import packed_modules, parameter_count
 from qsharded.config import TrainConfig
 from qsharded.models import CausalLM
 from qsharded.models.config import declared_dtype
 from qsharded.plan.gpu_memory import Plan
 from qsharded.plan.optimizer import state_bytes
 from qsharded.plan.parameters import ADAPTERS, parameters
+from qsharded.quant.experts import PackedExperts
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.hardware import GIB
 
@@ -92,14 +93,18 @@ def disk(model: CausalLM, config: TrainConfig, described: dict[str, Any], *, is_
 
 def _download(model: CausalLM, described: dict[str, Any], is_packed: bool) -> int:
     width = 4 if "float32" in (declared_dtype(described) or "") else 2
-    layers = list(packed_layers(model).values()) if is_packed else []
-    plain = parameter_count(model) - sum(layer.out_features * layer.in_features for layer in layers)
+    layers = packed_modules(model) if is_packed else []
+    plain = parameter_count(model) - sum(_weights(layer) for layer in layers)
     return plain * width + sum(_packed(layer) for layer in layers)
 
 
-def _packed(layer: PackedLinear) -> int:
-    """Bytes of a packed weight in a checkpoint: codes and their scales, without the padding of rows in memory."""
-    blocks = layer.out_features * layer.in_features // layer.block_size
+def _weights(layer: PackedLinear | PackedExperts) -> int:
+    return layer.weight.shape[0] * layer.in_features
+
+
+def _packed(layer: PackedLinear | PackedExperts) -> int:
+    """Bytes of packed weights in a checkpoint: codes and their scales, without the padding of rows in memory."""
+    blocks = _weights(layer) // layer.block_size
     if layer.weight_absmax_scales is None:
         return layer.weight.nbytes + blocks * torch.float32.itemsize
     return layer.weight.nbytes + blocks + layer.weight_absmax_scales.nbytes

@@ -11,7 +11,7 @@ from qsharded.distributed import fsdp
 from qsharded.distributed.choose_layout import SHARDED, Layout, is_vocab_parallel
 from qsharded.models import CausalLM
 from qsharded.models.parts import head_of, layers_of, part_names
-from qsharded.quant.linear import PackedLinear
+from qsharded.quant.packed_module import PackedModule
 from qsharded.utils.sharding import rows_of_rank
 
 CODES, SCALES, EMBEDDING, ADAPTERS = "codes", "scales", "embedding and head", "adapters"
@@ -131,12 +131,14 @@ def tensors_by_class(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 def _class_of(model: CausalLM, module: nn.Module, name: str, tensor: Tensor) -> str:
     if tensor.requires_grad:
         return ADAPTERS
-    if isinstance(module, PackedLinear) and tensor is not module.bias:
+    if isinstance(module, PackedModule) and tensor is not getattr(module, "bias", None):
         return CODES if tensor is module.weight else SCALES
     parts = part_names(model)
     if name.startswith((f"{parts.embedding}.", f"{parts.head}.")):
         return EMBEDDING
-    return UNPACKED if isinstance(tensor, nn.Parameter) and tensor.dim() >= 2 else OTHERS
+    is_matrix = isinstance(tensor, nn.Parameter) and tensor.dim() >= 2
+    is_bias = name.endswith(".bias")  # of experts, one a row
+    return UNPACKED if is_matrix and not is_bias and not getattr(module, "is_router", False) else OTHERS
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ def render(plan: Plan, alternatives: Sequence[Alternative], host: HostVerdict, a
     lines = [
         _verdict(plan, host),
         *suggestions(plan, alternatives),
+        *_for_the_host(plan, host),
         "",
         f"plan for {config.model} on {plan.ranks} GPU{'s' * (plan.ranks > 1)}, {step} a GPU and micro-batch",
         *about,
@@ -49,6 +50,20 @@ def _verdict(plan: Plan, host: HostVerdict) -> str:
         return f"verdict: unknown, there is no GPU here; it {needed}; --gpu or --gpu-memory-gib says how much one has"
     compared = f"{plan.needed / GIB:.1f} of {plan.gpu_bytes / GIB:.1f} GiB of each GPU, {host.words}"
     return f"verdict: {'fits' if plan.fits and host.fits is not False else 'DOES NOT FIT'}, {compared}"
+
+
+def _for_the_host(plan: Plan, host: HostVerdict) -> list[str]:
+    """A line on what takes less of the host's memory; none where it suffices."""
+    if host.fits is not False:
+        return []
+    ways = [
+        ("without --cpu-offload", plan.on_host.weights),
+        ("without --activation-checkpointing offloaded", plan.on_host.activations),
+        ("with a lower --lora-r", plan.on_host.optimizer),
+        ("with fewer ranks on it", plan.ranks > 1),
+    ]
+    found = ", ".join(words for words, helps in ways if helps)
+    return [f"the host needs less {found}" if found else "it takes a host with more memory"]
 
 
 def suggestions(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:

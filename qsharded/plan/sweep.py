@@ -25,7 +25,7 @@ def sweep(planner: Planner, config: TrainConfig) -> str:
     rows = [_row(planner, name, plans[ranks]) for name in _SWEPT for ranks in _RANKS]
     mode = settings.activation_checkpointing
     head = f"other cards, one row a micro-batch, --activation-checkpointing {mode}; tokens/s are estimates"
-    columns = f"  {'card':<12}{'GPUs':>5}{'longest row':>13}{'GiB':>7}{'tokens/s':>10}"
+    columns = f"  {'card':<12}{'GPUs':>5}{'longest row':>13}{'GiB':>7}{'tokens/s':>12}"
     return "\n".join([head, columns, *rows]) + "\n"
 
 
@@ -45,4 +45,4 @@ def _row(planner: Planner, name: CardName, plans: list[Plan]) -> str:
     fits = f"{head}{plan.config.max_length:>13}{plan.needed / GIB:>7.1f}"
     if not isinstance(planner.model_config, ModelConfig):
         return fits  # what transformers' models compute is not known
-    return f"{fits}{estimate(planner.model, plan, card).tokens_per_second:>10,.0f}"
+    return f"{fits}{estimate(planner.model, plan, card).tokens_per_second:>12,.0f}"

@@ -112,6 +112,13 @@ def input_grad(grad: Tensor, packed: PackedWeight) -> Tensor:
     return grad.contiguous() @ dequantize(packed, grad.dtype)
 
 
+def for_experts(shape: tuple[int, int], quant_format: QuantFormat, rows: float, like: Tensor) -> Kernels | None:
+    """Those that multiply experts' weights [N, K], each with so many rows on average, faster than they are dequantized
+    first; None where there are none. ``like``: such rows."""
+    found = (k for k in _kernels(like.device) if k.multiplies_experts(shape, quant_format, rows, like.dtype))
+    return next(found, None)
+
+
 def dequantize_by_reference(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The same in plain PyTorch, on any device."""
     return formats.dequantize_blocks(packed.codes, packed.decoded_absmax(), dtype, packed.quant_format)

@@ -1,15 +1,19 @@
 """Swap a model's linear layers for NF4 ones, in place."""
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 from torch import nn
 
 from qsharded.quant import formats, unquantized
+from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.argument_kinds import refuse_other_kind
 
-Filter = Callable[[str, nn.Linear], bool]
+_LINEAR = nn.Linear | ExpertLinears
+
+Filter = Callable[[str, Any], bool]
+"""From the name and the module of a linear layer, or of one projection of a layer's experts, whether to quantize it."""
 
 
 def quantize_(
@@ -20,7 +24,8 @@ def quantize_(
     block_size: int = formats.BLOCK,
     double_quant: bool = True,
 ) -> nn.Module:
-    """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`; on the meta device, by empty ones.
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`, and the :class:`ExpertLinears` of our own
+    models by :class:`PackedExperts`; on the meta device, by empty ones.
 
     Args:
         model: changed in place, and returned.
@@ -34,15 +39,17 @@ def quantize_(
     layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
 
     Raises:
-        ValueError: ``model`` is a linear layer itself or no module, no layer was quantized, a weight holds NaN or
-            infinity, or there is no such format.
+        ValueError: ``model`` is a linear layer itself or no module, ``filter`` is no function, no layer was quantized,
+            a weight holds NaN or infinity, or there is no such format.
     """
     _refuse_what_is_no_model(model)
-    block_size = formats.QuantFormat(quant_type, block_size).block_size
-    pack = partial(PackedLinear.from_linear, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    if filter is not None:
+        refuse_other_kind(filter, Callable, "filter", "a function of a layer's name and module")
+    quant_format = formats.QuantFormat(quant_type, block_size)
+    block_size = quant_format.block_size
     chosen = filter or _all_but_the_head
     adapters = unquantized.adapters_in(model)
-    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in adapters)
+    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, _LINEAR) and m not in adapters)
     linears = [(name, m) for name, m in candidates if chosen(name, m)]
     fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -52,9 +59,18 @@ def quantize_(
             f"no linear layer was quantized: the filter chose none whose in_features is a multiple of {block_size}"
         )
     for name, linear in fitting:
-        model.set_submodule(name, pack(linear, f"{name}.weight"))
+        model.set_submodule(name, _packed(linear, f"{name}.weight", quant_format, double_quant))
     unquantized.tell(model, torn, block_size, total)
     return model
+
+
+def _packed(layer: Any, name: str, quant_format: formats.QuantFormat, double_quant: bool) -> nn.Module:
+    if isinstance(layer, ExpertLinears):
+        return PackedExperts.from_experts(layer, name, quant_format=quant_format, double_quant=double_quant)
+    quant_type, block_size = quant_format.quant_type, quant_format.block_size
+    return PackedLinear.from_linear(
+        layer, name, quant_type=quant_type, block_size=block_size, double_quant=double_quant
+    )
 
 
 def _refuse_what_is_no_model(model: nn.Module) -> None:
@@ -66,5 +82,5 @@ def _refuse_what_is_no_model(model: nn.Module) -> None:
         )
 
 
-def _all_but_the_head(name: str, _: nn.Linear) -> bool:
+def _all_but_the_head(name: str, _: nn.Module) -> bool:
     return name.rpartition(".")[2] != "lm_head"

@@ -1,5 +1,6 @@
 """What a set of kernels offers to :mod:`qsharded.quant.backends`, which are registered there by device and name."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TypeAlias
 
@@ -49,6 +50,28 @@ class Kernels:
 
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """``x @ W.T + bias`` [M, N] without the dequantized weight in memory."""
+        raise NotImplementedError
+
+    def multiplies_experts(
+        self, shape: tuple[int, int], quant_format: QuantFormat, rows: float, dtype: torch.dtype
+    ) -> bool:
+        """Whether :meth:`experts_linear` is for experts' weights of this shape [N, K], each with so many rows of
+        ``dtype`` on average, and pays."""
+        return False
+
+    def experts_linear(
+        self,
+        x_RK: Tensor,
+        experts: Sequence[Tensor | None],
+        quant_format: QuantFormat,
+        groups: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """``x W^T`` [R, N], each group of rows with its expert's, none dequantized in memory.
+
+        Args:
+            experts: uint8 codes [E, N, P], absmax [E, N, G], and their second level [E, S] and [E], or None.
+            groups: experts and how many rows each has, in the order of the rows.
+        """
         raise NotImplementedError
 
     def multiplies_grad(self, packed: PackedWeight, M: int, dtype: torch.dtype) -> bool:

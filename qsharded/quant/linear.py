@@ -1,22 +1,17 @@
 """A linear layer whose weight stays in 4 bits, NF4 or a format like it, laid out so that FSDP2 can shard it."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from qsharded.quant import formats, ops
 from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils.argument_kinds import refuse_other_kind
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """``y = x W^T + b`` with a frozen weight in 4 bits, double-quantized unless it is made with ``double_quant=False``.
-
-    The parameters are bytes viewed as bf16, because ``fully_shard`` takes floating-point parameters only; no
-    arithmetic ever touches the view. Rows are whole, so sharding dim 0 never splits a block.
 
     The usual format is NF4 in blocks of 64, and the fast kernels are for it. Of any other it holds the bytes as well:
     FP4, blocks of 32 to 4096, and what ``formats.register_format`` adds.
@@ -34,9 +29,6 @@ class PackedLinear(nn.Module):
         ValueError: ``in_features`` is no multiple of the block size, or there is no such format.
         TypeError: in forward, or in ``.to(dtype)``, ``.half()``, ``.float()``: the packed bytes would be destroyed.
     """
-
-    weight_absmax_scales: Tensor | None
-    weight_absmax_offset: Tensor | None
 
     def __init__(
         self,
@@ -56,10 +48,10 @@ class PackedLinear(nn.Module):
             raise ValueError(f"in_features must be a multiple of {block_size}, got {in_features}")
         self.in_features, self.out_features = in_features, out_features
         stored = self.quant_format.stored_tensors(out_features, in_features, double_quant=double_quant)
-        self.weight = _packed_parameter(*stored["codes"], device)
-        self.weight_absmax = _packed_parameter(*stored["absmax"], device)
+        self.weight = packed_parameter(*stored["codes"], device)
+        self.weight_absmax = packed_parameter(*stored["absmax"], device)
         for name in ("absmax_scales", "absmax_offset"):
-            zeros = _zeros(*stored[name], device) if name in stored else None
+            zeros = stored_zeros(*stored[name], device) if name in stored else None
             self.register_buffer(f"weight_{name}", zeros)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
 
@@ -99,27 +91,10 @@ class PackedLinear(nn.Module):
             if value is not None:
                 self.get_buffer(name).copy_(value)
 
-    @property
-    def quant_type(self) -> str:
-        """Its format's."""
-        return self.quant_format.quant_type
-
-    @property
-    def block_size(self) -> int:
-        """Its format's."""
-        return self.quant_format.block_size
-
     def packed(self) -> PackedWeight:
         """The weight as ``ops`` takes it: views, nothing is copied."""
-        codes, absmax = self.weight, self.weight_absmax
-        if codes.dtype != torch.bfloat16 or absmax.dtype != torch.bfloat16:
-            name, packed = ("weight", codes) if codes.dtype != torch.bfloat16 else ("weight_absmax", absmax)
-            raise TypeError(
-                f"packed bytes are stored as bfloat16, but {name} arrived as {packed.dtype}: they are "
-                "destroyed. With FSDP2, leave param_dtype at None or bfloat16"
-            )
         second_level = self.weight_absmax_scales, self.weight_absmax_offset
-        return PackedWeight.from_stored_rows(codes, absmax, *second_level, self.quant_format)
+        return PackedWeight.from_stored_rows(*self.packed_parameters(), *second_level, self.quant_format)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The weight [N, K] in ``dtype``."""
@@ -132,40 +107,6 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return ops.nf4_linear(x, self.packed(), bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves are for the bytes and the fp32 scales alike; casts are for the bias alone."""
-        if fn(torch.empty(0, dtype=torch.bfloat16, device=self.weight.device)).dtype != torch.bfloat16:
-            raise TypeError(
-                "a PackedLinear cannot be cast: its packed bytes are stored as bfloat16 and a cast would destroy them. "
-                "Cast the other modules, or choose the dtype when the model is made"
-            )
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Refuse bytes that were cast on their way: copied back into bf16, other NaN patterns would come of them."""
-        for name in ("weight", "weight_absmax"):
-            stored, own = state_dict.get(prefix + name), self.get_parameter(name)
-            if stored is not None and stored.shape == own.shape and stored.dtype != own.dtype:
-                raise TypeError(f"{prefix}{name} must be bfloat16, as packed bytes are stored, got {stored.dtype}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, quant_type={self.quant_type}, block_size={self.block_size}"
-
-
-def _packed_parameter(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> nn.Parameter:
-    """For the rows of a stored tensor as whole bf16 words."""
-    rows, columns = shape
-    words = -(-columns * dtype.itemsize // torch.bfloat16.itemsize)
-    return nn.Parameter(_zeros(torch.bfloat16, (rows, words), device), requires_grad=False)
-
-
-def _zeros(dtype: torch.dtype, shape: formats.Size, device: torch.device | str | None) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)

@@ -4,6 +4,7 @@ They are for blocks of 64. They dequantize with whatever codebook they are given
 """
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -43,7 +44,28 @@ class CodebookKernels(Kernels):
         return out.is_contiguous()
 
 
-class TritonCuda(CodebookKernels):
+class CudaKernels(CodebookKernels):
+    """On GPUs experts that have few tokens each are multiplied by Triton, whoever serves the rest."""
+
+    def multiplies_experts(
+        self, shape: tuple[int, int], quant_format: QuantFormat, rows: float, dtype: torch.dtype
+    ) -> bool:
+        from qsharded_kernels import triton_grouped
+
+        few = rows <= _MOST_ROWS_OF_AN_EXPERT and triton_grouped.serves(*shape, dtype)
+        return few and dequantizes(quant_format)
+
+    def experts_linear(
+        self,
+        x_RK: Tensor,
+        experts: Sequence[Tensor | None],
+        quant_format: QuantFormat,
+        groups: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        return triton_grouped_linear(x_RK, experts, quant_format, groups)
+
+
+class TritonCuda(CudaKernels):
     """Those of Triton. ``fuses``: whether they multiply few rows of x too."""
 
     def __init__(self, nf4: ModuleType, absmax: ModuleType, fuses: bool) -> None:
@@ -68,7 +90,7 @@ class TritonCuda(CodebookKernels):
         return triton_input_grad(grad_MN, packed)
 
 
-class CompiledCuda(CodebookKernels):
+class CompiledCuda(CudaKernels):
     """Those of the compiled library for GPUs, which also multiply few tokens without dequantizing first."""
 
     def __init__(self) -> None:
@@ -122,6 +144,32 @@ def triton_linear(
     return fused.linear(x_MK, *packed.tensors, lookups, factor, absmax_map, bias, tile=tile, splits=splits)
 
 
+def triton_grouped_linear(
+    x_RK: Tensor,
+    experts: Sequence[Any],
+    quant_format: QuantFormat,
+    groups: Sequence[tuple[int, int]],
+    *,
+    tile: Any = None,
+) -> Tensor:
+    """``x W^T`` [R, N], each group of rows with its expert's, by Triton in one launch.
+
+    Args:
+        experts: codes, absmax and second level, as ``PackedExpertWeights`` has them.
+        groups: experts and how many rows of x each has, in their order.
+        tile: a ``LinearTile`` in place of the table's.
+    """
+    from qsharded_kernels import triton_grouped, triton_tiles
+
+    codes_ENP, absmax_ENG, scales_ES, offset_E = experts
+    device, most = x_RK.device, max((rows for _, rows in groups), default=1)
+    tile = tile or triton_tiles.linear_tile(codes_ENP.shape[1], codes_ENP.shape[2] * 2, most, device)
+    lookups, factor = _lookups(device, quant_format.quant_type, x_RK.dtype)
+    absmax_map = blockwise8.dynamic_map(True, device)
+    packed = codes_ENP, absmax_ENG, scales_ES, offset_E
+    return triton_grouped.grouped_linear(x_RK, *packed, lookups, factor, absmax_map, groups, tile=tile)
+
+
 def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None, splits: int | None = None) -> Tensor:
     """``dy W`` for few rows, by Triton. ``tile``: an ``InputGradTile`` in place of the table's."""
     from qsharded_kernels import triton_input_grad as fused
@@ -130,6 +178,9 @@ def triton_input_grad(grad_MN: Tensor, packed: PackedWeight, *, tile: Any = None
     tile = tile or triton_tiles.input_grad_tile(*packed.shape, len(grad_MN), packed.device)
     return fused.input_grad(grad_MN, *packed.tensors, *tables(packed), tile=tile, splits=splits)
 
+
+# Beyond so many the tensor cores are busy, and decoding once for all of a group's rows costs less.
+_MOST_ROWS_OF_AN_EXPERT = 32
 
 # Multiplied by these before they are rounded, the values err least, and with no bias that sums would gather: found by
 # search over four decimals for NF4, as its normal weights are spread; FP4's are twelfths, and so exact.

@@ -3,14 +3,14 @@
 Axes: N = this rank's rows, K = in_features, G = blocks in a row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsharded.quant import backends, ops
+from qsharded.quant import backends, formats, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
 
@@ -70,3 +70,42 @@ def _agreed_offset(absmax_NG: Tensor, rows: SharedRows) -> Tensor:
     sums_N[rows.start : rows.start + absmax_NG.shape[0]] = backends.absmax_row_sums(absmax_NG)
     rows.all_reduce(sums_N, dist.ReduceOp.SUM)
     return backends.absmax_offset(sums_N, absmax_NG.shape[1])
+
+
+def double_quantize_experts(absmax_RG: Tensor, experts: int, rows: SharedRows) -> QuantizedAbsmax:
+    """Absmax of one projection of all of a layer's experts in 8 bits, each expert's by itself, as
+    :func:`double_quantize` makes it of that one alone; two collectives serve all of them.
+
+    Args:
+        absmax_RG: fp32, of this rank's ``rows`` of the E N rows of all experts; a run may begin and end inside one.
+
+    Returns codes uint8 [R, G], scales fp32 [E, S] and offsets fp32 [E].
+    """
+    N, G = rows.total // experts, absmax_RG.shape[1]
+    offset_E = _expert_offsets(absmax_RG, experts, rows)
+    scales_ES = absmax_RG.new_zeros(experts, formats.second_level_blocks(N, G))
+    codes_RG = torch.empty_like(absmax_RG, dtype=torch.uint8)
+    own = list(_own_experts(rows.start, rows.start + absmax_RG.shape[0], N))
+    for e, first, part in own:
+        scales_ES[e] = backends.absmax_scales(absmax_RG[part], offset_E[e], first_row=first, rows=N)
+    rows.all_reduce(scales_ES, dist.ReduceOp.MAX)
+    for e, first, part in own:
+        codes_RG[part] = backends.encode_absmax(absmax_RG[part], scales_ES[e], offset_E[e], first_row=first)
+    return QuantizedAbsmax(codes_RG, scales_ES, offset_E)
+
+
+def _expert_offsets(absmax_RG: Tensor, experts: int, rows: SharedRows) -> Tensor:
+    """fp32 [E]: of each expert what ``formats.absmax_offset`` gives, added in the same order."""
+    sums = torch.zeros(rows.total, dtype=torch.float64, device=absmax_RG.device)
+    sums[rows.start : rows.start + absmax_RG.shape[0]] = backends.absmax_row_sums(absmax_RG)
+    rows.all_reduce(sums, dist.ReduceOp.SUM)
+    offsets = [backends.absmax_offset(sums_N, absmax_RG.shape[1]) for sums_N in sums.cpu().view(experts, -1)]
+    return torch.stack(offsets).to(absmax_RG.device)
+
+
+def _own_experts(start: int, stop: int, N: int) -> Iterator[tuple[int, int, slice]]:
+    """Of the rows [start, stop): (expert, the first of its own rows that is here, its rows among those here)."""
+    for e in range(start // N, -(-stop // N)):
+        first, last = max(start, e * N), min(stop, (e + 1) * N)
+        if first < last:
+            yield e, first - e * N, slice(first - start, last - start)

@@ -4,10 +4,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
-from qsharded.quant.linear import PackedLinear
+from qsharded.quant.experts import ExpertLinears
+from qsharded.quant.packed_module import PackedModule
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ def adapters_in(model: nn.Module) -> set[nn.Module]:
     return {part for module in model.modules() if isinstance(module, AdaptedLayer) for part in module.adapters()}
 
 
-def tell(model: nn.Module, torn: Mapping[str, nn.Linear], block_size: int, total: int) -> None:
+def tell(model: nn.Module, torn: Mapping[str, Any], block_size: int, total: int) -> None:
     """Warn once of the weights that stay in their dtype though nobody chose so: how many bytes, and whose.
 
     Args:
@@ -39,7 +41,7 @@ def tell(model: nn.Module, torn: Mapping[str, nn.Linear], block_size: int, total
     if torn:
         reasons.append(f"in_features is no multiple of {block_size}: {', '.join(torn)}")
     if others := _of_other_modules(model):
-        reasons.append(f"of no linear layer (experts in one tensor are not packed yet): {_listed(others)}")
+        reasons.append(f"of no linear layer (transformers' experts in one tensor are not packed): {_listed(others)}")
     if reasons:
         size = sum(layer.weight.nbytes for layer in torn.values()) + others.total()
         told = f"{size:,} of the model's {total:,} bytes stay in 16 or 32 bits, beside embedding and head"
@@ -54,7 +56,9 @@ def _of_other_modules(model: nn.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     adapters = adapters_in(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | PackedLinear) or module in adapters:
+        if isinstance(module, nn.Linear | nn.Embedding | ExpertLinears | PackedModule) or module in adapters:
+            continue
+        if getattr(module, "is_router", False):  # stays as it is by design
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() >= 2 and parameter.is_floating_point():

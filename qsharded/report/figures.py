@@ -1,11 +1,14 @@
 """The figures of a run that a report and a comparison both show."""
 
+from itertools import groupby
 from typing import Any
 
 from qsharded.report.html import duration, figure, short
 from qsharded.report.plot import Curve, Plot
 from qsharded.report.run_files import Run
 from qsharded.report.shareable import name_of
+
+_MOST_EVALUATIONS = 12
 
 
 def model_name(run: Run) -> str:
@@ -47,6 +50,20 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
     if (spent := seconds(run)) is not None:
         found.append(("time", duration(spent)))
     return found
+
+
+def evaluations(run: Run) -> list[list[str]]:
+    """For each step that was measured at, the first and the latest ones, the step and the figures of ``measured``."""
+    rows = [row for row in run.rows if "loss" not in row]
+    steps = [
+        (step, {k: v for row in group for k, v in row.items()})
+        for step, group in groupby(rows, lambda row: row["step"])
+    ]
+    shown = steps if len(steps) <= _MOST_EVALUATIONS else [*steps[:1], *steps[1 - _MOST_EVALUATIONS :]]
+    return [
+        [f"{step:,}" if step else "0, before training", *(figure(key, row.get(key)) for key in run.measured)]
+        for step, row in shown
+    ]
 
 
 def memory_words(run: Run) -> str:

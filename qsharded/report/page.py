@@ -1,18 +1,15 @@
 """``report.html``: what was trained on what, how it went, and how to do it again, on one page to pass on."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from html import escape
-from itertools import groupby
 from typing import Any
 
 from qsharded.report import figures
 from qsharded.report.html import document, duration, facts, figure, section, table, tiles
 from qsharded.report.run_files import Run
-from qsharded.report.shareable import command, name_of, settings
+from qsharded.report.shareable import command, in_lines, name_of, settings
 
 _MOST_SAMPLES = 24  # prompts
-_COMMAND_COLUMNS = 90
 
 
 def page(run: Run) -> str:
@@ -70,20 +67,8 @@ def _plots(run: Run) -> str:
 
 
 def _evaluations(run: Run) -> str:
-    keys = run.measured
-    rows = [row for row in run.rows if "loss" not in row]
-    steps = [
-        (step, {k: v for row in group for k, v in row.items()})
-        for step, group in groupby(rows, lambda row: row["step"])
-    ]
-    if not keys:
-        return ""
-    shown = steps if len(steps) <= 12 else [*steps[:1], *steps[-11:]]
-    cells = [
-        [f"{step:,}" if step else "0, before training", *(figure(key, row.get(key)) for key in keys)]
-        for step, row in shown
-    ]
-    return table(["step", *keys], cells)
+    rows = figures.evaluations(run)
+    return table(["step", *run.measured], rows) if rows else ""
 
 
 def _samples(run: Run) -> str:
@@ -167,18 +152,6 @@ def _start(one: Mapping[str, Any]) -> str:
 def _repeat(run: Run) -> str:
     ranks, nodes = run.record.get("ranks", 1), run.record.get("nodes", 1)
     return (
-        f"<pre>{escape(_in_lines(command(run.settings, ranks, nodes)))}</pre>\n"
+        f"<pre>{escape(in_lines(command(run.settings, ranks, nodes)))}</pre>\n"
         "<p class=quiet>Files are named without their folders: give the paths that they have where you run it.</p>\n"
     )
-
-
-def _in_lines(words: str) -> str:
-    """A long command with an option a line, as a shell takes it."""
-    if len(words) <= _COMMAND_COLUMNS:
-        return words
-    lines: list[list[str]] = [[]]
-    for word in shlex.split(words):
-        if word.startswith("--"):
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(map(shlex.join, lines))

@@ -79,15 +79,22 @@ class Plot:
             yield f'<line class="{_colour(number)}" x1="{right}" x2="{right + 10}" y1="20" y2="20" stroke-width="3"/>'
             right -= 14
 
-    def _drawing(self) -> Iterator[str]:
+    def scales(self) -> tuple[Scale, Scale] | None:
+        """Those of the steps and of the values; None where there is no point yet."""
         points = [point for curve in self.curves for point in curve.points]
         if not points:
-            yield '<text x="50%" y="50%" text-anchor="middle">not measured yet</text>'
-            return
+            return None
         across = Scale.of([step for step, _ in points], from_zero=True, ticks=6)
         across = Scale(across.low, max(step for step, _ in points) or 1, across.ticks)
         values = [value for _, value in points]
-        up = Scale.of_magnitudes(values) if self.magnitudes else Scale.of(values, from_zero=self.from_zero)
+        return across, Scale.of_magnitudes(values) if self.magnitudes else Scale.of(values, from_zero=self.from_zero)
+
+    def _drawing(self) -> Iterator[str]:
+        scales = self.scales()
+        if scales is None:
+            yield '<text x="50%" y="50%" text-anchor="middle">not measured yet</text>'
+            return
+        across, up = scales
         yield from _axes(across, up)
         yield from (_mark(across.place(step), text) for step, text in self.marks)
         for number, curve in enumerate(self.curves):

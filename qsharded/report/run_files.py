@@ -11,7 +11,8 @@ from qsharded.config.evaluated import is_better_high
 from qsharded.utils.untrusted_json import read_json
 
 RECORD_FILE, METRICS_FILE, SAMPLES_FILE = "run.json", "metrics.jsonl", "samples.jsonl"
-SETTINGS_FILE, FINISHED_FILE, REPORT_FILE = "config.toml", "finished.json", "report.html"
+SETTINGS_FILE, FINISHED_FILE = "config.toml", "finished.json"
+REPORT_FILE, PNG_FILE = "report.html", "report.png"
 BEST_FOLDER, BEST_FILE, TENSORBOARD_FOLDER = "best", "best.json", "tensorboard"
 Point = tuple[float, float]
 

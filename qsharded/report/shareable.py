@@ -8,11 +8,16 @@ from typing import Any
 
 from qsharded.config import TrainConfig, builtin_overrides
 from qsharded.config.options import REQUIRED, Option, options
+from qsharded.data.sources import configuration_of, is_on_hub, suffix_of
+from qsharded.report.markdown import plain
 
 # Where a run is kept and gone on from is no part of what it computes.
-_PLACES = ("output-dir", "overwrite-output-dir", "resume-from-checkpoint", "data-cache", "ranks")
+_PLACES = (
+    "output-dir", "overwrite-output-dir", "resume-from-checkpoint", "data-cache", "ranks", "push-to-hub", "hub-private",
+)  # fmt: skip
 _HUB_CACHE = "models--", "datasets--"
 _BUILTIN = "/qsharded/builtin/"
+_COMMAND_COLUMNS = 90
 
 
 def name_of(path: str) -> str:
@@ -25,6 +30,22 @@ def name_of(path: str) -> str:
         return "/".join(cached.split("--")[1:])
     is_id = len(parts) <= 2 and not path.startswith(("/", "~", ".")) and not Path(path).exists()
     return path if is_id else Path(path).name
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub's owner/name of a model or dataset; None of what lies on this machine and is not in the Hub's cache."""
+    configured = configuration_of(name)
+    source = configured[0] if configured else name
+    if is_on_hub(source):
+        return "/".join(source.split("/")[:2])
+    shown = name_of(source)
+    return shown if shown.count("/") == 1 and not suffix_of(shown) else None
+
+
+def linked(base: str) -> str:
+    """In Markdown, a model's name, with its page on the Hub if it has one."""
+    found = hub_id(base)
+    return f"[{plain(found)}](https://huggingface.co/{found})" if found else plain(name_of(base))
 
 
 def settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +75,18 @@ def command(given: Mapping[str, Any], ranks: int, nodes: int = 1) -> str:
         start = ["qsharded", "train"]
         words += ["--ranks", str(ranks)]
     return shlex.join([*start, *words])
+
+
+def in_lines(words: str) -> str:
+    """A long command with an option a line, as a shell takes it."""
+    if len(words) <= _COMMAND_COLUMNS:
+        return words
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(words):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))
 
 
 def _builtin(given: Mapping[str, Any]) -> dict[str, Any]:

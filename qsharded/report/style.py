@@ -2,9 +2,9 @@
 
 # Colours that people with any kind of colour vision tell apart: Okabe and Ito's, darker where paper is white, lighter
 # where it is dark.
-_LIGHT = ("#0060a8", "#c84e00", "#00805d", "#a24b86", "#8a6d00", "#3d7ea6", "#7a3b00", "#555f6b")
+LIGHT = ("#0060a8", "#c84e00", "#00805d", "#a24b86", "#8a6d00", "#3d7ea6", "#7a3b00", "#555f6b")
 _DARK = ("#6bb5f5", "#ff9b57", "#3fd0a4", "#e79bcd", "#e8c64a", "#9fd3f0", "#cf9468", "#a9b4c0")
-COLOURS = len(_LIGHT)
+COLOURS = len(LIGHT)
 
 _PAPER_LIGHT = "--paper:#fff;--ink:#1c2430;--quiet:#5d6875;--line:#e3e7ec;--panel:#f6f8fa;"
 _PAPER_DARK = "--paper:#12161c;--ink:#e4e9ef;--quiet:#97a3b0;--line:#2a323c;--panel:#1a2029;"
@@ -15,7 +15,7 @@ def _variables(paper: str, colours: tuple[str, ...]) -> str:
 
 
 _COLOURS = (
-    f":root{{color-scheme:light dark;{_variables(_PAPER_LIGHT, _LIGHT)}}}"
+    f":root{{color-scheme:light dark;{_variables(_PAPER_LIGHT, LIGHT)}}}"
     f"@media(prefers-color-scheme:dark){{:root{{{_variables(_PAPER_DARK, _DARK)}}}}}"
 )
 _LINES = "".join(f".c{n}{{stroke:var(--c{n});background:var(--c{n})}}" for n in range(COLOURS))

@@ -12,6 +12,7 @@ from qsharded.data.notes import data_notes
 from qsharded.data.prompts import TEXT_FILE, plain_prompts
 from qsharded.data.shown import text
 from qsharded.data.vocabulary import refuse_beyond_vocabulary
+from qsharded.data.window_loader import WindowLoader
 from qsharded.distributed.world import World
 from qsharded.training.data_options import date_note, preview
 from qsharded.training.resuming import Resumed, kept_accumulation
@@ -33,7 +34,7 @@ class RunData:
     evaluation: Mapping[str, Dataset]
     prompts: Sequence[Prompt]
     samples: Sequence[Prompt]
-    loader: StepLoader
+    loader: StepLoader | WindowLoader
     note: str
     tokenizer: Tokenizer
     of_prompts: Dataset
@@ -48,8 +49,15 @@ class RunData:
         for name, part in self.evaluation.items():
             shown = preview(replace(config, show_rows=0), f"evaluation {name}".strip(), part, self.tokenizer)
             lines += text.lines(shown, text.BRACKETS)
+        if self.train.streams is not None:
+            lines.append("note: these are the first rows of the streams; others are tokenized while the run trains")
         # prompts are rendered up to an answer already: no option keeps more
         return lines + [f"exact match: {note}" for note in data_notes(self.of_prompts, one_example_per_answer=True)]
+
+    def late_notes(self, config: TrainConfig) -> list[str]:
+        """What is told of the rows of streams when the run is at its end: more than when it began."""
+        streams = self.train.streams
+        return [] if streams is None else streams.notes(config.one_example_per_answer)
 
 
 def read_data(
@@ -66,7 +74,7 @@ def read_data(
     told = Dataset([])
     prompts, samples = _prompts(config, tokenizer, config.exact_match_dataset, told), _samples(config, tokenizer)
     _check_vocabulary(vocab_size, [train.examples, *(part.examples for part in evaluation.values())], prompts, samples)
-    loader = _loader(batches, world, tokenizer, train, config.per_device_train_batch_size, shuffle=True)
+    loader = _training_loader(batches, world, tokenizer, train, vocab_size)
     return RunData(train, evaluation, prompts, samples, loader, note, tokenizer, told)
 
 
@@ -93,6 +101,21 @@ def _samples(config: TrainConfig, tokenizer: Tokenizer) -> Sequence[Prompt]:
 def _check_vocabulary(vocab_size: int, read: Sequence[Sequence[Example]], *prompts: Sequence[Prompt]) -> None:
     in_rows = [int(facts_of(examples)["largest"].max(initial=0)) for examples in read]
     refuse_beyond_vocabulary(max(*in_rows, 0, *(max(prompt.ids) for some in prompts for prompt in some)), vocab_size)
+
+
+def _training_loader(
+    config: TrainConfig, world: World, tokenizer: Tokenizer, data: Mixture, vocab_size: int
+) -> StepLoader | WindowLoader:
+    def loader_of(mixture: Mixture) -> StepLoader:
+        return _loader(config, world, tokenizer, mixture, config.per_device_train_batch_size, shuffle=True)
+
+    def of_window(number: int) -> StepLoader:
+        assert data.streams is not None, "only they have windows"
+        mixture = data.streams.window(number)
+        _check_vocabulary(vocab_size, [mixture.examples])
+        return loader_of(mixture)
+
+    return loader_of(data) if data.streams is None else WindowLoader(of_window)
 
 
 def _loader(

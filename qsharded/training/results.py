@@ -26,6 +26,7 @@ from qsharded.training import disk_room
 from qsharded.training.best import Best
 from qsharded.training.divergence import advice, has_diverged, skipped_more_than_allowed
 from qsharded.training.finished import mark_finished
+from qsharded.training.model_cards import write_card
 from qsharded.training.run_folder import rank_without_sight
 from qsharded.training.setup import TrainingSetup
 from qsharded.utils.durable_files import Displaced, NotWritten
@@ -81,6 +82,7 @@ class Results:
             self.setup.progress,
             base_model=self.setup.base_model,
             revision=self.config.revision,
+            beside_adapter=self.setup.tokenizer.template_files,
         )
 
     def write(self) -> Path:
@@ -145,6 +147,14 @@ class Results:
         if self.world.is_main:
             write_json(folder / BEST_FILE, {"measure": best.measure, "value": best.value, "step": best.step})
 
+    def describe(self) -> None:
+        """Write the cards of adapter/ and best/ anew, once the last evaluation is done."""
+        best = Best.of(self.setup.progress, self.config.save_best)
+        steps = {ADAPTER: self.setup.progress.step} | ({BEST_FOLDER: best.step} if best else {})
+        for name, step in steps.items():
+            if self.world.is_main and Path(self.config.output_dir, name).is_dir():
+                write_card(self.config, Path(self.config.output_dir, name), step)
+
     def after_divergence(self) -> str:
         """What happened to a run that has diverged, and the command that goes on."""
         self.writer.wait()  # what is being written may be what the advice is to go back to
@@ -207,6 +217,7 @@ class Results:
             if self.world.is_main:
                 copy_initial(Path(self.config.output_dir), folder, initial)
                 self.setup.tokenizer.copy_files(folder)
+                write_card(self.config, folder, self.setup.progress.step)
         except OSError:
             with suppress(OSError):
                 folder.rmdir()  # an empty one would look like a result

@@ -14,7 +14,7 @@ from qsharded.checkpoint.initial_adapter import copy_initial, initial_of, write_
 from qsharded.checkpoint.load import Outline, parameter_count
 from qsharded.checkpoint.resume import ADAPTER, Progress, load_checkpoint
 from qsharded.checkpoint.source import find_checkpoint
-from qsharded.cli.base_model import base_note, find_adapter, lora_config
+from qsharded.cli.base_model import base_note, find_adapter, lora_config, trained_tokenizer
 from qsharded.cli.command import compute_dtype
 from qsharded.config import TrainConfig
 from qsharded.config.builtin import builtin_note
@@ -22,6 +22,8 @@ from qsharded.data import Prompt, StepLoader, Tokenizer
 from qsharded.data.mixture import refuse_overlaps
 from qsharded.data.prompts import TEXT_FILE
 from qsharded.data.row_source import files_of
+from qsharded.data.template_options import OPTIONS_FILE, TEMPLATE
+from qsharded.data.window_loader import WindowLoader
 from qsharded.distributed.agreement import found_by_main, groups_of, refused_by_all
 from qsharded.distributed.choose_layout import (
     Layout,
@@ -35,6 +37,8 @@ from qsharded.lora.config import LoRAConfig
 from qsharded.models import CausalLM
 from qsharded.optim import AdamW, PagedAdamW8bit, ScaledOptimizer
 from qsharded.plan.gpu_memory import Plan
+from qsharded.report import png
+from qsharded.training.balanced import objective_of
 from qsharded.training.calibration import calibrated_base, fill_adapters, residual_adapters
 from qsharded.training.data_options import template_options
 from qsharded.training.datasets import RunData, eval_loaders, read_data
@@ -61,7 +65,7 @@ class TrainingSetup:
     tokenizer: Tokenizer
     lora: LoRAConfig
     optimizer: ScaledOptimizer
-    loader: StepLoader
+    loader: StepLoader | WindowLoader
     eval_loaders: Mapping[str, StepLoader]
     prompts: Sequence[Prompt]
     samples: Sequence[Prompt]
@@ -70,10 +74,13 @@ class TrainingSetup:
     progress: Progress
     stopping: Stopping
     summary: list[str] = field(default_factory=list)
+    late_notes: Callable[[], Sequence[str]] = tuple
 
     def epochs_done(self) -> float:
-        """Passes over the data so far, with their fraction."""
+        """Passes over the data so far, with their fraction; of streams, how much of what the run takes of them."""
         epoch, loader = self.progress.epoch, self.loader
+        if isinstance(loader, WindowLoader):
+            return self.progress.step / self.total_steps
         return epoch + self.progress.row / (loader.steps_in_epoch(epoch) * loader.rows_per_step)
 
 
@@ -86,6 +93,8 @@ def prepare(config: TrainConfig, world: World) -> TrainingSetup:
         SelfCheckFailed: this machine computes something else than the model.
     """
     found_by_main(world, partial(refuse_missing, config.report_to))
+    if config.report_png:
+        found_by_main(world, partial(png.refuse_missing, "--report-png"))
     resume_from = find_resumed(config, world)
     check_output_dir(config, world, resume_from)
     resumed = Resumed.read(resume_from, world)
@@ -148,6 +157,7 @@ def _read_base(config: TrainConfig, world: World) -> _Base:
     dtype = compute_dtype(config.dtype, world.device)
     with refused_by_all(groups_of(world.mesh), world.device):  # what cannot be read, before the data is
         outline = Outline.of(folder, lora, dtype, random_init=config.random_init, model_code=config.model_code)
+        objective_of(config, outline.model)
     return _Base(folder, adapter, lora, outline, Tokenizer.from_folder(folder, template_options(config)))
 
 
@@ -181,6 +191,7 @@ def _setup(
         eval_loaders=eval_loaders(config, world, base.tokenizer, data.evaluation),
         prompts=data.prompts,
         samples=data.samples,
+        late_notes=partial(data.late_notes, config),
         total_steps=total_steps,
         base_model=str(base.folder.resolve()) if Path(config.model).is_dir() else config.model,
         progress=progress,
@@ -243,9 +254,9 @@ def _base_notes(config: TrainConfig, base: _Base, progress: Progress) -> list[st
 def _template_note(base: _Base) -> str | None:
     """A line where rows are written otherwise than those of the adapter's earlier training."""
     assert base.adapter is not None
-    if not (base.adapter / "tokenizer.json").is_file():
+    if not any((base.adapter / name).is_file() for name in ("tokenizer.json", TEMPLATE, OPTIONS_FILE)):
         return None
-    difference = base.tokenizer.template_difference(Tokenizer.from_folder(base.adapter))
+    difference = base.tokenizer.template_difference(trained_tokenizer(base.folder, base.adapter))
     return difference and f"note: {difference}"
 
 
@@ -264,10 +275,11 @@ def _optimizer(config: TrainConfig, model: CausalLM) -> ScaledOptimizer:
     )
 
 
-def _total_steps(config: TrainConfig, loader: StepLoader) -> int:
+def _total_steps(config: TrainConfig, loader: StepLoader | WindowLoader) -> int:
     """``--max-steps``, or the steps of ``--num-train-epochs``, the last of them in part."""
     if config.max_steps > 0:
         return config.max_steps
+    assert isinstance(loader, StepLoader), "streams go with --max-steps"
     whole, part = divmod(config.num_train_epochs, 1)
     steps = sum(loader.steps_in_epoch(epoch) for epoch in range(int(whole)))
     # 0.1 epochs of 10 steps are 1 step, whatever the last bits of 1.1 - 1 are

@@ -15,15 +15,17 @@ from qsharded.data import Cursor, Step
 from qsharded.data.ahead import one_ahead
 from qsharded.distributed.world import World
 from qsharded.optim.schedule import learning_rate
-from qsharded.report.run_files import METRICS_FILE
+from qsharded.report.run_files import METRICS_FILE, REPORT_FILE
 from qsharded.training import results
 from qsharded.training.bad_batches import BadBatches
+from qsharded.training.balanced import objective_of
 from qsharded.training.divergence import SkippedTooOften, has_diverged, skipped_more_than_allowed
 from qsharded.training.evaluating import Evaluations
 from qsharded.training.gradient import accumulate_gradient, apply_gradient, was_skipped
 from qsharded.training.host_work import little_host_work
 from qsharded.training.log_window import LogWindow
 from qsharded.training.metrics import MetricsLog
+from qsharded.training.model_cards import card_text
 from qsharded.training.objective import SUPERVISED, Objective
 from qsharded.training.profiling import profiled
 from qsharded.training.run_report import RunReport
@@ -62,13 +64,14 @@ class Trainer:
         folder, refusal = Path(config.output_dir), partial(results.save_refusal, config, setup)
         first = setup.progress.step
         with (
-            RunReport(folder, world.is_main) as report,
+            RunReport(folder, world.is_main, config.report_png) as report,
             Trackers(config, world.is_main, first) as trackers,
             MetricsLog(
                 folder / METRICS_FILE, setup.total_steps, world.is_main, first_step=first, trackers=trackers
             ) as log,
-            CheckpointWriter(folder, world, config.save_total_limit, refusal) as writer,
+            CheckpointWriter(folder, world, config.save_total_limit, refusal, partial(card_text, config)) as writer,
         ):
+            others = {"objective": objective_of(config, setup.model), **others}
             trainer = cls(config, world, setup, log, writer, again, report, **others)
             with trainer.results.displacement_told():
                 yield trainer
@@ -112,8 +115,11 @@ class Trainer:
             self.log.message(
                 f"stopped by {stop} during the last evaluation, which is left out; the training is finished"
             )
-        for line in self.evaluations.verdict():
+        for line in [*self.evaluations.verdict(), *self.setup.late_notes()]:
             self.log.message(line)
+        self.results.describe()
+        report = Path(self.config.output_dir, REPORT_FILE)
+        self.log.message(f"the run on one page: {report}")  # its end is added on leaving
         return 0
 
     def train(self) -> None:

@@ -3,10 +3,15 @@
 from typing import Any
 
 
-def refuse_other_kind(value: Any, kind: type | tuple[type, ...], name: str, words: str) -> None:
-    """Raise ValueError unless ``value``, the argument ``name``, is of that kind; ``words`` name it."""
+def refuse_other_kind(value: Any, kind: Any, name: str, words: str) -> None:
+    """Raise ValueError unless ``value``, the argument ``name``, is an instance of ``kind``, which ``words`` name."""
     if isinstance(value, kind):
         return
+    raise ValueError(f"{name} must be {words}, got {_found(value)}")
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__qualname__} itself: make one of it, {value.__qualname__}(...)"
     found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    hint = ": torch.from_numpy(array) makes a tensor of an array" if found == "numpy.ndarray" else ""
-    raise ValueError(f"{name} must be {words}, got {found}{hint}")
+    return found + (": torch.from_numpy(array) makes a tensor of an array" if found == "numpy.ndarray" else "")

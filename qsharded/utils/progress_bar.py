@@ -113,6 +113,7 @@ class ProgressBar:
             leave=self._stays,
             delay=0 if self._stays else _DELAY_S,
             ncols=_columns(),
+            nrows=shutil.get_terminal_size().lines,  # nor this: in a terminal of no rows it shows nothing
             miniters=1,
             smoothing=0,  # what interrupts the work comes again: it belongs to the time that is left
             bar_format=None if self._speed else form,

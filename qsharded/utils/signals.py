@@ -152,6 +152,17 @@ def unwinding() -> Iterator[None]:
         _listener.answer = before
 
 
+@contextmanager
+def ending(meanwhile: str) -> Iterator[None]:
+    """Meanwhile a signal ends the process at once, with a line that ends so: nothing that is half done is lost."""
+    before = _listener.answer, _listener.meanwhile
+    _listener.answer, _listener.meanwhile = _Answer.END, meanwhile
+    try:
+        yield
+    finally:
+        _listener.answer, _listener.meanwhile = before
+
+
 def watch_ranks(look: Callable[[], str], tell: Callable[[str], object]) -> None:
     """Have the thread ``look`` how another rank has left, if one has, and ``tell`` the others of a signal that ends
     this one: its number, as :func:`follow` takes it."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data, data_rows
+from benchmarks import data, data_rank, data_rows
 from qsharded.data import Tokenizer
 from qsharded.data.cache import DataCache
 from qsharded.data.load import Reading
@@ -42,6 +42,18 @@ def test_a_cache_of_what_is_there_over_and_over(folder: Path) -> None:
     assert data.cached(folder) == kept.with_suffix(".part")
 
 
+def test_a_rank_fills_the_cache_and_starts_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data_rank, "STEPS", 3)
+    for words in (["fill"], ["start", "packing"]):
+        monkeypatch.setattr("sys.argv", ["data_rank", str(folder), *words])
+        data_rank.main()
+    note = data.read_note(data.cached(folder))
+    assert note["rows"] + note["dataset"]["dropped"] == 60
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"seconds", "cpu", "mb"}
+
+
 def test_turns_are_found_for_the_figure(folder: Path) -> None:
     assert data.turn_finding(folder, turns=3) > 0
 
@@ -54,12 +66,14 @@ def test_the_pool_goes_on_with_the_next_files(folder: Path) -> None:
 
 
 def test_figures_and_what_they_miss(tmp_path: Path) -> None:
-    pool = [{"seconds": 1.5, "rows": 100, "tokens": 3000}, {"seconds": 0.5, "rows": 100, "tokens": 3000}]
-    (tmp_path / "state.json").write_text(json.dumps({"pool": pool, "fill": [2.0, 1.0], "rows": 250}))
+    counted = {"rows": 100, "tokens": 3000}
+    pool = [{"seconds": 1.5, "cpu": 3} | counted, {"seconds": 0.5, "cpu": 1} | counted]
+    fill = [{"seconds": 2.0, "cpu": 4}, {"seconds": 1.0, "cpu": 1.5}]
+    (tmp_path / "state.json").write_text(json.dumps({"pool": pool, "fill": fill, "rows": 250}))
     pieces = data.Pieces(tmp_path / "state.json")
     assert (pieces.filled(250), pieces.filled(251)) == (True, False)
     found = pieces.figures()
-    assert (found["tokens a row"], found["first start / plain pool"]) == (30, 1.2)
+    assert (found["tokens a row"], found["first start / plain pool"], found["the same of CPU time"]) == (30, 1.2, 1.1)
     others = dict.fromkeys(data.MUST, 3.0)
     assert data.misses(others | found) == []
     assert data.misses(others | {"second start, s": 3.1, "100 turns, ms": 41}) == [

@@ -12,6 +12,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.load import skeleton
 from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.models.choice import read_config
+from qsharded.quant.formats import NF4_64
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.untrusted_json import read_json
 from tests.checkpoints import write_checkpoint
@@ -50,7 +51,8 @@ def test_layers_see_what_they_see_in_the_model(architecture: str, tmp_path: Path
     folder = checkpoint(tmp_path, architecture)
     config, source = open_tied(folder, read_config(read_json(folder / "config.json")))
     ids_RS = torch.randint(config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
-    walk = LayerWalk(skeleton(config, None, torch.float32, quant_format=None).eval(), source, ids_RS, CPU)
+    model = skeleton(config, None, torch.float32, quant_format=None).eval()
+    walk = LayerWalk(model, source, ids_RS, CPU, NF4_64)
     packed = load_model(folder, dtype=torch.float32, device="cpu")
     seen: dict[str, Tensor] = {}
     groups = 0

@@ -161,6 +161,20 @@ def test_refusals(
     assert not list(tmp_path.iterdir())
 
 
+def test_bad_rows_are_listed_at_once_or_left_out_and_told(
+    model: Path, rows: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (bad := tmp_path / "bad.jsonl").write_text(rows.read_text() + '{"id": 3}\nnope\n')
+    with pytest.raises(SystemExit):
+        run(model, bad, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert all(part in said for part in (f"{bad}:61: ", f"{bad}:62: not JSON", "(--bad-rows skip:2 goes on"))
+    caplog.set_level("INFO")
+    assert_same(packed, run(model, bad, tmp_path / "out", "--bad-rows", "skip:2"))
+    assert "2 bad rows are left out" in caplog.text
+
+
 def test_a_damaged_record_is_named(packed: Path, tmp_path: Path) -> None:
     (tmp_path / CALIBRATION_FILE).write_text('{"method": 1}')
     with pytest.raises(ValueError, match=rf"{CALIBRATION_FILE}: rows is missing|{CALIBRATION_FILE}: method must be"):

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from qsharded.checkpoint import background_writer, files
 from qsharded.checkpoint.background_writer import CheckpointNotWritten, CheckpointWriter
 from qsharded.checkpoint.intact import newest_sound
-from qsharded.checkpoint.manifest import verify
+from qsharded.checkpoint.manifest import read_manifest, verify
 from qsharded.checkpoint.resume import Progress, checkpoints, load_checkpoint, read_progress, refuse_other
 from qsharded.checkpoint.retention import drop_partial_checkpoints
 from qsharded.checkpoint.training_state import own_weights
@@ -294,3 +294,12 @@ def test_the_adapter_inside_names_the_revision(tmp_path: Path) -> None:
         to.save(model, LORA, optimizer, Progress(step=1), base_model="base", revision="v2")
     described = read_json(checkpoints(tmp_path)[0] / "adapter" / "adapter_config.json")
     assert (described["base_model_name_or_path"], described["revision"]) == ("base", "v2")
+
+
+def test_files_beside_the_adapter_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = make(1.0)
+    with CheckpointWriter(tmp_path, WORLD, None) as to:
+        to.save(model, LORA, optimizer, Progress(step=1), base_model="base", beside_adapter={"note.txt": b"said"})
+    checkpoint = checkpoints(tmp_path)[0]
+    assert (checkpoint / "adapter" / "note.txt").read_bytes() == b"said"
+    assert "adapter/note.txt" in read_manifest(checkpoint).files

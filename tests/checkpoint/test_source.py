@@ -1,6 +1,7 @@
 """What a checkpoint folder may look like, and what is refused by name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,19 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
 def test_what_is_neither_folder_nor_hub_id_is_named(name: str) -> None:
     with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
         find_checkpoint(name)
+
+
+def test_a_folder_of_something_else_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds no model: its config.json is missing")):
+        find_checkpoint(".")
+    (tmp_path / "tokenizer.json").touch()
+    assert find_checkpoint(tmp_path, weights=False) == tmp_path  # enough to preview rows
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="holds an adapter and no model: --adapter takes it"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert find_checkpoint(tmp_path) == tmp_path
 
 
 class Hub:

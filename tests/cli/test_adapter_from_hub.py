@@ -48,7 +48,7 @@ def adapter(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def test_what_belongs_to_an_adapter_is_downloaded_and_no_more(adapter: Path) -> None:
     found = find_adapter(REPOSITORY)
     assert sorted(path.name for path in found.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.model"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.model"
     ]  # fmt: skip
 
 

@@ -54,11 +54,28 @@ def test_a_run_that_goes_on_from_an_adapter_tells_what_is_otherwise(folders: tup
     same = TemplateOptions(None, {"level": 3}, date(2024, 2, 29))
 
     def note(tokenizer: Tokenizer) -> str | None:
-        return setup._template_note(SimpleNamespace(adapter=adapter, tokenizer=tokenizer))  # type: ignore[arg-type]
+        base = SimpleNamespace(folder=model, adapter=adapter, tokenizer=tokenizer)
+        return setup._template_note(base)  # type: ignore[arg-type]
 
     assert note(Tokenizer.from_folder(model, same)) is None
-    assert note(Tokenizer.from_folder(model)) == (
-        "note: the adapter was trained with other variables of the chat template: level=3, date 2024-02-29; here: none"
-    )
-    (adapter / "tokenizer.json").unlink()
+    other = "note: the adapter was trained with other variables of the chat template"
+    told = f"{other}: level=3, date 2024-02-29; here: none"
+    assert note(Tokenizer.from_folder(model)) == told
+    (adapter / "tokenizer.json").unlink()  # as in a run's checkpoints
+    assert note(Tokenizer.from_folder(model)) == told
+    assert note(Tokenizer.from_folder(model, same)) is None
+    (adapter / "chat_template_options.json").unlink()
     assert note(Tokenizer.from_folder(model)) is None, "an adapter without a tokenizer says nothing of it"
+
+
+@pytest.mark.parametrize("variables", [{}, {"level": 3}])
+def test_the_adapter_of_a_checkpoint_is_asked_as_it_was_trained(tmp_path: Path, variables: dict[str, Any]) -> None:
+    model = make_folder(tmp_path / "model", template=SOURCE)
+    (tmp_path / "mine.jinja").write_text("mine {{ level }}")
+    trained = Tokenizer.from_folder(model, TemplateOptions(tmp_path / "mine.jinja", variables))
+    (adapter := tmp_path / "adapter").mkdir()
+    for name, content in trained.template_files.items():
+        (adapter / name).write_bytes(content)
+    assert read_tokenizer(options(), model, adapter).render(chat("a")) == trained.render(chat("a"))
+    other = read_tokenizer(options(chat_template_kwargs={"level": 5}), model, adapter)
+    assert other.render(chat("a")) == "mine 5"

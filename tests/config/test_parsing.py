@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -295,12 +296,21 @@ def test_missing_file_and_missing_options_are_named(tmp_path: Path, capsys: pyte
         ("rank", "lora-r"),
         ("nproc_per_node", "ranks"),
         ("learning_rte", "learning-rate"),
+        ("bf16", "dtype"),
+        ("eval_strategy", "eval-steps"),
+        ("wandb_project", "report-to"),
     ],
 )
 def test_other_trainers_names_suggest_ours(theirs: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"unknown key {theirs.replace('_', '-')!r}; did you mean {ours!r}?" in error_of(
         [*GIVEN, f"--{theirs}", "1"], capsys
     )
+
+
+@pytest.mark.parametrize("theirs", ["load_in_4bit", "deepspeed", "fsdp", "trust-remote-code", "attn_implementation"])
+def test_what_needs_no_option_is_told(theirs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = error_of([*GIVEN, f"--{theirs}", "1"], capsys)
+    assert re.search(rf"unknown key '{theirs.replace('_', '-')}'; leave it out: \w+", said)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -344,6 +354,7 @@ def changed(config: TrainConfig) -> TrainConfig:
         "lora_rank_pattern": {r"layers\.\d+": 3, "q-proj": 1},
         "lora_alpha_pattern": {"x": 1e-30},
         "revision": "r",
+        "push_to_hub": "owner/name",
         "adapter": "a",
         "data_cache": "c",
         "eval_dataset": ("a=e", "b=" + awkward),
@@ -402,6 +413,8 @@ def changed(config: TrainConfig) -> TrainConfig:
 def other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
+    if isinstance(value, list):
+        return [*value, "a"]
     return value + "2" if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 3
 
 

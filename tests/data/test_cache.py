@@ -16,7 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsharded.data import Dataset, Example, Mixture, StepLoader, Tokenizer, cache, chunks, content, fill, load_examples
+from qsharded.data import (
+    Dataset,
+    Example,
+    Mixture,
+    StepLoader,
+    Tokenizer,
+    cache,
+    chunks,
+    content,
+    fill,
+    fill_progress,
+    load_examples,
+)
 from qsharded.data.cache import DataCache
 from qsharded.data.facts import facts_of
 from qsharded.data.fill import Fill, Interrupted
@@ -171,6 +183,17 @@ def test_the_hash_of_a_file_is_remembered_until_it_changes(tmp_path: Path, monke
     assert content.content_hash(path, tmp_path / "memory") == content.content_hash(path) != first
 
 
+def test_a_large_file_is_hashed_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_PART", 4)
+    texts = (b"", b"abc", b"abcd", b"abcdefghij", b"efghabcdij", b"abcdefghik")
+    hashes = []
+    for number, text in enumerate(texts):
+        (path := tmp_path / str(number)).write_bytes(text)
+        hashes.append(content.content_hash(path))
+    assert len(set(hashes)) == len(texts)
+    assert content.content_hashes([tmp_path / "3", tmp_path / "4"], tmp_path / "memory") == hashes[3:5]
+
+
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path) -> None:
     content.content_hash(write_rows(tmp_path / "rows.jsonl", {"text": "fox"}), tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
@@ -264,7 +287,7 @@ def test_an_interrupted_fill_is_no_cache_and_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", *make_rows(90))
-    monkeypatch.setattr(fill, "_NOTE_S", 0.0)
+    monkeypatch.setattr(fill_progress, "_NOTE_S", 0.0)
     begun: list[chunks.Chunk] = []
     tokenized = fill._tokenized
 

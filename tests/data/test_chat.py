@@ -1,8 +1,14 @@
+from collections import OrderedDict
+
 import pytest
+from jinja2 import Environment
+from jinja2.exceptions import SecurityError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qsharded.data.chat import ChatTemplate
+from qsharded.data.template_limits import LimitedEnvironment
 from tests.data import templates
 from tests.data.folders import chat
 
@@ -122,6 +128,24 @@ def test_knows_whether_a_template_marks_generation(source, marks):
 def test_a_template_that_fails_says_why(source, reason):
     with pytest.raises(ValueError, match=f"refuses this conversation: .*{reason}"):
         ChatTemplate(source, VARIABLES).render(chat("a"))
+
+
+@pytest.mark.parametrize("name", ["items", "pop", "clear", "append", "upper", "format", "mro", "__class__", "x", "y"])
+def test_attributes_are_those_that_the_sandbox_gives(name: str) -> None:
+    """Each twice: the second time whether it is safe is known."""
+    plain, ours = ImmutableSandboxedEnvironment(), LimitedEnvironment()
+    objects = [list, dict, str, 3, {"x": 1, "append": 2}, {}, OrderedDict(x=1), [], "text", ours.undefined(name="z")]
+    for one in objects * 2:
+        found = [text_of(environment, one, name) for environment in (plain, ours)]
+        assert found[0] == found[1], (one, name)
+
+
+def text_of(environment: Environment, value: object, name: str) -> str:
+    source = "{{ 'a method' if value.NAME is defined and value.NAME is callable else value.NAME }}"
+    try:
+        return environment.from_string(source.replace("NAME", name)).render(value=value)
+    except (SecurityError, UndefinedError) as error:
+        return str(error)
 
 
 def test_a_template_that_is_no_jinja():

@@ -240,7 +240,7 @@ def test_calls_that_the_template_does_not_write_are_counted_with_an_example(tmp_
     messages = [UNWRITTEN[0], calling(weight=weight), *UNWRITTEN[2:]]
     dataset = load(tmp_path, tokenizer, chat("weather", "b"), messages, messages, **options)
     found, example = next(note for note in noted(dataset) if "leaves tool calls" in note[0])
-    assert found == "note: the chat template leaves tool calls out of 2 rows"
+    assert found == "warning: the chat template leaves tool calls out of 2 rows"
     assert example.startswith(f"{tmp_path / 'rows.jsonl'}:2, message 1: 'weather'; answers of nothing else are not")
     if options.get("train_on") != "all":
         learnt = [[text.strip() for text in trained_runs(tokenizer, example)] for example in dataset.examples]
@@ -265,7 +265,7 @@ def test_rows_of_calls_alone_that_are_not_written_are_left_out(tmp_path, options
     dataset = load(tmp_path, tokenizer, chat("a", "b"), UNWRITTEN[:2], **options)
     assert (len(dataset.examples), dataset.empty, dataset.bad) == (1, 1, 0)
     with pytest.raises(
-        ValueError, match=r"no tokens to train on: 0 .*, 1 as empty\nnote: .* leaves tool calls out of 1"
+        ValueError, match=r"no tokens to train on: 0 .*, 1 as empty\nwarning: .* leaves tool calls out of 1"
     ):
         load(tmp_path, tokenizer, UNWRITTEN[:2], **options)
     (example,) = load(tmp_path, tokenizer, UNWRITTEN[:2], train_on_empty_answers=True, **options).examples
@@ -292,7 +292,7 @@ def test_an_answer_of_a_tool_that_the_template_leaves_out_is_counted(tmp_path, p
     else:
         dataset = load_examples(rows, tokenizer, max_length=512)
     ((found, example),) = noted(dataset)
-    assert found == "note: the chat template leaves tools' answers out of 1 row"
+    assert found == "warning: the chat template leaves tools' answers out of 1 row"
     assert example.startswith(f"{rows}:1, message 2: '4', which answers are trained on without; take a model")
 
 
@@ -300,9 +300,29 @@ def test_arguments_that_the_template_leaves_out_are_counted(tmp_path):
     source = published.QWEN25.replace("call.arguments | tojson", "'{}'")
     dataset = load(tmp_path, tokenizer_of(tmp_path, source), [*chat("a"), calling()])
     ((found, example),) = noted(dataset)
-    assert found == "note: the chat template leaves arguments of tool calls out of 1 row"
+    assert found == "warning: the chat template leaves arguments of tool calls out of 1 row"
     assert "rows.jsonl:1, message 1: \"weather: {'city': 'Oslo'}\"; take a model" in example
     assert len(dataset.examples) == 1
+
+
+@pytest.mark.parametrize("per_answer", [False, True])
+def test_a_call_beside_one_that_is_written_may_be_lost(tmp_path, per_answer):
+    source = published.QWEN25.replace("for call in message.tool_calls", "for call in message.tool_calls[:1]")
+    tokenizer = tokenizer_of(tmp_path, source)
+    messages = [*chat("a"), calling(call(), call(name="sun")), result(), said("four")]
+    dataset = load(tmp_path, tokenizer, messages, one_example_per_answer=per_answer)
+    runs = [run for example in dataset.examples for run in trained_runs(tokenizer, example)]
+    assert runs == [WRITTEN["QWEN25"], FINAL["QWEN25"]]
+    assert dataset.omitted["tool calls"].example.endswith("message 1: 'sun'")
+
+
+@pytest.mark.parametrize("per_answer", [False, True])
+def test_answers_of_lost_calls_alone_are_counted_once_a_row(tmp_path, per_answer):
+    messages = [*chat("a"), calling(), result(), calling()]
+    tokenizer = tokenizer_of(tmp_path, "SMOLLM2")
+    dataset = load(tmp_path, tokenizer, messages, chat("a", "b"), one_example_per_answer=per_answer)
+    assert [len(dataset.examples), dataset.empty] == [1, 2 if per_answer else 1]
+    assert dataset.omitted["tool calls"].rows == 1
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
@@ -348,7 +368,7 @@ def test_lost_reasoning_is_counted_with_an_example(tmp_path, template, messages,
     (note,) = data_notes(dataset, one_example_per_answer=False)
     where = f"{tmp_path / 'rows.jsonl'}:2, {lost}"
     assert note == (
-        f"note: the chat template leaves reasoning out of 2 rows, as at {where}; --one-example-per-answer keeps it"
+        f"warning: the chat template leaves reasoning out of 2 rows, as at {where}; --one-example-per-answer keeps it"
     )
 
 
@@ -383,7 +403,7 @@ def test_other_losses_are_counted_with_an_example(tmp_path, template, messages, 
     dataset = load(tmp_path, tokenizer_of(tmp_path, template), messages, tools=tools)
     (found,) = data_notes(dataset, one_example_per_answer=False)
     where = tmp_path / "rows.jsonl"
-    assert found.startswith(f"note: the chat template leaves {note[0]} out of 1 row, as at {where}:1, {note[1]}")
+    assert found.startswith(f"warning: the chat template leaves {note[0]} out of 1 row, as at {where}:1, {note[1]}")
 
 
 PER_ANSWER = {

@@ -276,5 +276,5 @@ def test_messages_that_ask_for_training_in_vain_are_told(tmp_path, tokenizer, tr
     notes = data_notes(dataset, one_example_per_answer=False)
     assert len(notes) == (train_on == "assistant"), "all tokens are trained on: nothing was asked for in vain"
     for note in notes:
-        assert note.startswith("note: training on a message that is not the assistant's, or is in a prompt, is asked")
+        assert note.startswith("warning: training on a message that is not the assistant's, or is in a prompt, is a")
         assert f"{tmp_path / 'rows.jsonl'}:2, message 0: 'user: the dog'" in note.partition(" in 2 rows, as at ")[2]

@@ -76,3 +76,19 @@ def test_more_bad_rows_than_are_listed_may_be_skipped(tokenizer: Tokenizer, tmp_
     assert len(load_prompts(path, tokenizer, skip_bad_rows=SHOWN + 1)) == 1
     with pytest.raises(ValueError, match=f"at least {SHOWN} rows cannot be used"):
         load_prompts(path, tokenizer)
+
+
+def test_what_a_prompt_lacks_is_told(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_chat_checkpoint(tmp_path))
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    talk = [message("user", "a"), call, message("user", "c"), message("assistant", "d")]
+    path, told = write(tmp_path, {"messages": talk}), Dataset([])
+    load_prompts(path, tokenizer, counted=told)
+    assert told.omitted["tool calls"].example == f"{path}:1, message 1: 'f'"
+
+
+def test_misspelt_columns_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "a", "said": "b", "completion": "c"})
+    columns = {"completion": "said", "prompt": "asked"}
+    with pytest.raises(ValueError, match="prompt=asked: no row has a column 'asked'"):
+        load_prompts(path, tokenizer, columns=columns)

@@ -20,6 +20,7 @@ def test_json_lines_with_blank_lines_and_byte_order_mark(tmp_path):
     [
         (b'{"text": "a"', "4: not JSON: Expecting ',' delimiter at column 13"),
         (b'{"text": "a"} {}', "4: not JSON: Extra data at column 15"),
+        (b'{"text": "a}', "4: not JSON: Unterminated string starting at column 10"),
         (b'["a"]', "4: a row must be a JSON object, got list"),
         (b"3", "4: a row must be a JSON object, got int"),
         (b'{"text": "\xff"}', "4: not UTF-8: invalid start byte at byte 10"),

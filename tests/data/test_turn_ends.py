@@ -61,7 +61,7 @@ def test_an_end_that_the_template_does_not_mark_is_trained_and_told(tmp_path, en
     missing = end.removeprefix("\n" if behind else "")
     where = f"{tmp_path / 'rows.jsonl'}:1, {missing!r}"
     assert note == (
-        "note: the chat template's {% generation %} leaves out the end of the turn in 2 rows, as at "
+        "warning: the chat template's {% generation %} leaves out the end of the turn in 2 rows, as at "
         f"{where}; it is trained on all the same"
     )
     token = next(text for text in ("<|im_end|>", "<|eot_id|>", "</s>") if text in end)
@@ -76,7 +76,7 @@ def test_the_marks_alone_are_trained_where_they_are_to_be_and_equal_transformers
     assert dataset.examples[0].ids.tolist() == expected["input_ids"]
     assert dataset.examples[0].trained.tolist() == [flag == 1 for flag in expected["assistant_masks"]]
     (note,) = data_notes(dataset, one_example_per_answer=False)
-    assert note.startswith("note: the end of a turn is not trained on in 1 row, as at ")
+    assert note.startswith("warning: the end of a turn is not trained on in 1 row, as at ")
 
 
 def test_ids_are_transformers_whether_ends_are_marked(tmp_path):
@@ -118,7 +118,7 @@ def test_an_end_of_another_kind_is_told_where_it_is_not_trained(tmp_path):
     tokenizer, dataset = load(tmp_path, source, chat("a", "dog", "b", "fox"), chat("a", "dog"))
     assert trained(tokenizer, dataset.examples[0]) == ["dog", "fox<|im_end|>"]
     (note,) = [note for note in data_notes(dataset, one_example_per_answer=False) if "not trained on" in note]
-    assert note.startswith("note: the end of a turn is not trained on in 2 rows, as at ")
+    assert note.startswith("warning: the end of a turn is not trained on in 2 rows, as at ")
     assert "'<the end><|im_start|>user" in note
 
 
@@ -158,7 +158,7 @@ def test_plain_ends_are_told_where_eos_stands_behind_the_last_turn_alone(tmp_pat
     assert said[:2] == [["fox\n</s>"], ["fox\n", "dog\n</s>"]]
     notes = data_notes(dataset, one_example_per_answer=False)
     (note,) = [note for note in notes if "plain text" in note]
-    assert note.startswith("note: the chat template ends turns by plain text in 2 rows, as at ")
+    assert note.startswith("warning: the chat template ends turns by plain text in 2 rows, as at ")
     assert f"{tmp_path / 'rows.jsonl'}:2, 'fox\\n': EOS is trained on behind the last turn alone" in note
     assert "--one-example-per-answer does so behind each" in note
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from qsharded.config import TrainConfig
-from qsharded.data import Tokenizer, load_examples
+from qsharded.data import Tokenizer, cache, load_examples
 from qsharded.data.cache import DataCache
 from qsharded.data.fill import Fill
 from qsharded.distributed.world import World, start_world
@@ -32,6 +33,32 @@ def load_on_rank(model: Path, rows: Path, bad: Path, cache: Path, ranks_a_node: 
     with pytest.raises(ValueError, match="json") as refused:
         load_datasets(TrainConfig(dataset=str(bad), **options), tokenizer, world)
     return ids, len(fills), str(refused.value)
+
+
+def stream_on_rank(model: Path, rows: Path, cache_folder: Path) -> list[list[list[int]]]:
+    """This rank's documents of four steps of a stream that a process tokenizes."""
+    world, tokenizer = start_world(), Tokenizer.from_folder(model)
+    cache.SMALL_BYTES = 0
+    config = TrainConfig(
+        model=str(model), dataset=str(rows), data_cache=str(cache_folder), streaming=True, max_steps=4,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    train, _ = load_datasets(config, tokenizer, world)
+    loader = datasets._training_loader(config, world, tokenizer, train, vocab_size=1 << 20)
+    steps = islice(loader.steps(), 4)
+    return [[row.tolist() for batch in step.micro_batches for row in batch.input_ids] for step in steps]
+
+
+def test_ranks_share_a_stream(model: Path, dataset: Path, tmp_path: Path) -> None:
+    found = run_ranks(stream_on_rank, 2, model, dataset, tmp_path / "cache")
+    tokenizer = Tokenizer.from_folder(model)
+    expected = {tuple(example.ids.tolist()) for example in load_examples(dataset, tokenizer, max_length=64).examples}
+    ends = {tokenizer.pad_id, tokenizer.eos_id}
+    seen = [tuple(row) for steps in found for step in steps for row in step]
+    assert len(seen) == len(set(seen)) == 16
+    assert {tuple(t for t in row if t not in ends) for row in seen} <= {
+        tuple(t for t in row if t not in ends) for row in expected
+    }
 
 
 @pytest.mark.parametrize("ranks_a_node", [1, 2])
@@ -82,6 +109,6 @@ def test_a_stream_is_read_as_far_as_the_steps_take(
     assert sorted(e.ids.tolist() for e in found) == sorted(e.ids.tolist() for e in whole[: len(found)])
     if rows is not None:
         assert len(found) == rows
-    loader = datasets._loader(config, world, tokenizer, train, 4, shuffle=True)
-    assert loader.steps_in_epoch(0) >= 3
+    loader = datasets._training_loader(config, world, tokenizer, train, vocab_size=1 << 20)
+    assert len({step.cursor.epoch for step in islice(loader.steps(), 3)} - {1}) <= 1
     assert len(found) < 200

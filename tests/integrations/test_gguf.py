@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -18,6 +18,7 @@ from tests.checkpoints import write_checkpoint
 from tests.utils.test_durable_files import room_in_a_file
 
 gguf = pytest.importorskip("gguf")
+from qsharded.integrations import gguf_tensors  # noqa: E402
 from qsharded.integrations.gguf import write_gguf  # noqa: E402
 from qsharded.integrations.gguf_tokenizer import pre_tokenizer_name  # noqa: E402
 from qsharded.utils.durable_files import NotWritten  # noqa: E402
@@ -88,6 +89,89 @@ def test_matrices_keep_their_dtype_and_vectors_are_fp32(tmp_path: Path, dtype: t
     assert kinds["output_norm.weight"] == "F32"
 
 
+def merged_into(output: Path, checkpoint: Path, adapter: Path, *options: str) -> Path:
+    merge.main(["--adapter", str(adapter), "--model", str(checkpoint), "--output", str(output), *options])
+    return output
+
+
+# By the names of the file: how the checkpoint calls a tensor, and its type beside Q8_0 and beside Q4_0.
+QUANTIZED = {
+    "blk.1.ffn_down.weight": ("model.layers.1.mlp.down_proj.weight", "Q8_0", "Q4_0"),
+    "blk.0.attn_q.weight": ("model.layers.0.self_attn.q_proj.weight", "Q8_0", "Q4_0"),
+    "token_embd.weight": ("model.embed_tokens.weight", "Q8_0", "Q4_0"),
+    "output.weight": ("lm_head.weight", "Q8_0", "Q8_0"),
+    "blk.0.attn_norm.weight": ("model.layers.0.input_layernorm.weight", "F32", "F32"),
+}
+# Of the largest weight of a block of 32. Q8_0 has 127 steps to each side, and errs by half of one; Q4_0 has 8 to one
+# side and 7 to the other, where it may err by a whole one. The scale is rounded to F16, by up to 2**-11 of itself.
+ERROR = {"Q8_0": 0.5 / 127 + 2**-11, "Q4_0": 1 / 8 + 2**-11}
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["q8_0", "q4_0"])
+def test_quantized_tensors_are_the_packages_own_of_the_merged_ones(tmp_path: Path, number: int) -> None:
+    wanted = ["Q8_0", "Q4_0"][number]
+    checkpoint = write_model(tmp_path / "model")
+    adapter = write_adapter(tmp_path / "adapter", checkpoint)
+    stored = load_file(merged_into(tmp_path / "plain", checkpoint, adapter) / "model.safetensors")
+    options = ["--format", "gguf", "--gguf-type", wanted.lower()]
+    reader = gguf.GGUFReader(merged_into(tmp_path / "gguf", checkpoint, adapter, *options) / "model.gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{wanted}"]
+    assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    for name, (original, *kinds) in QUANTIZED.items():
+        kind, weight = kinds[number], stored[original].float()
+        if name.endswith("attn_q.weight"):  # rows 0 and 16 of each head of 32 in turn, 1 and 17, ...
+            order = torch.arange(128).view(4, 2, 16).transpose(1, 2).flatten()
+            weight = weight[order]
+        assert found[name].tensor_type.name == kind, name
+        expected = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
+        assert found[name].data.tobytes() == expected.tobytes(), name
+        if kind != "F32":
+            back = torch.from_numpy(gguf.quants.dequantize(found[name].data, found[name].tensor_type).copy())
+            largest = weight.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+            assert ((back - weight).abs() <= ERROR[kind] * largest).all(), name
+
+
+def test_f16_holds_what_bf16_held_or_says_so(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model")
+    write_gguf(checkpoint, tmp_path / "model.gguf", "m", "f16")
+    weights = load_file(checkpoint / "model.safetensors")
+    stored = weights["lm_head.weight"]
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    [head] = [tensor for tensor in reader.tensors if tensor.name == "output.weight"]
+    assert head.tensor_type.name == "F16"
+    assert torch.equal(torch.from_numpy(head.data.copy()), stored.half())
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_F16
+    stored[0, 0] = 70_000  # bf16 goes far beyond
+    save_file(
+        load_file(checkpoint / "model.safetensors") | {"lm_head.weight": stored}, checkpoint / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"output\.weight holds values that F16 does not"):
+        write_gguf(checkpoint, tmp_path / "model.gguf", "m", "f16")
+
+
+def test_a_tied_embedding_is_the_head_that_keeps_8_bits_and_torn_blocks_keep_16(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model", tie_word_embeddings=True, intermediate_size=200)
+    write_gguf(checkpoint, tmp_path / "model.gguf", "m", "q4_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
+    assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 200
+
+
+def test_rows_are_quantized_a_few_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_model(tmp_path / "model")
+    write_gguf(checkpoint, tmp_path / "whole.gguf", "m", "q4_0")
+    monkeypatch.setattr(gguf_tensors, "_ELEMENTS_AT_ONCE", 900)
+    write_gguf(checkpoint, tmp_path / "parts.gguf", "m", "q4_0")
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "parts.gguf").read_bytes()
+
+
+def test_a_type_is_for_gguf_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        merge.main(["--adapter", "a", "--model", "m", "--output", "o", "--gguf-type", "q8_0"])
+    assert "--gguf-type q8_0 is for --format gguf, got --format safetensors" in capsys.readouterr().err
+
+
 def test_the_stretched_frequencies_of_llama_3_are_a_tensor(tmp_path: Path) -> None:
     write_gguf(write_model(tmp_path / "model", **LLAMA3_ROPE), tmp_path / "model.gguf", "m")
     divisors = read(tmp_path / "model.gguf")[1]["rope_freqs.weight"]
@@ -108,10 +192,8 @@ def test_a_tied_head_is_left_out(tmp_path: Path) -> None:
 def test_merging_writes_one_file(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", BUILTIN)
     for form in ("safetensors", "gguf"):
-        merge.main(
-            ["--adapter", str(adapter), "--model", str(BUILTIN), "--output", str(tmp_path / form), "--format", form]
-        )
-    assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
+        merged_into(tmp_path / form, BUILTIN, adapter, "--format", form)
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"model.gguf", "README.md"}
     said, tensors = read(tmp_path / "gguf" / "model.gguf")
     assert said["general.name"] == "gguf"
     merged = load_file(tmp_path / "safetensors" / "model.safetensors")

@@ -30,12 +30,12 @@ def test_kernels_compile_and_values_stay_in_registers(capabilities: list[str], t
     assert {(kernel["capability"], kernel["name"]) for kernel in kernels} == {
         (int(capability), name)
         for capability in capabilities
-        for name in ("_linear_kernel", "_input_grad_kernel", "_sum_kernel")
+        for name in ("linear_kernel", "_input_grad_kernel", "_sum_kernel")
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_OF_A_BLOCK, kernel
         assert kernel["registers"] <= REGISTERS, kernel
         assert kernel["spilled"] <= MOST_SPILLED, kernel
-        if kernel["name"] == "_linear_kernel":
+        if kernel["name"] == "linear_kernel":
             assert kernel["permutations"] <= PERMUTATIONS + 1, kernel
             assert kernel["rows"] > 1 or kernel["shared"] <= SHARED_OF_ONE_ROW, kernel

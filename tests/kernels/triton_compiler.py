@@ -21,6 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qsharded.quant import own_kernels
+from qsharded.quant.experts import PackedExperts
 from tests.kernels.packed_products import packed
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -48,6 +49,9 @@ def main(architectures: list[int]) -> None:
         for M, weight in product((1, 16), weights):
             x = torch.empty(M, weight.shape[1], dtype=torch.bfloat16)
             own_kernels.triton_linear(x, weight, None, splits=2)
+        experts = PackedExperts(3, 1024, 320).packed()
+        x = torch.empty(9, 1024, dtype=torch.bfloat16)
+        own_kernels.triton_grouped_linear(x, experts.tensors, experts.quant_format, [(0, 1), (2, 8)])
         M, grad = 8, torch.empty(8, 320, dtype=torch.bfloat16)
         own_kernels.triton_input_grad(grad, weights[0], splits=2)
 

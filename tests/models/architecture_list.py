@@ -50,13 +50,16 @@ ARCHITECTURES = {
     "phi": Architecture("Phi-1.5, Phi-2"),
     "stablelm": Architecture("StableLM 2"),
     "starcoder2": Architecture("StarCoder 2"),
-    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS),
-    "mixtral": Architecture("Mixtral", {"num_local_experts": 4}),
-    "gpt_oss": Architecture("gpt-oss", _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS, is_native=True),
+    "mixtral": Architecture("Mixtral", {"num_local_experts": 4}, is_native=True),
+    "gpt_oss": Architecture("gpt-oss", _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}, is_native=True),
     "granitemoe": Architecture("Granite MoE", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": Architecture("OLMoE", _EXPERTS),
     "glm4_moe": Architecture(
-        "GLM-4.5", _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1}, targets=("q_proj", "o_proj")
+        "GLM-4.5",
+        _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1},
+        is_native=True,
+        targets=("q_proj", "o_proj"),
     ),
     "deepseek_v3": Architecture(
         "DeepSeek V3",

@@ -26,6 +26,8 @@ ROWS, LENGTH = 2, 21  # longer than the windows, and than the original length of
 # fp32 sums in another order; a recurrence carries its rounding on, and one processor was seen at 1.2e-5
 TOLERANCE, OF_RECURRENCES = 1e-5, 2e-5
 
+EXPERTS, TAKEN = ("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj")
+
 Result = dict[str, Tensor]
 
 
@@ -79,6 +81,8 @@ def is_offset(model: nn.Module, name: str) -> bool:
         "Gemma2RMSNorm",
         "Gemma3RMSNorm",
         "Qwen3_5RMSNorm",
+        "Qwen3_5MoeRMSNorm",
+        "Qwen3NextRMSNorm",
     )
 
 
@@ -92,16 +96,33 @@ def round_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and is_of_decoder(name):
             layer.weight.data = formats.quantize(layer.weight.data).dequantize(torch.float32)
+        if name.endswith(".experts"):
+            round_experts(layer)
     return model
+
+
+def round_experts(experts: nn.Module) -> None:
+    """transformers' experts of a layer: gate, up and down of each are matrices by themselves."""
+    turned = getattr(experts, "is_transposed", False)
+    for name in ("gate_up_proj", "down_proj"):
+        for stored in experts.get_parameter(name).data:
+            matrix = stored.T if turned else stored
+            halves = [matrix[::2], matrix[1::2]] if turned else list(matrix.chunk(2))
+            for part in halves if name == "gate_up_proj" else [matrix]:
+                part.copy_(formats.quantize(part.contiguous()).dequantize(torch.float32))
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """By PEFT, on every linear layer of the decoder."""
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_of_decoder(name)]
-    targets: str | list[str] = sorted({name.rpartition(".")[2] for name in linears})
+    parameters = parameters_of_experts(model, linears)
+    named = {name.rpartition(".")[2] for name in linears} - (set(TAKEN) if parameters else set())
+    targets: str | list[str] = sorted(named)
     if any("language_model" in name for name, _ in model.named_modules()):
         targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
-    lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, target_parameters=parameters or None, task_type="CAUSAL_LM"
+    )
     peft = get_peft_model(model, lora)
     torch.manual_seed(3)
     for name, parameter in peft.named_parameters():
@@ -109,6 +130,15 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             nn.init.normal_(parameter, std=0.1 if "lora_A" in name else 0.05)
     peft.save_pretrained(folder)
     return peft.eval()
+
+
+def parameters_of_experts(model: PreTrainedModel, linears: list[str]) -> list[str]:
+    """The parameters to adapt in a mixture; PEFT takes linear layers of some names for the experts', and so they are
+    named as parameters too."""
+    mixtures = [name for name, _ in model.named_modules() if name.endswith(".experts")]
+    taken = [f"{name}.weight" for name in linears if name.rpartition(".")[2] in TAKEN]
+    names = [f"{name}.{part}" for name in mixtures for part in EXPERTS] + (taken if mixtures else [])
+    return sorted({name.partition(".layers.")[2].partition(".")[2] for name in names})
 
 
 def results_of_peft(peft: PeftModel) -> Result:

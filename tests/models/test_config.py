@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from qsharded.models import ModelConfig
 from qsharded.models.config import declared_dtype
 from qsharded.models.rope import RopeConfig
+from tests.models.variants import VARIANTS
 
 LLAMA = {
     "model_type": "llama",
@@ -518,3 +519,21 @@ def test_of_both_names_of_the_dtype_the_newer_counts(
     (tmp_path / "config.json").write_text(json.dumps(described))
     theirs = AutoConfig.from_pretrained(tmp_path).dtype
     assert theirs == (expected and getattr(torch, expected))
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed", "message"),
+    [
+        ("qwen3_moe", {"num_experts": None}, "num_experts must be a whole number of at least 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, "num_experts_per_tok must be from 1 to the 5 experts, got 6"),
+        ("qwen3_moe", {"num_experts": "5"}, "num_experts"),
+        ("glm4_moe", {"n_group": 4}, r"n_group \(4\) must divide the 6 experts"),
+        ("glm4_moe", {"topk_group": 1}, r"topk_group \(1\) leave 2 of 6 experts"),
+        ("glm4_moe", {"n_group": 6, "topk_group": 3}, "in groups of 2 and more"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("gpt_oss", {"layer_types": ["linear_attention"] * 2}, "layer_types"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused_by_key(variant: str, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(VARIANTS[variant] | changed)

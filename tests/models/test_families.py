@@ -1,5 +1,6 @@
 """Every family and variant against transformers and PEFT, on one process; on two in tests/distributed."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -33,6 +34,9 @@ from tests.models.variants import VARIANTS, model_type_of
 from tests.plan.test_activations import B, S, peak_of_a_step
 
 SHORT = LENGTH // 3
+ADAPTED = re.compile(
+    r"shared_expert_gate\.weight$|_proj\w*\.weight$|\.experts\.\w+_proj$|\.experts\.\d+\.w[123]\.weight$"
+)
 # What of a family or a variant the fused layer does not compute. All others are fused.
 COMPOSED = {
     "olmo2": "norms of q and k other than of each head before it is rotated",
@@ -40,6 +44,8 @@ COMPOSED = {
     "arcee": "an MLP without a gate",
     "qwen3_5": "gated delta-net layers",
     "qwen3_5_text": "gated delta-net layers",
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), "gated delta-net layers"),
+    **dict.fromkeys(("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"), "a mixture of experts"),
     "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",
 }
 # Rows beyond their original context, where q is scaled by position; shorter ones are fused ("ministral3-short").
@@ -101,7 +107,7 @@ def test_a_merge_is_that_of_peft(variant: str, tmp_path: Path) -> None:
     before, after = (load_file(path / "model.safetensors") for path in (folders.checkpoint, tmp_path / "merged"))
     assert before.keys() == after.keys()
     for name, stored in before.items():
-        is_adapted = is_of_decoder(name) and "_proj" in name and name.endswith(".weight")
+        is_adapted = is_of_decoder(name) and ADAPTED.search(name) is not None
         assert torch.equal(after[name], stored) != is_adapted, name
 
 

@@ -171,6 +171,9 @@ def test_the_host_is_counted_with_all_its_ranks(capsys: pytest.CaptureFixture[st
     assert (status, text[:13]) == (0, "verdict: fits")
     status, text = printed(capsys, model, *flags, "--host-memory-gib", f"{needed - 1:.1f}")
     assert (status, text[:21]) == (1, "verdict: DOES NOT FIT")
+    assert text.splitlines()[1] == "the host needs less without --cpu-offload, with fewer ranks on it"
+    one_plain = ["--gpus", "1", "--gpu-memory-gib", "80", "--host-memory-gib", "2"]
+    assert printed(capsys, model, *one_plain)[1].splitlines()[1] == "it takes a host with more memory"
     # of another machine's host nothing is known, so that it is asked for
     status, text = printed(capsys, model, *flags)
     assert status == 0
@@ -191,6 +194,8 @@ def test_parameters_tokens_and_the_estimate_are_told(capsys: pytest.CaptureFixtu
     speed, hours = float(found[1].replace(",", "")), float(found[2])
     assert hours == pytest.approx(700_000 * tokens / speed / 3600, rel=0.01)
     assert "of 79.1 GiB" in text.splitlines()[0]
+    few = printed(capsys, model, *flags, "--gpu", "H100", "--max-steps", "7000")[1]
+    assert f"7,000 steps take {7000 * tokens / speed / 60:.0f} minutes" in few
     assert "estimate" not in printed(capsys, model, *flags, "--gpu-memory-gib", "80")[1]
 
 
@@ -205,7 +210,7 @@ def test_a_sweep_says_which_cards_how_many_and_how_long_a_row(capsys: pytest.Cap
     limit = 8192
     (model / "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": limit}))
     text = printed(capsys, model, "--gpus", "1", "--gpu", "RTX4090", "--sweep")[1]
-    rows = re.findall(r"^  (\S+) +(\d) +(\d+) ", text, re.MULTILINE)
+    rows = re.findall(r"^  (\S+) +(\d) +(\d+) +[\d.]+ +[\d,]+$", text, re.MULTILINE)
     found = {(card, int(gpus)): int(length) for card, gpus, length in rows}
     assert len(found) == 16
     assert set(found.values()) == {limit}  # a small model

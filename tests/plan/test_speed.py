@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qsharded
 from benchmarks.gpu_training import SHAPES
 from benchmarks.two_gpus.large import LARGE, Large
 from qsharded.cli.base_model import lora_config
@@ -67,6 +68,18 @@ def test_what_takes_longer_is_slower() -> None:
     assert estimated(run, max_length=32768, per_device_train_batch_size=1).tokens_per_second < 0.8 * speed
     assert estimated(run, "A100-80GB").tokens_per_second < speed / 2.5
     assert estimated(run, activation_checkpointing="offloaded").tokens_per_second < speed
+
+
+def test_launching_kernels_bounds_a_small_model() -> None:
+    steps = json.loads(RECORD.with_name("train_step.json").read_text(encoding="utf-8"))["rows"]
+    fewest = min(row["kernels"] for row in steps if row["who"] == "qsharded")  # of the 32 layers of llama3-8b
+    shape = json.loads((Path(qsharded.__file__).parent / "builtin" / "model" / "config.json").read_text())
+    config = TrainConfig(model="m", dataset="d", max_length=128, activation_checkpointing="full")
+    one = Planner(ModelConfig.from_hf(shape), lora_config(config, None), torch.bfloat16)
+    speed = estimate(one.model, one.plan(config, 1), CARDS["H200"])
+    assert speed.step_s == pytest.approx(
+        config.gradient_accumulation_steps * shape["num_hidden_layers"] * fewest / 32 * 5e-6, rel=0.02
+    )
 
 
 def test_weights_that_come_over_a_slow_link_bound_the_speed() -> None:

@@ -240,6 +240,23 @@ def test_a_linear_layer_itself_is_refused_with_what_packs_it() -> None:
             lambda: qsharded.nf4.quantize(np.ones((4, 64))),
             "weight must be a torch.Tensor, got numpy.ndarray: torch.from_numpy(array)",
         ),
+        (
+            lambda: quantize_(nn.Linear),
+            "model must be an nn.Module, got the class Linear itself: make one of it, Linear(...)",
+        ),
+        (lambda: quantize_(nn.Sequential(nn.Linear(64, 64)), filter="q_proj"), "filter must be a function"),
+        (lambda: qsharded.nn.add_lora("m", qsharded.nn.LoRAConfig()), "model must be an nn.Module, got str"),
+        (lambda: qsharded.nn.add_lora(nn.Sequential(), {"r": 8}), "config must be a LoRAConfig, got dict"),
+        (lambda: qsharded.nn.LoRAConfig(r="8"), "a LoRA rank must be a whole number, got str"),
+        (lambda: qsharded.nn.LoRAConfig(lora_alpha="8"), "lora_alpha must be a number, got str"),
+        (lambda: qsharded.nn.LoRAConfig(lora_dropout="0.1"), "lora_dropout must be a number, got str"),
+        (lambda: qsharded.optim.PagedAdamW8bit(nn.Linear(2, 2)), "params must be a model's parameters()"),
+        (
+            lambda: qsharded.optim.PagedAdamW8bit(nn.Linear(2, 2).parameters(), lr="1e-4"),
+            "lr must be a number, got str",
+        ),
+        (lambda: qsharded.parallel.shard("m"), "model must be an nn.Module, got str"),
+        (lambda: qsharded.parallel.shard(nn.Linear(2, 2)), "there are no ranks: call torch.distributed"),
         (lambda: qsharded.nf4.quantize([[1.0] * 64]), "weight must be a torch.Tensor, got list"),
         (
             lambda: qsharded.nn.PackedLinear.from_linear(np.ones((4, 64))),

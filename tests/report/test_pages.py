@@ -8,16 +8,21 @@ import tomllib
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qsharded.config import TrainConfig, parse_train, write_toml
+from qsharded.report import png
 from qsharded.report.comparison import Comparison, named
 from qsharded.report.page import page
+from qsharded.report.plot import Curve, Plot
 from qsharded.report.run_files import Run
 from qsharded.report.shareable import command, name_of, settings
+from qsharded.report.style import LIGHT
 
 _VOID = {"meta", "br", "hr"}
 
@@ -229,6 +234,44 @@ def test_a_plot_by_itself_is_an_svg_file_whose_curves_end_where_they_should(tmp_
     assert paths == ["M250.0 0.0L500.0 500.0", "M250.0 0.0L500.0 250.0L750.0 500.0L1000.0 1000.0"]
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"one", "two & <b>", "loss by step"} <= set(texts)
+
+
+def drawn_as_png(*plots: Plot) -> tuple[tuple[int, int], set[tuple[int, int, int]]]:
+    """Size, and the colours that many pixels have."""
+    image = Image.open(BytesIO(png.draw(plots))).convert("RGB")
+    colours = image.getcolors(image.width * image.height)
+    assert colours is not None
+    return image.size, {colour for count, colour in colours if count > 50}
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def test_plots_are_drawn_as_a_png_in_their_colours(tmp_path: Path) -> None:
+    losses = [8.0 / n for n in range(1, 100)]
+    runs = {"a $^{_": written(tmp_path / "a", losses), "b": written(tmp_path / "b", [2.0] * 40)}
+    loss, rate = (Comparison(runs).plot(key) for key in ("loss", "learning_rate"))
+    (width, height), colours = drawn_as_png(loss)
+    assert {rgb(LIGHT[0]), rgb(LIGHT[1])} <= colours
+    assert rgb(LIGHT[2]) not in colours
+    assert drawn_as_png(loss, rate, rate)[0] == (width, height * 3 // 2)
+    one = Plot("loss", [Curve("a", [(1, 2.0)])])
+    assert rgb(LIGHT[1]) not in drawn_as_png(one)[1]
+    assert drawn_as_png(Plot("nothing", [Curve("a", [])]))[0] == (width, height)  # is drawn, as not measured yet
+
+
+@pytest.mark.parametrize(("least", "kind"), [(0.01, "log"), (3.0, "linear")])
+def test_a_png_has_the_scale_of_the_svg(least: float, kind: str) -> None:
+    plot = Plot("loss", [Curve("a", [(1, 9.0), (2, least), (3, 5.0)])], magnitudes=True)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(png, "_curve", lambda axes, number, curve: seen.append(axes) or axes.plot([])[0])
+        png.draw([plot])
+    scales = plot.scales()
+    assert scales is not None
+    assert seen[0].get_yscale() == kind
+    assert seen[0].get_ylim() == (scales[1].low, scales[1].high)
 
 
 def test_what_is_no_run_is_told(tmp_path: Path) -> None:

@@ -109,18 +109,36 @@ def test_other_ranks_write_no_report(tmp_path: Path) -> None:
 def test_runs_are_compared_from_the_command_line(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train.main(short(tmp_path / "other", *EVALUATED, "--learning-rate", "1e-3"))
+    train.main(short(tmp_path / "other", *EVALUATED, "--learning-rate", "1e-3", "--report-png"))
+    assert (tmp_path / "other" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not (whole / "report.png").exists()
     capsys.readouterr()
     words = ["--html", str(tmp_path / "c.html"), "--svg", str(tmp_path / "c.svg"), "--metric", "eval_loss"]
+    words += ["--png", str(tmp_path / "c.png")]
     compare.main([str(whole), str(tmp_path / "other"), *words])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [["settings", "that", "differ", "out", "other"], ["learning-rate", "0.0002", "0.001"]]
     assert "eval_loss by step" in (tmp_path / "c.svg").read_text()
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in (tmp_path / "c.html").read_text()
     for words, said in (([str(whole)], "two runs or more"), ([str(whole), str(tmp_path)], "holds no run")):
         with pytest.raises(SystemExit):
             compare.main(words)
         assert said in capsys.readouterr().err
+
+
+def test_a_png_that_nothing_can_draw_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    needs = "needs a package that is not installed: pip install 'qsharded[report]'"
+    with pytest.raises(SystemExit):
+        train.main(short(tmp_path / "out", "--report-png"))
+    assert f"--report-png {needs}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        compare.main(["no", "run", "--png", "c.png"])
+    assert f"--png {needs}" in capsys.readouterr().err
 
 
 def test_gpus_are_counted_by_kind() -> None:

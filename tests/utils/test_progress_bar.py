@@ -1,6 +1,7 @@
 """A bar on a terminal, lines elsewhere; and that loading, quantizing and tokenizing show them."""
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_terminal_has_a_bar_that_is_drawn_over_and_goes_when_all_is_done() -> 
     assert any("2.00k/4.00k" in line and "12 rows" in line for line in shown)
     assert "\ra line\n" in stream.getvalue()
     assert stream.getvalue().endswith("\r")  # the last thing is an empty line
+
+
+def test_a_terminal_that_tells_no_size_has_a_bar_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()  # of 0 rows and columns, as a program or a container makes them
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("LINES", raising=False)
+    with os.fdopen(ours, "rb", 0) as seen, os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with ProgressBar("reading", 4, " rows", stays=True) as bar:
+            bar.reach(4)
+        terminal.flush()
+        os.set_blocking(seen.fileno(), False)
+        assert "reading: 100%" in (seen.read(10_000) or b"").decode()
 
 
 def test_a_file_has_a_line_now_and_then() -> None:

@@ -34,7 +34,7 @@ def test_a_signal_in_the_midst_of_the_imports_ends_with_one_line(command: str, n
 
 # The main thread stays in a call into C, as in a collective or a download, where Python runs no handlers.
 BUSY = """
-import ctypes, signal, sys
+import contextlib, ctypes, signal, sys
 from qsharded.utils import signals
 if "nohup" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -43,8 +43,9 @@ if "noting" in sys.argv:
     signals.note_from_now()
 if "stuck" in sys.argv:
     signals._STUCK_S = 0.5
-print("busy", flush=True)
-ctypes.CDLL(None).sleep(1000)
+with signals.ending(" during the upload") if "ending" in sys.argv else contextlib.nullcontext():
+    print("busy", flush=True)
+    ctypes.CDLL(None).sleep(1000)
 """
 
 
@@ -72,6 +73,14 @@ def test_a_second_signal_ends_what_the_first_one_let_finish(tmp_path: Path) -> N
         time.sleep(0.05)
     assert run.end() == 143
     assert run.lines[1:] == ["qsharded.train: a second signal, SIGTERM: leaving at once, what was being saved is lost"]
+
+
+def test_what_may_end_at_once_does_though_signals_are_noted_before_and_after(tmp_path: Path) -> None:
+    run = Command([script(tmp_path, BUSY), "noting", "ending"])
+    run.wait_for("busy")
+    run.signal(signal.SIGTERM)
+    assert run.end() == 143
+    assert run.lines[1:] == ["qsharded.train: stopped by SIGTERM during the upload"]
 
 
 def test_a_rank_whose_collective_never_ends_leaves_before_torchrun_kills_it(tmp_path: Path) -> None:

@@ -74,10 +74,11 @@ def _shown(data: Dataset, number: int, tokenizer: Tokenizer, characters: int) ->
 def _counts(data: Dataset, max_length: int) -> str:
     """How many examples there are, and how many rows became none or part of one, in words."""
     others = {
-        "longer ones dropped": data.dropped,
+        "too long and dropped": data.dropped,
         "truncated": data.truncated,
-        "blank ones left out": data.empty,
-        "bad ones left out": data.bad,
+        "blank or without an answer": data.empty,
+        "bad and left out": data.bad,
     }
     listed = "".join(f", {count:,} {what}" for what, count in others.items() if count)
-    return f"{len(data.examples):,} rows of up to {max_length} tokens{listed}"
+    count = len(data.examples)
+    return f"{count:,} row{'s' if count != 1 else ''} of up to {max_length} tokens{listed}"

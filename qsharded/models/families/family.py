@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qsharded.models.config import ExpertMixture
 from qsharded.models.rope import RopeConfig
 
 Values = Mapping[str, Any]
@@ -76,6 +77,18 @@ def biases(values: Values) -> Settings:
     """attention_bias is of q, k, v and o; mlp_bias of the MLP."""
     attention = bool(values.get("attention_bias"))
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(values.get("mlp_bias"))}
+
+
+def mixture(values: Values, *, experts: str, size: str, **settings: Any) -> ExpertMixture:
+    """That of ``num_experts_per_tok`` of as many experts as the key ``experts`` says, each of the ``size`` of another.
+
+    Raises:
+        ValueError: a key has no number.
+    """
+    for key in (experts, size, "num_experts_per_tok"):
+        if not values[key]:
+            raise ValueError(f"{key} must be a whole number of at least 1 in a mixture of experts, got {values[key]!r}")
+    return ExpertMixture(values[experts], values["num_experts_per_tok"], values[size], **settings)
 
 
 def rope_parameters(values: Values) -> dict[str, Any]:

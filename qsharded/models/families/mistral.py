@@ -1,12 +1,20 @@
 """Mistral and Ministral."""
 
 from qsharded.models import layer_patterns
-from qsharded.models.families.family import Family, Settings, Values, rope_parameters
+from qsharded.models.families.family import Family, Settings, Values, mixture, rope_parameters
 from qsharded.models.rope import RopeConfig
 
 
 def _mistral(values: Values) -> Settings:
     return {"layer_windows": layer_patterns.everywhere(values)}
+
+
+def _mixtral(values: Values) -> Settings:
+    return _mistral(values) | {"mixture": mixture(values, experts="num_local_experts", size="intermediate_size")}
+
+
+def _mixtral_rope(values: Values) -> Settings:
+    return {"rope": RopeConfig.of(rope_parameters(values), {**values, "rope_theta": values.get("rope_theta") or 1e6})}
 
 
 def _ministral(values: Values) -> Settings:
@@ -78,5 +86,20 @@ FAMILIES = {
         },
         settings=_ministral3,
         ropes=_ministral3_rope,
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        "MixtralForCausalLM",
+        "mixtures of experts",
+        defaults={
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        settings=_mixtral,
+        ropes=_mixtral_rope,
+        neutral={"router_jitter_noise": (0,)},
     ),
 }

@@ -10,6 +10,13 @@ WRAPPERS: dict[str, Wrapper] = {
         tied=False,
         keys=frozenset({"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}),
     ),
+    "qwen3_5_moe": Wrapper(
+        "Qwen3.5 MoE, multimodal",
+        "Qwen3_5MoeForConditionalGeneration",
+        "qwen3_5_moe_text",
+        tied=False,
+        keys=frozenset({"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}),
+    ),
     "mistral3": Wrapper(
         "Mistral Small 3.1 and Ministral 3, multimodal",
         "Mistral3ForConditionalGeneration",

@@ -31,7 +31,7 @@ ASKED = SYSTEM + "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
 def test_trained_tokens_stand_in_brackets(tmp_path):
     shown = preview(tmp_path, chat("a", "fox"), rows=1)
     lines = text.lines(shown, text.BRACKETS)
-    assert lines[0] == "data x: 1 rows of up to 200 tokens"
+    assert lines[0] == "data x: 1 row of up to 200 tokens"
     assert lines[1] == f"  {shown.statistics.line()}"
     assert lines[-1] == ASKED % "a" + "[[fox<|im_end|>]]\n"
     assert re.fullmatch(r"--- row 1: \d+ tokens, \d+ trained", lines[-2])
@@ -58,7 +58,7 @@ def test_a_row_cannot_steer_the_terminal(tmp_path):
 def test_what_is_told_of_rows_and_bars_of_their_lengths_stand_before_the_rows(tmp_path):
     shown = preview(tmp_path, chat("a", "fox"), chat("b", ""), chat("c " * 200, "d"), chat("e", "dog " * 3))
     lines = text.lines(shown, text.BRACKETS)
-    assert lines[0] == "data x: 2 rows of up to 200 tokens, 1 longer ones dropped, 1 blank ones left out"
+    assert lines[0] == "data x: 2 rows of up to 200 tokens, 1 too long and dropped, 1 blank or without an answer"
     first = next(number for number, line in enumerate(lines) if line.startswith("rows as the model"))
     assert any(line.startswith("note: 1 row with empty answers") for line in lines[:first])
     bars = [line for line in lines[:first] if "#" in line]

@@ -1,6 +1,8 @@
 """Session set-up that must come before torch, triton and huggingface_hub are imported."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two cores serve the whole suite, and its multi-rank tests start processes of their own that inherit this.
@@ -19,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
+from tests.slow_variants import SLOW_VARIANTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         for item in items:
-            if "slow" in item.keywords:
+            if "slow" in item.keywords or item.nodeid in SLOW_VARIANTS:
                 item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _signals_reach_the_next_test() -> Iterator[None]:
+    """What runs in this process may block none: processes that later tests start would inherit it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, before) == before
 
 
 @pytest.fixture(scope="module")

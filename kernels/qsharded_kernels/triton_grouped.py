@@ -10,6 +10,7 @@ second-level blocks of an expert.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import checks
 from .triton_decode import INTERPRETED
-from .triton_linear import AT_ONCE, DTYPES, MOST_ROWS, TYPES, linear_kernel, run_of
+from .triton_linear import DTYPES, MOST_ROWS, constants, linear_kernel
 from .triton_tiles import LinearTile
 
 MOST_BLOCKS = checks.ABSMAX_BLOCK
@@ -62,7 +63,7 @@ def grouped_linear(
     if R == 0:
         return y_RN.to(dtype)
     tile_m = max(8, min(MOST_ROWS, triton.next_power_of_2(max(rows for _, rows in groups))))
-    pieces = torch.tensor(list(_pieces(groups, tile_m)), dtype=torch.int32, device=x_RK.device)
+    pieces = _pieces_on(x_RK.device, tuple(groups), tile_m)
     tables = absmax_scales_ES, absmax_offset_E, absmax_map
     with torch.cuda.device_of(x_RK):
         linear_kernel[(triton.cdiv(N, tile.rows), len(pieces))](
@@ -71,21 +72,19 @@ def grouped_linear(
             *(lookups, y_RN, y_RN),
             *(R, N, G, G, 1 / factor),
             *(pieces, absmax_ENG.stride(0), checks.second_level_blocks(N * G)),
-            DTYPE=TYPES[dtype],
-            DECODER=tile.decoder,
-            TILE_M=tile_m,
-            TILE_N=tile.rows,
-            WARPS=tile.warps,
-            RUN=run_of(tile, tile_m),
+            **constants(tile, tile_m, dtype, G),
             DOUBLE_QUANT=absmax_scales_ES is not None,
-            WHOLE_TURNS=G % AT_ONCE.value == 0,
             WRITES_Y=True,
             HAS_BIAS=False,
             GROUPED=True,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
     return y_RN.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _pieces_on(device: torch.device, groups: tuple[tuple[int, int], ...], most: int) -> Tensor:
+    """int32 [pieces, 3], brought to the device once for the projections of a layer, which follow each other."""
+    return torch.tensor(list(_pieces(groups, most)), dtype=torch.int32, device=device)
 
 
 def _pieces(groups: Sequence[tuple[int, int]], most: int) -> Iterator[tuple[int, int, int]]:

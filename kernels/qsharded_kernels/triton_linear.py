@@ -20,6 +20,8 @@ Axes: M = rows of x, N = out_features, K = in_features, P = K/2 code bytes, G = 
 The callers check what users pass; the assertions here guard raw memory.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -82,26 +84,33 @@ def linear(
             *(lookups, y_MN if bias_N is None else bias_N.contiguous(), partials_SMN),
             *(M, N, G, per_split, 1 / factor),
             *(lookups, 0, 0),
-            DTYPE=TYPES[dtype],
-            DECODER=tile.decoder,
-            TILE_M=tile_m,
-            TILE_N=tile.rows,
-            WARPS=tile.warps,
-            RUN=run_of(tile, tile_m),
+            **constants(tile, tile_m, dtype, G),
             DOUBLE_QUANT=absmax_scales is not None,
-            WHOLE_TURNS=G % AT_ONCE.value == 0,
             WRITES_Y=splits == 1,
             HAS_BIAS=bias_N is not None,
             GROUPED=False,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         if splits > 1:
             add_parts(partials_SMN, y_MN, bias_N, 1 / factor)
     return y_MN.to(dtype)
 
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def constants(tile: LinearTile, tile_m: int, dtype: torch.dtype, G: int) -> dict[str, Any]:
+    """What the kernel is compiled for, of the tile and the sizes: G blocks in a row, x of ``dtype``."""
+    return {
+        "DTYPE": _TYPES[dtype],
+        "DECODER": tile.decoder,
+        "TILE_M": tile_m,
+        "TILE_N": tile.rows,
+        "WARPS": tile.warps,
+        "RUN": _run(tile, tile_m),
+        "WHOLE_TURNS": G % AT_ONCE.value == 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _blocks_per_split(N: int, G: int, tile: LinearTile, splits: int | None, device: torch.device) -> int:
@@ -111,7 +120,7 @@ def _blocks_per_split(N: int, G: int, tile: LinearTile, splits: int | None, devi
     return min(per_split, checks.ABSMAX_BLOCK)
 
 
-def run_of(tile: LinearTile, tile_m: int) -> int:
+def _run(tile: LinearTile, tile_m: int) -> int:
     """How many of a row's values follow each other in a lane of the left operand, as Triton lays it out: 2 in
     ``wgmma``, which takes four warps, 64 rows and 16 columns, and 2 of what comes from ``tl.gather``; else 4."""
     wgmma = tile.warps % 4 == 0 and tile.rows >= 64 and tile_m >= 16

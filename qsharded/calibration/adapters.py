@@ -22,10 +22,9 @@ from qsharded.checkpoint.tied_embeddings import open_tied
 from qsharded.lora.layer import LoRALinear, lora_layers
 from qsharded.models import CausalLM
 from qsharded.models.choice import read_config
-from qsharded.quant import ops
 from qsharded.quant.formats import NF4_64
 from qsharded.quant.linear import PackedLinear
-from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.pack_weight import rounded
 from qsharded.utils import collectives
 
 
@@ -86,7 +85,7 @@ def _rounding(model: CausalLM, packed: PackedCheckpoint | None, device: torch.de
         layer = layers.get(name)
         if layer is None:
             return None
-        return ops.nf4_dequantize(pack_weight(weight_NK, layer.quant_format), torch.float32)
+        return rounded(weight_NK, layer.quant_format)
 
     def stored(name: str, weight_NK: Tensor) -> Tensor | None:
         assert packed is not None

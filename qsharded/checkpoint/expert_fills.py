@@ -16,7 +16,6 @@ from qsharded.quant import ops
 from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.pack_weight import double_quantize_experts
-from qsharded.quant.packed_weight import QuantizedAbsmax, pad_absmax
 from qsharded.utils.sharding import RowRange, local, own_rows
 
 AnyExperts = ExpertLinears | PackedExperts
@@ -71,7 +70,8 @@ class Sink(Protocol):
 
 def _sink_of(experts: AnyExperts) -> Sink:
     if isinstance(experts, PackedExperts):
-        return _Packing(experts)
+        rows, sink = own_rows(experts.weight), fill_shards.LayerSink(experts)
+        return ExpertPacking(experts.experts, experts.in_features, rows, experts.quant_format, sink)
     own, rows = local(experts.weight).detach(), own_rows(experts.weight)
     return _PlainRows(own.flatten(0, 1), rows.start * experts.out_features)
 
@@ -135,48 +135,23 @@ class ExpertPacking:
 
     Args:
         rows: this rank's, of E N.
+        sink: where they go.
     """
 
-    def __init__(self, experts: int, K: int, rows: RowRange, quant_format: QuantFormat) -> None:
-        self._experts, self._K, self._rows, self._quant_format = experts, K, rows, quant_format
+    def __init__(
+        self, experts: int, K: int, rows: RowRange, quant_format: QuantFormat, sink: fill_shards.PackedSink
+    ) -> None:
+        self._experts, self._K, self._rows, self._quant_format, self._sink = experts, K, rows, quant_format, sink
         self.start, self.stop = rows.start, rows.stop
         self._absmax: list[Tensor] = []
 
     def put(self, first: int, rows_nK: Tensor) -> None:
         codes_nP, absmax_nG = ops.nf4_quantize(rows_nK, self._quant_format)
-        self.put_codes(first, codes_nP)
+        self._sink.put_codes(first, codes_nP)
         self._absmax.append(absmax_nG)
 
     def finish(self, device: torch.device) -> None:
         absmax, self._absmax = self._absmax, []
         empty = torch.empty(0, self._K // self._quant_format.block_size, dtype=torch.float32, device=device)
         absmax_RG = torch.cat([empty, *absmax])
-        self.put_absmax(double_quantize_experts(absmax_RG, self._experts, fill_shards.shared(self._rows)))
-
-    def put_codes(self, first: int, codes_nP: Tensor) -> None:
-        """Of rows from ``first`` on."""
-        raise NotImplementedError
-
-    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
-        """Of all of this rank's rows."""
-        raise NotImplementedError
-
-
-class _Packing(ExpertPacking):
-    """Into a module of the model, sharded or whole."""
-
-    def __init__(self, layer: PackedExperts) -> None:
-        super().__init__(layer.experts, layer.in_features, own_rows(layer.weight), layer.quant_format)
-        self._layer, self._codes_RP = layer, local(layer.weight).view(torch.uint8)
-
-    def put_codes(self, first: int, codes_nP: Tensor) -> None:
-        first -= self.start
-        self._codes_RP[first : first + codes_nP.shape[0]].copy_(codes_nP)
-
-    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
-        layer = self._layer
-        assert layer.weight_absmax_scales is not None
-        assert layer.weight_absmax_offset is not None
-        local(layer.weight_absmax).view(torch.uint8).copy_(pad_absmax(absmax.codes))
-        layer.weight_absmax_scales.copy_(absmax.scales)
-        layer.weight_absmax_offset.copy_(absmax.offset)
+        self._sink.put_absmax(double_quantize_experts(absmax_RG, self._experts, fill_shards.shared(self._rows)))

@@ -16,8 +16,8 @@ from qsharded.checkpoint.row_chunks import RowChunk, WeightSource, row_chunks_of
 from qsharded.distributed.agreement import Groups, refused_by_all
 from qsharded.quant import formats, ops
 from qsharded.quant.formats import QuantFormat
-from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import SharedRows, double_quantize
+from qsharded.quant.packed_module import PackedModule
 from qsharded.quant.packed_weight import QuantizedAbsmax, pad_absmax
 from qsharded.utils import collectives
 from qsharded.utils.progress_bar import ProgressBar
@@ -166,9 +166,9 @@ class QuantizingFill:
 
 
 class LayerSink:
-    """A packed layer, sharded or whole."""
+    """A packed layer, or experts, sharded or whole."""
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: PackedModule) -> None:
         self._layer = layer
         self._first = own_rows(layer.weight).start
         self._codes_NP = local(layer.weight).view(torch.uint8)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor, nn
 
 from qsharded.checkpoint.expert_fills import experts_in
@@ -16,10 +15,10 @@ from qsharded.checkpoint.load import checkpoint_name
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import lora_layers
-from qsharded.quant import formats, ops
+from qsharded.quant import formats
 from qsharded.quant.experts import DOWN, GATE_UP, PackedExperts
 from qsharded.quant.formats import QuantFormat
-from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.pack_weight import rounded
 
 _PART_OF = {"gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, None)}
 
@@ -78,7 +77,7 @@ class ExpertMerge:
         if projection.quant_format is None:
             return matrix_NK.float()
         formats.check_weight(matrix_NK, projection.quant_format, f"{projection.name}[{e}]")
-        return ops.nf4_dequantize(pack_weight(matrix_NK.contiguous(), projection.quant_format), torch.float32)
+        return rounded(matrix_NK.contiguous(), projection.quant_format)
 
     def _delta(self, projection: _Projection, e: int) -> Tensor | float:
         if projection.adapter is None:

@@ -35,9 +35,9 @@ from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import LoRALayer, lora_layers
 from qsharded.models import CausalLM
 from qsharded.models.choice import read_config
-from qsharded.quant import formats, ops
+from qsharded.quant import formats
 from qsharded.quant.linear import PackedLinear
-from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.pack_weight import rounded
 from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ class Merge:
         if name in self.brought:
             return self.file.get_tensor(self.brought[name])
         if self.quant_format is not None and name in self.rounded:
-            return quantized_and_dequantized(stored, name, self.quant_format)
+            formats.check_weight(stored, self.quant_format, name)
+            return rounded(stored, self.quant_format)
         return stored
 
     def _delta(self, name: str, layer: LoRALayer) -> Tensor:
@@ -222,13 +223,3 @@ def _factors(
         copy_rows(file, name_in_adapter(f"{name}.{part}"), value, path)
     A, B = values.values()
     return A, B
-
-
-def quantized_and_dequantized(weight: Tensor, name: str, quant_format: formats.QuantFormat) -> Tensor:
-    """The weight [N, K] in fp32 as a model in 4 bits computes with it: quantized, doubly, and dequantized.
-
-    Raises:
-        ValueError: NaN or infinity in the tensor ``name``.
-    """
-    formats.check_weight(weight, quant_format, name)
-    return ops.nf4_dequantize(pack_weight(weight, quant_format), torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qsharded.checkpoint import fill_shards, packed_format
 from qsharded.checkpoint.expert_fills import packed_experts_in
+from qsharded.checkpoint.file_sinks import BitsandbytesSink, FileSink
 from qsharded.checkpoint.files import write_json
 from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.pack_experts import ExpertsToPack
@@ -26,7 +27,6 @@ from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
 from qsharded.models.choice import read_config
-from qsharded.quant import blockwise8, formats
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
@@ -161,7 +161,9 @@ class _Writer:
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
-        sink = _FileSink(file, self.form, self.quant_format, name, N, K, dtype)
+        sink = FileSink(file, name, K)
+        if self.form == "bitsandbytes":
+            sink = BitsandbytesSink(file, name, K, N, self.quant_format, dtype)
         if (made := self.ready(self.names_here[name])) is not None:
             if self.bar is not None:
                 self.bar.advance(N * K * dtype.itemsize)  # which need not be read
@@ -194,7 +196,7 @@ class _ReadyFill:
     """A packed weight that is written as it is."""
 
     packed: PackedWeight
-    sink: "_FileSink"
+    sink: FileSink
     chunks: Sequence[RowChunk] = ()
 
     def take(self, chunk: RowChunk, values: Tensor) -> None:
@@ -209,39 +211,6 @@ class _ReadyFill:
         assert offset is not None
         self.sink.put_codes(0, codes)
         self.sink.put_absmax(QuantizedAbsmax(absmax, scales, offset))
-
-
-@dataclass(frozen=True)
-class _FileSink:
-    """A packed weight [N, K] in a file, which was of ``dtype`` before."""
-
-    file: SafetensorsFile
-    form: Form
-    quant_format: QuantFormat
-    name: str
-    N: int
-    K: int
-    dtype: torch.dtype
-
-    def put_codes(self, first: int, codes_NP: Tensor) -> None:
-        self.file.write(self.name, codes_NP, first * self.K // 2)
-
-    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
-        if self.form == "qsharded":
-            self.file.write(self.name + packed_format.ABSMAX, absmax.codes)
-            self.file.write(self.name + packed_format.SCALES, absmax.scales)
-            self.file.write(self.name + packed_format.OFFSET, absmax.offset)
-            return
-        parts = {
-            packed_format.BNB_ABSMAX: absmax.codes,
-            packed_format.BNB_NESTED: absmax.scales,
-            packed_format.BNB_MAP: formats.codebook(quant_type=self.quant_format.quant_type),
-            packed_format.BNB_NESTED_MAP: blockwise8.dynamic_map(),
-        }
-        for ending, part in parts.items():
-            self.file.write(self.name + ending, part)
-        state = packed_format.bitsandbytes_state(self.quant_format, self.N, self.K, self.dtype, absmax.offset.item())
-        self.file.append(self.name + packed_format.BNB_STATE + self.quant_format.quant_type, state)
 
 
 def _bitsandbytes_config(model: nn.Module, writer: _Writer) -> dict[str, Any]:

@@ -1,21 +1,19 @@
 """The experts of a checkpoint in 16 bits, packed into a file: from whatever layout into our own.
 
-Axes: E experts, N = out_features, K = in_features, P = K/2.
+Axes: E experts, N = out_features, K = in_features.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from qsharded.checkpoint import fill_shards, packed_format
 from qsharded.checkpoint.expert_fills import ExpertPacking, RowsOfExperts
 from qsharded.checkpoint.expert_layouts import layout_of
+from qsharded.checkpoint.file_sinks import FileSink
 from qsharded.checkpoint.safetensors_header import Spec
 from qsharded.checkpoint.safetensors_writer import SafetensorsFile
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.quant.experts import PackedExperts
-from qsharded.quant.packed_weight import QuantizedAbsmax
 from qsharded.utils.sharding import RowRange
 
 
@@ -59,22 +57,8 @@ class ExpertsToPack:
 
     def fill(self, name: str, file: SafetensorsFile) -> fill_shards.Fill:
         """What writes them."""
-        sink = _IntoFile(file, name, self.layer)
-        fill = RowsOfExperts(self.source, self.name, self.layer.out_features, self.layer.in_features, sink)
+        E, N, K = self.layer.experts, self.layer.out_features, self.layer.in_features
+        packing = ExpertPacking(E, K, RowRange(0, E * N, E * N, None), self.layer.quant_format, FileSink(file, name, K))
+        fill = RowsOfExperts(self.source, self.name, N, K, packing)
         fill.chunks = [replace(chunk, name=self.in_files(chunk.name)) for chunk in fill.chunks]
         return fill
-
-
-class _IntoFile(ExpertPacking):
-    def __init__(self, file: SafetensorsFile, name: str, layer: PackedExperts) -> None:
-        rows = layer.experts * layer.out_features
-        super().__init__(layer.experts, layer.in_features, RowRange(0, rows, rows, None), layer.quant_format)
-        self._file, self._name, self._P = file, name, layer.in_features // 2
-
-    def put_codes(self, first: int, codes_nP: Tensor) -> None:
-        self._file.write(self._name, codes_nP, first * self._P)
-
-    def put_absmax(self, absmax: QuantizedAbsmax) -> None:
-        self._file.write(self._name + packed_format.ABSMAX, absmax.codes)
-        self._file.write(self._name + packed_format.SCALES, absmax.scales)
-        self._file.write(self._name + packed_format.OFFSET, absmax.offset)

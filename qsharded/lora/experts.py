@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.lora.initial_values import initial_A
+from qsharded.lora.low_rank import LowRankLayer
 from qsharded.quant.expert_product import Update
 from qsharded.quant.grouped import ALIGNED
 from qsharded.quant.routing import Routed
-from qsharded.quant.unquantized import AdaptedLayer
 
 
-class LoRAExperts(AdaptedLayer):
+class LoRAExperts(LowRankLayer):
     """The experts with W_e + scaling * B_e A_e in place of each W_e of one parameter.
 
     There is no dropout: it would have to be drawn for each expert's input, and PEFT has none here.
@@ -64,18 +63,6 @@ class LoRAExperts(AdaptedLayer):
         """[E, r, K] and [E, N, r] of the tensors as they are stored."""
         E = self.shape[0]
         return A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1)
-
-    def adapters(self) -> tuple[nn.Linear, nn.Linear]:
-        """(lora_A, lora_B)."""
-        return self.lora_A, self.lora_B
-
-    def updates(self) -> dict[str, Tensor]:
-        """What trains, by its name in this layer."""
-        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
-
-    def initial(self, name: str, seed: int) -> tuple[Tensor, Tensor]:
-        """The values, in fp32 on the CPU, of :meth:`updates` at no change, for the layer called ``name``."""
-        return initial_A(name, seed, *self.lora_A.weight.shape), torch.zeros(self.lora_B.weight.shape)
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         """The update [E, N, K] in fp32 that A and B make."""

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from qsharded.lora.config import LoRAConfig
 from qsharded.lora.embedding import LoRAEmbedding
 from qsharded.lora.experts import LoRAExperts
-from qsharded.lora.initial_values import initial_A
+from qsharded.lora.low_rank import LowRankLayer
 from qsharded.lora.targets import expert_targets, modules_to_save, peft_name, targets
 from qsharded.quant.linear import PackedLinear
-from qsharded.quant.unquantized import AdaptedLayer
 from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.sharding import local, own_rows
 
 
-class LoRALinear(AdaptedLayer):
+class LoRALinear(LowRankLayer):
     """``y = base(x) + scaling * B A dropout(x)``: a frozen linear layer and its trainable low-rank update.
 
     Attributes:
@@ -60,18 +59,6 @@ class LoRALinear(AdaptedLayer):
         x = F.dropout(x, self.dropout, self.training)
         narrow = F.linear(x, self.lora_A.weight.to(x.dtype))
         return F.linear(narrow, self.lora_B.weight.to(x.dtype)) * self.scaling
-
-    def adapters(self) -> tuple[nn.Linear, nn.Linear]:
-        """(lora_A, lora_B)."""
-        return self.lora_A, self.lora_B
-
-    def updates(self) -> dict[str, Tensor]:
-        """What trains, by its name in this layer."""
-        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
-
-    def initial(self, name: str, seed: int) -> tuple[Tensor, Tensor]:
-        """The values, in fp32 on the CPU, of :meth:`updates` at no change, for the layer called ``name``."""
-        return initial_A(name, seed, *self.lora_A.weight.shape), torch.zeros(self.lora_B.weight.shape)
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         """The update [N, K] in fp32 that A and B make."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qsharded.quant import backends, blockwise8, formats, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.grouped import grouped_mm
-from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.pack_weight import pack_weight, rounded
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.quant.routing import Chunk
@@ -186,7 +186,7 @@ class ExpertLinears(nn.Module):
         """Have the values that the matrices have in ``quant_format``, where they can be packed."""
         if self.in_features % quant_format.block_size == 0:
             for weight_NK in self.weight:
-                weight_NK.copy_(ops.nf4_dequantize(pack_weight(weight_NK, quant_format), weight_NK.dtype))
+                weight_NK.copy_(rounded(weight_NK, quant_format, weight_NK.dtype))
 
 
 class PackedExperts(PackedModule):

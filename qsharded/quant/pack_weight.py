@@ -109,3 +109,8 @@ def _own_experts(start: int, stop: int, N: int) -> Iterator[tuple[int, int, slic
         first, last = max(start, e * N), min(stop, (e + 1) * N)
         if first < last:
             yield e, first - e * N, slice(first - start, last - start)
+
+
+def rounded(weight_NK: Tensor, quant_format: QuantFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight in ``dtype`` as a model in 4 bits computes with it: packed, doubly, and dequantized."""
+    return ops.nf4_dequantize(pack_weight(weight_NK, quant_format), dtype)

@@ -6,7 +6,8 @@ import time
 
 from benchmarks.cpu_time import cpu_seconds
 
-SPIN = "import time; all(iter(lambda: time.process_time() < 0.3, False))"
+# Some of it is seen a little later: the system counts in ticks of some 10 ms.
+SPIN = "import time; all(iter(lambda: time.process_time() < 0.5, False))"
 SLEEP = "print(flush=True); time.sleep(60)"
 
 
@@ -22,13 +23,13 @@ def test_what_children_took_counts() -> None:
     with said(f"subprocess.run([sys.executable, '-c', {SPIN!r}])") as process:
         taken = cpu_seconds(process.pid)
         process.kill()
-    assert 0.3 <= taken < 10
+    assert 0.3 < taken < 10
 
 
 def test_a_child_that_runs_counts_and_others_do_not() -> None:
     with said(f"subprocess.Popen([sys.executable, '-c', {(SPIN + '; time.sleep(3)')!r}])") as process:
         ends = time.monotonic() + 60
-        while cpu_seconds(process.pid) < 0.3 and time.monotonic() < ends:
+        while cpu_seconds(process.pid) < 0.45 and time.monotonic() < ends:
             time.sleep(0.01)
         assert time.monotonic() < ends
         before, start = cpu_seconds(process.pid), time.process_time()

@@ -185,7 +185,7 @@ def test_an_expert_too_few_is_refused_by_name(tmp_path: Path) -> None:
     described = json.loads((folder / "config.json").read_text()) | {"num_local_experts": 5}
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=r"gate_up_proj is stacked of 4 experts .*asks for 5"):
-        load_model(folder, dtype=torch.float32)
+        load_model(folder, dtype=torch.float32, model_code="transformers")
 
 
 def test_a_buffer_that_nobody_sets_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +221,9 @@ def test_inspect_knows_the_tensors_of_such_a_model(tmp_path: Path) -> None:
 
 def test_adapters_that_peft_takes_for_experts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_architecture(tmp_path, "glm4_moe")
-    load_model(folder, dtype=torch.float32, lora=lora_of("glm4_moe"))
+    load_model(folder, dtype=torch.float32, lora=lora_of("glm4_moe"), model_code="transformers")
     assert "PEFT" not in caplog.text
-    load_model(folder, dtype=torch.float32, lora=LORA)
+    load_model(folder, dtype=torch.float32, lora=LORA, model_code="transformers")
     assert "adapters on down_proj, gate_proj, up_proj: PEFT takes these for the experts'" in caplog.text
 
 

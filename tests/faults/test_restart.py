@@ -102,6 +102,7 @@ def test_without_a_store_of_its_own_a_run_that_may_restart_is_warned(
 ) -> None:
     environment = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": "3"}
     with patch.dict(os.environ, environment), redirect_stderr(StringIO()) as said:
+        os.environ.pop(OWN_STORE, None)  # our launcher sets it, in the process that it is called in
         train.main(arguments(model, dataset, tmp_path / "out", max_steps=1, eval_split=0))
     assert f"start it with {OWN_STORE}=1" in said.getvalue()
 

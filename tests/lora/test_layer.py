@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsharded.lora.initial_values import initial_A
 from qsharded.lora.layer import lora_layers, reset_adapters
+from qsharded.lora.low_rank import initial_A
 from qsharded.nn import LoRAConfig, LoRALinear, PackedLinear, add_lora, quantize_
 from tests.kernels.cases import assert_same_bits
 

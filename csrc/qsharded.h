@@ -115,6 +115,10 @@ QSHARDED_API int qsharded_cuda_absmax_scales_and_codes(const float* absmax, int6
                                                        const float* thresholds, float* scales, uint8_t* codes,
                                                        void* stream);
 
+// From now on products choose their kernels as on a device that allows a thread block no more shared memory than so many
+// bytes. For tests, which so run other cards' kernels on the card they have.
+QSHARDED_API void qsharded_cuda_nf4_linear_assume(int shared_bytes);
+
 // Bytes of workspace that qsharded_cuda_nf4_linear needs for these sizes on the current device; 0 for none.
 QSHARDED_API int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, int64_t blocks_per_row);
 

@@ -40,23 +40,11 @@ struct Stream128x8 {
 struct Stream128x16 {
   static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 2, kMTiles = 2, kStages = 6;
 };
-struct Stream128x32 {
-  static constexpr int kGroups = 2, kRowWarps = 4, kSubtiles = 2, kMTiles = 4, kStages = 4;
-};
-struct Stream256x64 {
-  static constexpr int kGroups = 1, kRowWarps = 8, kSubtiles = 2, kMTiles = 8, kStages = 2;
-};
-struct Stream128x64 {
-  static constexpr int kGroups = 1, kRowWarps = 8, kSubtiles = 1, kMTiles = 8, kStages = 3;
-};
 struct Stream112x8 {
   static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 1, kStages = 8;
 };
 struct Stream112x16 {
   static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 2, kStages = 6;
-};
-struct Stream112x32 {
-  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 4, kStages = 4;
 };
 struct Stream64x8 {
   static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 2, kMTiles = 1, kStages = 12;
@@ -68,7 +56,7 @@ struct Stream64x32 {
   static constexpr int kGroups = 2, kRowWarps = 4, kSubtiles = 1, kMTiles = 4, kStages = 6;
 };
 struct Stream32x8 {
-  static constexpr int kGroups = 8, kRowWarps = 1, kSubtiles = 2, kMTiles = 1, kStages = 16;
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 1, kStages = 16;
 };
 struct Stream32x16 {
   static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 2, kStages = 12;
@@ -95,7 +83,7 @@ struct StreamShape {
 
   // of the CTA's memory
   static constexpr int kTableAt = kStages * kStageBytes, kAccumulatorsAt = kTableAt + kTableBytes;
-  static constexpr int kMapAt = kAccumulatorsAt + (kGroups > 1 ? kConsumerWarps * kAccumulators * kWarp * 4 : 0);
+  static constexpr int kMapAt = kAccumulatorsAt + kConsumerWarps * kAccumulators * kWarp * 4;
   static constexpr int kSharedBytes = kMapAt + kMapBytes;
   static_assert(kSharedBytes + 1024 <= kMostRingBytes);  // with the barriers
 
@@ -171,11 +159,6 @@ struct GroupAccumulators {
   template <typename T>
   __device__ void join(const float (&accumulators)[Shape::kAccumulators], int group, int last, int number,
                        const MmaTile<Shape, T>& out) const {
-    if constexpr (Shape::kGroups == 1) {
-#pragma unroll
-      for (int i = 0; i < Shape::kAccumulators; ++i) out.write(i, accumulators[i]);
-      return;
-    }
     constexpr int kGroup = Shape::kRowWarps * Shape::kAccumulators * kWarp;
     const int phase = number & 1;
     wait_for(summed, phase ^ 1);  // of the tile before

@@ -130,6 +130,8 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_int64),  # absmax, count
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # offset, thresholds, scales, codes, stream
     ]
+    library.qsharded_cuda_nf4_linear_assume.argtypes = [c_int]  # shared_bytes
+    library.qsharded_cuda_nf4_linear_assume.restype = None
     library.qsharded_cuda_nf4_linear_workspace.restype = c_int64
     library.qsharded_cuda_nf4_linear_workspace.argtypes = [c_int, c_int64, c_int64, c_int64]  # dtype, m, rows, blocks
     library.qsharded_cuda_nf4_linear.argtypes = [

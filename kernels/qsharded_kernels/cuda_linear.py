@@ -24,7 +24,7 @@ def linear(
     absmax_map: Tensor | None,
     bias_N: Tensor | None = None,
     *,
-    factor: float = 1.0,
+    factor: float,
 ) -> Tensor:
     """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
 

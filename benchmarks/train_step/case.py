@@ -49,12 +49,11 @@ class Case:
         return self.rows * self.length
 
     def lengths(self) -> list[int]:
-        """Of the steps' rows, padded as the trainer pads them: one for all steps, or one for each."""
+        """Of the steps' longest rows, before padding: one for all steps, or one for each."""
         if self.shortest is None:
             return [self.length]
         random = Random(0)
-        drawn = [max(random.randint(self.shortest, self.length) for _ in range(self.rows)) for _ in range(self.steps)]
-        return [-(-longest // 8) * 8 for longest in drawn]
+        return [max(random.randint(self.shortest, self.length) for _ in range(self.rows)) for _ in range(self.steps)]
 
     def to_json(self) -> dict[str, Any]:
         """For a process of its own."""

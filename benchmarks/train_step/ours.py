@@ -22,6 +22,7 @@ from qsharded.checkpoint import load_model
 from qsharded.checkpoint.adapter import trainable
 from qsharded.config import TrainConfig
 from qsharded.data import Batch
+from qsharded.data.batches import padded
 from qsharded.distributed.world import let_reserved_memory_grow
 from qsharded.models import ModelConfig
 from qsharded.models.attention_inputs import Boundaries
@@ -56,8 +57,8 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _timed(step: Callable[[Batch], None], case: Case, device: torch.device) -> dict[str, Any]:
-    lengths = itertools.cycle(case.lengths())
-    batches = [random_batch(case, length) for length in itertools.islice(lengths, WARM_UP + case.steps)]
+    lengths = list(itertools.islice(itertools.cycle(case.lengths()), WARM_UP + case.steps))
+    batches = [random_batch(case, length if case.shortest is None else padded(length)) for length in lengths]
     began, hosts, marks = time.perf_counter(), [], []
     for number, batch in enumerate(batches):
         start = time.perf_counter()
@@ -70,7 +71,7 @@ def _timed(step: Callable[[Batch], None], case: Case, device: torch.device) -> d
     seconds = [after.seconds_since(before) for before, after in itertools.pairwise(marks)][first - 1 :]
     average = statistics.median if case.shortest is None else statistics.mean
     result: dict[str, Any] = {
-        "tokens": statistics.mean(batch.input_ids.numel() for batch in batches[first:]),
+        "tokens": case.rows * statistics.mean(lengths[first:]),
         "step_ms": 1e3 * average(seconds),
         "slowest_step_ms": 1e3 * max(seconds),
         "host_ms": 1e3 * statistics.median(hosts[first:]),

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.gpu_training import LARGEST_LOSS_GAP, LLAMA3, SHAPES, shape_opti
 from benchmarks.launch import flags_of, torchrun
 from benchmarks.plan import LARGEST_GAP
 from benchmarks.trainer_rank import memory
+from benchmarks.two_gpus.line import Line
 from benchmarks.two_gpus.runner import Found
 from qsharded.cli.base_model import lora_config
 from qsharded.config import TrainConfig, parse
@@ -39,6 +41,7 @@ class Large:
     """A run of a few steps.
 
     Attributes:
+        shape: a model's config.json; a short run takes ``tiny``.
         rows: of a micro-batch of one rank.
         length: of a row, in tokens.
         accumulation: micro-batches of a rank in a step.
@@ -48,7 +51,7 @@ class Large:
     """
 
     name: str
-    shape: str
+    shape: dict[str, Any]
     ranks: int
     rows: int
     length: int
@@ -59,10 +62,12 @@ class Large:
     most_gib: float = math.inf
     like: str | None = None
     of_its_speed: float = 0.0
+    limit_s: float = 120.0
+    tiny: dict[str, Any] = field(default_factory=lambda: TINY)
 
     def run(self, short: bool, folder: Path) -> Found:
         """Train, in another shape where it is to be ``short``, and look at what came."""
-        came = self._measured(folder, *((TINY, TINY_LENGTH) if short else (SHAPES[self.shape], self.length)))
+        came = self._measured(folder, *((self.tiny, TINY_LENGTH) if short else (self.shape, self.length)))
         (folder / f"{self.name}.came.json").write_text(json.dumps(came))
         missed = ["finite losses"] * (None in came["losses"])  # as which the trainer logs what is not finite
         if torch.cuda.is_available():
@@ -115,9 +120,19 @@ class Large:
 
 
 LARGE = (
-    Large("8b-one-gpu", "llama3-8b", 1, 4, 2048, 2, 6),
-    Large("8b-two-gpus", "llama3-8b", 2, 4, 2048, 1, 6, like="8b-one-gpu", of_its_speed=0.9),
-    Large("70b-1x2048", "llama3-70b", 2, 1, 2048, 1, 5, OFFLOADED, most_gib=24.0),
-    Large("70b-2x2048", "llama3-70b", 2, 2, 2048, 2, 4, least_speed=1100.0),
-    Large("405b-1x1024", "llama3-405b", 2, 1, 1024, 1, 3, OFFLOADED),
+    Large("8b-one-gpu", SHAPES["llama3-8b"], 1, 4, 2048, 2, 6),
+    Large("8b-two-gpus", SHAPES["llama3-8b"], 2, 4, 2048, 1, 6, like="8b-one-gpu", of_its_speed=0.9),
+    Large("70b-1x2048", SHAPES["llama3-70b"], 2, 1, 2048, 1, 5, OFFLOADED, most_gib=24.0),
+    Large("70b-2x2048", SHAPES["llama3-70b"], 2, 2, 2048, 2, 4, least_speed=1100.0),
+    Large("405b-1x1024", SHAPES["llama3-405b"], 2, 1, 1024, 1, 3, OFFLOADED, limit_s=200.0),
 )
+
+
+def line(case: Large, short: bool) -> Line:
+    """It as a line of a record, with what is asked of it in words."""
+    asked = [f"peak within {LARGEST_GAP:.0%} of the plan"]
+    if case.like:
+        asked.append(f"losses of {case.like} within {LARGEST_LOSS_GAP:g}, {case.of_its_speed:g} of its speed a GPU")
+    asked += [f"{case.least_speed:g} tokens/s a GPU"] * (case.least_speed > 0)
+    asked += [f"at most {case.most_gib:g} GiB a GPU"] * (case.most_gib < math.inf)
+    return Line(case.name, ", ".join(asked), partial(case.run, short), case.limit_s, alone=True, after=case.like)

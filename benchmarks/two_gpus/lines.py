@@ -6,7 +6,7 @@ python -m benchmarks.two_gpus.lines NAME FOLDER RESULT [--short]    # one of the
 from functools import partial
 
 from benchmarks.two_gpus import small
-from benchmarks.two_gpus.large import LARGE, LARGEST_GAP, LARGEST_LOSS_GAP, Large
+from benchmarks.two_gpus.large import LARGE, line
 from benchmarks.two_gpus.line import Line, run_one
 
 _AS_ONE_GPU = f"losses of one GPU within {small.LOSS_GAP:g}, gradient norms within {small.NORM_GAP:g}, relative"
@@ -14,15 +14,6 @@ _AS_ONE_GPU = f"losses of one GPU within {small.LOSS_GAP:g}, gradient norms with
 
 def _mode(name: str, **options: object) -> Line:
     return Line(name, _AS_ONE_GPU, partial(small.mode, name=name, options=options), after="one-gpu")
-
-
-def _large(case: Large, short: bool, limit_s: float) -> Line:
-    asked = [f"peak within {LARGEST_GAP:.0%} of the plan"]
-    if case.like:
-        asked.append(f"losses of {case.like} within {LARGEST_LOSS_GAP:g}, {case.of_its_speed:g} of its speed a GPU")
-    asked += [f"{case.least_speed:g} tokens/s a GPU"] * (case.least_speed > 0)
-    asked += [f"at most {case.most_gib:g} GiB a GPU"] * (case.most_gib < float("inf"))
-    return Line(case.name, ", ".join(asked), partial(case.run, short), limit_s, alone=True, after=case.like)
 
 
 def lines(short: bool = False) -> list[Line]:
@@ -43,7 +34,7 @@ def lines(short: bool = False) -> list[Line]:
         Line("doctor", "nothing broken", small.doctor),
         Line("optimizer", "its test over NCCL passes", small.optimizer_test),
         Line("one-dies", f"the others end in {small.ENDED_WITHIN_S:g} s, not 0, one cause", small.one_dies, 120),
-        *(_large(case, short, 200 if case.shape == "llama3-405b" else 120) for case in LARGE),
+        *(line(case, short) for case in LARGE),
     ]
 
 

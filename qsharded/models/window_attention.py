@@ -29,6 +29,7 @@ from qsharded.quant.backends import wanted_backend
 from qsharded.utils.documents import Boundaries
 
 Saved = tuple[Any, ...]
+_KEYS, _QUERIES = 0, 1  # of two chunks that follow each other: the first one's, and the second one's
 _AGREEMENT = 0.01  # relative; each backend lies 0.2 to 0.3% from exact results in bf16
 
 
@@ -65,38 +66,31 @@ class WindowAttention:
         chunks = _Chunks.of(q, inputs)
         grad, q, k, v, out = (chunks.cut(tensor) for tensor in (grad, q, k, v, out))
         grads = self._causal.backward(grad, q, k, v, out, (log_sum, *rest_own), chunks.inputs)
-        flipped_grad = chunks.late_flipped(grad)
+        flipped_grad = chunks.mirrored(grad, _QUERIES)
         flipped_grad[:, -1] = 0  # of the query that sees nothing
-        flipped = flipped_grad, *chunks.before(q, k, v), chunks.late_flipped(out)
-        of_queries = chunks.late_flipped(log_sum.view(log_sum.shape[:3]).transpose(1, 2)).transpose(1, 2)
-        saved_before = (of_queries.contiguous().view(shape_before), *rest_before)
+        flipped = flipped_grad, *chunks.before(q, k, v), chunks.mirrored(out, _QUERIES)
+        of_queries = chunks.mirrored(log_sum.view(log_sum.shape[:3]).transpose(1, 2)[..., None], _QUERIES)
+        saved_before = (of_queries[..., 0].transpose(1, 2).contiguous().view(shape_before), *rest_before)
         grads_before = self._causal.backward(*flipped, saved_before, chunks.inputs)
-        chunks.late(grads[0]).add_(chunks.apart(grads_before[0])[:, :, :-1].flip(2))
-        for total, part in zip(grads[1:], grads_before[1:], strict=True):
-            chunks.apart(total)[:, :-1].add_(chunks.apart(part).flip(2))
+        for total, part, side in zip(grads, grads_before, (_QUERIES, _KEYS, _KEYS), strict=True):
+            chunks.add_mirrored_(total, part, side)
         grad_q, grad_k, grad_v = map(chunks.join, grads)
         return grad_q, grad_k, grad_v
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Rows cut into chunks: tensors [B n, W, ...], the last chunk of a row filled up with zeros.
-
-    Attributes:
-        late_order: int64 [W]: W - 2 down to 0, and W - 1 behind them.
-    """
+    """Rows cut into chunks: tensors [B n, W, ...], the last chunk of a row filled up with zeros."""
 
     rows: int
     length: int
     window: int
-    late_order: Tensor
     inputs: AttentionInputs
 
     @classmethod
     def of(cls, q: Tensor, inputs: AttentionInputs) -> "_Chunks":
         assert inputs.window is not None
-        order = torch.arange(inputs.window - 2, -2, -1, device=q.device).remainder_(inputs.window)
-        return cls(q.shape[0], q.shape[1], inputs.window, order, replace(inputs, window=None, boundaries=None))
+        return cls(q.shape[0], q.shape[1], inputs.window, replace(inputs, window=None, boundaries=None))
 
     @property
     def of_row(self) -> int:
@@ -120,19 +114,35 @@ class _Chunks:
         """The queries that see keys of the chunk before theirs: a view [B, n - 1, W - 1, ...]."""
         return self.apart(tensor)[:, 1:, :-1]
 
-    def late_flipped(self, tensor: Tensor) -> Tensor:
-        """:meth:`late` ones in opposite order and the one that sees none behind them, [B (n - 1), W, ...]."""
-        return self.apart(tensor)[:, 1:, self.late_order].flatten(0, 1)
+    def mirrored(self, tensor: Tensor, side: int) -> Tensor:
+        """A side's tokens in opposite order, [B (n - 1), W, ...]; of queries, the one that sees none is the last."""
+        if _takes_kernels(tensor):
+            from qsharded_kernels import triton_mirror  # here: Triton loads slowly
+
+            return triton_mirror.mirrored(tensor, self.of_row, side)
+        if side == _KEYS:
+            return self.apart(tensor)[:, :-1].flip(2).flatten(0, 1)
+        return torch.cat((self.late(tensor).flip(2), self.apart(tensor)[:, 1:, -1:]), dim=2).flatten(0, 1)
+
+    def add_mirrored_(self, total: Tensor, part: Tensor, side: int) -> None:
+        """To [B n, W, ...] what is mirrored, where it belongs; not the query that sees none."""
+        if _takes_kernels(total):
+            from qsharded_kernels import triton_mirror
+
+            triton_mirror.add_mirrored_(total, part, self.of_row, side)
+        elif side == _KEYS:
+            self.apart(total)[:, :-1].add_(self.apart(part).flip(2))
+        else:
+            self.late(total).add_(self.apart(part)[:, :, :-1].flip(2))
 
     def before(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and the chunk before them, in opposite order."""
-        k, v = (self.apart(tensor)[:, :-1].flip(2).flatten(0, 1) for tensor in (k, v))
-        return self.late_flipped(q), k, v
+        return self.mirrored(q, _QUERIES), self.mirrored(k, _KEYS), self.mirrored(v, _KEYS)
 
     def merge_(self, out: Tensor, log_sum: Tensor, flipped: Tensor, flipped_log_sum: Tensor) -> None:
         """Into the own chunk's output [B n, W, H, E] and log-sum-exp [B n, H, W], those of the chunk before."""
-        if out.is_cuda and wanted_backend() != "reference":
-            from qsharded_kernels import triton_merge  # here: Triton loads slowly
+        if _takes_kernels(out):
+            from qsharded_kernels import triton_merge
 
             triton_merge.merge_(out, log_sum, flipped, flipped_log_sum, self.of_row)
             return
@@ -142,6 +152,11 @@ class _Chunks:
         merged = (one - both).exp() * self.late(out) + (two - both).exp() * self.apart(flipped)[:, :, :-1].flip(2)
         self.late(out).copy_(merged)
         one.copy_(both)
+
+
+def _takes_kernels(tensor: Tensor) -> bool:
+    """Not of float64: they add in float32."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and wanted_backend() != "reference"
 
 
 def agree(one: CausalAttention, other: CausalAttention, window: int, q: Tensor, k: Tensor, v: Tensor) -> bool:

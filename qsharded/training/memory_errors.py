@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from qsharded.config import TrainConfig
 from qsharded.distributed.choose_layout import free_gpu_memory
@@ -135,8 +136,14 @@ def host_plan(config: TrainConfig, ranks: int) -> list[str]:
 
 
 def _measured(model: CausalLM | None, world: World) -> Counter[str]:
-    """Bytes on this rank's device by the plan's classes, of what the model and its gradients hold."""
+    """Bytes on this rank's device by the plan's classes, of what the model and its gradients hold.
+
+    The layer in which memory ended may be gathered: as the run is over, it is given up, so that its own rows count.
+    """
     found = Counter[str]()
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     for kind, tensor in tensors_by_class(model) if model is not None else ():
         own = local(tensor)
         found[kind] += own.nbytes if own.device.type == world.device.type else 0

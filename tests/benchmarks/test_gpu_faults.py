@@ -118,11 +118,12 @@ CHECKED = "self-check: gather probe exact, layer 0 computes as its bytes unshard
 
 def test_the_self_check_is_held_to_its_line_time_and_memory() -> None:
     taken = {"allocated": 11 << 30}
-    assert self_check_found([0, 0], [CHECKED], taken, 10.0).missed == []
-    assert self_check_found([0, 1], [CHECKED], taken, 10.0).missed == ["exit status"]
-    assert self_check_found([0, 0], [], taken, 10.0).missed == ["one line", "a second at most"]
-    assert self_check_found([0, 0], [CHECKED.replace("0.25", "1.25")], taken, 10.0).missed == ["a second at most"]
-    assert self_check_found([0, 0], [CHECKED], taken, 9.0).missed == ["a layer's memory"]
+    assert self_check_found([0, 0], [CHECKED], taken, 10.0, 0.0).missed == []
+    assert self_check_found([0, 1], [CHECKED], taken, 10.0, 0.0).missed == ["exit status"]
+    assert self_check_found([0, 0], [], taken, 10.0, 0.0).missed == ["one line", "a second at most"]
+    assert self_check_found([0, 0], [CHECKED.replace("0.25", "1.25")], taken, 10.0, 0.0).missed == ["a second at most"]
+    assert self_check_found([0, 0], [CHECKED.replace("0.25", "1.25")], taken, 10.0, 0.5).missed == []
+    assert self_check_found([0, 0], [CHECKED], taken, 9.0, 0.0).missed == ["a layer's memory"]
 
 
 @pytest.mark.slow

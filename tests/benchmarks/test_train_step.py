@@ -34,7 +34,7 @@ def test_rows_of_ever_other_lengths_run_through() -> None:
     ragged = Case("ragged", LLAMA, rows=2, length=24, shortest=3, steps=30)
     lengths = ragged.lengths()
     assert len(lengths) == 30
-    assert set(lengths) == {16, 24}
+    assert len(set(lengths)) > 9
     measured = run("qsharded", ragged, "")
     tokens = [2 * length for length in (lengths + lengths[:3])[20:]]
     assert measured["tokens"] == pytest.approx(sum(tokens) / len(tokens))

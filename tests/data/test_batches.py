@@ -32,9 +32,9 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("lengths", "max_length", "width"),
-    [((3,), 64, 8), ((8,), 64, 8), ((9, 3), 64, 16), ((9,), 10, 10), ((10,), 10, 10), ((3,), 4, 4)],
+    [((3,), 64, 32), ((32,), 64, 32), ((33, 3), 64, 64), ((9,), 10, 10), ((10,), 10, 10), ((3,), 4, 4)],
 )
-def test_width_is_a_multiple_of_8_or_the_maximum(lengths, max_length, width):
+def test_width_is_a_multiple_of_32_or_the_maximum(lengths, max_length, width):
     rows = [[Example([1] * length, [True] * length)] for length in lengths]
     batch = make_batch(rows, pad_id=0, max_length=max_length)
     assert batch.input_ids.shape == (len(lengths), width)

@@ -8,12 +8,17 @@ import torch
 
 from qsharded import train
 from qsharded.config import parse_train
+from qsharded.distributed.fsdp import layers_of
 from qsharded.distributed.world import World
+from qsharded.plan.parameters import CODES, tensors_by_class
 from qsharded.training import memory_errors, objective
-from qsharded.training.memory_errors import _explanation
+from qsharded.training.memory_errors import _explanation, _measured
 from qsharded.utils import hardware
 from qsharded.utils.exit_codes import OUT_OF_MEMORY
+from qsharded.utils.sharding import local
+from tests.checkpoints import write_checkpoint
 from tests.distributed.harness import run_ranks
+from tests.distributed.test_self_check import built, world_of_ranks
 from tests.distributed.test_train import arguments
 
 GPU = torch.OutOfMemoryError(
@@ -123,3 +128,19 @@ def test_of_ranks_that_have_no_room_one_tells_it(model: Path, dataset: Path, tmp
     told = [(status, said) for status, said in ends if said]
     assert len(told) == 1
     assert {status for status, _ in ends} == {OUT_OF_MEMORY}  # which a launcher passes on, whoever leaves first
+
+
+def measured_before_and_in_a_layer(folder: Path) -> tuple[dict[str, int], dict[str, int], int]:
+    world = world_of_ranks()
+    model, _ = built(world, folder, {})
+    codes = sum(local(tensor).nbytes for kind, tensor in tensors_by_class(model) if kind == CODES)
+    before = dict(_measured(model, world))
+    next(iter(layers_of(model))).unshard()  # type: ignore[operator]  # it is FSDP2's
+    return before, dict(_measured(model, world)), codes
+
+
+def test_what_a_layer_gathers_is_not_counted_as_its_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    for before, in_a_layer, codes in run_ranks(measured_before_and_in_a_layer, 2, tmp_path):
+        assert before == in_a_layer
+        assert before[CODES] == codes > 0

@@ -115,18 +115,23 @@ QSHARDED_API int qsharded_cuda_absmax_scales_and_codes(const float* absmax, int6
                                                        const float* thresholds, float* scales, uint8_t* codes,
                                                        void* stream);
 
+// From now on products choose their kernels as on a device that allows a thread block no more shared memory than so many
+// bytes. For tests, which so run other cards' kernels on the card they have.
+QSHARDED_API void qsharded_cuda_nf4_linear_assume(int shared_bytes);
+
 // Bytes of workspace that qsharded_cuda_nf4_linear needs for these sizes on the current device; 0 for none.
 QSHARDED_API int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, int64_t blocks_per_row);
 
 // y = x W^T (+ bias): x [m, 64 * blocks_per_row] and y [m, rows] of `dtype`, bfloat16 or float16, contiguous and
-// 16-byte aligned, as are codes. W as qsharded_cpu_nf4_dequantize takes it. A weight is rounded to `dtype` as
-// dequantize rounds it, or, for one row of x and most sizes, not at all; products are summed in fp32 in an order that
-// these sizes and the device fix. bias: [rows] of `dtype` or null. Up to 2^37 weights, 2^20 columns.
+// 16-byte aligned, as are codes. W as qsharded_cpu_nf4_dequantize takes it. Which weights are multiplied depends on sizes
+// and device: as dequantize rounds them to `dtype`; or codebook * factor rounded to it, sums of a block being multiplied by
+// absmax / factor; or, for one row of x, not rounded at all. Products are summed in fp32 in an order that these sizes and the
+// device fix. bias: [rows] of `dtype` or null. Up to 2^37 weights, 2^20 columns.
 QSHARDED_API int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                                           int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                                           const float* absmax_scales, const float* absmax_offset,
-                                          const float* absmax_map, const float* codebook, const void* bias, void* y,
-                                          void* workspace, void* stream);
+                                          const float* absmax_map, const float* codebook, float factor,
+                                          const void* bias, void* y, void* workspace, void* stream);
 
 // The bins of a magnitude of at most 1: its upper 16 bits as fp32, counted from those of 2^-23.
 enum { QSHARDED_ADAMW8BIT_BINS = 2945 };

@@ -64,8 +64,8 @@ assert (dense - weight).abs().max() < 0.2 * weight.abs().max()
 """,
     ),
     "nf4_linear": (
-        "`x W^T + bias`. For few rows of x on GPUs the weight is decoded on its way to the tensor cores, else it is "
-        "dequantized first and freed after.",
+        "`x W^T + bias`. For few rows of x on GPUs the weight is decoded on its way to the tensor cores, and rounded "
+        "in a way of its own, whose error is no larger; else it is dequantized first and freed after.",
         "`x`: bf16, fp16, fp32 or fp64 [..., K]; `bias`: x's dtype [N], or None. Returns [..., N] in x's dtype, under "
         "autocast too. Gradients flow to x and bias; the weight is dequantized again for them. The overload without a "
         "format is for NF4 in blocks of 64, `nf4_linear.kind` for all others.",

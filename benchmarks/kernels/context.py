@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.peers import Peer
-from qsharded.quant import blockwise8, formats
+from qsharded.quant import formats
 from qsharded.quant.packed_weight import PackedWeight
 
 
@@ -42,11 +42,6 @@ class Packed:
     def packed(self) -> PackedWeight:
         """As ``qsharded.quant`` takes it."""
         return PackedWeight(*self.arguments(), formats.NF4_64)
-
-    def with_tables(self) -> tuple[Tensor, ...]:
-        """As the kernels take them."""
-        device = self.codes.device
-        return *self.arguments(), formats.codebook(device), blockwise8.dynamic_map(True, device)
 
     def dequantized(self) -> Tensor:
         """The fp64 weight."""

@@ -28,7 +28,8 @@ from benchmarks.kernels.ops.linear import TOLERANCE
 from benchmarks.record import command, environment
 from benchmarks.record import write as record_at
 from qsharded.quant import backends
-from qsharded_kernels import cuda_linear, fused_rows
+from qsharded.quant.own_kernels import CompiledCuda
+from qsharded_kernels import fused_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512)
 MODULE = "benchmarks.kernels.fused_rows"
@@ -78,7 +79,7 @@ def contenders(packed: Packed, x: Tensor) -> list[Contender]:
     def dequantize_first() -> Tensor:
         return F.linear(x, backends.dequantize(packed.packed(), x.dtype))
 
-    fused = partial(cuda_linear.linear, x, *packed.with_tables())
+    fused = partial(CompiledCuda().linear, x, packed.packed(), None)
     return [Contender(FUSED, fused, TOLERANCE), Contender(DEQUANTIZED, dequantize_first, TOLERANCE)]
 
 

@@ -12,7 +12,7 @@ from benchmarks.kernels import peers
 from benchmarks.kernels.case import Case, Contender
 from benchmarks.kernels.context import Packed
 from qsharded.quant import backends, own_kernels
-from qsharded_kernels import cuda, cuda_linear
+from qsharded_kernels import cuda
 from qsharded_kernels.triton_tiles import InputGradTile, LinearTile
 
 BF16, DEQUANTIZED, COMPILED = "bf16", "dequantized", "compiled"
@@ -41,7 +41,8 @@ def linear_case(packed: Packed, M: int, tiles: list[Tile], found: list[peers.Pee
         *(Contender(peer.name, _of_peer(peer, x, packed.weight), peers.TOLERANCE) for peer in found),
     ]
     if cuda.is_available(x.device):
-        contenders.append(Contender(COMPILED, partial(cuda_linear.linear, x, *packed.with_tables()), TOLERANCE))
+        compiled = partial(own_kernels.CompiledCuda().linear, x, packed.packed(), None)
+        contenders.append(Contender(COMPILED, compiled, TOLERANCE))
     return packed.product("linear", x.double() @ dequantized.T, contenders, BF16)
 
 

@@ -1,5 +1,6 @@
 // The fused product's plain C interface: which kernel serves which sizes.
 #include <algorithm>
+#include <atomic>
 
 #include "linear_mma.cuh"
 #include "linear_stream.cuh"
@@ -12,7 +13,10 @@ namespace {
 
 constexpr int64_t kMostColumns = 1 << 20;  // offsets within a tile are 32-bit
 constexpr int64_t kMostM = 1 << 15;        // of a grid's second axis
-constexpr int64_t kTiny = 1 << 24, kSmall = 1 << 25, kLarge = 1 << 27;  // weights
+// numbers of weights
+constexpr int64_t kTiniest = 1 << 23, kTiny = 1 << 24, kSmall = 1 << 25, kMedium = 1 << 26, kLarge = 1 << 27;
+
+std::atomic<int> most_shared_bytes{INT32_MAX};  // see qsharded_cuda_nf4_linear_assume
 
 template <typename T>
 struct Kernel {
@@ -90,40 +94,51 @@ Kernel<T> choose_wgmma(int64_t m, int64_t weights) {
   return m <= 128 ? wgmma_kernel<T, Wgmma128>() : wgmma_kernel<T, Wgmma256>();
 }
 
-bool fills(const LinearSizes& s, int tile_rows) { return Partition::fills(ceil_div(s.rows, tile_rows), s.sms); }
-
-// Tiles of such height that whole ones fill the SMs, where one does; higher ones spare loads of x.
+// Tiles of such height that whole ones fill the SMs, where one does; higher ones spare loads of x. More than 16 rows of x
+// take several tiles, which share the SMs.
 template <typename T>
 Kernel<T> choose_stream(const LinearSizes& s, int64_t weights) {
-  const bool few = s.m <= 8;
-  if (s.m > 16) return stream_kernel<T, Stream64x32>();
-  if (weights >= kLarge) {
-    return few ? stream_kernel<T, Stream128x8>() : stream_kernel<T, Stream128x16>();
+  const auto fills = [&](int tile_rows) {
+    return Partition::fills(ceil_div(s.rows, tile_rows), std::max<int>(s.sms / ceil_div(s.m, 16), 1));
+  };
+  if (s.m <= 8) {
+    if (weights >= kLarge) return stream_kernel<T, Stream128x8>();
+    if (fills(112)) return stream_kernel<T, Stream112x8>();
+    if (fills(64)) return stream_kernel<T, Stream64x8>();
+    return weights < kSmall ? stream_kernel<T, Stream32x8>() : stream_kernel<T, Stream128x8>();
   }
-  if (fills(s, 112)) {
-    return few ? stream_kernel<T, Stream112x8>() : stream_kernel<T, Stream112x16>();
-  }
-  if (!fills(s, 64) && (fills(s, 32) || (few && weights < kSmall))) {
-    return few ? stream_kernel<T, Stream32x8>() : stream_kernel<T, Stream32x16>();
-  }
-  return few ? stream_kernel<T, Stream64x8>() : stream_kernel<T, Stream64x16>();
+  if (weights < kTiny && (s.m > 32 || (s.m > 16 && weights < kTiniest))) return stream_kernel<T, Stream64x32>();
+  if (weights < kLarge && fills(112)) return stream_kernel<T, Stream112x16>();
+  if (fills(64)) return stream_kernel<T, Stream64x16>();
+  return weights >= kMedium ? stream_kernel<T, Stream128x16>() : stream_kernel<T, Stream32x16>();
 }
+
+// Of H100 and H200, where more rows are the faster by wgmma from some number of weights on.
+bool prefers_stream(int64_t m, int64_t weights) { return m <= 16 || weights < (m <= 32 ? kSmall : kTiny); }
 
 // From benchmarks on an H200. Devices with 99 KB of shared memory (sm_86, 89, 120) get linear_vector_small.cuh and
 // linear_mma.cuh; no other device but sm_90 gets wgmma.
 template <typename T>
 Kernel<T> choose(const LinearSizes& s, const Device& device) {
   const int64_t weights = s.rows * s.blocks_per_row * kBlock;
-  if (s.m == 1 && s.rows >= kRowBatch && weights < kSmall) return vector_small_kernel<T>();
+  const bool rings = has_rings(device), wgmma = has_wgmma(device);
+  if (s.m == 1 && s.rows >= kRowBatch && weights < (rings ? kTiny : kSmall)) return vector_small_kernel<T>();
+  if (rings && (!wgmma || prefers_stream(s.m, weights))) return choose_stream<T>(s, weights);
+  if (wgmma) return choose_wgmma<T>(s.m, weights);
   if (s.m == 1 && s.rows >= kBatch && device.shared_bytes >= kVectorSharedBytes) return vector_kernel<T>();
-  if (s.m <= (weights < kTiny ? 64 : 16) && has_rings(device)) return choose_stream<T>(s, weights);
-  if (has_wgmma(device)) return choose_wgmma<T>(s.m, weights);
   return s.m <= 8 ? mma_kernel<T, Mma128x8>() : mma_kernel<T, Mma128x16>();
+}
+
+// The current one, as choices are to see it.
+Device assumed_device() {
+  Device device = Device::current();
+  device.shared_bytes = std::min<int>(device.shared_bytes, most_shared_bytes);
+  return device;
 }
 
 template <typename T>
 int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void* y, void* workspace, void* stream) {
-  const Device& device = Device::current();
+  const Device device = assumed_device();
   const Kernel<T> kernel = choose<T>({m, w.rows, w.blocks_per_row, device.sms}, device);
   LinearArguments<T> a = {w, nullptr, 0, nullptr, static_cast<const T*>(bias), static_cast<uint8_t*>(workspace),
                           device.sms};
@@ -139,7 +154,7 @@ int run(const void* x, int64_t m, const PackedWeight& w, const void* bias, void*
 
 template <typename T>
 int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
-  const Device& device = Device::current();
+  const Device device = assumed_device();
   LinearSizes sizes = {m, rows, static_cast<int>(blocks_per_row), device.sms};
   const Kernel<T> kernel = choose<T>(sizes, device);
   sizes.m = std::min(m, kernel.most_m);
@@ -151,6 +166,8 @@ int64_t workspace_bytes(int64_t m, int64_t rows, int64_t blocks_per_row) {
 
 using namespace qsharded;
 
+void qsharded_cuda_nf4_linear_assume(int shared_bytes) { most_shared_bytes = shared_bytes; }
+
 int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, int64_t blocks_per_row) {
   if (m == 0 || rows == 0) return 0;
   return dtype == QSHARDED_FLOAT16 ? workspace_bytes<__half>(m, rows, blocks_per_row)
@@ -160,13 +177,14 @@ int64_t qsharded_cuda_nf4_linear_workspace(int dtype, int64_t m, int64_t rows, i
 int qsharded_cuda_nf4_linear(const void* x, int dtype, int64_t m, const uint8_t* codes, int64_t rows,
                              int64_t blocks_per_row, const void* absmax, int64_t absmax_row_stride,
                              const float* absmax_scales, const float* absmax_offset, const float* absmax_map,
-                             const float* codebook, const void* bias, void* y, void* workspace, void* stream) {
+                             const float* codebook, float factor, const void* bias, void* y, void* workspace,
+                             void* stream) {
   if (m == 0 || rows == 0) return QSHARDED_OK;
   if (rows * blocks_per_row > kMostBlocks || blocks_per_row * kBlock > kMostColumns || m > INT32_MAX) {
     return QSHARDED_BAD_SIZE;
   }
-  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, codebook, rows,
-                          static_cast<int>(blocks_per_row)};
+  const PackedWeight w = {codes, absmax, absmax_row_stride, absmax_scales, absmax_offset, absmax_map, codebook, factor,
+                          rows, static_cast<int>(blocks_per_row)};
   if (dtype == QSHARDED_BFLOAT16) return run<__nv_bfloat16>(x, m, w, bias, y, workspace, stream);
   if (dtype == QSHARDED_FLOAT16) return run<__half>(x, m, w, bias, y, workspace, stream);
   return QSHARDED_BAD_DTYPE;

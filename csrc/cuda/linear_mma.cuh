@@ -98,7 +98,7 @@ __device__ void write_tile(const LinearArguments<T>& a, const Partition& partiti
   constexpr int kColumnWarps = Shape::kColumnWarps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row_warp = warp / kColumnWarps, column_warp = warp % kColumnWarps;
-  const MmaTile<Shape, T> out(a, partition, tile, m0, row_warp);
+  const MmaTile<Shape, T> out(a, partition, tile, m0, row_warp * Shape::kSubtiles * 16 + lane / 4);
   if constexpr (kColumnWarps == 1) {
 #pragma unroll
     for (int i = 0; i < Shape::kAccumulators; ++i) out.write(i, accumulators[i]);

@@ -27,11 +27,12 @@ template <typename Shape, typename T>
 struct MmaTile {
   const LinearArguments<T>& a;
   int64_t first_row;
-  int m0, warp_row;
+  int m0, own_row;
   float* partial;  // or null
 
-  __device__ MmaTile(const LinearArguments<T>& a, const Partition& partition, int tile, int m0, int row_warp)
-      : a(a), first_row(static_cast<int64_t>(tile) * Shape::kRows), m0(m0), warp_row(row_warp * Shape::kSubtiles * 16) {
+  // own_row: of the lane's first accumulator, from the tile's first; every eighth after it is its too.
+  __device__ MmaTile(const LinearArguments<T>& a, const Partition& partition, int tile, int m0, int own_row)
+      : a(a), first_row(static_cast<int64_t>(tile) * Shape::kRows), m0(m0), own_row(own_row) {
     const int first_unit = tile * partition.chunks;
     const bool split = first_unit < partition.begin(blockIdx.x) ||
                        first_unit + partition.chunks > partition.begin(blockIdx.x + 1);
@@ -43,7 +44,7 @@ struct MmaTile {
   __device__ void write(int i, float sum) const {
     const int lane = threadIdx.x % kWarp;
     const int subtile = i / (Shape::kMTiles * 4), m_tile = i / 4 % Shape::kMTiles;
-    const int row = warp_row + subtile * 16 + lane / 4 + (i % 4) / 2 * 8;
+    const int row = own_row + subtile * 16 + (i % 4) / 2 * 8;
     const int m = m_tile * 8 + lane % 4 * 2 + i % 2;
     if (m0 + m >= a.m || first_row + row >= a.w.rows) return;
     if (partial) {

@@ -1,29 +1,31 @@
 // y = x W^T for few rows of x on sm_90 and sm_100: the TMA streams W and x to a ring in shared memory (linear_ring.cuh);
-// from there on as in linear_mma.cuh.
+// consumers look codes up on their way to registers, and multiply by mma.m16n8k16.
 //
 //                    k-tile: 256 columns, 4 quantization blocks         ring of kStages stages, each
-//                    lane t of four has block t of its rows               codes   [kRows, 128 bytes]  swizzled
-//                  +---------+---------+---------+---------+              x       [4 blocks, kM, 64]  swizzled
-//   row warp 0     | block 0 | block 1 | block 2 | block 3 |              absmax  [kRows, 16]
-//   (kSubtiles     |         |         |         |         |            beside it: the codebook of byte pairs,
-//    x 16 rows)    +---------+---------+---------+---------+            accumulators of the groups, absmax map, codebook
+//                  +---------+---------+---------+---------+              codes   [kRows, 128 bytes]  swizzled
+//   row warp 0     | block 0 | block 1 | block 2 | block 3 |              x       [4 blocks, kM, 64]  swizzled
+//   (kSubtiles     | t 0 1 2 3 lane t of four has 16 of a  |              absmax  [kRows, 16]
+//    x 16 rows)    |         | row's 64 columns of a block |            beside it: the table of byte pairs,
+//                  +---------+---------+---------+---------+            accumulators of the groups, absmax map
 //   row warp 1     |         |         |         |         |
 //                  +---------+---------+---------+---------+
 //
 //   producer warp (TMA) --> stage 0, 1, 2, .. --> group 0: units 0, kGroups, ..     --+
 //                                             --> group 1: units 1, kGroups + 1, .. --+--> joined per tile, in their order
 //
-// A unit is a (tile, k-tile) of a Partition and takes a stage. Groups of kRowWarps warps take units in turn: decode to
-// registers, mma.m16n8k16 into the group's own accumulators.
+// A unit is a (tile, k-tile) of a Partition and takes a stage. Groups of kRowWarps warps take units in turn. Four mma are a
+// block's: their sums enter the group's accumulators times the block's absmax. The tensor cores see a block's columns in
+// another order than memory has them, and x's alike.
 #pragma once
 
 #include <algorithm>
 
-#include "linear_block_codebook.cuh"
 #include "linear_mma_tile.cuh"
 #include "linear_ring.cuh"
 
 namespace qsharded {
+
+constexpr int kTableBytes = PairTable<__half>::kBytes;  // of either type
 
 // ---- Tile configuration ----
 
@@ -34,38 +36,37 @@ struct Stream128x8 {
   static constexpr int kSubtiles = 2;  // 16 rows of W each, a warp's
   static constexpr int kMTiles = 1;    // 8 rows of x each
   static constexpr int kStages = 6;    // of the ring
-  static constexpr int kPermuted = 4;  // of the eight words of a row's block, in one row of two; see is_permuted
 };
 struct Stream128x16 {
-  static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 2, kMTiles = 2, kStages = 6, kPermuted = 4;
+  static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 2, kMTiles = 2, kStages = 6;
 };
 struct Stream112x8 {
-  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 1, kStages = 8, kPermuted = 4;
+  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 1, kStages = 8;
 };
 struct Stream112x16 {
-  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 2, kStages = 6, kPermuted = 4;
+  static constexpr int kGroups = 2, kRowWarps = 7, kSubtiles = 1, kMTiles = 2, kStages = 6;
 };
 struct Stream64x8 {
-  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 2, kMTiles = 1, kStages = 12, kPermuted = 4;
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 2, kMTiles = 1, kStages = 12;
 };
 struct Stream64x16 {
-  static constexpr int kGroups = 3, kRowWarps = 4, kSubtiles = 1, kMTiles = 2, kStages = 9, kPermuted = 4;
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 2, kMTiles = 2, kStages = 8;
 };
 struct Stream64x32 {
-  static constexpr int kGroups = 2, kRowWarps = 4, kSubtiles = 1, kMTiles = 4, kStages = 6, kPermuted = 4;
+  static constexpr int kGroups = 2, kRowWarps = 4, kSubtiles = 1, kMTiles = 4, kStages = 6;
 };
 struct Stream32x8 {
-  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 1, kStages = 16, kPermuted = 4;
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 1, kStages = 16;
 };
 struct Stream32x16 {
-  static constexpr int kGroups = 6, kRowWarps = 2, kSubtiles = 1, kMTiles = 2, kStages = 12, kPermuted = 4;
+  static constexpr int kGroups = 4, kRowWarps = 2, kSubtiles = 1, kMTiles = 2, kStages = 12;
 };
 
 // What follows from a configuration.
 template <typename Config>
 struct StreamShape {
   static constexpr int kGroups = Config::kGroups, kRowWarps = Config::kRowWarps, kSubtiles = Config::kSubtiles;
-  static constexpr int kMTiles = Config::kMTiles, kStages = Config::kStages, kPermuted = Config::kPermuted;
+  static constexpr int kMTiles = Config::kMTiles, kStages = Config::kStages;
   // A stage is one group's for good: whoever waits for a barrier's phase has waited for the one before it.
   static_assert(kStages % kGroups == 0 && kStages > kGroups);
   static constexpr int kConsumerWarps = kGroups * kRowWarps;  // and a producer warp
@@ -81,10 +82,9 @@ struct StreamShape {
   static constexpr int kStageBytes = (kAbsmaxAt + kAbsmaxBytes + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
 
   // of the CTA's memory
-  static constexpr int kTableAt = kStages * kStageBytes, kAccumulatorsAt = kTableAt + CodebookTable::kBytes;
+  static constexpr int kTableAt = kStages * kStageBytes, kAccumulatorsAt = kTableAt + kTableBytes;
   static constexpr int kMapAt = kAccumulatorsAt + kConsumerWarps * kAccumulators * kWarp * 4;
-  static constexpr int kCodebookAt = kMapAt + kMapBytes;
-  static constexpr int kSharedBytes = kCodebookAt + 16 * 4;
+  static constexpr int kSharedBytes = kMapAt + kMapBytes;
   static_assert(kSharedBytes + 1024 <= kMostRingBytes);  // with the barriers
 
   // The tiles of kM rows of x share the SMs.
@@ -96,7 +96,7 @@ struct StreamShape {
 
 struct StreamMaps {
   WeightMaps w;
-  CUtensorMap x;  // [blocks, m, 64]: a box is the four lanes' blocks
+  CUtensorMap x;  // [blocks, m, 64]: a box is a k-tile's blocks
 };
 
 template <typename Shape, typename T>
@@ -177,6 +177,42 @@ struct GroupAccumulators {
     arrive(summed, true);
   }
 };
+
+// ---- A block's product ----
+
+// Which of a subtile's first eight rows a lane has: even ones before odd ones, so that the 16 lanes that shared memory
+// serves at a time find their codes in different banks of the swizzled box.
+__device__ inline int lane_row() {
+  const int place = threadIdx.x % kWarp / 4;
+  return place < 4 ? 2 * place : 2 * place - 7;
+}
+
+// Adds a warp's rows of a block of W, times absmax of each, times the block of x. codes, x: where the lane's own lie in
+// shared memory, in its first row each.
+template <typename Shape, typename T>
+__device__ inline void multiply_block(float (&accumulators)[Shape::kAccumulators], const PairTable<T>& table, uint32_t codes,
+                                      uint32_t x, const float (&absmax)[2 * Shape::kSubtiles]) {
+  uint32_t weights[2 * Shape::kSubtiles][8];
+#pragma unroll
+  for (int i = 0; i < 2 * Shape::kSubtiles; ++i) table.decode(load_shared_8(codes + i * 8 * kCodeRow), weights[i]);
+#pragma unroll
+  for (int m = 0; m < Shape::kMTiles; ++m) {
+    const uint32_t row = x + m * 8 * (kBlock * 2);
+    const uint4 first = load_shared_16(row), second = load_shared_16(row ^ 16);
+#pragma unroll
+    for (int i = 0; i < Shape::kSubtiles; ++i) {
+      const auto &upper = weights[2 * i], &lower = weights[2 * i + 1];
+      float sums[4] = {};
+      multiply(sums, upper[0], lower[0], upper[1], lower[1], first.x, first.y, T{});
+      multiply(sums, upper[2], lower[2], upper[3], lower[3], first.z, first.w, T{});
+      multiply(sums, upper[4], lower[4], upper[5], lower[5], second.x, second.y, T{});
+      multiply(sums, upper[6], lower[6], upper[7], lower[7], second.z, second.w, T{});
+      float* const own = accumulators + (i * Shape::kMTiles + m) * 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) own[j] = __fmaf_rn(absmax[2 * i + j / 2], sums[j], own[j]);
+    }
+  }
+}
 #endif
 
 // ---- Kernel ----
@@ -213,11 +249,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   pdl_launch_dependents();
   const int group = warp / Shape::kRowWarps, row_warp = warp % Shape::kRowWarps, t = lane % 4;
-  const int own_row = row_warp * kSubtiles * 16 + lane / 4;  // and every eighth after it
+  const int own_row = row_warp * kSubtiles * 16 + lane_row();  // and every eighth after it
   const unsigned blocks = a.w.blocks_per_row, padded_blocks = chunks * kKTileBlocks;
   float* const map = reinterpret_cast<float*>(shared + Shape::kMapAt);
-  float* const codebook = reinterpret_cast<float*>(shared + Shape::kCodebookAt);
 
+  // absmax: lane t of four has those of block t, for all four
   int unit = begin + group, next_tile = unit / chunks;
   unsigned block = unit % chunks * kKTileBlocks + t;
   RowsAbsmax<2 * kSubtiles, kAbsmax> rows;
@@ -226,16 +262,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   begin_tile();
   const AbsmaxMap<kAbsmax != Absmax::kFloats> absmax_map(a.w);
   load_absmax(unit < end);
-  CodebookTable::fill<Shape::kConsumerWarps * kWarp>(shared + Shape::kTableAt, a.w.codebook);
+  PairTable<T>::template fill<Shape::kConsumerWarps * kWarp>(shared + Shape::kTableAt, a.w.codebook, a.w.factor);
   absmax_map.store(map);
-  if (threadIdx.x < 16) codebook[threadIdx.x] = __ldg(a.w.codebook + threadIdx.x);
   __syncthreads();
 
-  const CodebookTable table(shared + Shape::kTableAt);
+  const PairTable<T> table(shared + Shape::kTableAt);
+  const float unfactored = 1 / a.w.factor;
   const GroupAccumulators<Shape> groups = {
       reinterpret_cast<float*>(shared + Shape::kAccumulatorsAt) + row_warp * Shape::kAccumulators * kWarp + lane,
       put + row_warp, summed + row_warp};
-  const uint32_t swizzle = row_swizzle();
+  // of a k-tile's first block
+  const uint32_t own_codes = own_row * kCodeRow + (t * 8 ^ own_row % 8 * 16);
+  const uint32_t own_x = Shape::kXAt + lane / 4 * (kBlock * 2) + (t * 32 ^ lane / 4 * 16);
   int stage = group, phase = 0;
   const int first_tile = begin / chunks;
   for (int tile = first_tile; tile * chunks < end; ++tile) {
@@ -245,51 +283,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const bool inside = block < blocks;
       wait_for(full + stage, phase);
       const uint8_t* const absmax_box = ring.stages + stage * Shape::kStageBytes + Shape::kAbsmaxAt + own_row * kAbsmaxRow;
-      float absmax[2 * kSubtiles];
+      float own_absmax[2 * kSubtiles];
 #pragma unroll
       for (int i = 0; i < 2 * kSubtiles; ++i) {
-        absmax[i] = rows.of_row(i, absmax_box + i * 8 * kAbsmaxRow, block, inside, map, absmax_map.offset);
+        const uint8_t* const box = absmax_box + i * 8 * kAbsmaxRow;
+        own_absmax[i] = unfactored * rows.of_row(i, box, block, inside, map, absmax_map.offset);
       }
       block += kGroups * kKTileBlocks;
       while (block >= padded_blocks) block -= padded_blocks, ++next_tile, begin_tile();
       load_absmax(unit + kGroups < end);
 
       const uint32_t stage_at = shared_address(ring.stages) + stage * Shape::kStageBytes;
-      const uint32_t codes = stage_at + own_row * kCodeRow;
-      const uint32_t x = stage_at + Shape::kXAt + (t * Shape::kM + lane / 4) * (kBlock * 2);
+#pragma unroll 1
+      for (int of = 0; of < kKTileBlocks; ++of) {
+        float absmax[2 * kSubtiles];
 #pragma unroll
-      for (int pair = 0; pair < kWords / 2; ++pair) {
-        const int own = own_pair(pair);
-        uint2 words[2 * kSubtiles];
-#pragma unroll
-        for (int i = 0; i < 2 * kSubtiles; ++i) {
-          words[i] = load_shared_8(codes + i * 8 * kCodeRow + words_at(own));
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          uint4 b[Shape::kMTiles];
-#pragma unroll
-          for (int m = 0; m < Shape::kMTiles; ++m) {
-            b[m] = load_shared_16(x + m * 8 * (kBlock * 2) + ((own * 32 + j * 16) ^ swizzle));
-          }
-#pragma unroll
-          for (int i = 0; i < kSubtiles; ++i) {
-            const auto word = [&](int row) { return j == 0 ? words[2 * i + row].x : words[2 * i + row].y; };
-            uint32_t upper[4], lower[4];
-            table.template decode<T>(word(1), absmax[2 * i + 1], lower);
-            if (is_permuted(2 * pair + j, Shape::kPermuted)) {
-              BlockCodebook<T>(reinterpret_cast<const float4*>(codebook), absmax[2 * i]).decode(word(0), upper);
-            } else {
-              table.template decode<T>(word(0), absmax[2 * i], upper);
-            }
-            auto* own_accumulators = reinterpret_cast<float(*)[4]>(accumulators + i * Shape::kMTiles * 4);
-#pragma unroll
-            for (int m = 0; m < Shape::kMTiles; ++m) {
-              multiply(own_accumulators[m], upper[0], lower[0], upper[1], lower[1], b[m].x, b[m].y, T{});
-              multiply(own_accumulators[m], upper[2], lower[2], upper[3], lower[3], b[m].z, b[m].w, T{});
-            }
-          }
-        }
+        for (int i = 0; i < 2 * kSubtiles; ++i) absmax[i] = __shfl_sync(~0u, own_absmax[i], of, kKTileBlocks);
+        multiply_block<Shape>(accumulators, table, stage_at + (own_codes ^ of * (kBlock / 2)),
+                              stage_at + own_x + of * Shape::kM * (kBlock * 2), absmax);
       }
       __syncwarp();
       arrive(empty + stage, lane == 0);
@@ -297,7 +308,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       if (stage >= Shape::kStages) stage -= Shape::kStages, phase ^= 1;
     }
     const int last = (tile_end - 1 - begin) % kGroups;
-    groups.join(accumulators, group, last, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, row_warp));
+    groups.join(accumulators, group, last, tile - first_tile, MmaTile<Shape, T>(a, partition, tile, m0, own_row));
   }
 #endif
 }

@@ -1,9 +1,10 @@
 // How the fused product reads W: codes decoded, on their way through registers, to the bf16 or fp16 pairs that the tensor
-// cores take as their A operand. A weight is fp32 value * absmax rounded once, as dequantize has it, so both give the
-// same bits. (A rounded codebook with scaled accumulators would need half the look-ups, and give others.)
+// cores take as their A operand. Two ways:
 //
-// Within a k-tile of 256 columns lane t of four holds block t of its row, 64 columns. The tensor cores see the columns in
-// another order; the activations are laid out in that order too.
+//   CodebookTable  a weight is fp32 value * absmax rounded once, as dequantize has it, so both give the same bits.
+//   PairTable      a weight is value * factor rounded; accumulators are scaled by absmax / factor once a block. Half the
+//                  bytes are looked up, and no weight is multiplied. The factor is such that rounding errs less than it
+//                  does above (qsharded/quant/own_kernels.py).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,6 +27,7 @@ struct PackedWeight {
   const float* absmax_offset;
   const float* absmax_map;
   const float* codebook;
+  float factor;  // of values that are rounded before they meet absmax
   int64_t rows;
   int blocks_per_row;
 };
@@ -189,6 +191,47 @@ struct CodebookTable {
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
       weights[byte] = Pair<T>::pack(__fmul_rn(pairs[byte].x, absmax), __fmul_rn(pairs[byte].y, absmax));
+    }
+  }
+};
+
+// In shared memory, every byte's two values times the factor, in x's type, in a copy for each lane: no two lanes meet in a
+// bank.
+template <typename T>
+struct PairTable {
+  static constexpr int kRow = kWarp * 4;  // bytes
+  static constexpr int kBytes = 256 * kRow;
+
+  uint32_t own;  // this lane's copy of the first entry
+
+  __device__ explicit PairTable(const uint8_t* table)
+      : own(static_cast<uint32_t>(__cvta_generic_to_shared(table)) + threadIdx.x % kWarp * 4) {}
+
+  // All loads are under way before the first store.
+  template <int kThreads>
+  static __device__ void fill(uint8_t* table, const float* codebook, float factor) {
+    constexpr int kVectors = kRow / 16, kRounds = (256 * kVectors + kThreads - 1) / kThreads;
+    float2 values[kRounds];
+#pragma unroll
+    for (int j = 0; j < kRounds; ++j) {
+      const int byte = (threadIdx.x + j * kThreads) / kVectors % 256;
+      values[j] = make_float2(__ldg(codebook + (byte >> 4)), __ldg(codebook + (byte & 15)));
+    }
+#pragma unroll
+    for (int j = 0; j < kRounds; ++j) {
+      const int i = threadIdx.x + j * kThreads;
+      const uint32_t pair = Pair<T>::pack(__fmul_rn(values[j].x, factor), __fmul_rn(values[j].y, factor));
+      if (i < 256 * kVectors) *reinterpret_cast<uint4*>(table + i * 16) = make_uint4(pair, pair, pair, pair);
+    }
+  }
+
+  // The pairs of two words' eight bytes.
+  __device__ void decode(uint2 words, uint32_t (&pairs)[8]) const {
+#pragma unroll
+    for (int byte = 0; byte < 8; ++byte) {
+      const uint32_t word = byte < 4 ? words.x : words.y;
+      const uint32_t entry = __dp4a(word, static_cast<uint32_t>(kRow) << 8 * (byte % 4), own);  // own + kRow * the byte
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pairs[byte]) : "r"(entry));
     }
   }
 };

@@ -45,7 +45,7 @@ def _runs_on(compiled: CDLL, device_index: int) -> bool:
     return result == 0
 
 
-def call(function: str, *arguments: Tensor | int | None) -> None:
+def call(function: str, *arguments: Tensor | float | None) -> None:
     """Queue ``qsharded_cuda_<function>`` on the current stream of the first tensor's device. Tensors become pointers.
 
     Raises:
@@ -72,7 +72,7 @@ def _current(index: int) -> AbstractContextManager[object]:
     return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
-def _pointer(argument: Tensor | int | None, device_index: int) -> int | None:
+def _pointer(argument: Tensor | float | None, device_index: int) -> float | None:
     if not isinstance(argument, Tensor):
         return argument
     assert argument.get_device() == device_index, (argument.device, device_index)

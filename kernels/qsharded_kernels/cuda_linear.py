@@ -23,13 +23,15 @@ def linear(
     codebook: Tensor,
     absmax_map: Tensor | None,
     bias_N: Tensor | None = None,
+    *,
+    factor: float,
 ) -> Tensor:
     """y = x W^T (+ bias) [M, N] in x's dtype, bf16 or fp16; W as in ``cuda_nf4.dequantize``.
 
-    A weight is value * absmax in fp32 rounded once to x's dtype (for a single row of x most sizes go without), so that
-    identity activations give back what ``dequantize`` gives, bit for bit. Sums are fp32 and in an order that the sizes
-    and the device fix: the same call gives the same bits. Captures in CUDA graphs. ``bias_N``: of x's dtype, added in
-    fp32.
+    By sizes and device a weight is value * absmax in fp32, rounded once to x's dtype as ``dequantize`` rounds it; or
+    value * ``factor`` rounded, a block's sum being multiplied by absmax / ``factor``; or, for one row of x, not rounded
+    at all. Sums are fp32 and in an order that the sizes and the device fix: the same call gives the same bits. Captures
+    in CUDA graphs. ``bias_N``: of x's dtype, added in fp32.
 
     Raises:
         ValueError: 2^37 weights and more, or more than 2^20 columns.
@@ -51,7 +53,7 @@ def linear(
         *(x_MK, dtype, M),
         *(codes_NP, N, G),
         *(absmax_NG, absmax_NG.stride(0), absmax_scales, absmax_offset, absmax_map),
-        *(codebook, bias_N, y_MN),
+        *(codebook, factor, bias_N, y_MN),
         torch.empty(workspace, dtype=torch.uint8, device=x_MK.device) if workspace else None,
     )
     return y_MN

@@ -130,13 +130,15 @@ def _declare_cuda(library: CDLL) -> None:
         *(c_void_p, c_int64),  # absmax, count
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),  # offset, thresholds, scales, codes, stream
     ]
+    library.qsharded_cuda_nf4_linear_assume.argtypes = [c_int]  # shared_bytes
+    library.qsharded_cuda_nf4_linear_assume.restype = None
     library.qsharded_cuda_nf4_linear_workspace.restype = c_int64
     library.qsharded_cuda_nf4_linear_workspace.argtypes = [c_int, c_int64, c_int64, c_int64]  # dtype, m, rows, blocks
     library.qsharded_cuda_nf4_linear.argtypes = [
         *(c_void_p, c_int, c_int64),  # x, dtype, m
         *(c_void_p, c_int64, c_int64),  # codes, rows, blocks_per_row
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),  # absmax, its row stride, scales, offset, map
-        *(c_void_p, c_void_p, c_void_p),  # codebook, bias, y
+        *(c_void_p, c_float, c_void_p, c_void_p),  # codebook, factor, bias, y
         *(c_void_p, c_void_p),  # workspace, stream
     ]
     library.qsharded_cuda_adamw8bit.argtypes = [

@@ -116,7 +116,8 @@ class CompiledCuda(CudaKernels):
         return 0 < M <= fused_rows.most_rows(N, K, packed.device)
 
     def linear(self, x_MK: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-        return cuda_linear.linear(x_MK, *packed.tensors, *tables(packed), bias)
+        factor = rounding_factor(packed.quant_format.quant_type, x_MK.dtype)
+        return cuda_linear.linear(x_MK, *packed.tensors, *tables(packed), bias, factor=factor)
 
 
 def dequantizes(quant_format: QuantFormat) -> bool:
@@ -188,12 +189,17 @@ _FACTORS = {("nf4", torch.bfloat16): 1.1888, ("nf4", torch.float16): 1.3243}
 _FACTORS |= {("fp4", dtype): 12.0 for dtype in (torch.bfloat16, torch.float16)}
 
 
+def rounding_factor(quant_type: str, dtype: torch.dtype) -> float:
+    """What the codebook is multiplied by before it is rounded to ``dtype``."""
+    return _FACTORS.get((quant_type, dtype), 1.0)
+
+
 @cache
 def _lookups(device: torch.device, quant_type: str, dtype: torch.dtype) -> tuple[Tensor, float]:
     """What the product looks up in place of the codebook, and the factor that is in it."""
     from qsharded_kernels import triton_decode
 
-    factor = _FACTORS.get((quant_type, dtype), 1.0)
+    factor = rounding_factor(quant_type, dtype)
     return triton_decode.lookups((formats.codebook(device, quant_type).double() * factor).to(dtype)), factor
 
 

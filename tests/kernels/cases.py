@@ -20,6 +20,15 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert differing == 0, f"{differing} of {actual.numel()} differ"
 
 
+def assert_within_an_ulp(y: Tensor, expected: Tensor) -> None:
+    """Of y's type, whose subnormal numbers share one; zeros are zeros."""
+    info = torch.finfo(y.dtype)
+    ulp = info.eps * (2.0 ** expected.double().abs().log2().floor()).clamp(min=info.smallest_normal)
+    off = ~((y.double() - expected.double()).abs() <= ulp)
+    assert off.sum() == 0, f"{off.sum()} of {y.numel()} are off"
+    assert (y[expected == 0] == 0).all()
+
+
 def random_weight(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
 

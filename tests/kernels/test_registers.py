@@ -48,10 +48,7 @@ KNOWN_SPILLS = {
     ("90a", "Wgmma64Large"): 36,
     ("90a", "Wgmma128"): 20,
     ("90a", "Wgmma256"): 16,
-    ("90a", "Stream128x8"): 8,
-    ("90a", "Stream128x16"): 8,
-    ("100", "Stream128x8"): 60,
-    ("100", "Stream128x16"): 60,
+    ("100", "Stream128x16"): 20,
 }
 NAMES = (*RESIDENT, *STREAMING, "linear_stream_kernel", "linear_wgmma_kernel", "probe_kernel")
 CONFIGURATION = re.compile(r"(Wgmma\d+(?:Large)?|Stream\d+x\d+|Mma\d+x\d+)E")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.quant import backends, formats
+from qsharded.quant.packed_weight import PackedWeight
 from qsharded_kernels import fused_rows
-from tests.kernels.cases import assert_same_bits, random_weight
+from tests.kernels.cases import assert_same_bits, assert_within_an_ulp, random_weight
 from tests.quant import flat
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,8 @@ Q = torch.ops.qsharded
 N, K = 1000, 576
 FEW, MANY = 5, 1024  # rows of x: what the fused kernel takes here, where there is one, and what it does not
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# the output's own rounding, and the order of an fp32 sum: relative to the norms of what is multiplied
+# the output's own rounding, and the order of an fp32 sum: relative to the norms of what is multiplied; that of weights
+# too where the product is fused, ten times what a sum of random ones comes to
 ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SUM_ERROR = 2**-18
 
@@ -49,11 +51,19 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool
     return values.requires_grad_(requires_grad)
 
 
-def assert_close(actual: Tensor, left: Tensor, right: Tensor) -> None:
-    """``actual`` = left @ right, but for its rounding and the sums'."""
+def fuses(packed: Packed, M: int, dtype: torch.dtype, quant_format: formats.QuantFormat = formats.NF4_64) -> bool:
+    """Whether the weight, which is then rounded in a way of its own, is never dequantized for M rows."""
+    weight = PackedWeight(*packed, quant_format)
+    return any(kernels.multiplies(weight, M, dtype) for kernels in backends._kernels(weight.device))
+
+
+def assert_close(actual: Tensor, left: Tensor, right: Tensor, *, fused: bool = False) -> None:
+    """``actual`` = left @ right, but for its rounding and the sums', and that of a fused product's weights."""
     expected = left.double() @ right.double()
     sizes = left.double().norm(dim=1)[:, None] * right.double().norm(dim=0)
-    excess = (actual.double() - expected).abs() - expected.abs() * ROUNDING[actual.dtype] - sizes * SUM_ERROR
+    rounding = ROUNDING[actual.dtype]
+    allowed = SUM_ERROR + (5 * rounding / left.shape[1] ** 0.5 if fused else 0)
+    excess = (actual.double() - expected).abs() - expected.abs() * rounding - sizes * allowed
     assert bool((excess <= 0).all()), f"{(~(excess <= 0)).sum()} of {actual.numel()} are off, by up to {excess.max()}"
 
 
@@ -84,12 +94,16 @@ def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 16, 300])
-def test_identity_activations_give_the_weight_bit_for_bit(M: int, dtype: torch.dtype) -> None:
+def test_identity_activations_give_the_weight(M: int, dtype: torch.dtype) -> None:
+    """Dequantized first bit for bit."""
     packed = packed_weight()
     weight = dequantized(packed, dtype)
     identity = torch.eye(K, dtype=dtype, device="cuda")
-    columns = [flat.nf4_linear(rows, *packed).T for rows in identity.split(M)]
-    assert torch.equal(torch.cat(columns, dim=1), weight)  # by value: a sum that starts at 0 has no -0
+    found = torch.cat([flat.nf4_linear(rows, *packed).T for rows in identity.split(M)], dim=1)
+    if fuses(packed, M, dtype):
+        assert_within_an_ulp(found, dequantized(packed, torch.float32))
+    else:
+        assert torch.equal(found, weight)  # by value: a sum that starts at 0 has no -0
     assert torch.equal(Q.nf4_linear_input_grad(torch.eye(N, dtype=dtype, device="cuda"), *packed), weight)
 
 
@@ -103,7 +117,9 @@ def test_output_and_gradient(rows: int, columns: int, M: int, dtype: torch.dtype
     x, grad = random(M, columns, dtype=dtype, requires_grad=True), random(M, rows, dtype=dtype)
     y = flat.nf4_linear(x, *packed)
     y.backward(grad)
-    assert_close(y.detach(), x.detach(), weight.T)
+    fused = fuses(packed, M, dtype)
+    multiplied = dequantized(packed, torch.float32) if fused else weight
+    assert_close(y.detach(), x.detach(), multiplied.T, fused=fused)
     assert_close(x.grad, grad, weight)
 
 
@@ -127,10 +143,9 @@ def test_other_kinds(quant_type: str, block_size: int, M: int, double_quant: boo
     x, grad = random(M, columns, requires_grad=True), random(M, 70)
     y = flat.nf4_linear(x, *packed, **kind)
     y.backward(grad)
-    # the fused product of a single row does not round its weights
-    fused_row = M == 1 and block_size == formats.BLOCK and "compiled" in backends.implementations(x.device)
-    multiplied = expected.dequantize(torch.float32).cuda() if fused_row else weight
-    assert_close(y.detach(), x.detach(), multiplied.T)
+    fused = fuses(packed, M, x.dtype, expected.quant_format)
+    multiplied = expected.dequantize(torch.float32).cuda() if fused else weight
+    assert_close(y.detach(), x.detach(), multiplied.T, fused=fused)
     assert_close(x.grad, grad, weight)
 
 

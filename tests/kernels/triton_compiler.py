@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction
 
 from qsharded.quant import own_kernels
 from qsharded.quant.experts import PackedExperts
+from qsharded.quant.pieces import Pieces
+from qsharded_kernels import triton_experts, triton_merge, triton_mirror, triton_route
 from tests.kernels.packed_products import packed
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -51,9 +53,27 @@ def main(architectures: list[int]) -> None:
             own_kernels.triton_linear(x, weight, None, splits=2)
         experts = PackedExperts(3, 1024, 320).packed()
         x = torch.empty(9, 1024, dtype=torch.bfloat16)
-        own_kernels.triton_grouped_linear(x, experts.tensors, experts.quant_format, [(0, 1), (2, 8)])
+        pieces = Pieces.of([(0, 1), (2, 8)], x.device)
+        own_kernels.triton_grouped_linear(x, experts.tensors, experts.quant_format, pieces)
         M, grad = 8, torch.empty(8, 320, dtype=torch.bfloat16)
         own_kernels.triton_input_grad(grad, weights[0], splits=2)
+        _of_experts()
+        _of_windows()
+
+
+def _of_experts() -> None:
+    chosen = torch.zeros(9 * 8, dtype=torch.int64)
+    position = triton_route.route(chosen, 128, 8).position_P.view(9, 8)
+    gate, scores = torch.empty(72, 768, dtype=torch.bfloat16), torch.empty(9, 8)
+    triton_experts.combine(triton_experts.swiglu(gate, gate), position, scores)
+    triton_experts.swiglu_backward(gate, gate, gate, scores.flatten())
+
+
+def _of_windows() -> None:
+    chunks, log_sums = torch.empty(4, 8, 32, 128, dtype=torch.bfloat16), torch.empty(4, 32, 8)
+    mirrored = triton_mirror.mirrored(chunks, 2, 1)
+    triton_mirror.add_mirrored_(chunks, mirrored, 2, 1)
+    triton_merge.merge_(chunks, log_sums, mirrored, log_sums[:2], 2)
 
 
 def report(kernel: Any) -> dict[str, int]:

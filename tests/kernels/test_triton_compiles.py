@@ -1,4 +1,4 @@
-"""Triton's compiler takes the kernels for every card, the products with the default tiles: what interpreting does not show."""
+"""Triton's compiler takes the kernels for every card, with the default tiles: what interpreting does not show."""
 
 import json
 import os

@@ -39,9 +39,7 @@ def test_kernels_compile_and_values_stay_in_registers(capabilities: list[str], t
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(kernel["capability"], kernel["name"]) for kernel in kernels} == {
-        (int(capability), name)
-        for capability in capabilities
-        for name in KERNELS
+        (int(capability), name) for capability in capabilities for name in KERNELS
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_OF_A_BLOCK, kernel

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from qsharded.calibration.calibrate import Calibration
 from qsharded.calibration.checkpoint import Calibrated, calibrate_checkpoint, write_packed
+from qsharded.calibration.method import Calibration
 from qsharded.calibration.rows import read_calibration_rows
 from qsharded.checkpoint.pack import read_unpacked
 from qsharded.checkpoint.packed_format import Form

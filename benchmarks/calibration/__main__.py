@@ -2,6 +2,7 @@
 
     python -m benchmarks.calibration quality --model SMOLLM2_FOLDER --prose TEXT_FILE
     python -m benchmarks.calibration speed --shape 8b --layers 3
+    python -m benchmarks.calibration speed --shape 30b-a3b --layers 2
     torchrun --standalone --nproc-per-node 2 -m benchmarks.calibration speed --shape 70b --layers 5
 
 quality: two CPU cores take half an hour. Calibration is on prose and Python; measured are other parts of these, and C++

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import resource
 import tempfile
 import time
@@ -12,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qsharded.calibration.calibrate import Calibration
 from qsharded.calibration.checkpoint import calibrate_checkpoint
 from qsharded.calibration.column_loop import round_columns_by_reference, round_columns_by_triton
+from qsharded.calibration.method import Calibration
 from qsharded.calibration.rows import CalibrationRows
 from qsharded.cli.command import compute_dtype
 from qsharded.distributed.world import World, start_world, stop_world
@@ -22,14 +23,27 @@ from qsharded.quant.formats import NF4_64
 
 _COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 5e5}
 _COMMON |= {"hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 8192}
-SHAPES: dict[str, dict[str, int]] = {
+_MIXTURE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "30b-a3b": {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "intermediate_size": 6144, **_MIXTURE},
+    "106b-a12b": {
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+    }
+    | {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "intermediate_size": 10944, **_MIXTURE},
+    "tiny-mixture": {"hidden_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "intermediate_size": 192, **_MIXTURE},
     "tiny": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-MOST_MINUTES = {"8b": 6.0, "70b": 30.0, "tiny": 1.0}  # 8b: one H200; 70b: two
+MOST_MINUTES = {"8b": 6.0, "70b": 30.0}  # 8b: one H200; 70b: two
 MOST_HOST_GIB = 24.0
-_VOCABULARY = {"8b": 128256, "70b": 128256, "tiny": 256}
+_VOCABULARY = {"8b": 128256, "70b": 128256, "30b-a3b": 151936, "106b-a12b": 151552}
+_TINY_VOCABULARY = 256
 _GIB = 1 << 30
 
 
@@ -69,8 +83,9 @@ def _figures(
     }
     if world.device.type == "cuda":
         record["gpu_gib_allocated"] = round(torch.cuda.max_memory_allocated() / _GIB, 2)
+    most = MOST_MINUTES.get(arguments.shape, math.inf)
     checks = {
-        f"{minutes:.1f} minutes, <= {MOST_MINUTES[arguments.shape]}": minutes <= MOST_MINUTES[arguments.shape],
+        f"{minutes:.1f} minutes, <= {most}": minutes <= most,
         f"{host * world.size:.1f} GiB of host memory, <= {MOST_HOST_GIB}": host * world.size <= MOST_HOST_GIB,
         "the kernel's codes and errors are the reference's": kernel_is_exact(world.device),
     }
@@ -80,7 +95,9 @@ def _figures(
 def calibrated(folder: Path, arguments: argparse.Namespace, length: int, world: World) -> float:
     """Seconds from reading the first layer to the last one's end."""
     generator = torch.Generator().manual_seed(0)
-    ids_RS = torch.randint(_VOCABULARY[arguments.shape], (arguments.rows, length), generator=generator)
+    ids_RS = torch.randint(
+        _VOCABULARY.get(arguments.shape, _TINY_VOCABULARY), (arguments.rows, length), generator=generator
+    )
     rows = CalibrationRows(ids_RS, {"random": arguments.rows})
     how = Calibration("compensated", NF4_64, world.group)
     dtype = compute_dtype("auto", world.device)
@@ -92,11 +109,11 @@ def calibrated(folder: Path, arguments: argparse.Namespace, length: int, world: 
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, device: torch.device) -> None:
-    """A Llama of that shape with so many layers, in bf16, a file each."""
-    kv_heads = 2 if shape == "tiny" else 8
-    described = SHAPES[shape] | {"num_hidden_layers": layers, "num_key_value_heads": kv_heads}
-    described |= {"vocab_size": _VOCABULARY[shape]}
-    (folder / "config.json").write_text(json.dumps(described | _COMMON))
+    """A Llama or Qwen3 MoE of that shape with so many layers, in bf16, a file each."""
+    kv_heads = 2 if shape.startswith("tiny") else 8
+    described: dict[str, Any] = _COMMON | SHAPES[shape] | {"num_hidden_layers": layers, "num_key_value_heads": kv_heads}
+    described |= {"vocab_size": _VOCABULARY.get(shape, _TINY_VOCABULARY)}
+    (folder / "config.json").write_text(json.dumps(described))
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
@@ -111,15 +128,26 @@ def write_checkpoint(folder: Path, shape: str, layers: int, device: torch.device
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def _layer(described: dict[str, int], drawn: Any) -> dict[str, Tensor]:
-    D, F = described["hidden_size"], described["intermediate_size"]
-    E = D // described["num_attention_heads"] * described["num_key_value_heads"]
-    sizes = {"q": (D, D), "k": (E, D), "v": (E, D), "o": (D, D)}
+def _layer(described: dict[str, Any], drawn: Any) -> dict[str, Tensor]:
+    D, heads = described["hidden_size"], described["num_attention_heads"]
+    head = described.get("head_dim", D // heads)
+    Q, E = head * heads, head * described["num_key_value_heads"]
+    sizes = {"q": (Q, D), "k": (E, D), "v": (E, D), "o": (D, Q)}
     tensors = {f"self_attn.{name}_proj.weight": drawn(*size) for name, size in sizes.items()}
-    mlp = {"gate": (F, D), "up": (F, D), "down": (D, F)}
-    tensors |= {f"mlp.{name}_proj.weight": drawn(*size) for name, size in mlp.items()}
-    norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    return tensors | {name: torch.ones(D, dtype=torch.bfloat16) for name in norms}
+    norms: dict[str, int] = {"input_layernorm": D, "post_attention_layernorm": D}
+    if "num_experts" in described:
+        norms |= {"self_attn.q_norm": head, "self_attn.k_norm": head}
+        tensors["mlp.gate.weight"] = drawn(described["num_experts"], D)
+        for expert in range(described["num_experts"]):
+            tensors |= _mlp(f"mlp.experts.{expert}", D, described["moe_intermediate_size"], drawn)
+    else:
+        tensors |= _mlp("mlp", D, described["intermediate_size"], drawn)
+    return tensors | {f"{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in norms.items()}
+
+
+def _mlp(name: str, D: int, F: int, drawn: Any) -> dict[str, Tensor]:
+    sizes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+    return {f"{name}.{part}_proj.weight": drawn(*size) for part, size in sizes.items()}
 
 
 def _save(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsharded.calibration.layer_walk import LayerWalk
+from qsharded.calibration.packed_base import PackedBaseWalk, decoded, packed_experts
 from qsharded.calibration.residual import AdapterShape, Rounded, residual_start
 from qsharded.calibration.rows import CalibrationRows
-from qsharded.checkpoint import fill_shards
 from qsharded.checkpoint.adapter import stored_name
 from qsharded.checkpoint.base_identity import BaseIdentity
 from qsharded.checkpoint.fingerprint import Fingerprint
-from qsharded.checkpoint.load import expected_shapes, packed_layer_fills, packed_layers, skeleton
+from qsharded.checkpoint.load import expected_shapes, packed_layers, skeleton
 from qsharded.checkpoint.pack import read_unpacked
 from qsharded.checkpoint.packed_format import PackedCheckpoint
 from qsharded.checkpoint.stacked import shapes_in_files
@@ -61,7 +61,11 @@ def start_from_residual(
         for name, layer in lora_layers(model)
         if isinstance(layer, LoRALinear) and isinstance(layer.base_layer, PackedLinear)
     }
-    walk = LayerWalk(whole, source, rows.of_rank(group), device, NF4_64)
+    ids_RS = rows.of_rank(group)
+    if packed is None:
+        walk = LayerWalk(whole, source, ids_RS, device, NF4_64)
+    else:
+        walk = PackedBaseWalk(whole, source, ids_RS, device, packed, packed_experts(model))
     rounded = _rounding(model, packed, device)
     is_main = collectives.rank(group) == 0
     found = residual_start(walk, source, rounded, shapes, group, shows_progress=is_main)
@@ -89,25 +93,10 @@ def _rounding(model: CausalLM, packed: PackedCheckpoint | None, device: torch.de
 
     def stored(name: str, weight_NK: Tensor) -> Tensor | None:
         assert packed is not None
-        return _decoded(packed, name, layers[name], device) if name in layers else None
+        return decoded(packed, name, layers[name], device) if name in layers else None
 
     chosen: Callable[[str, Tensor], Tensor | None] = nearest if packed is None else stored
     return chosen
-
-
-def _decoded(packed: PackedCheckpoint, name: str, like: PackedLinear, device: torch.device) -> Tensor:
-    """fp32 [N, K], of a packed weight in a checkpoint's files."""
-    layer = PackedLinear(
-        like.in_features,
-        like.out_features,
-        bias=False,
-        quant_type=like.quant_type,
-        block_size=like.block_size,
-        double_quant=like.weight_absmax_scales is not None,
-        device=device,
-    )
-    fill_shards.run(packed_layer_fills(packed, name, layer), packed.source, device)
-    return layer.dequantize(torch.float32)
 
 
 def _refuse_another(packed: PackedCheckpoint | None, original: Path) -> None:

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from qsharded.calibration.calibrate import Calibration, calibrate
+from qsharded.calibration.calibrate import calibrate
 from qsharded.calibration.layer_store import LayerStore
 from qsharded.calibration.layer_walk import LayerWalk
+from qsharded.calibration.method import Calibration
 from qsharded.calibration.rows import CalibrationRows
 from qsharded.calibration.second_moments import MEAN_DAMPING, RELATIVE_DAMPING
 from qsharded.checkpoint.base_identity import write_origin
@@ -65,9 +66,9 @@ def calibrate_checkpoint(
     if is_main:
         store.begin({**record.to_json(), "made_from": list(made_from)})
     collectives.barrier(how.group)
-    walk = LayerWalk(model, source, rows.of_rank(how.group), device, how.quant_format)
+    walk = LayerWalk(model, source, rows.of_rank(how.group), device)
     calibrate(walk, source, packed_layers(packed_model), how, store, device, shows_progress=is_main)
-    return Calibrated(store, record)
+    return Calibrated(store, replace(record, experts=store.counts()))
 
 
 def write_packed(

@@ -45,6 +45,32 @@ class ColumnOrder:
         return cls(blocks_G.tolist(), order_K, moments.inverse_factor(order_K))
 
 
+@dataclass(frozen=True)
+class InputsRounding:
+    """How weights that see the same inputs are rounded.
+
+    Attributes:
+        importance_K: of each input column.
+        order: None chooses scales alone.
+    """
+
+    importance_K: Tensor
+    order: ColumnOrder | None
+    quant_format: QuantFormat
+
+    @classmethod
+    def of(cls, moments: DampedMoments, quant_format: QuantFormat, *, by_search: bool) -> "InputsRounding":
+        """For inputs with these second moments."""
+        order = None if by_search else ColumnOrder.of(moments, quant_format.block_size)
+        return cls(moments.importance_K, order, quant_format)
+
+    def packed(self, weight_NK: Tensor, rows: SharedRows) -> PackedWeight:
+        """A finite weight, or this rank's ``rows`` of it."""
+        if self.order is None:
+            return searched(weight_NK, self.importance_K, self.quant_format, rows)
+        return compensated(weight_NK, self.importance_K, self.order, self.quant_format, rows)
+
+
 def searched(weight_NK: Tensor, importance_K: Tensor, quant_format: QuantFormat, rows: SharedRows) -> PackedWeight:
     """The weight, or this rank's ``rows`` of it, rounded to nearest under searched scales.
 

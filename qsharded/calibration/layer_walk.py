@@ -17,6 +17,7 @@ from qsharded.checkpoint import fill_shards
 from qsharded.checkpoint.load import expert_fills_of, plain_fills
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
+from qsharded.models.mixture import Experts
 from qsharded.models.parts import layers_of, part_names
 from qsharded.quant.experts import ExpertLinears
 from qsharded.quant.formats import QuantFormat
@@ -62,6 +63,16 @@ class LayerWalk:
         modules = self.layers[layer].named_modules()
         return {self.name(layer, name): module for name, module in modules if isinstance(module, nn.Linear)}
 
+    def experts(self, layer: int) -> dict[str, Experts]:
+        """A layer's mixtures of experts, by what a checkpoint calls them."""
+        modules = self.layers[layer].named_modules()
+        return {f"{self._prefix}{layer}.{name}": module for name, module in modules if isinstance(module, Experts)}
+
+    def expert_linears(self, layer: int) -> dict[str, ExpertLinears]:
+        """Each projection of all experts of a layer, by what a checkpoint calls its weight."""
+        modules = self.layers[layer].named_modules()
+        return {self.name(layer, name): module for name, module in modules if isinstance(module, ExpertLinears)}
+
     def in_turn(self, doing: str, *, shows_progress: bool) -> Iterator[int]:
         """The number of each layer, which is in memory meanwhile; a bar says how far it is."""
         bar = ProgressBar(doing, len(self.layers), " layers", stays=True) if shows_progress else None
@@ -86,7 +97,7 @@ class LayerWalk:
         self._fill(lambda name: not name.startswith((self._prefix, f"{head}.")))
         self._model.fill_buffers()
         with self._stopping_at(0):
-            self._hidden = [self._host(self._arguments(ids)[0][0]) for ids in self._ids]
+            self._hidden = [on_host(self._arguments(ids)[0][0]) for ids in self._ids]
 
     @contextmanager
     def in_memory(self, layer: int) -> Iterator[nn.Module]:
@@ -113,7 +124,7 @@ class LayerWalk:
                 (_, *others), named = self._arguments(ids)
                 out = forward(self._hidden[number].to(self._device, non_blocking=True), *others, **named)
                 if keep:
-                    self._hidden[number] = self._host(out if isinstance(out, Tensor) else out[0])
+                    self._hidden[number] = on_host(out if isinstance(out, Tensor) else out[0])
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
@@ -130,11 +141,6 @@ class LayerWalk:
     def _fill(self, chosen: Callable[[str], bool]) -> None:
         fills = plain_fills(self._model, self._source, chosen) + expert_fills_of(self._model, self._source, chosen)
         fill_shards.run(fills, self._source, self._device)
-
-    def _host(self, hidden_RSD: Tensor) -> Tensor:
-        if not hidden_RSD.is_cuda:
-            return hidden_RSD
-        return torch.empty(hidden_RSD.shape, dtype=hidden_RSD.dtype, pin_memory=True).copy_(hidden_RSD)
 
     @contextmanager
     def _stopping_at(self, layer: int) -> Iterator[None]:
@@ -173,6 +179,13 @@ class LayerWalk:
                 f"a time; to quantize, use --method nearest ({error})"
             ) from error
         raise AssertionError("the forward calls no layer")
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """It or, where it is on a GPU, a pinned copy."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 class _Stopped(Exception):

@@ -43,14 +43,28 @@ class SecondMoments:
         tokens = torch.tensor(self.tokens, device=self.sum_KK.device)
         self.tokens = int(collectives.all_reduce(tokens, dist.ReduceOp.SUM, group))
 
+    def add_like(self, other: "SecondMoments", tokens: int) -> None:
+        """Add so many tokens that are like those of ``other`` on average."""
+        self.sum_KK += other.sum_KK * (tokens / max(other.tokens, 1))
+        self.tokens += tokens
+
+    def add_even(self, tokens: int) -> None:
+        """Add so many tokens as large as those that there are, which use all columns alike and none with another."""
+        self.sum_KK.diagonal().add_(self.sum_KK.diagonal().mean() * (tokens / max(self.tokens, 1)))
+        self.tokens += tokens
+
+    def demand_finite(self, name: str) -> None:
+        """Raise ValueError where it is not; ``name`` is the weight's that sees these inputs."""
+        if not self.sum_KK.isfinite().all():
+            raise ValueError(f"the inputs of {name} are not finite: the checkpoint is damaged, or overflows")
+
     def damped(self, name: str) -> "DampedMoments":
         """The mean, damped.
 
         Raises:
-            ValueError: it is not finite; ``name`` is the weight's that sees these inputs.
+            ValueError: as :meth:`demand_finite`.
         """
-        if not self.sum_KK.isfinite().all():
-            raise ValueError(f"the inputs of {name} are not finite: the checkpoint is damaged, or overflows")
+        self.demand_finite(name)
         return DampedMoments.of(self.sum_KK / max(self.tokens, 1))
 
 

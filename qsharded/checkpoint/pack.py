@@ -27,16 +27,17 @@ from qsharded.checkpoint.source import INDEX, SafetensorsFolder
 from qsharded.checkpoint.stacked import shapes_in_files
 from qsharded.checkpoint.tied_embeddings import described_as, open_tied
 from qsharded.models.choice import read_config
+from qsharded.quant.experts import AnyPackedWeight
 from qsharded.quant.formats import NF4_64, QuantFormat
 from qsharded.quant.linear import PackedLinear
-from qsharded.quant.packed_weight import PackedWeight, QuantizedAbsmax
+from qsharded.quant.packed_weight import QuantizedAbsmax
 from qsharded.utils.progress_bar import ProgressBar
 from qsharded.utils.sharding import RowRange
 from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
 
-Ready = Callable[[str], PackedWeight | None]
+Ready = Callable[[str], AnyPackedWeight | None]
 """From the name of a tensor, as a model of text has it, to its packed weight where one is made already."""
 
 
@@ -157,7 +158,7 @@ class _Writer:
 
     def _fill(self, name: str, file: SafetensorsFile) -> fill_shards.Fill:
         if name in self.experts:
-            return self.experts[name].fill(name, file)
+            return self._fill_of_experts(self.experts[name], name, file)
         if name not in self.layers:
             return _CopyFill(self.source, name, file)
         (N, K), dtype = self.source.shape(name), self.source.dtype(name)
@@ -169,6 +170,14 @@ class _Writer:
                 self.bar.advance(N * K * dtype.itemsize)  # which need not be read
             return _ReadyFill(made, sink)
         return fill_shards.QuantizingFill(self.source, name, K, RowRange(0, N, N, None), self.quant_format, sink)
+
+    def _fill_of_experts(self, experts: ExpertsToPack, name: str, file: SafetensorsFile) -> fill_shards.Fill:
+        made = self.ready(experts.name)
+        if made is None:
+            return experts.fill(name, file)
+        if self.bar is not None:
+            self.bar.advance(experts.nbytes)
+        return _ReadyFill(made, experts.sink(name, file))
 
 
 class _CopyFill:
@@ -193,9 +202,9 @@ class _CopyFill:
 
 @dataclass(frozen=True)
 class _ReadyFill:
-    """A packed weight that is written as it is."""
+    """A packed weight, or experts' below each other, written as it is."""
 
-    packed: PackedWeight
+    packed: AnyPackedWeight
     sink: FileSink
     chunks: Sequence[RowChunk] = ()
 
@@ -207,6 +216,8 @@ class _ReadyFill:
 
     def finish(self, device: torch.device) -> None:
         codes, absmax, scales, offset = self.packed.tensors
+        assert codes is not None
+        assert absmax is not None
         assert scales is not None
         assert offset is not None
         self.sink.put_codes(0, codes)

@@ -55,10 +55,14 @@ class ExpertsToPack:
         sizes = self.layer.experts, self.layer.out_features, self.layer.in_features
         return packed_format.packed_expert_specs(self.layer.quant_format, name, *sizes)
 
+    def sink(self, name: str, file: SafetensorsFile) -> FileSink:
+        """Where they go."""
+        return FileSink(file, name, self.layer.in_features)
+
     def fill(self, name: str, file: SafetensorsFile) -> fill_shards.Fill:
         """What writes them."""
         E, N, K = self.layer.experts, self.layer.out_features, self.layer.in_features
-        packing = ExpertPacking(E, K, RowRange(0, E * N, E * N, None), self.layer.quant_format, FileSink(file, name, K))
+        packing = ExpertPacking(E, K, RowRange(0, E * N, E * N, None), self.layer.quant_format, self.sink(name, file))
         fill = RowsOfExperts(self.source, self.name, N, K, packing)
         fill.chunks = [replace(chunk, name=self.in_files(chunk.name)) for chunk in fill.chunks]
         return fill

@@ -13,7 +13,7 @@ Axes: E experts of the layer, n of them, N = out_features, K = in_features, P = 
 second-level blocks of one expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -121,6 +121,17 @@ class PackedExpertWeights:
     absmax_offset: Tensor | None
     quant_format: QuantFormat
 
+    @classmethod
+    def of(cls, experts: Sequence[PackedWeight]) -> "PackedExpertWeights":
+        """Of matrices of one shape and format, which are copied."""
+        codes, absmax, scales, offset = (
+            None if parts[0] is None else torch.stack(parts)
+            for parts in zip(*(e.tensors for e in experts), strict=True)
+        )
+        assert codes is not None
+        assert absmax is not None
+        return cls(codes, absmax, scales, offset, experts[0].quant_format)
+
     @property
     def shape(self) -> tuple[int, int]:
         """N, K."""
@@ -175,6 +186,10 @@ class PackedExpertWeights:
         return blockwise8.dequantize(absmax_nNG, scales_nNG) + self.absmax_offset[chosen][:, None, None]
 
 
+AnyPackedWeight = PackedWeight | PackedExpertWeights
+"""Of a linear layer, or of one projection of a layer's experts."""
+
+
 class ExpertLinears(nn.Module):
     """``y = x W_e^T + b_e`` for each expert e, in 16 or 32 bits.
 
@@ -200,6 +215,12 @@ class ExpertLinears(nn.Module):
         if self.in_features % quant_format.block_size == 0:
             for weight_NK in self.weight:
                 weight_NK.copy_(rounded(weight_NK, quant_format, weight_NK.dtype))
+
+    @torch.no_grad()
+    def hold_(self, packed: PackedExpertWeights) -> None:
+        """Have the values that ``packed`` decodes to."""
+        for e, weight_NK in enumerate(self.weight):
+            weight_NK.copy_(ops.nf4_dequantize(packed.expert(e), weight_NK.dtype))
 
 
 class PackedExperts(PackedModule):

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from qsharded.calibration.adapters import start_from_residual
-from qsharded.calibration.calibrate import Calibration
 from qsharded.calibration.checkpoint import calibrate_checkpoint, weights_hash, write_packed
+from qsharded.calibration.method import Calibration
 from qsharded.calibration.rows import CalibrationRows, rows_of_parts
 from qsharded.checkpoint.adapter import stored_name
 from qsharded.checkpoint.fingerprint import is_packed
@@ -28,6 +28,7 @@ from qsharded.utils import heartbeat
 from qsharded.utils.sharding import local, own_rows
 
 USUAL_ROWS = 32
+_ROUNDED = "linear layers and experts"  # what a base of the cache has calibrated: older ones lack the experts
 
 
 @heartbeat.working_outside("calibrating the base")
@@ -59,7 +60,7 @@ def calibrated_base(config: TrainConfig, world: World, folder: Path, data: Mixtu
 
 
 def _key(folder: Path, rows: CalibrationRows, world: World) -> str:
-    parts = weights_hash(folder), rows.fingerprint, world.device.type, str(world.size)
+    parts = weights_hash(folder), rows.fingerprint, world.device.type, str(world.size), _ROUNDED
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 

@@ -10,9 +10,10 @@ from benchmarks.calibration import __main__ as benchmark
 from benchmarks.calibration import quality, texts
 
 
-def test_speed_of_a_tiny_shape_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["tiny", "tiny-mixture"])
+def test_speed_of_a_tiny_shape_is_recorded(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = tmp_path / "record.json"
-    flags = ["speed", "--shape", "tiny", "--layers", "1", "--rows", "2", "--length", "16", "--record", str(record)]
+    flags = ["speed", "--shape", shape, "--layers", "1", "--rows", "2", "--length", "16", "--record", str(record)]
     monkeypatch.setattr(sys, "argv", ["calibration", *flags])
     with pytest.raises(SystemExit):
         benchmark.main()

@@ -1,6 +1,7 @@
 """``quantize --calibrate``: both formats, the record, going on where it stopped, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,11 +106,11 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_layer(
 ) -> None:
     put, layers = LayerStore.put, []
 
-    def stopped_at_the_second(self: LayerStore, layer: int, weights: object) -> None:
+    def stopped_at_the_second(self: LayerStore, layer: int, *what: Any) -> None:
         layers.append(layer)
         if layers == [0, 1]:
             raise OSError("no room")
-        put(self, layer, weights)  # type: ignore[arg-type]
+        put(self, layer, *what)
 
     monkeypatch.setattr(calibrate.LayerStore, "put", stopped_at_the_second)
     with pytest.raises(SystemExit):

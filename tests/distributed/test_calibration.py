@@ -5,15 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qsharded import quantize
 from qsharded.calibration.adapters import start_from_residual
+from qsharded.calibration.method import Calibration
 from qsharded.calibration.rows import read_calibration_rows
 from qsharded.checkpoint.load import Outline
 from qsharded.data import Tokenizer
 from qsharded.nn import LoRAConfig
+from qsharded.quant.experts import PackedExpertWeights
+from qsharded.quant.formats import NF4_64
+from qsharded.utils import collectives
+from tests.calibration.mixtures import random_experts, rounding, tokens
 from tests.checkpoints import write_chat_checkpoint, write_chat_rows
 from tests.distributed.harness import run_ranks
 
@@ -67,10 +73,41 @@ def start(model: Path, rows: Path, is_sharded: bool) -> dict[str, Any]:
     return start_from_residual(outline.model, None, model, calibration, CPU, torch.float32, seed=0, group=group)
 
 
-def test_adapters_begin_alike_on_every_rank(made: tuple[Path, Path]) -> None:
-    model, rows = made
-    first, second = run_ranks(start, 2, model, rows, True)
-    alone = start(model, rows, False)
+def experts(group: dist.ProcessGroup | None) -> tuple[dict[str, PackedExpertWeights], dict[str, int]]:
+    """Of a layer, each rank with every other token of each; over two the last is left to both."""
+    rank, ranks = collectives.rank(group), collectives.size(group)
+    own = [x[rank::ranks] for x in tokens([300, 200, 40, 2, 1])]
+    made = rounding(random_experts(5), own, Calibration("compensated", NF4_64, group))
+    return made.weights(), dict(made.counts)
+
+
+def adapters_and_experts(model: Path, rows: Path) -> Any:
+    return start(model, rows, True), experts(dist.group.WORLD), experts(dist.group.WORLD)
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(made: tuple[Path, Path]) -> list[Any]:
+    return run_ranks(adapters_and_experts, 2, *made)
+
+
+def test_ranks_share_the_experts_of_a_layer(of_two_ranks: list[Any]) -> None:
+    (_, two, again), (_, others, _) = of_two_ranks
+    one = experts(None)
+    assert two[1] == others[1] == one[1] == {"all": 5, "gate and up by search": 0, "down by search": 2}
+    assert others[0] == {}
+    assert two[0].keys() == one[0].keys()
+    for name, packed in two[0].items():
+        for found, same, expected in zip(
+            packed.tensors[:2], again[0][name].tensors, one[0][name].tensors, strict=False
+        ):
+            assert torch.equal(found, same), name
+            for e in range(5):
+                assert (found[e] == expected[e]).double().mean() > 0.95, (name, e)
+
+
+def test_adapters_begin_alike_on_every_rank(made: tuple[Path, Path], of_two_ranks: list[Any]) -> None:
+    first, second = (of_rank[0] for of_rank in of_two_ranks)
+    alone = start(*made, False)
     assert first.keys() == alone.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])

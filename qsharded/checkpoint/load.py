@@ -122,11 +122,12 @@ class Outline:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
-        config, storage_format = read_config(described, model_code), read_storage_format(described)
+        config = read_config(described, model_code)
         if config.wrapper:
             logger.info("%s is a multimodal model (%s): its text part alone is loaded", folder, config.wrapper)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
+        storage_format = read_storage_format(described)
         config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, storage_format)
         model = skeleton(config, lora, dtype, packed)

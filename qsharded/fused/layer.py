@@ -70,6 +70,7 @@ def beyond_fused(config: ModelConfig) -> str | None:
     """
     missing = {
         "gated delta-net layers": config.linear is not None,
+        "latent attention": config.latent is not None,
         "a mixture of experts": config.mixture is not None,
         "a gate on attention's output": config.attention_gate,
         "an MLP without a gate": config.mlp == "ungated",

@@ -19,7 +19,14 @@ from qsharded.nn import LoRAConfig, adapters_disabled
 from tests.models.parity import assert_close, case, ids, results, round_to_nf4
 from tests.models.variants import VARIANTS
 
-MIXTURES = ["qwen3_moe-v4", "mixtral", "glm4_moe", "gpt_oss", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+MIXTURES = [
+    "qwen3_moe-v4",
+    "mixtral",
+    "glm4_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    pytest.param("qwen3_next", marks=pytest.mark.slow),
+]
 
 
 def adapted(variant: str, lora: LoRAConfig) -> Any:
@@ -49,10 +56,18 @@ def outline(variant: str, lora: LoRAConfig) -> Any:
     return skeleton(ModelConfig.from_hf(VARIANTS[variant]), lora, torch.bfloat16)
 
 
-def test_all_linear_is_attention_shared_experts_and_experts_but_never_the_router() -> None:
-    model = outline("glm4_moe", LoRAConfig())
+LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "attends"), [("glm4_moe", {f"{part}_proj" for part in "qkvo"}), ("deepseek_v3", LATENT)]
+)
+def test_all_linear_is_attention_shared_experts_and_experts_but_never_the_router(
+    variant: str, attends: set[str]
+) -> None:
+    model = outline(variant, LoRAConfig())
     of_last = {name.partition("layers.1.")[2] for name, _ in lora_layers(model) if "layers.1." in name}
-    attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+    attention = {f"self_attn.{name}" for name in attends}
     shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
     assert of_last == attention | shared | {"mlp.experts", "mlp.experts.base_layer"}
     assert not model.model.layers[1].mlp.gate.weight.requires_grad

@@ -46,6 +46,7 @@ COMPOSED = {
     "qwen3_5_text": "gated delta-net layers",
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), "gated delta-net layers"),
     **dict.fromkeys(("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss"), "a mixture of experts"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "latent attention"),
     "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",
 }
 # Rows beyond their original context, where q is scaled by position; shorter ones are fused ("ministral3-short").

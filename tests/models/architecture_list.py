@@ -84,7 +84,7 @@ ARCHITECTURES = {
 }
 
 SLOW = frozenset(
-    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe granitemoe olmoe lfm2 mpt "  # noqa: SIM905
+    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe deepseek_v3 granitemoe olmoe lfm2 mpt "  # noqa: SIM905
     "qwen3_5_text".split()
 )
 """Those that differ little from others here: they run with --slow."""

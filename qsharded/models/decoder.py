@@ -169,7 +169,8 @@ class Head(nn.Linear):
 
 
 class CausalLM(nn.Module):
-    """A decoder with its language-model head. It holds no buffers: meta construction and to_empty lose nothing."""
+    """A decoder with its language-model head. It holds no buffers but those that checkpoints
+    have: meta construction and to_empty lose nothing."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()

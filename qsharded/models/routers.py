@@ -4,6 +4,7 @@ are trained in full: no adapter goes on a router.
 Axes: M tokens, D hidden size, E experts, k of a token, Q groups of experts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,14 +103,26 @@ class SigmoidRouter(PreciseRouter):
     """Sigmoids of fp32 logits; a correction bias, which keeps experts evenly busy, counts in the choice alone, and only
     the best groups of experts are chosen from: DeepSeek-V3's and GLM-4.5's (arXiv:2412.19437)."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, hidden_size: int, mixture: ExpertMixture) -> None:
         super().__init__(hidden_size, mixture)
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(mixture.experts), requires_grad=False)
+        # no parameter: it never trains, and FSDP2 would gather it in 16 bits
+        self.register_buffer("e_score_correction_bias", torch.zeros(mixture.experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmoidRouter":
+        """As in nn.Module, but the bias stays in fp32: in bf16 a large one, such as 9.4, would lose what tells experts
+        apart."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
+        return self
 
     def choose(self, logits_ME: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`Router`."""
         scores_ME = logits_ME.sigmoid()
-        preferred_ME = scores_ME.detach() + self.e_score_correction_bias.float()
+        preferred_ME = scores_ME.detach() + self.e_score_correction_bias
         chosen_Mk = _of_best_groups(preferred_ME, self.mixture, by=2).topk(self.mixture.per_token, dim=-1).indices
         return chosen_Mk, self._weighed(scores_ME.gather(1, chosen_Mk), smallest=1e-20)
 

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from qsharded.checkpoint import load_model
 from qsharded.models import ModelConfig
 from qsharded.models.routers import ROUTERS
+from tests.models.parity import case
 from tests.models.variants import VARIANTS
 
 THEIRS = {
@@ -26,8 +29,13 @@ def test_in_bf16_experts_and_weights_are_transformers(variant: str) -> None:
     torch.manual_seed(0)
     for tensor in theirs.state_dict().values():
         nn.init.normal_(tensor, std=0.1)
-    ours = ROUTERS[mixture.router](described["hidden_size"], mixture).to(torch.bfloat16)
-    ours.load_state_dict(theirs.to(torch.bfloat16).state_dict())
+    values = theirs.state_dict()
+    theirs.weight.data = theirs.weight.data.bfloat16()
+    if "e_score_correction_bias" in values:  # which transformers leaves in fp32, and which may be large
+        values["e_score_correction_bias"].add_(9.4)
+    ours = ROUTERS[mixture.router](described["hidden_size"], mixture)
+    ours.load_state_dict(values)
+    ours.to(torch.bfloat16)
     x_MD = torch.randn(200, described["hidden_size"], dtype=torch.bfloat16)
     with torch.no_grad():
         logits_ME, scores_Mk, experts_Mk = theirs(x_MD)
@@ -41,3 +49,12 @@ def test_in_bf16_experts_and_weights_are_transformers(variant: str) -> None:
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+def test_a_model_in_bf16_has_the_correction_bias_as_it_is_stored() -> None:
+    checkpoint = case("deepseek_v3").checkpoint
+    model, name = load_model(checkpoint, device="cpu"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored = load_file(checkpoint / "model.safetensors")[name]
+    assert model.get_buffer(name).equal(stored)
+    assert not stored.bfloat16().float().equal(stored)
+    assert model.get_submodule("model.layers.1.mlp.gate").weight.dtype == torch.bfloat16

@@ -15,7 +15,12 @@ from qsharded.merge import run as merge
 from tests.checkpoint.test_expert_layouts import in_mxfp4, rewritten
 from tests.models.parity import case, load, load_folders, results
 
-MIXTURES = ["qwen3_moe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "glm4_moe"))]
+MIXTURES = [
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "glm4_moe")),
+]
 
 
 def packed(checkpoint: Path, target: Path, form: str = "qsharded") -> Path:

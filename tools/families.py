@@ -27,10 +27,10 @@ Of a multimodal model the text part is trained: a line says so, rows that hold i
 the other parts' tensors through unchanged. PEFT reads the adapter on the whole model.
 
 Qwen3.5's gated delta-net layers run through flash-linear-attention's kernel where that is installed (on GPUs, in
-16 bits), else in plain PyTorch. Layers that predict further tokens (`mtp.*`) are not trained; `merge` carries them
-through.
+16 bits), else in plain PyTorch. Layers that predict further tokens (`mtp.*`, or behind the last as in DeepSeek V3) are
+not trained; `merge` carries them through.
 
-Mixtures of experts: [mixtures-of-experts.md](mixtures-of-experts.md).
+Mixtures of experts, and latent attention: [mixtures-of-experts.md](mixtures-of-experts.md).
 
 Dropout that a config.json asks for (Seed-OSS's) is not applied; a line says so.
 """

@@ -5,7 +5,16 @@ python -m benchmarks.mixtures.lines NAME FOLDER RESULT [--short]    # one of the
 
 from typing import Any
 
-from benchmarks.mixtures.shapes import GLM_4_5_AIR, GPT_OSS_20B, QWEN3_30B_A3B, QWEN3_235B_A22B, TINY
+from benchmarks.mixtures.shapes import (
+    DEEPSEEK_V2_LITE,
+    GLM_4_5_AIR,
+    GLM_4_7_FLASH,
+    GPT_OSS_20B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+    TINY,
+    TINY_LATENT,
+)
 from benchmarks.two_gpus.large import Large, line
 from benchmarks.two_gpus.line import Line, run_one
 
@@ -24,6 +33,8 @@ MIXTURES = (
     _mixture("gpt-oss-20b", GPT_OSS_20B, 1, 1, 4096, most_gib=17.0),
     _mixture("glm-4.5-air", GLM_4_5_AIR, 2, 1, 2048, options=RANK_8, most_gib=40.0),
     _mixture("qwen3-235b", QWEN3_235B_A22B, 2, 1, 2048, options=RANK_8, most_gib=80.0, limit_s=200),
+    _mixture("glm-4.7-flash", GLM_4_7_FLASH, 1, 4, 2048, tiny=TINY_LATENT),
+    _mixture("deepseek-v2-lite", DEEPSEEK_V2_LITE, 1, 4, 2048, tiny=TINY_LATENT),
 )
 
 

@@ -23,6 +23,7 @@ from qsharded.lora.layer import lora_layers
 from qsharded.lora.targets import peft_name
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.sharding import local, own_rows, whole
+from qsharded.utils.stored_buffers import stored_buffers
 from qsharded.utils.untrusted_json import (
     BOOLEAN,
     NULL,
@@ -95,6 +96,14 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((stored_name(model, name), p) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of what checkpoints hold beside parameters that train in full, such as a router's correction bias:
+    PEFT writes it with them, and misses it where it is not."""
+    for prefix, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            yield from stored_buffers(module, prefix)
+
+
 def stored_name(model: nn.Module, name: str) -> str:
     """What an adapter file calls what ``model`` calls ``name``."""
     return PREFIX + peft_name(model, name)
@@ -125,6 +134,7 @@ def save_adapter(
             weights[name] = full.cpu().contiguous()
     if not is_main:
         return
+    weights |= {stored_name(model, name): buffer.cpu() for name, buffer in buffers_beside(model)}
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: TensorParts(tensor.dtype, tuple(tensor.shape), [tensor]) for name, tensor in weights.items()}
     write_tensors(folder / WEIGHTS_FILE, parts, {"format": "pt", **(metadata or {})})
@@ -250,7 +260,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     parameters = dict(trainable(model))
     device = next((local(p).device for p in parameters.values()), torch.device("cpu"))
     with refused_by_all(groups_sharing(parameters.values()), device):
-        _fill(parameters, {**dict(_own_bases(model)), **_frozen_ends(model)}, folder / WEIGHTS_FILE)
+        _fill(parameters, {**dict(_own_bases(model)), **_frozen(model)}, folder / WEIGHTS_FILE)
 
 
 def _fill(parameters: Mapping[str, Tensor], bases: Mapping[str, Tensor], path: Path) -> None:
@@ -281,11 +291,13 @@ def _own_bases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield stored_name(model, own_base(name)), layer.base_layer.get_parameter("weight")
 
 
-def _frozen_ends(model: nn.Module) -> dict[str, Tensor]:
-    """name in an adapter file -> weight of the embedding and the head that nothing trains or adapts."""
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """name in an adapter file -> what it may hold though nothing trains or adapts it: the weights of embedding and
+    head, and :func:`buffers_beside`."""
     named = dict(model.named_parameters(remove_duplicate=False))
     frozen = (name for name in (EMBEDDING, HEAD) if name in named and not named[name].requires_grad)
-    return {stored_name(model, name): named[name] for name in frozen}
+    beside = {stored_name(model, name): buffer for name, buffer in buffers_beside(model)}
+    return {stored_name(model, name): named[name] for name in frozen} | beside
 
 
 def _tell_other_base(file: Any, name: str, base: Tensor, path: Path) -> None:

@@ -34,6 +34,7 @@ from qsharded.quant.packed_module import PackedModule
 from qsharded.utils.argument_kinds import refuse_other_kind
 from qsharded.utils.checkpointing_modes import Checkpointing, Mode
 from qsharded.utils.sharding import local, own_rows
+from qsharded.utils.stored_buffers import stored_buffers
 from qsharded.utils.untrusted_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -122,11 +123,12 @@ class Outline:
             ValueError: what config.json asks for, or the names of packed tensors, cannot be read or adapted so.
         """
         described = read_json(folder / "config.json")
-        config, storage_format = read_config(described, model_code), read_storage_format(described)
+        config = read_config(described, model_code)
         if config.wrapper:
             logger.info("%s is a multimodal model (%s): its text part alone is loaded", folder, config.wrapper)
         if random_init:
             return cls(skeleton(config, lora, dtype), dtype, None, None)
+        storage_format = read_storage_format(described)
         config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, storage_format)
         model = skeleton(config, lora, dtype, packed)
@@ -354,14 +356,7 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if not is_packed and not _is_tied_head(model, name):
                 yield name, parameter
         if not isinstance(module, PackedModule):
-            yield from _stored_buffers(prefix, module)
-
-
-def _stored_buffers(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    unstored = module._non_persistent_buffers_set
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in unstored:
-            yield f"{prefix}.{name}".lstrip("."), buffer
+            yield from stored_buffers(module, prefix)
 
 
 def _is_tied_head(model: nn.Module, name: str) -> bool:

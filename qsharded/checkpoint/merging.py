@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsharded.checkpoint.adapter import (
     WEIGHTS_FILE,
+    buffers_beside,
     copy_rows,
     load_adapter,
     open_weights,
@@ -135,6 +136,7 @@ class Merge:
         embedding, head = tied_names(model.config)
         ends = {end: stored_name(model, end) for end in (embedding, head) if end not in bases}
         bases |= {end: name for end, name in ends.items() if name in held}
+        bases |= {name: stored_name(model, name) for name, _ in buffers_beside(model)}
         if model.config.tie_word_embeddings:  # what is brought for one of them is the other's too
             for end, other in ((head, embedding), (embedding, head)):
                 if bases.get(other) in held:

@@ -46,6 +46,7 @@ def beyond_fused(config: ModelConfig) -> str | None:
     """
     missing = {
         "gated delta-net layers": config.linear is not None,
+        "latent attention": config.latent is not None,
         "a gate on attention's output": config.attention_gate,
         "an MLP without a gate": config.mlp == "ungated",
         "norms of q and k other than of each head before it is rotated": config.qk_norm_place != "head",

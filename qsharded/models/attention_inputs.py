@@ -90,7 +90,7 @@ def attention_inputs(
         is_routed_BS=_routed(config, positions_BS, documents_BT),
     )
     # the soft-capped backend reads boundaries on any device
-    knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.head_dim)
+    knows_documents = config.score_softcap is not None or has_flash_kernel(device, dtype, config.kernel_head_dim)
     if keys == positions_BS.shape[1] and knows_documents:
         sights = _by_boundaries(config, positions_BS, documents_BT, boundaries)
     else:
@@ -164,7 +164,7 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, S, R]; without rotary embedding those of an angle of 0."""
     if rope is None:
-        cos_BSE = torch.ones(*positions_BS.shape, config.head_dim, dtype=dtype, device=positions_BS.device)
+        cos_BSE = torch.ones(*positions_BS.shape, config.rope_head_dim, dtype=dtype, device=positions_BS.device)
         return cos_BSE, torch.zeros_like(cos_BSE)
     is_long: bool | Tensor = False
     if rope.rope_type == "longrope" and keys > rope.original_length:
@@ -172,7 +172,7 @@ def _tables(
         if documents_BT is not None:
             is_long = _document_lengths(positions_BS, documents_BT[:, keys - positions_BS.shape[1] :])
             is_long = is_long > rope.original_length
-    return rope_tables(rope, config.head_dim, positions_BS, dtype, is_long)
+    return rope_tables(rope, config.rope_head_dim, positions_BS, dtype, is_long)
 
 
 def _document_lengths(positions_BS: Tensor, documents_BS: Tensor) -> Tensor:

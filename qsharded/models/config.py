@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from qsharded.models.config_schema import check_model_config
+from qsharded.models.layer_shapes import ExpertMixture, LatentAttention, LinearAttention
 from qsharded.models.parts import PartNames
 from qsharded.models.rope import RopeConfig
 from qsharded.utils.untrusted_json import named
@@ -31,68 +32,6 @@ POST_NORMS = NormNames(None, "post_attention_layernorm", None, "post_feedforward
 
 
 @dataclass(frozen=True)
-class LinearAttention:
-    """The shape of gated delta-net layers: heads and their dims, the taps of the convolution before them, and whether
-    their projections are fused (``in_proj_qkvz`` and ``in_proj_ba``)."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    fused: bool = False
-
-
-@dataclass(frozen=True)
-class ExpertMixture:
-    """The MLP of sparse layers: experts, of which a router chooses some for each token.
-
-    Attributes:
-        experts, per_token: how many there are, and how many a token gets.
-        intermediate_size: of one expert.
-        router: how a token's experts are chosen and weighted: "softmax" over all experts, "softmax of chosen" logits
-            (gpt-oss's), or "sigmoid" (DeepSeek-V3's and GLM's: a correction bias counts in the choice alone).
-        normalised: weights of a token's experts are divided by their sum.
-        scaling: of the weights.
-        groups, chosen_groups: with "sigmoid" a token's experts come from so many of the groups.
-        shared_size: intermediate size of the expert that every token gets beside; 0: there is none.
-        shared_name, shared_gate: what it is called, and whether a gate weighs it.
-        clamped: gate and up are clamped to +-7, and meet as gpt-oss's do; experts and router have biases.
-    """
-
-    experts: int
-    per_token: int
-    intermediate_size: int
-    router: Literal["softmax", "softmax of chosen", "sigmoid"] = "softmax"
-    normalised: bool = True
-    scaling: float = 1.0
-    groups: int = 1
-    chosen_groups: int = 1
-    shared_size: int = 0
-    shared_name: str = "shared_experts"
-    shared_gate: bool = False
-    clamped: bool = False
-    clamp_limit: float = 7.0
-    clamp_gain: float = 1.702
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.per_token <= self.experts:
-            raise ValueError(f"num_experts_per_tok must be from 1 to the {self.experts} experts, got {self.per_token}")
-        if self.experts % self.groups or not 1 <= self.chosen_groups <= self.groups:
-            raise ValueError(
-                f"n_group ({self.groups}) must divide the {self.experts} experts, and topk_group "
-                f"({self.chosen_groups}) be one of them at least"
-            )
-        to_choose_from = self.experts // self.groups * self.chosen_groups
-        if to_choose_from < self.per_token or (self.chosen_groups < self.groups > self.experts // 2):
-            raise ValueError(
-                f"n_group ({self.groups}) and topk_group ({self.chosen_groups}) leave {to_choose_from} of "
-                f"{self.experts} experts, of which num_experts_per_tok ({self.per_token}) are chosen, in groups of 2 "
-                "and more"
-            )
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A decoder's shape and mathematics, under Hugging Face's names where these exist. The defaults are Llama's.
 
@@ -113,6 +52,7 @@ class ModelConfig:
             to the residual stream, and of the logits.
         embedding_multiplier_rounded: the first is rounded to the activations' dtype.
         attention_gate: q_proj puts out q and a gate, by whose sigmoid attention's output is multiplied.
+        latent: of latent attention, in every layer; ``head_dim`` is then q's and k's.
         linear, linear_layers: gated delta-net layers, and which layers are such in attention's place.
         mixture, sparse_layers: mixtures of experts, and which layers have one in place of the MLP; empty: all.
         sinks: each head attends to a sink as well, a score without a value.
@@ -156,6 +96,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     attention_gate: bool = False
+    latent: LatentAttention | None = None
     linear: LinearAttention | None = None
     linear_layers: tuple[bool, ...] = ()
     mixture: ExpertMixture | None = None
@@ -170,19 +111,30 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
-        if self.rope.rotary_dim(self.head_dim) % 2:
+        if self.rope_head_dim % 2:
+            name = "head_dim" if self.latent is None else "qk_rope_head_dim"
+            raise ValueError(f"{name} must be even for rotary embedding, got {self.rope_head_dim}")
+        if self.rope.rotary_dim(self.rope_head_dim) % 2:
             raise ValueError(f"rotary embedding must turn an even number of dims, not {self.rope.rotary_fraction} of "
-                             f"head_dim {self.head_dim}")  # fmt: skip
+                             f"head_dim {self.rope_head_dim}")  # fmt: skip
         for rope in {self.rope, *filter(None, self.layer_ropes)}:
-            rope.check(self.head_dim)
+            rope.check(self.rope_head_dim)
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
         for name in ("layer_windows", "layer_ropes", "linear_layers", "sparse_layers"):
             entries = getattr(self, name)
             if entries and len(entries) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(entries)} entries for {self.num_hidden_layers} layers")
+
+    @property
+    def rope_head_dim(self) -> int:
+        """The dims of a head that the rotary embedding is for."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def kernel_head_dim(self) -> int:
+        """Of the heads that attention kernels get, which take q, k and v of one width."""
+        return self.head_dim if self.latent is None else max(self.head_dim, self.latent.value_dim)
 
     @property
     def rope_of_layer(self) -> tuple[RopeConfig | None, ...]:

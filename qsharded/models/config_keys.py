@@ -37,6 +37,7 @@ _HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens max_sequence_length is_llama_config transformers.js_config unsloth_fixed unsloth_version
     cache_implementation auto_map keys_to_ignore_at_inference classifier_dropout router_aux_loss_coef
+    aux_loss_alpha seq_aux
     """.split()  # noqa: SIM905  (as a list it would fill a page)
 )
 # Keys of which only these values leave the decoder as it is; a family may say otherwise.

@@ -14,12 +14,16 @@ _UNREAD = {
     "llama": ("use_sliding_window", "max_window_layers", "sliding_window"),
     "mistral": ("use_sliding_window", "max_window_layers"),
 }
+_OF_ROUTED = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 # What transformers 5 writes for a key of the models' own config.json, by family.
 _RENAMED = {
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_next": {"num_local_experts": "num_experts"},
     "qwen3_5_moe_text": {"num_local_experts": "num_experts"},
-    "glm4_moe": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    "glm4_moe": _OF_ROUTED,
+    "glm4_moe_lite": _OF_ROUTED,
+    "deepseek_v3": _OF_ROUTED,
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
 }
 
 

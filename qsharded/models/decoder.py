@@ -34,6 +34,7 @@ class DecoderLayer(nn.Module):
 
     input_layernorm: nn.RMSNorm  # these two and others, as ``config.norms`` says
     post_attention_layernorm: nn.RMSNorm
+    self_attn: Any  # of the kind that ``config`` describes, or a gated delta-net, ``linear_attn``
     mlp: Any  # of one projection after the other, or a mixture of experts
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -171,7 +172,8 @@ class Head(nn.Linear):
 
 
 class CausalLM(nn.Module):
-    """A decoder with its language-model head. It holds no buffers: meta construction and to_empty lose nothing."""
+    """A decoder with its language-model head. It holds no buffers but those that checkpoints
+    have: meta construction and to_empty lose nothing."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()

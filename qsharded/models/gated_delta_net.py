@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsharded.models.attention_inputs import AttentionInputs
-from qsharded.models.config import LinearAttention, ModelConfig
+from qsharded.models.config import ModelConfig
 from qsharded.models.fla import fla_rule, run_rule
 from qsharded.models.kv_cache import KVCache
+from qsharded.models.layer_shapes import LinearAttention
 
 _CHUNK = 64
 

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qsharded.models.config import ExpertMixture, ModelConfig
+from qsharded.models.config import ModelConfig
+from qsharded.models.layer_shapes import ExpertMixture
 from qsharded.models.mlp import ACTIVATIONS, MLP
 from qsharded.models.routers import ROUTERS, Choice
 from qsharded.quant.expert_mlp import ExpertMLP, Update

@@ -17,6 +17,7 @@ class OffsetRMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(precise), self.normalized_shape, 1 + self.weight.to(precise), eps).to(x.dtype)
 
 
-def rms_norm(config: ModelConfig, width: int) -> nn.RMSNorm:
-    """The model's norm, of vectors of ``width`` values."""
-    return (OffsetRMSNorm if config.norm_offset else nn.RMSNorm)(width, eps=config.rms_norm_eps)
+def rms_norm(config: ModelConfig, width: int, eps: float | None = None) -> nn.RMSNorm:
+    """The model's norm, of vectors of ``width`` values; ``eps``: where it is not that of ``config``."""
+    kind = OffsetRMSNorm if config.norm_offset else nn.RMSNorm
+    return kind(width, eps=config.rms_norm_eps if eps is None else eps)

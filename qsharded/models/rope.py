@@ -229,9 +229,10 @@ def _attention_factor(rope: RopeConfig) -> float:
     if rope.rope_type == "longrope":
         return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length))
     if rope.mscale and rope.mscale_all_dim:
-        return _yarn_temperature(rope.factor, rope.mscale) / _yarn_temperature(rope.factor, rope.mscale_all_dim)
-    return _yarn_temperature(rope.factor, 1.0)
+        return yarn_temperature(rope.factor, rope.mscale) / yarn_temperature(rope.factor, rope.mscale_all_dim)
+    return yarn_temperature(rope.factor, 1.0)
 
 
-def _yarn_temperature(factor: float, mscale: float) -> float:
+def yarn_temperature(factor: float, mscale: float) -> float:
+    """By which q and k grow where positions are stretched by ``factor``: YaRN's, section 3.4."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

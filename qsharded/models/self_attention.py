@@ -13,12 +13,15 @@ from qsharded.models.attention import attend
 from qsharded.models.attention_inputs import AttentionInputs
 from qsharded.models.config import ModelConfig
 from qsharded.models.kv_cache import KVCache
+from qsharded.models.latent_attention import LatentAttention
 from qsharded.models.norm import rms_norm
 from qsharded.models.rope import rotate
 
 
-def self_attention(config: ModelConfig, layer: int) -> "Attention":
+def self_attention(config: ModelConfig, layer: int) -> "Attention | LatentAttention":
     """The attention that ``config`` describes."""
+    if config.latent is not None:
+        return LatentAttention(config, layer)
     if config.attention_gate:
         return GatedAttention(config, layer)
     if config.sinks:

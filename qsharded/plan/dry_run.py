@@ -71,9 +71,10 @@ def _model(
     config: TrainConfig, folder: Path, described: dict[str, Any]
 ) -> tuple[AnyConfig, PackedCheckpoint | StorageFormat | None]:
     """The model and what of it is packed; of a Hub id, and of a folder without its weights, only how."""
-    model, storage_format = read_config(described, config.model_code), read_storage_format(described)
+    model = read_config(described, config.model_code)
     if config.random_init:
         return model, None
+    storage_format = read_storage_format(described)
     if not (Path(config.model).is_dir() and any(folder.glob("*.safetensors"))):
         return model, storage_format
     model, source = open_tied(folder, model)

@@ -81,7 +81,7 @@ def _computing(model: CausalLM, plan: Plan, card: Card, tokens: int) -> float:
 def _attention(model: CausalLM, length: int) -> float:
     """Operations of attention's forward a token: two products with on average S/2 keys, in every layer."""
     config = model.config
-    return 2 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return 2 * length * config.num_attention_heads * config.kernel_head_dim * config.num_hidden_layers
 
 
 def _bringing(model: CausalLM, plan: Plan, card: Card) -> float:

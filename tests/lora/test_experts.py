@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qsharded.checkpoint import load_model
@@ -14,12 +15,21 @@ from qsharded.checkpoint.adapter import load_adapter, peft_config, read_lora_con
 from qsharded.checkpoint.load import skeleton
 from qsharded.lora.experts import LoRAExperts
 from qsharded.lora.layer import lora_layers
+from qsharded.merge import MergeConfig
+from qsharded.merge import run as merge
 from qsharded.models import ModelConfig
 from qsharded.nn import LoRAConfig, adapters_disabled
 from tests.models.parity import assert_close, case, ids, results, round_to_nf4
 from tests.models.variants import VARIANTS
 
-MIXTURES = ["qwen3_moe-v4", "mixtral", "glm4_moe", "gpt_oss", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+MIXTURES = [
+    "qwen3_moe-v4",
+    "mixtral",
+    "glm4_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    pytest.param("qwen3_next", marks=pytest.mark.slow),
+]
 
 
 def adapted(variant: str, lora: LoRAConfig) -> Any:
@@ -49,10 +59,18 @@ def outline(variant: str, lora: LoRAConfig) -> Any:
     return skeleton(ModelConfig.from_hf(VARIANTS[variant]), lora, torch.bfloat16)
 
 
-def test_all_linear_is_attention_shared_experts_and_experts_but_never_the_router() -> None:
-    model = outline("glm4_moe", LoRAConfig())
+LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "attends"), [("glm4_moe", {f"{part}_proj" for part in "qkvo"}), ("deepseek_v3", LATENT)]
+)
+def test_all_linear_is_attention_shared_experts_and_experts_but_never_the_router(
+    variant: str, attends: set[str]
+) -> None:
+    model = outline(variant, LoRAConfig())
     of_last = {name.partition("layers.1.")[2] for name, _ in lora_layers(model) if "layers.1." in name}
-    attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+    attention = {f"self_attn.{name}" for name in attends}
     shared = {f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")}
     assert of_last == attention | shared | {"mlp.experts", "mlp.experts.base_layer"}
     assert not model.model.layers[1].mlp.gate.weight.requires_grad
@@ -75,12 +93,34 @@ def test_which_parameters_are_adapted_and_written(lora: LoRAConfig, written: lis
     assert any(isinstance(layer, LoRAExperts) for _, layer in lora_layers(model)) == (written is not None)
 
 
-def test_the_router_trains_in_full_when_it_is_told() -> None:
-    lora = LoRAConfig(target_modules=["q_proj"], modules_to_save=["mlp.gate"])
-    model = adapted("qwen3_moe", lora)
-    routers = [name for name, _ in trainable(model) if name.endswith("mlp.gate.weight")]
-    assert len(routers) == VARIANTS["qwen3_moe"]["num_hidden_layers"]
+@pytest.mark.parametrize(("variant", "routed"), [("qwen3_moe", 2), ("deepseek_v3", 1)])
+def test_the_router_trains_in_full_when_it_is_told(variant: str, routed: int, tmp_path: Path) -> None:
+    """A correction bias does not, but PEFT wants it in the file, and its own may be another than the base's."""
+    lora = LoRAConfig(target_modules=["o_proj"], modules_to_save=["mlp.gate"])
+    model = adapted(variant, lora)
+    routers = [name for name, _ in trainable(model) if ".mlp.gate." in name]
+    assert len(routers) == routed
     assert all(results(model)[name].abs().max() > 0 for name in routers)
+    save_adapter(model, lora, tmp_path, base_model="m")
+    base = AutoModelForCausalLM.from_pretrained(case(variant).checkpoint, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(round_to_nf4(base), tmp_path, is_trainable=True).eval()
+    with torch.no_grad():
+        assert_close({"logits": model(ids())}, {"logits": peft(input_ids=ids()).logits})
+        for name, buffer in peft.named_buffers():
+            if ".modules_to_save." in name:
+                buffer.add_(torch.linspace(-1, 1, len(buffer)))
+        peft.save_pretrained(tmp_path / "again")
+        theirs = peft(input_ids=ids()).logits
+        assert not theirs.equal(model(ids())) or variant == "qwen3_moe"
+        load_adapter(model, tmp_path / "again")
+        assert_close({"logits": model(ids())}, {"logits": theirs})
+    options = {"adapter": str(tmp_path / "again"), "output": str(tmp_path / "merged"), "check_rows": 0}
+    merge(MergeConfig(model=str(case(variant).checkpoint), **options))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    saved = {name: tensor for name, tensor in peft.state_dict().items() if ".modules_to_save." in name}
+    for name, tensor in saved.items():
+        there = name.removeprefix("base_model.model.").replace(".modules_to_save.default.", ".")
+        assert merged[there].equal(tensor)
 
 
 def test_dropout_on_experts_is_refused() -> None:

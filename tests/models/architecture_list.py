@@ -67,6 +67,7 @@ ARCHITECTURES = {
         | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
         | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
         | {"head_dim": 8, "num_key_value_heads": 4},
+        is_native=True,
         targets=("q_b_proj", "kv_b_proj", "o_proj"),
     ),
     "bamba": Architecture("Bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16}, packs=False),
@@ -83,7 +84,7 @@ ARCHITECTURES = {
 }
 
 SLOW = frozenset(
-    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe granitemoe olmoe lfm2 mpt "  # noqa: SIM905
+    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe deepseek_v3 granitemoe olmoe lfm2 mpt "  # noqa: SIM905
     "qwen3_5_text".split()
 )
 """Those that differ little from others here: they run with --slow."""

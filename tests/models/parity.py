@@ -69,6 +69,9 @@ def write_checkpoint(folder: Path, described: dict[str, Any]) -> tuple[PreTraine
         for name, parameter in model.named_parameters():
             centre = float(parameter.dim() == 1 and "bias" not in name and not is_offset(model, name))
             parameter.normal_(mean=centre, std=0.2 if parameter.dim() == 1 else 0.12)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     model.save_pretrained(folder)
     rewritten = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(described))

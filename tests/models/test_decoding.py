@@ -105,6 +105,7 @@ NOT_REPLAYED = (
     "qwen3_moe",
     "mixtral",
     "glm4_moe",
+    "deepseek_v",
     "gpt_oss",
     "qwen3_next",
 )

@@ -45,6 +45,7 @@ COMPOSED = {
     "qwen3_5": "gated delta-net layers",
     "qwen3_5_text": "gated delta-net layers",
     **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), "gated delta-net layers"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "latent attention"),
     "hunyuan_v1_dense": "norms of q and k other than of each head before it is rotated",
 }
 # Rows beyond their original context, where q is scaled by position; shorter ones are fused ("ministral3-short").
@@ -191,20 +192,40 @@ def test_peft_reads_a_multimodal_models_adapter_of_all_linear_layers(tmp_path: P
     assert ours == {name.replace(".default.", ".") for name, _ in peft.named_parameters() if "lora_" in name}
 
 
-def test_layers_that_predict_further_tokens_are_passed_over_and_carried_through(tmp_path: Path) -> None:
-    folders = case("qwen3_5_text")
+BEHIND_THE_LAST = (
+    "embed_tokens",
+    "enorm",
+    "eh_proj",
+    "self_attn.kv_b_proj",
+    "mlp.gate",
+    "mlp.experts.0.up_proj",
+    "mlp.shared_experts.down_proj",
+    "shared_head.head",
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "further"),
+    [
+        ("qwen3_5_text", ["mtp.fc.weight", "mtp.norm.weight"]),
+        ("deepseek_v3", [f"model.layers.2.{name}.weight" for name in BEHIND_THE_LAST]),
+    ],
+)
+def test_layers_that_predict_further_tokens_are_passed_over_and_carried_through(
+    variant: str, further: list[str], tmp_path: Path
+) -> None:
+    folders, added = case(variant), {name: torch.randn(8, 64) for name in further}
     shutil.copytree(folders.checkpoint, tmp_path / "base")
-    further = {"mtp.fc.weight": torch.randn(8, 16), "mtp.norm.weight": torch.randn(8)}
-    weights = load_file(folders.checkpoint / "model.safetensors") | further
+    weights = load_file(folders.checkpoint / "model.safetensors") | added
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    assert_close(results(load_folders(tmp_path / "base", folders.adapter)), results(load("qwen3_5_text")))
+    assert_close(results(load_folders(tmp_path / "base", folders.adapter)), results(load(variant)))
     run(MergeConfig(model=str(tmp_path / "base"), adapter=str(folders.adapter), output=str(tmp_path / "merged")))
     packed = quantize.QuantizeConfig(model=str(tmp_path / "base"), output=str(tmp_path / "packed"))
     quantize.run(packed, World.single_process(torch.device("cpu")))
     for folder in ("merged", "packed"):
         written = load_file(tmp_path / folder / "model.safetensors")
-        assert all(torch.equal(written[name], tensor) for name, tensor in further.items())
-    assert_close(results(load_folders(tmp_path / "packed", folders.adapter)), results(load("qwen3_5_text")))
+        assert all(torch.equal(written[name], tensor) for name, tensor in added.items())
+    assert_close(results(load_folders(tmp_path / "packed", folders.adapter)), results(load(variant)))
 
 
 @pytest.mark.parametrize("variant", ["gemma3", "qwen3_5", "phi3", "qwen3_5_text"])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qsharded.models import gated_delta_net
 from qsharded.models.attention_inputs import attention_inputs
-from qsharded.models.config import LinearAttention, ModelConfig
+from qsharded.models.config import ModelConfig
 from qsharded.models.gated_delta_net import Documents, GatedDeltaNet, causal_conv, gated_delta_rule
+from qsharded.models.layer_shapes import LinearAttention
 from qsharded.utils.documents import Boundaries
 
 B, S, G, H, KEY, VALUE, TAPS, CHANNELS = 2, 23, 2, 4, 6, 5, 4, 7

@@ -15,6 +15,7 @@ from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.formats import QuantFormat
 from qsharded.quant.routing import Routed
 from qsharded_kernels import triton_experts
+from tests.kernels.packed_products import DEVICE
 
 M, k, E, D, J, r = 11, 3, 6, 64, 128, 3
 MATRIX = 4 * D * J
@@ -106,10 +107,11 @@ def test_result_and_gradients(packed: bool, bias: bool, adapted: bool) -> None:
 def test_by_the_kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what lies between the products: with silu, which they know, here interpreted."""
     monkeypatch.setattr(expert_rows, "_kernels", lambda like: None if like.dtype == torch.float64 else triton_experts)
-    case, weight = Case(packed=True, bias=True), torch.randn(M, D)
-    case.glu = silu_product
-    exact = [leaf.detach().double().requires_grad_() for leaf in case.leaves()]
-    made, expected = case.result(), case.expected(exact)
+    with torch.device(DEVICE):
+        case, weight = Case(packed=True, bias=True), torch.randn(M, D)
+        case.glu = silu_product
+        exact = [leaf.detach().double().requires_grad_() for leaf in case.leaves()]
+        made, expected = case.result(), case.expected(exact)
     right = [expected, *gradients(expected, exact, weight.double())]
     for got, other in zip([made, *gradients(made, case.leaves(), weight)], right, strict=True):
         assert (got.double() - other).abs().max() <= 1e-5 * other.abs().max()

@@ -5,13 +5,13 @@ class in transformers, for the keys that a config.json leaves out. The list in R
 go through it (tests/models/variants.py).
 """
 
-from qsharded.models.families import exaone, gemma, glm, gpt_oss, hunyuan, llama, mistral, olmo, phi, qwen
+from qsharded.models.families import deepseek, exaone, gemma, glm, gpt_oss, hunyuan, llama, mistral, olmo, phi, qwen
 from qsharded.models.families.family import Family
 from qsharded.models.families.wrappers import WRAPPERS
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for makers in (llama, mistral, qwen, gemma, phi, olmo, glm, exaone, hunyuan, gpt_oss)
+    for makers in (llama, mistral, qwen, gemma, phi, olmo, glm, deepseek, exaone, hunyuan, gpt_oss)
     for model_type, family in makers.FAMILIES.items()
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qsharded.models.config import ExpertMixture
+from qsharded.models.layer_shapes import ExpertMixture
 from qsharded.models.rope import RopeConfig
 
 Values = Mapping[str, Any]

@@ -3,8 +3,8 @@
 from typing import Any
 
 from qsharded.models import layer_patterns
-from qsharded.models.config import ExpertMixture, LinearAttention
 from qsharded.models.families.family import Family, Settings, Values, biases, mixture, rope_parameters
+from qsharded.models.layer_shapes import ExpertMixture, LinearAttention
 from qsharded.models.rope import RopeConfig
 
 

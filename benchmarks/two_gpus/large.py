@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu_training import LARGEST_LOSS_GAP, LLAMA3, SHAPES, shape_options
 from benchmarks.launch import flags_of, torchrun
 from benchmarks.plan import LARGEST_GAP
-from benchmarks.trainer_rank import memory
+from benchmarks.trainer_rank import memory, step_seconds
 from benchmarks.two_gpus.line import Line
 from benchmarks.two_gpus.runner import Found
 from qsharded.cli.base_model import lora_config
@@ -92,10 +92,10 @@ class Large:
         logged = read_metrics(own / "output" / "metrics.jsonl")
         config = parse(flags, TrainConfig)
         planned = plan(ModelConfig.from_hf(shape), config, self.ranks, lora=lora_config(config, None)).allocated
-        taken = memory(own / "output")
+        taken, tokens = memory(own / "output"), self.rows * self.accumulation * length
         return {
             "losses": [row["loss"] for row in logged],
-            "tokens_per_second_a_gpu": median(row["tokens_per_second"] for row in logged[1:]) / self.ranks,
+            "tokens_per_second_a_gpu": tokens / median(step_seconds(own / "output")[1:]),
             "planned_gib": planned / GIB,
             **{f"{key}_gib": value / GIB for key, value in taken.items()},
             "plan_gap": planned / taken["allocated"] - 1 if taken else None,

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsharded.quant import few_tokens
+from qsharded.quant import few_tokens, grouped
 from qsharded.quant.expert_mlp import ExpertMLP, Update
 from qsharded.quant.expert_rows import Glu, combine, glu_backward, glu_forward
 from qsharded.quant.experts import ExpertWeights
-from qsharded.quant.grouped import grouped_mm, grouped_outer
-from qsharded.quant.routing import Chunk, Counts, Routed
+from qsharded.quant.grouped import group_of_rows, grouped_mm, grouped_outer
+from qsharded.quant.routing import Chunk, Counts, Routed, whole
 
 DECODED_BYTES = 512 << 20
 """The most that one projection's dequantized experts take at a time; one expert is always decoded whole."""
@@ -58,10 +58,22 @@ def expert_product(
     if few_tokens.serves(x_MD, routed, mlp, scores_Mk, *(factor for factor in trained if factor is not None)):
         return few_tokens.few_tokens(x_MD, scores_Mk, routed, mlp, (update_in, update_out))
     scalings = tuple(update.scaling if update else 0.0 for update in (update_in, update_out))
-    made = _Made(tuple((part.maker, len(part.tensors)) for part in weights), mlp.glu, scalings, routed.counts)
-    sorting = routed.order_R, routed.position_Mk
+    is_whole = _is_whole(x_MD, routed, weights)
+    counts = None if is_whole else routed.counts
+    made = _Made(tuple((part.maker, len(part.tensors)) for part in weights), mlp.glu, scalings, counts)
+    order_R = routed.order_P if counts is None else routed.order_P[: counts.pairs]
+    sorting = order_R, routed.position_Mk, routed.ends_E if is_whole else None
     out: Tensor = _Experts.apply(x_MD, scores_Mk, *trained, made, *sorting, *mlp.biases, *frozen)
     return out
+
+
+def _is_whole(x_MD: Tensor, routed: Routed, weights: Sequence[ExpertWeights]) -> bool:
+    """Whether all experts are decoded at once, by what needs no counts on the host."""
+    if not grouped.has_kernel(x_MD) or x_MD.is_meta:
+        return False
+    fits = routed.experts * max(_matrix_bytes(part, x_MD.dtype) for part in weights) <= DECODED_BYTES
+    rows = routed.chosen_Mk.numel() / routed.experts
+    return fits and all(part.are_decoded(rows, x_MD) for part in weights)
 
 
 class _Made(NamedTuple):
@@ -70,7 +82,7 @@ class _Made(NamedTuple):
     makers: tuple[tuple[Callable[..., ExpertWeights], int], ...]
     glu: Glu
     scalings: tuple[float, ...]
-    counts: Counts
+    counts: Counts | None  # None: all experts at once, and the host does not know them
 
 
 @dataclass
@@ -81,6 +93,7 @@ class _Work:
     scores_Mk: Tensor
     order_R: Tensor
     position_Mk: Tensor
+    ends_E: Tensor | None
     updates: tuple[Update | None, Update | None]
     weights: list[ExpertWeights]
     biases: Sequence[Tensor | None]
@@ -88,30 +101,38 @@ class _Work:
 
     @classmethod
     def of(cls, x_MD: Tensor, scores_Mk: Tensor, trained: Sequence[Tensor | None], made: _Made, *rest: Any) -> "_Work":
-        order_R, position_Mk, *biases = rest[:5]
-        tensors = iter(rest[5:])
+        order_R, position_Mk, ends_E, *biases = rest[:6]
+        tensors = iter(rest[6:])
         weights = [make(*(next(tensors) for _ in range(count))) for make, count in made.makers]
         pairs = zip(trained[::2], trained[1::2], made.scalings, strict=True)
         update_in, update_out = (None if A is None or B is None else Update(A, B, scaling) for A, B, scaling in pairs)
         updates = update_in, update_out
-        return cls(x_MD, scores_Mk, order_R, position_Mk, updates, weights, biases, made)
+        return cls(x_MD, scores_Mk, order_R, position_Mk, ends_E, updates, weights, biases, made)
+
+    @property
+    def pairs(self) -> int:
+        """R."""
+        return self.order_R.shape[0]
 
     def chunks(self) -> list[Chunk]:
         """Of experts that are decoded together."""
+        if self.made.counts is None:
+            assert self.ends_E is not None
+            return [whole(self.ends_E, self.pairs)]
         matrix = max(_matrix_bytes(part, self.x_MD.dtype) for part in self.weights)
         return list(self.made.counts.chunks(max(1, DECODED_BYTES // matrix), self.x_MD.device))
 
     def forward_chunks(self) -> list[Chunk]:
         """All at once where kernels decode none to memory, as for few tokens of each."""
         counts = self.made.counts
-        hit = sum(count > 0 for count in counts.of_expert)
-        if hit and not any(part.are_decoded(counts.pairs / hit, self.x_MD) for part in self.weights):
+        hit = 0 if counts is None else sum(count > 0 for count in counts.of_expert)
+        if counts and hit and not any(part.are_decoded(counts.pairs / hit, self.x_MD) for part in self.weights):
             return list(counts.chunks(hit, self.x_MD.device))
         return self.chunks()
 
     def tokens(self, source_MD: Tensor, chunk: Chunk) -> Tensor:
         """Each pair's row of what there is one of a token, [c, D]."""
-        return source_MD.index_select(0, self.order_R[chunk.pairs] // self.made.counts.per_token)
+        return source_MD.index_select(0, self.order_R[chunk.pairs] // self.position_Mk.shape[1])
 
     def scores(self, chunk: Chunk) -> Tensor:
         """Each pair's, [c]."""
@@ -130,9 +151,8 @@ class _Work:
         """Each pair's own, [c, N]."""
         bias_EN = self.biases[part]
         assert bias_EN is not None
-        counts_n = chunk.groups.ends.diff(prepend=chunk.groups.ends.new_zeros(1))
-        pairs = chunk.pairs.stop - chunk.pairs.start
-        return bias_EN[chunk.index].repeat_interleave(counts_n, 0, output_size=pairs).to(self.x_MD.dtype)
+        group_c = group_of_rows(chunk.groups, chunk.pairs.stop - chunk.pairs.start)
+        return bias_EN[chunk.index][group_c].to(self.x_MD.dtype)
 
     def update(self, index: int, chunk: Chunk) -> Update | None:
         """The chosen experts' part of one."""
@@ -158,7 +178,7 @@ class _Rows:
     """The rows of all pairs, of which each chunk brings a run."""
 
     def __init__(self, work: _Work, width: int) -> None:
-        self._new, self._shape = work.x_MD.new_empty, (work.made.counts.pairs, width)
+        self._new, self._shape = work.x_MD.new_empty, (work.pairs, width)
         self._rows: Tensor | None = None
 
     def put(self, chunk: Chunk, value_cN: Tensor) -> None:
@@ -225,7 +245,7 @@ class _Gradients(NamedTuple):
     def of(cls, work: _Work) -> "_Gradients":
         factors = (factor for update in work.updates for factor in (update[:2] if update else (None, None)))
         trained = [None if factor is None else torch.zeros_like(factor) for factor in factors]
-        return cls(_Rows(work, work.x_MD.shape[1]), work.scores_Mk.new_zeros(work.made.counts.pairs), trained)
+        return cls(_Rows(work, work.x_MD.shape[1]), work.scores_Mk.new_zeros(work.pairs), trained)
 
     def put(self, index: int, chunk: Chunk, value: Tensor) -> None:
         """The gradients of the chosen experts' factor."""

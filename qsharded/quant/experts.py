@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qsharded.quant import backends, blockwise8, formats, ops
 from qsharded.quant.formats import NF4_64, QuantFormat
-from qsharded.quant.grouped import grouped_mm
+from qsharded.quant.grouped import Groups, grouped_mm
 from qsharded.quant.pack_weight import pack_weight, rounded
 from qsharded.quant.packed_module import PackedModule, packed_parameter, stored_zeros
 from qsharded.quant.packed_weight import PackedWeight
@@ -164,7 +164,7 @@ class PackedExpertWeights:
 
     def product(self, x_RK: Tensor, chunk: Chunk) -> Tensor:
         """As :class:`ExpertWeights` says."""
-        if not self.are_decoded(len(x_RK) / len(chunk.experts), x_RK):
+        if isinstance(chunk.groups, Groups) and not self.are_decoded(len(x_RK) / len(chunk.experts), x_RK):
             groups = list(zip(chunk.experts, chunk.groups.counts, strict=True))
             return self.multiplied(x_RK, Pieces.of(groups, x_RK.device))
         return grouped_mm(x_RK, self.decoded(chunk.index, x_RK.dtype).transpose(1, 2), chunk.groups)

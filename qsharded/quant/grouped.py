@@ -27,6 +27,9 @@ class Groups:
         """int32 [n]: where each group ends, on the device: brought there once for all of their products."""
         return torch.tensor(list(accumulate(self.counts)), dtype=torch.int32, device=self.device)
 
+    def __len__(self) -> int:
+        return len(self.counts)
+
     def runs(self) -> list[tuple[int, int]]:
         """(start, stop) of each."""
         return list(pairwise([0, *accumulate(self.counts)]))
@@ -38,6 +41,9 @@ class Ends:
 
     ends: Tensor
 
+    def __len__(self) -> int:
+        return len(self.ends)
+
     def runs(self) -> list[tuple[int, int]]:
         """(start, stop) of each; the host waits for them."""
         return list(pairwise([0, *self.ends.tolist()]))
@@ -47,7 +53,7 @@ def grouped_mm(x_RI: Tensor, matrices_nIO: Tensor, groups: Groups | Ends) -> Ten
     """[R, O]: the first group's rows of x times the first matrix, the next times the second, and so on."""
     if x_RI.is_meta:
         return x_RI.new_empty(x_RI.shape[0], matrices_nIO.shape[2])
-    if _has_kernel(x_RI):
+    if has_kernel(x_RI):
         return torch._grouped_mm(x_RI, matrices_nIO, offs=groups.ends)
     out_RO = x_RI.new_empty(x_RI.shape[0], matrices_nIO.shape[2])
     for matrix_IO, (start, stop) in zip(matrices_nIO, groups.runs(), strict=True):
@@ -55,14 +61,28 @@ def grouped_mm(x_RI: Tensor, matrices_nIO: Tensor, groups: Groups | Ends) -> Ten
     return out_RO
 
 
-def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups) -> Tensor:
+def grouped_outer(a_RI: Tensor, b_RO: Tensor, groups: Groups | Ends) -> Tensor:
     """[n, I, O]: of each group's rows a^T b."""
     if a_RI.is_meta:
-        return a_RI.new_empty(len(groups.counts), a_RI.shape[1], b_RO.shape[1])
-    if _has_kernel(a_RI):
-        return torch._grouped_mm(a_RI.contiguous().t(), b_RO.contiguous(), offs=groups.ends)
+        return a_RI.new_empty(len(groups), a_RI.shape[1], b_RO.shape[1])
+    if has_kernel(a_RI):
+        made_nIO = torch._grouped_mm(a_RI.contiguous().t(), b_RO.contiguous(), offs=groups.ends)
+        return made_nIO if isinstance(groups, Groups) else _of_rows(made_nIO, groups.ends)
     return torch.stack([a_RI[start:stop].T @ b_RO[start:stop] for start, stop in groups.runs()])
 
 
-def _has_kernel(x: Tensor) -> bool:
+def group_of_rows(groups: Groups | Ends, rows: int) -> Tensor:
+    """int64 [rows]: the number of each row's group; the last one's for rows behind all."""
+    ends_n = groups.ends
+    return torch.searchsorted(ends_n, torch.arange(rows, device=ends_n.device), right=True).clamp_(max=len(ends_n) - 1)
+
+
+def _of_rows(made_nIO: Tensor, ends_n: Tensor) -> Tensor:
+    """0 for groups without rows, whatever a kernel leaves there."""
+    has_rows_n = ends_n.diff(prepend=ends_n.new_zeros(1)) > 0
+    return made_nIO.where(has_rows_n[:, None, None], 0)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether products of such rows are one launch, of whose groups' ends the host need not know."""
     return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")

@@ -6,11 +6,12 @@ Axes: M tokens, k experts of each token, E experts, R <= M k pairs of a token an
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from qsharded.quant.grouped import Groups
+from qsharded.quant.grouped import Ends, Groups
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,35 @@ class Routed:
     def counts(self) -> "Counts":
         """How many each of the E experts gets. The host waits for a GPU to say them."""
         if self.chosen_Mk.is_meta:
-            return Counts(_even(self.chosen_Mk.numel(), self.experts), self.per_token)
-        counted = torch.bincount(self.chosen_Mk.flatten(), minlength=self.experts + 1)[: self.experts]
-        return Counts(tuple(counted.tolist()), self.per_token)
+            return Counts(_even(self.chosen_Mk.numel(), self.experts))
+        return Counts(tuple(stop - start for start, stop in pairwise([0, *self.ends_E.tolist()])))
 
     @cached_property
-    def order_R(self) -> Tensor:
-        """int64, places in the flattened [M, k] in the order of their experts; within one, of their tokens."""
-        chosen = self.chosen_Mk.flatten()
-        if chosen.is_meta:
-            return chosen
-        return chosen.argsort(stable=True)[: self.counts.pairs]
+    def ends_E(self) -> Tensor:
+        """int32: where each expert's run of pairs ends."""
+        chosen_P, _ = self._sorted
+        every_E = torch.arange(self.experts, device=chosen_P.device)
+        return torch.searchsorted(chosen_P, every_E, right=True, out_int32=True)
+
+    @cached_property
+    def order_P(self) -> Tensor:
+        """int64, places in the flattened [M, k] in the order of their experts; within one, of their tokens. Those of
+        no expert come last."""
+        return self._sorted[1]
 
     @cached_property
     def position_Mk(self) -> Tensor:
-        """int32, where each place stands in ``order_R``; -1 if it does not."""
-        order_R = self.order_R
-        position = order_R.new_full((self.chosen_Mk.numel(),), -1, dtype=torch.int32)
-        position[order_R] = torch.arange(len(order_R), dtype=torch.int32, device=order_R.device)
-        return position.view(self.chosen_Mk.shape)
+        """int32, where each place stands in ``order_P``; -1 for those of no expert."""
+        chosen_P, order_P = self._sorted
+        every_P = torch.arange(len(order_P), dtype=torch.int32, device=order_P.device)
+        position_P = torch.empty_like(every_P)
+        position_P[order_P] = every_P.where(chosen_P < self.experts, -1)
+        return position_P.view(self.chosen_Mk.shape)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        values, order = self.chosen_Mk.flatten().sort(stable=True)
+        return values, order
 
 
 @dataclass(frozen=True)
@@ -72,11 +83,9 @@ class Counts:
 
     Attributes:
         of_expert: E numbers.
-        per_token: k.
     """
 
     of_expert: tuple[int, ...]
-    per_token: int
 
     @property
     def pairs(self) -> int:
@@ -102,14 +111,19 @@ class Chunk:
     Attributes:
         experts: their numbers, ascending.
         index: the same, to index what there is of all E.
-        groups: how many pairs each has.
+        groups: which pairs each has.
         pairs: where these lie among all R.
     """
 
     experts: Sequence[int]
     index: slice | Tensor
-    groups: Groups
+    groups: Groups | Ends
     pairs: slice
+
+
+def whole(ends_E: Tensor, pairs: int) -> Chunk:
+    """All experts at once, for which the host need not know the counts; the last pairs may be of none."""
+    return Chunk(range(len(ends_E)), slice(0, len(ends_E)), Ends(ends_E), slice(0, pairs))
 
 
 def _index(experts: Sequence[int], device: torch.device) -> slice | Tensor:

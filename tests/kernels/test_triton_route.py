@@ -20,7 +20,7 @@ def test_as_pytorch_sorts(M: int, k: int, E: int, most: int, padded: bool) -> No
     routed = Routed.of(chosen, E, torch.arange(M, device=DEVICE) % 3 != 1 if padded else None)
     places, counts = route(routed.chosen_Mk.flatten(), E, most), torch.tensor(routed.counts.of_expert)
     R = routed.counts.pairs
-    assert places.order_P[:R].tolist() == routed.order_R.tolist()
+    assert places.order_P[:R].tolist() == routed.order_P[:R].tolist()
     assert not places.order_P[R:].any()
     assert places.position_P.tolist() == routed.position_Mk.flatten().tolist()
     assert places.ends_E.tolist() == counts.cumsum(0).tolist()

@@ -158,7 +158,9 @@ def test_saved_for_the_backward_is_nothing_wide() -> None:
     assert new == {(R, J), (R,), (M, k)}
 
 
-def test_the_kernel_for_bf16_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("all_at_once", [True, False])
+def test_the_kernel_for_bf16_gives_what_the_loop_gives(all_at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts at once, of which the host need not know the counts, and some at a time."""
     if not hasattr(torch, "_grouped_mm"):
         pytest.fail("this PyTorch has no torch._grouped_mm: the path that GPUs take cannot be tried")
     case, weight = Case(packed=True, bias=True, dtype=torch.bfloat16), torch.randn(M, D)
@@ -166,7 +168,11 @@ def test_the_kernel_for_bf16_gives_what_the_loop_gives(monkeypatch: pytest.Monke
         F.pad(f, (0, 0, 0, 5) if f.shape[1] == r else (0, 5)).detach().requires_grad_() for f in case.factors
     ]
     loop = [case.result(), *gradients(case.result(), case.leaves(), weight)]
-    monkeypatch.setattr(grouped, "_has_kernel", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(grouped, "has_kernel", lambda x: x.dtype == torch.bfloat16)
+    if all_at_once:
+        monkeypatch.setattr(Routed, "counts", None)
+    else:
+        monkeypatch.setattr(expert_product, "DECODED_BYTES", MATRIX)
     kernel = [case.result(), *gradients(case.result(), case.leaves(), weight)]
     for got, right in zip(kernel, loop, strict=True):
         assert (got.float() - right.float()).abs().max() <= 0.02 * right.float().abs().max()

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from qsharded.quant import few_tokens, grouped
 from qsharded.quant.expert_mlp import ExpertMLP, Update
-from qsharded.quant.expert_rows import Glu, combine, glu_backward, glu_forward
+from qsharded.quant.expert_rows import Glu, add_grouped_, combine, glu_backward, glu_forward
 from qsharded.quant.experts import ExpertWeights
 from qsharded.quant.grouped import group_of_rows, grouped_mm, grouped_outer
 from qsharded.quant.routing import Chunk, Counts, Routed, whole
@@ -164,13 +164,13 @@ class _Work:
         if update := self.update(0, chunk):
             narrow_cr = _narrow(x_cD, update, chunk)
             for y_cJ, B in zip((gate_cJ, up_cJ), update.B.chunk(2, dim=1), strict=True):
-                y_cJ += grouped_mm(narrow_cr, B.transpose(1, 2), chunk.groups)
+                add_grouped_(y_cJ, narrow_cr, B.transpose(1, 2), chunk.groups)
         return gate_cJ, up_cJ
 
     def down(self, h_cJ: Tensor, chunk: Chunk) -> Tensor:
         y_cD = self.forward(h_cJ, 2, chunk)
         if update := self.update(1, chunk):
-            y_cD += grouped_mm(_narrow(h_cJ, update, chunk), update.B.transpose(1, 2), chunk.groups)
+            add_grouped_(y_cD, _narrow(h_cJ, update, chunk), update.B.transpose(1, 2), chunk.groups)
         return y_cD
 
 
@@ -267,7 +267,7 @@ def _backward_of(
     update = work.update(1, chunk)
     if update:
         narrow_cr = grouped_mm(grad_cD, update.B, chunk.groups) * update.scaling
-        grad_h_cJ += grouped_mm(narrow_cr, update.A, chunk.groups)
+        add_grouped_(grad_h_cJ, narrow_cr, update.A, chunk.groups)
     h_cJ, grad_c2J, dots_c = glu_backward(work.made.glu, gate_cJ, up_cJ, grad_h_cJ, scores_c)
     if update:
         scores_c1 = scores_c[:, None].to(h_cJ.dtype)
@@ -287,7 +287,7 @@ def _backward_of_gate_and_up(work: _Work, chunk: Chunk, grad_c2J: Tensor, gradie
     if update := work.update(0, chunk):
         x_cD = work.tokens(work.x_MD, chunk)
         narrow_cr = grouped_mm(grad_c2J, update.B, chunk.groups) * update.scaling
-        grad_x_cD += grouped_mm(narrow_cr, update.A, chunk.groups)
+        add_grouped_(grad_x_cD, narrow_cr, update.A, chunk.groups)
         gradients.put(0, chunk, grouped_outer(narrow_cr, x_cD, chunk.groups))
         gradients.put(1, chunk, grouped_outer(grad_c2J, _narrow(x_cD, update, chunk), chunk.groups))
     return grad_x_cD

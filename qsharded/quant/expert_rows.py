@@ -1,6 +1,7 @@
 """What lies between the products of a mixture's experts: by kernels on a GPU, else in plain PyTorch.
 
-Axes: M tokens, k choices of a token, R rows sorted by expert, D hidden size, J intermediate size.
+Axes: M tokens, k choices of a token, R rows sorted by expert, D hidden size, J intermediate size, n groups of rows, I
+and O columns.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.quant.backends import wanted_backend
+from qsharded.quant.grouped import Ends, Groups, grouped_mm
 
 Glu = Callable[[Tensor, Tensor], Tensor]
 """From gate and up [.., J] to what the down projection takes."""
@@ -60,6 +62,14 @@ def glu_backward(
     wide = torch.promote_types(h_RJ.dtype, torch.float32)
     dots_R = (grad_RJ.to(wide) * h_RJ.detach().to(wide)).sum(1)
     return h_RJ.detach(), torch.cat(grads, dim=1), dots_R
+
+
+def add_grouped_(y_RO: Tensor, x_RI: Tensor, matrices_nIO: Tensor, groups: Groups | Ends) -> None:
+    """To y each run's rows of x times its matrix; rows of no group may come out as anything."""
+    if (kernels := _kernels(y_RO)) and kernels.adds(*matrices_nIO.shape[:2]):
+        kernels.add_(y_RO, x_RI, matrices_nIO, groups.ends)
+    else:
+        y_RO += grouped_mm(x_RI, matrices_nIO, groups)
 
 
 class Places(Protocol):

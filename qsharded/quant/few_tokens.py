@@ -45,11 +45,11 @@ def few_tokens(
     if update := updates[0]:
         narrow_Pr = rows.narrow(x_PD, update)
         for y_PJ, B in zip((gate_PJ, up_PJ), update.B.chunk(2, dim=1), strict=True):
-            y_PJ += rows.grouped(narrow_Pr, B.transpose(1, 2))
+            rows.add_(y_PJ, narrow_Pr, B)
     h_PJ = expert_rows.glu_forward(mlp.glu, gate_PJ, up_PJ)
     y_PD = rows.product(h_PJ, mlp.down, mlp.biases[2])
     if update := updates[1]:
-        y_PD += rows.grouped(rows.narrow(h_PJ, update), update.B.transpose(1, 2))
+        rows.add_(y_PD, rows.narrow(h_PJ, update), update.B)
     return expert_rows.combine(y_PD, places.position_P.view_as(routed.chosen_Mk), scores_Mk)
 
 
@@ -67,9 +67,14 @@ class _Rows:
         """Of each row; any one of those at the end."""
         return self.routed.chosen_Mk.flatten()[self.places.order_P].clamp(max=self.routed.experts - 1)
 
-    def grouped(self, x_PI: Tensor, matrices_EIO: Tensor) -> Tensor:
-        return grouped_mm(x_PI, matrices_EIO, Ends(self.places.ends_E))
-
     def narrow(self, x_PK: Tensor, update: Update) -> Tensor:
         """s A x, [P, r]."""
-        return self.grouped(x_PK, update.A.transpose(1, 2)) * update.scaling
+        return grouped_mm(x_PK, update.A.transpose(1, 2), self._groups) * update.scaling
+
+    def add_(self, y_PN: Tensor, narrow_Pr: Tensor, B_ENr: Tensor) -> None:
+        """B of each row's expert times the row, to y."""
+        expert_rows.add_grouped_(y_PN, narrow_Pr, B_ENr.transpose(1, 2), self._groups)
+
+    @property
+    def _groups(self) -> Ends:
+        return Ends(self.places.ends_E)

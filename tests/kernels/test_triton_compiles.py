@@ -19,6 +19,7 @@ KERNELS = {
     "_input_grad_kernel",
     "_sum_kernel",
     "_route_kernel",
+    "_add_kernel",
     "_combine_kernel",
     "_swiglu_kernel",
     "_swiglu_backward_kernel",

@@ -67,6 +67,8 @@ def _of_experts() -> None:
     gate, scores = torch.empty(72, 768, dtype=torch.bfloat16), torch.empty(9, 8)
     triton_experts.combine(triton_experts.swiglu(gate, gate), position, scores)
     triton_experts.swiglu_backward(gate, gate, gate, scores.flatten())
+    narrow, ends = torch.empty(72, 16, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.int32)
+    triton_experts.add_(gate, narrow, torch.empty(128, 16, 768, dtype=torch.bfloat16), ends)
 
 
 def _of_windows() -> None:

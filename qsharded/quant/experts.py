@@ -284,7 +284,7 @@ class PackedExperts(PackedModule):
         if not weight_ENK.is_meta:
             for e, weight_NK in enumerate(weight_ENK):
                 formats.check_weight(weight_NK, quant_format, f"{name}[{e}]")
-                new._hold(e, pack_weight(weight_NK, quant_format, double_quant=double_quant))
+                new._hold(e, pack_weight(weight_NK.contiguous(), quant_format, double_quant=double_quant))
         return new
 
     def _hold(self, e: int, packed: PackedWeight) -> None:

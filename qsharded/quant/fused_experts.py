@@ -60,11 +60,10 @@ class SplitExperts(GatedExperts):
 
     def __init__(self, theirs: Any) -> None:
         turned = bool(theirs.is_transposed)
-        gate_up, down = (_matrices(theirs, name, turned) for name in (GATE_UP, DOWN))
-        (gate, up), (gate_bias, up_bias) = (_halves(tensor, turned) for tensor in gate_up)
-        parts = (gate, gate_bias), (up, up_bias), down
-        linears = (_linears(*part) for part in parts)
-        super().__init__(*linears, glu=_glu(theirs), interleaved=turned)
+        (gate_up, bias), down = (_matrices(theirs, name, turned) for name in (GATE_UP, DOWN))
+        biases = (None, None) if bias is None else halves_of(bias, turned)
+        parts = *zip(halves_of(gate_up, turned), biases, strict=True), down
+        super().__init__(*(_linears(*part) for part in parts), glu=_glu(theirs), interleaved=turned)
         self.train(theirs.training)
 
     def forward(
@@ -79,6 +78,12 @@ class SplitExperts(GatedExperts):
     def linears(self) -> dict[str, ExpertLinears]:
         """The projections by name."""
         return {"gate_proj": self.gate_proj, "up_proj": self.up_proj, "down_proj": self.down_proj}
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that transformers has in their place, by name."""
+        down = self.down_proj
+        sizes = (down.in_features, down.out_features) if self.interleaved else (down.out_features, down.in_features)
+        return _shapes(self.interleaved, down.experts, *sizes)
 
     def own_tensors(self) -> "SplitExperts":
         """The same with tensors of its own in place of views, as FSDP2 and the loader want them."""
@@ -105,18 +110,15 @@ def _matrices(theirs: Any, name: str, turned: bool) -> tuple[Tensor, Tensor | No
     return stored.transpose(1, 2) if turned else stored, bias
 
 
-def _halves(tensor: Tensor | None, alternate: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gate's and up's, of what is joined in dim 1."""
-    if tensor is None:
-        return None, None
-    if alternate:
+def halves_of(tensor: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Gate's and up's part, of what is joined in dim 1: views."""
+    if interleaved:
         return tensor[:, ::2], tensor[:, 1::2]
     gate, up = tensor.chunk(2, dim=1)
     return gate, up
 
 
-def _linears(weight_ENK: Tensor | None, bias_EN: Tensor | None) -> ExpertLinears:
-    assert weight_ENK is not None
+def _linears(weight_ENK: Tensor, bias_EN: Tensor | None) -> ExpertLinears:
     E, N, K = weight_ENK.shape
     with torch.device("meta"):
         linears = ExpertLinears(E, K, N, bias_EN is not None)

@@ -113,8 +113,8 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
     for name, module in chosen.items():
         if any(isinstance(part, ExpertLinears) for part in module.modules()):
             raise ValueError(
-                f"{name} has experts, whose matrices stay frozen: modules_to_save cannot train it; adapt the experts, with "
-                "target_parameters or all-linear"
+                f"{name} has experts, whose matrices stay frozen: modules_to_save cannot train it; adapt the experts, "
+                "with target_parameters or all-linear"
             )
         if any(isinstance(part, PackedModule) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.pack import quantize_checkpoint
+from qsharded.integrations import peft as peft_integration
 from qsharded.integrations.transformers import QShardedConfig
 from qsharded.integrations.transformers_experts import one_at_a_time
 from qsharded.quant.experts import PackedExperts
@@ -140,3 +142,15 @@ def test_a_damaged_expert_and_one_too_few_are_refused_by_name(checkpoints: Any, 
         save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             packed(tmp_path)
+
+
+def test_peft_is_refused_to_adapt_packed_experts(checkpoints: Any) -> None:
+    """It would find no such parameter, warn, and train the rest."""
+    model = packed(checkpoints("olmoe"))
+    peft_integration.install()
+    try:
+        with pytest.raises(ValueError, match=r"^target_parameters = 'experts\.gate_up_proj': model\.layers\.0\."):
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]))
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    finally:
+        peft_integration.uninstall()

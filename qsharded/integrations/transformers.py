@@ -144,6 +144,7 @@ class QShardedQuantizer(HfQuantizer):
             double_quant=config.double_quant,
         )
 
+        self._bias_rules = expert_loading.bias_rules(model)
         if not self.pre_quantized:
             expert_loading.expect(model)
         elif packs_experts:
@@ -173,10 +174,10 @@ class QShardedQuantizer(HfQuantizer):
         companions = [f"weight.{name}" for name in bitsandbytes_format.companions(self.quantization_config.format)]
         return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The model's rules, with ours; those that stack experts read them one by one."""
-        updated = super().update_weight_conversions(weight_conversions, model)
-        updated += expert_loading.bias_rules(model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The model's rules, with ours; those that stack experts read them one by one. transformers before 5.21 does
+        not give the model."""
+        updated = [*super().update_weight_conversions(weight_conversions, *model), *self._bias_rules]
         return updated if self.pre_quantized else [expert_loading.one_at_a_time(rule) for rule in updated]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

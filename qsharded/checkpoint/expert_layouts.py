@@ -3,8 +3,7 @@
 The model has, for gate, up and down, one module of all experts: `P.experts.gate_proj` and so on. Files have
 
     apart        P.experts.3.gate_proj.weight [J, D], ... a tensor an expert
-    stacked      the same by whatever names transformers' rules give, where its code runs the model; gate and up may be
-                 one tensor, gate's rows before up's
+    stacked      the same under other names, as transformers' rules give them where its code runs the model
     joined       P.experts.gate_up_proj [E, 2J, D], gate's rows before up's; P.experts.down_proj [E, D, J]
     gpt-oss      P.experts.gate_up_proj [E, D, 2J], gate and up in alternate columns; P.experts.down_proj [E, J, D];
                  biases P.experts.gate_up_proj_bias [E, 2J] and P.experts.down_proj_bias [E, D]
@@ -87,8 +86,9 @@ def layout_of(source: WeightSource, name: str) -> Layout:
     half = {"gate": _GATE, "up": _UP, "down": None}[part]
     if kind == "bias":
         return _Interleaved(f"{joined}_bias", half)
-    if joined in source.stacked:
-        return _stacked(joined, half, source.stacked[joined])
+    stacked = source.stacked.get(joined, [[]])
+    if len(stacked[0]) == _parts(half):
+        return _Stacked(joined, [parts[half or 0] for parts in stacked])
     if source.holds(f"{experts}.0.{part}_proj.weight"):
         return _Apart(partial("{}.{}.{}".format, experts), f"{part}_proj.weight")
     if source.holds(joined + BLOCKS):
@@ -152,25 +152,17 @@ class _Stacked:
 
     name: str
     names: Sequence[str]
-    half: int | None
 
     def shapes(self, N: int, K: int, E: int) -> Shapes:
         if len(self.names) != E:
             raise ValueError(other_count(self.name, self.names, E))
-        return {name: (N * _parts(self.half), K) for name in self.names}
+        return {name: (N, K) for name in self.names}
 
     def units(self, source: WeightSource, e: int, first: int, last: int, N: int, K: int) -> Iterator[Unit]:
-        start = N * (self.half or 0)
-        yield from _rows_of(source, self.names[e], start + first, start + last, K)
+        yield from _rows_of(source, self.names[e], first, last, K)
 
     def matrices(self, name: str, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield self.names.index(name), stored if self.half is None else stored.chunk(2)[self.half]
-
-
-def _stacked(joined: str, half: int | None, experts: Sequence[Sequence[str]]) -> _Stacked:
-    """Of experts' tensors, one of each or gate's and up's."""
-    is_shared = half is not None and len(experts[0]) == 1
-    return _Stacked(joined, [parts[0 if is_shared else half or 0] for parts in experts], half if is_shared else None)
+        yield self.names.index(name), stored
 
 
 def other_count(name: str, experts: Sequence[str], E: int) -> str:

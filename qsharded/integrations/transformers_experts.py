@@ -216,16 +216,10 @@ class ExpertByExpert(WeightConverter):
         if self.quantization_operation is None or of_experts(model, layer_name) is None:
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
         unread, self.collected_tensors = self.collected_tensors, defaultdict(list)
-        tensors = [unread[pattern] for pattern in self.source_patterns if pattern in unread]
-
-        def matrix(e: int, index: int) -> Tensor:
-            of_pattern = tensors[index if len(tensors) > 1 else 0]
-            value = _read(of_pattern[e])
-            is_shared = len(tensors) == 1 and layer_name.endswith(GATE_UP)
-            return value.chunk(2)[index] if is_shared else value
-
-        _refuse_other_count(layer_name, [len(of_pattern) for of_pattern in tensors], model)
-        return packed_parameters(model, layer_name, matrix, loading_info and loading_info.missing_keys)
+        tensors = [unread[pattern] for pattern in self.source_patterns]
+        _refuse_other_count(layer_name, tensors, model)
+        missing = loading_info and loading_info.missing_keys
+        return packed_parameters(model, layer_name, lambda e, index: _read(tensors[index][e]), missing)
 
 
 def _read(tensor: Any) -> Tensor:
@@ -234,12 +228,13 @@ def _read(tensor: Any) -> Tensor:
     return value
 
 
-def _refuse_other_count(name: str, counts: list[int], model: nn.Module) -> None:
+def _refuse_other_count(name: str, tensors: list[list[Any]], model: nn.Module) -> None:
     experts = of_experts(model, name)
     assert experts is not None
     E = experts.gate_proj.experts
-    if any(count != E for count in counts):
-        raise ValueError(f"{name} is stacked of {min(counts)} experts, config.json asks for {E}")
+    for of_pattern in tensors:
+        if len(of_pattern) != E:
+            raise ValueError(f"{name} is stacked of {len(of_pattern)} experts, config.json asks for {E}")
 
 
 def one_at_a_time(rule: Any) -> Any:
@@ -247,6 +242,6 @@ def one_at_a_time(rule: Any) -> Any:
     stack, *join = getattr(rule, "operations", None) or [None]
     stacks = type(stack) is MergeModulelist and stack.dim == 0
     joins = not join or (len(join) == 1 and type(join[0]) is Concatenate and join[0].dim == 1)
-    if type(rule) is WeightConverter and stacks and joins and len(rule.target_patterns) == 1:
+    if type(rule) is WeightConverter and stacks and joins and len(rule.source_patterns) == 1 + len(join):
         rule.__class__ = ExpertByExpert
     return rule

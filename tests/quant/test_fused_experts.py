@@ -51,19 +51,20 @@ def model_of(family: str, **sizes: int) -> nn.Module:
     return nn.ModuleDict({"experts": experts_of(family, **sizes), "other": nn.Linear(64, 8)})
 
 
-def computed(experts: nn.Module) -> dict[str, Tensor]:
+def computed(experts: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The output, and the gradients by tokens and scores; two tokens have fewer experts than others."""
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(M, D, generator=generator).requires_grad_()
-    scores = torch.rand(M, k, generator=generator).requires_grad_()
-    chosen = torch.stack([torch.randperm(E, generator=generator)[:k] for _ in range(M)])
+    hidden = torch.randn(M, D, generator=generator).to(device, dtype).requires_grad_()
+    scores = torch.rand(M, k, generator=generator).to(device).requires_grad_()
+    chosen = torch.stack([torch.randperm(E, generator=generator)[:k] for _ in range(M)]).to(device)
     if "GptOss" not in type(experts).__name__ and not getattr(experts, "interleaved", False):
         chosen[3, 1:], chosen[7] = E, E  # "no expert"; gpt-oss has no such number
     out = experts(hidden, chosen, scores)
-    out.backward(torch.randn(M, D, generator=generator))
+    out.backward(torch.randn(M, D, generator=generator).to(device, dtype))
     assert hidden.grad is not None
     assert scores.grad is not None
-    return {"out": out.detach(), "hidden": hidden.grad, "scores": scores.grad}
+    made = {"out": out.detach(), "hidden": hidden.grad, "scores": scores.grad}
+    return {name: value.float().cpu() for name, value in made.items()}
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -75,6 +76,19 @@ def test_packed_they_compute_what_transformers_does_of_the_decoded_weights(famil
     found, expected = computed(model["experts"]), computed(theirs)
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", KNOWN)
+def test_on_a_gpu_they_compute_that_within_bf16(family: str) -> None:
+    model = quantize_(model_of(family).cuda())
+    on_cpu = quantize_(model_of(family))
+    state = zip(model.state_dict().items(), on_cpu.state_dict().values(), strict=True)
+    for (name, found), expected in state:
+        assert found.cpu().flatten().view(torch.uint8).equal(expected.flatten().view(torch.uint8)), name
+    expected, found = computed(on_cpu["experts"]), computed(model["experts"], "cuda", torch.bfloat16)
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 0.03 * value.abs().max(), name  # bf16 has three digits
 
 
 def matrices(theirs: Any) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ projection of all experts is one module, in 16 bits :class:`ExpertLinears`; how 
 Axes: B batch, S sequence, M = B S tokens, D hidden size, J intermediate size of an expert, E experts, k of a token.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -19,7 +18,6 @@ from qsharded.models.config import ModelConfig
 from qsharded.models.layer_shapes import ExpertMixture
 from qsharded.models.mlp import ACTIVATIONS, MLP
 from qsharded.models.routers import ROUTERS, Choice
-from qsharded.quant.expert_mlp import Update
 from qsharded.quant.expert_rows import Glu, silu_product
 from qsharded.quant.experts import ExpertLinears
 from qsharded.quant.gated_experts import GatedExperts
@@ -74,12 +72,6 @@ class Experts(GatedExperts):
         E, J, has_bias = mixture.experts, mixture.intermediate_size, mixture.clamped
         gate, up, down = (ExpertLinears(E, *sizes, has_bias) for sizes in ((D, J), (D, J), (J, D)))
         super().__init__(gate, up, down, glu=_glu(config, mixture), interleaved=mixture.clamped)
-
-    def forward(
-        self, x_MD: Tensor, scores_Mk: Tensor, routed: Routed, *, updates: Mapping[str, Update] | None = None
-    ) -> Tensor:
-        """See :meth:`GatedExperts.product`."""
-        return self.product(x_MD, scores_Mk, routed, updates)
 
 
 def _mixture_of(config: ModelConfig) -> ExpertMixture:

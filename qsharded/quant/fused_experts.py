@@ -12,14 +12,12 @@ Axes: M tokens, k experts of a token, E experts, J intermediate size, D hidden s
 """
 
 import copy
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsharded.quant.expert_mlp import Update
 from qsharded.quant.expert_rows import Glu, silu_product
 from qsharded.quant.experts import DOWN, GATE_UP, ExpertLinears
 from qsharded.quant.formats import FLOAT_DTYPES
@@ -66,14 +64,11 @@ class SplitExperts(GatedExperts):
         super().__init__(*(_linears(*part) for part in parts), glu=_glu(theirs), interleaved=turned)
         self.train(theirs.training)
 
-    def forward(
-        self, hidden: Tensor, experts: Tensor, scores: Tensor, *, updates: Mapping[str, Update] | None = None
-    ) -> Tensor:
-        """[.., D] -> [.., D]: each token's sum, weighted by ``scores`` [.., k], of the ``experts`` [.., k], int64, that
-        it is routed to; one of number E is none. ``updates``: as :meth:`GatedExperts.product`."""
-        x_MD = hidden.flatten(0, -2)
+    def routing(self, x: Tensor, *routing: Any) -> tuple[Tensor, Tensor, Routed]:
+        """Of tokens [.., D], the experts [.., k] that each is routed to, int64 and E for none, and their scores."""
+        (experts, scores), x_MD = routing, x.flatten(0, -2)
         routed = Routed.of(experts.reshape(len(x_MD), -1), self.gate_proj.experts)
-        return self.product(x_MD, scores.reshape(len(x_MD), -1), routed, updates).view_as(hidden)
+        return x_MD, scores.reshape(len(x_MD), -1), routed
 
     def linears(self) -> dict[str, ExpertLinears]:
         """The projections by name."""

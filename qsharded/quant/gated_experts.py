@@ -5,6 +5,7 @@ Axes: M tokens, k experts of a token, E experts, D hidden size, J intermediate s
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,19 @@ class GatedExperts(nn.Module):
         E, J, D = self.gate_proj.experts, self.gate_proj.out_features, self.gate_proj.in_features
         return {GATE_UP: (E, 2 * J, D), DOWN: (E, D, J)}
 
-    def product(self, x_MD: Tensor, scores_Mk: Tensor, routed: Routed, updates: Mapping[str, Update] | None) -> Tensor:
-        """Each token's weighted sum [M, D]. ``updates``: of parameters, by their names in ``parameter_shapes``."""
+    def routing(self, x: Tensor, *routing: Any) -> tuple[Tensor, Tensor, Routed]:
+        """Tokens [M, D], the scores [M, k] of their experts, and these, of what it is called with: just that here."""
+        scores_Mk, routed = routing
+        return x, scores_Mk, routed
+
+    def forward(self, x: Tensor, *routing: Any, updates: Mapping[str, Update] | None = None) -> Tensor:
+        """Each token's weighted sum, in x's shape.
+
+        Args:
+            routing: how tokens are routed, as :meth:`routing` takes it.
+            updates: of parameters, by their names in ``parameter_shapes``.
+        """
+        x_MD, scores_Mk, routed = self.routing(x, *routing)
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         biases = _bias(gate, x_MD.dtype), _bias(up, x_MD.dtype), _bias(down, x_MD.dtype)
         mlp = ExpertMLP(gate.packed(), up.packed(), down.packed(), biases, self.glu)
@@ -47,7 +59,7 @@ class GatedExperts(nn.Module):
         update_in = updates.get(GATE_UP)
         if update_in is not None and self.interleaved:
             update_in = update_in._replace(B=gate_before_up(update_in.B))
-        return expert_product(x_MD, scores_Mk, routed, mlp, update_in, updates.get(DOWN))
+        return expert_product(x_MD, scores_Mk, routed, mlp, update_in, updates.get(DOWN)).view_as(x)
 
 
 def _bias(part: ExpertLinears, dtype: torch.dtype) -> Tensor | None:

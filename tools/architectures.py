@@ -8,9 +8,9 @@ _IN_README = re.compile(r"(<!-- architectures, by tools/architectures.py -->).*?
 _HEAD = """## Through transformers' code
 
 Any other causal language model of transformers runs by that library's own modelling code, with `pip install
-'qsharded[transformers]'`: its modules with our packed linear layers, loader, sharding, adapters and loss. A line says
-so when a run starts; `--model-code transformers` takes this road for the native families too, and `--model-code native`
-refuses it. Code that a checkpoint brings along is never run.
+'qsharded[transformers]'`: its modules with our packed linear layers and experts, loader, sharding, adapters and loss. A
+line says so when a run starts; `--model-code transformers` takes this road for the native families too, and
+`--model-code native` refuses it. Code that a checkpoint brings along is never run.
 
 A training step of the same small model by both codes, on two CPU cores: [ours makes 1.04 (Llama), 1.02 (Qwen3) and 0.93
 (Gemma 3) times the tokens/s](../benchmarks/results/model_code_cpu.json) of transformers' (`python -m
@@ -27,11 +27,13 @@ _TAIL = """
 - **Built** on the meta device from config.json alone
   ([qsharded/models/transformers_code](../qsharded/models/transformers_code)). Linear layers become
   packed ones, but for the head, and for those whose weight the model's code reads itself (Mamba's output projections):
-  these are not adapted either. Experts in tensors of three dimensions and convolutions stay in 16 bits; a warning
-  counts them, and so does the plan ("not quantized").
-- **Read** by our loader: each rank reads its own rows, and no tensor is whole in 16 bits on any. transformers' rules
-  for renamed tensors and stacked experts are followed; a tensor whose layout it changes otherwise is refused by name.
-  Tensors that the model's class ignores (`mtp.*`, say) are ignored, and `merge` carries them through.
+  these are not adapted either. Experts become ours, packed and with adapters, where [their layout is
+  known](mixtures-of-experts.md#through-transformers-code). Others (Llama 4's) and convolutions stay in 16 bits; a
+  warning counts them, and so does the plan ("not quantized").
+- **Read** by our loader: each rank reads its own rows, and no tensor is whole in 16 bits on any, but for one expert at
+  a time where they are turned around. transformers' rules for renamed tensors and stacked experts are followed; a
+  tensor whose layout it changes otherwise is refused by name. Tensors that the model's class ignores (`mtp.*`, say) are
+  ignored, and `merge` carries them through.
 - **Buffers** that no checkpoint holds, such as rotary frequencies, are initialised by the model's own code; one that it
   leaves unset is refused.
 - **The loss** comes from hidden states, a chunk of logits at a time. What the model's forward does around its head is

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsharded.calibration.layer_walk import on_host
-from qsharded.models.mixture import Experts
+from qsharded.quant.gated_experts import GatedExperts
 
 
 class _Pass(NamedTuple):
@@ -30,7 +30,7 @@ class _Pass(NamedTuple):
 class ExpertInputs:
     """Watches a layer's experts while calibration rows pass."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: GatedExperts) -> None:
         self._experts = experts
         self._passes: list[_Pass] = []
 
@@ -53,5 +53,5 @@ class ExpertInputs:
 
     @torch.no_grad()
     def _see(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        x_MD, _, routed = arguments[:3]
+        x_MD, _scores, routed = self._experts.routing(*arguments)
         self._passes.append(_Pass(on_host(x_MD), routed.chosen_Mk.cpu()))

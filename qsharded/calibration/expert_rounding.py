@@ -20,9 +20,9 @@ from qsharded.calibration.method import Calibration
 from qsharded.calibration.scale_frame import alone
 from qsharded.calibration.second_moments import SecondMoments
 from qsharded.checkpoint.calibration_record import ALL_EXPERTS, BY_SEARCH
-from qsharded.models.mixture import Experts
 from qsharded.quant import formats, ops
 from qsharded.quant.experts import ExpertLinears, PackedExpertWeights
+from qsharded.quant.gated_experts import GatedExperts
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils import collectives, heartbeat
 
@@ -43,7 +43,7 @@ class ExpertRounding:
         counts: how many experts there are, and for how many scales alone were chosen, as the checkpoint's record says.
     """
 
-    def __init__(self, experts: Experts, name: str, inputs: ExpertInputs, how: Calibration) -> None:
+    def __init__(self, experts: GatedExperts, name: str, inputs: ExpertInputs, how: Calibration) -> None:
         self._experts, self._name, self._inputs, self._how = experts, name, inputs, how
         self._packed: dict[str, dict[int, PackedWeight]] = {}
         self.counts = Counter({ALL_EXPERTS: experts.gate_proj.experts})

@@ -17,10 +17,10 @@ from qsharded.checkpoint import fill_shards
 from qsharded.checkpoint.load import expert_fills_of, plain_fills
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.models import CausalLM
-from qsharded.models.mixture import Experts
 from qsharded.models.parts import layers_of, part_names
 from qsharded.quant.experts import ExpertLinears
 from qsharded.quant.formats import QuantFormat
+from qsharded.quant.gated_experts import GatedExperts
 from qsharded.utils import heartbeat
 from qsharded.utils.progress_bar import ProgressBar
 
@@ -63,10 +63,10 @@ class LayerWalk:
         modules = self.layers[layer].named_modules()
         return {self.name(layer, name): module for name, module in modules if isinstance(module, nn.Linear)}
 
-    def experts(self, layer: int) -> dict[str, Experts]:
+    def experts(self, layer: int) -> dict[str, GatedExperts]:
         """A layer's mixtures of experts, by what a checkpoint calls them."""
         modules = self.layers[layer].named_modules()
-        return {f"{self._prefix}{layer}.{name}": module for name, module in modules if isinstance(module, Experts)}
+        return {f"{self._prefix}{layer}.{name}": module for name, module in modules if isinstance(module, GatedExperts)}
 
     def expert_linears(self, layer: int) -> dict[str, ExpertLinears]:
         """Each projection of all experts of a layer, by what a checkpoint calls its weight."""

@@ -3,6 +3,7 @@
 The model has, for gate, up and down, one module of all experts: `P.experts.gate_proj` and so on. Files have
 
     apart        P.experts.3.gate_proj.weight [J, D], ... a tensor an expert
+    stacked      the same under other names, as transformers' rules give them where its code runs the model
     joined       P.experts.gate_up_proj [E, 2J, D], gate's rows before up's; P.experts.down_proj [E, D, J]
     gpt-oss      P.experts.gate_up_proj [E, D, 2J], gate and up in alternate columns; P.experts.down_proj [E, J, D];
                  biases P.experts.gate_up_proj_bias [E, 2J] and P.experts.down_proj_bias [E, D]
@@ -85,6 +86,9 @@ def layout_of(source: WeightSource, name: str) -> Layout:
     half = {"gate": _GATE, "up": _UP, "down": None}[part]
     if kind == "bias":
         return _Interleaved(f"{joined}_bias", half)
+    stacked = source.stacked.get(joined, [[]])
+    if len(stacked[0]) == _parts(half):
+        return _Stacked(joined, [parts[half or 0] for parts in stacked])
     if source.holds(f"{experts}.0.{part}_proj.weight"):
         return _Apart(partial("{}.{}.{}".format, experts), f"{part}_proj.weight")
     if source.holds(joined + BLOCKS):
@@ -137,6 +141,33 @@ class _Apart:
 
     def matrices(self, name: str, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield int(name.removesuffix(f".{self.ending}").rpartition(".")[2]), stored
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """Attributes:
+    name: of the tensor that transformers makes of them.
+    names: of each expert's tensor.
+    """
+
+    name: str
+    names: Sequence[str]
+
+    def shapes(self, N: int, K: int, E: int) -> Shapes:
+        if len(self.names) != E:
+            raise ValueError(other_count(self.name, self.names, E))
+        return {name: (N, K) for name in self.names}
+
+    def units(self, source: WeightSource, e: int, first: int, last: int, N: int, K: int) -> Iterator[Unit]:
+        yield from _rows_of(source, self.names[e], first, last, K)
+
+    def matrices(self, name: str, stored: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield self.names.index(name), stored
+
+
+def other_count(name: str, experts: Sequence[str], E: int) -> str:
+    """What is wrong with the tensor ``name`` of a model, stored as so many ``experts``."""
+    return f"{name} is stacked of {len(experts)} experts ({experts[0]} ...), config.json asks for {E}"
 
 
 @dataclass(frozen=True)

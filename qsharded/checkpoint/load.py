@@ -132,7 +132,8 @@ class Outline:
         config, source = open_tied(folder, config)
         packed = PackedCheckpoint.at(source, storage_format)
         model = skeleton(config, lora, dtype, packed)
-        stacked.warn_of_adapters_beside(source, [name for name, _ in lora_layers(model)])
+        parameters = [name for name, _ in model.named_parameters()]
+        stacked.warn_of_adapters_beside(source, parameters, [name for name, _ in lora_layers(model)])
         return cls(model, dtype, source, packed)
 
     def filled(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from qsharded.checkpoint import expert_fills, fill_shards
-from qsharded.checkpoint.expert_layouts import is_of_experts
+from qsharded.checkpoint.expert_layouts import is_of_experts, other_count
 from qsharded.checkpoint.row_chunks import WeightSource
 from qsharded.checkpoint.source import SafetensorsFolder
 from qsharded.utils.sharding import local, own_rows
@@ -17,9 +17,15 @@ from qsharded.utils.sharding import local, own_rows
 logger = logging.getLogger(__name__)
 
 
-def warn_of_adapters_beside(source: SafetensorsFolder, adapted: Iterable[str]) -> None:
-    """Say that PEFT will not read adapters on layers that have an expert's name: it takes them for the experts'."""
-    parts = {part.split(".")[-2] for experts in source.stacked.values() for part in experts[0]}
+def warn_of_adapters_beside(source: SafetensorsFolder, whole: Iterable[str], adapted: Iterable[str]) -> None:
+    """Say that PEFT will not read adapters on layers that have an expert's name: it takes them for the experts'.
+
+    Args:
+        whole: the model's parameters, the experts' among them that are in no layout that is known here.
+        adapted: layers with an adapter.
+    """
+    kept = [source.stacked[name] for name in whole if name in source.stacked]
+    parts = {part.split(".")[-2] for experts in kept for part in experts[0]}
     shared = sorted(parts & {name.rpartition(".")[2] for name in adapted})
     if shared:
         logger.warning(
@@ -53,10 +59,8 @@ def _of_parts(source: WeightSource, name: str, shape: tuple[int, ...]) -> dict[s
     assert isinstance(source, SafetensorsFolder)
     (E, R, D), experts = shape, source.stacked[name]
     if len(experts) != E or R % len(experts[0]):
-        raise ValueError(
-            f"{source.file_of(experts[0][0])}: {name} is stacked of {len(experts)} experts ({experts[0][0]} ...), "
-            f"config.json asks for {E}, of {R} rows each"
-        )
+        first = [parts[0] for parts in experts]
+        raise ValueError(f"{source.file_of(first[0])}: {other_count(name, first, E)}, of {R} rows each")
     return {part: (R // len(parts), D) for parts in experts for part in parts}
 
 

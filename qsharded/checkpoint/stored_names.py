@@ -23,7 +23,8 @@ def as_called(source: SafetensorsFolder, config: AnyConfig) -> SafetensorsFolder
     return replace(source, called=names.called, stacked=names.stacked, ignored=frozenset(names.ignored))
 
 
-_MIXTRAL = re.compile(r"(.*)\.block_sparse_moe\.(gate\.weight|experts\.\d+\.w[123]\.weight)")
+_PACKED = r"experts\.(?:gate|up|down)_proj\.\w+"  # as transformers saves ours
+_MIXTRAL = re.compile(rf"(.*)\.block_sparse_moe\.(gate\.weight|experts\.\d+\.w[123]\.weight|{_PACKED})")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 

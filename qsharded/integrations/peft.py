@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qsharded.checkpoint.adapter import STARTS_ON_BASE
+from qsharded.lora.config import ends_with
+from qsharded.quant.fused_experts import SplitExperts
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils import collectives
 from qsharded.utils.sharding import whole
@@ -71,9 +73,23 @@ class _Hook:
         config = self.original(config, model)
         if not isinstance(config, LoraConfig):
             return config
+        _refuse_packed_experts(config, model)
         if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
             config.target_modules = sorted({*(config.target_modules or ()), *_free_linears(model)})
         return register(config)
+
+
+def _refuse_packed_experts(config: LoraConfig, model: nn.Module) -> None:
+    """PEFT would find no such parameter, and train the rest."""
+    for name, module in model.named_modules():
+        parts = module.parameter_shapes() if isinstance(module, SplitExperts) else ()
+        for entry in config.target_parameters or ():
+            if any(ends_with(f"{name}.{part}", entry) for part in parts):
+                raise ValueError(
+                    f"target_parameters = {entry!r}: {name} is packed, and PEFT adapts no packed experts; `qsharded "
+                    "train` does, in PEFT's files. Or keep them in 16 bits: QShardedConfig(modules_to_not_convert="
+                    "['lm_head', 'experts'])"
+                )
 
 
 def _free_linears(model: nn.Module) -> Iterator[str]:

@@ -10,11 +10,13 @@ What is saved is what ``python -m qsharded.quantize`` writes, so each reads the 
 weight's name, and beside it _absmax uint8 [N, G], _absmax_scales and _absmax_offset.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -22,16 +24,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qsharded.checkpoint.expert_layouts import is_of_experts
 from qsharded.checkpoint.fill_shards import FiniteCheck, shared
 from qsharded.checkpoint.packed_format import QUANT_METHOD as METHOD
 from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed.agreement import refused_by_all
 from qsharded.distributed.exact_all_gather import use_exact_gather
 from qsharded.integrations import bitsandbytes_format
+from qsharded.integrations import transformers_experts as expert_loading
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
+from qsharded.quant.experts import ExpertLinears, PackedExperts
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.pack_weight import pack_weight
+from qsharded.quant.packed_module import PackedModule
 from qsharded.quant.packed_weight import pad_absmax
 from qsharded.utils.sharding import own_rows
 
@@ -114,13 +120,17 @@ class QShardedQuantizer(HfQuantizer):
         config = self.quantization_config
         _refuse_other_parallelism(model, config.stored_as)
         skipped = self.get_modules_to_not_convert(model, config.modules_to_not_convert)
+        files = checkpoint_files or []
+        packs_experts = self._packs_experts(files)
 
         def is_quantized(name: str, linear: nn.Module) -> bool:
+            if isinstance(linear, ExpertLinears):
+                names = name, name.rpartition(".")[0]  # the experts may be named, or one projection of them
+                return packs_experts and all(should_convert_module(said, skipped) for said in names)
             # a subclass may compute something else
             return type(linear) is nn.Linear and should_convert_module(name, skipped)
 
         if config.stored_as != METHOD:
-            files = checkpoint_files or []
             _refuse_changed_codes(bitsandbytes_format.code_dtypes(files, config.format))
             config.block_size = bitsandbytes_format.stored_block_size(files, config.format) or config.block_size
             _refuse_torn_rows(
@@ -134,9 +144,24 @@ class QShardedQuantizer(HfQuantizer):
             double_quant=config.double_quant,
         )
 
+        self._bias_rules = expert_loading.bias_rules(model)
+        if not self.pre_quantized:
+            expert_loading.expect(model)
+        elif packs_experts:
+            expert_loading.refuse_half_packed(model, is_quantized)
+
+    def _packs_experts(self, files: list[str]) -> bool:
+        """As our own form holds them, which is doubly quantized; a packed checkpoint says by its names if it does."""
+        config = self.quantization_config
+        if not self.pre_quantized or config.stored_as != METHOD:
+            return config.double_quant and config.stored_as == METHOD
+        return any(is_of_experts(name) for name in _names_in(files))
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         prefix, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(prefix), PackedLinear)
+        if expert_loading.of_experts(model, param_name) is not None:
+            return True
+        return name == "weight" and isinstance(model.get_submodule(prefix), PackedModule)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -149,11 +174,18 @@ class QShardedQuantizer(HfQuantizer):
         companions = [f"weight.{name}" for name in bitsandbytes_format.companions(self.quantization_config.format)]
         return [WeightConverter([*companions, "weight"], "weight", [_TakeOver(self)])]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The model's rules, with ours; those that stack experts read them one by one. transformers before 5.21 does
+        not give the model."""
+        updated = [*super().update_weight_conversions(weight_conversions, *model), *self._bias_rules]
+        return updated if self.pre_quantized else [expert_loading.one_at_a_time(rule) for rule in updated]
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        expert_loading.expect_no_more(model)
         self.quantization_config.stored_as = METHOD
         _save_in_our_form(model)
         for module in model.modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedModule):
                 module.requires_grad_(False)
         use_exact_gather(model)
         return model
@@ -194,24 +226,33 @@ def _refuse_torn_rows(linears: list[tuple[str, Any]], quant_format: formats.Quan
             raise ValueError(torn_rows(name, linear.in_features, quant_format))
 
 
+def _names_in(files: list[str]) -> Iterator[str]:
+    for path in (path for path in files if path.endswith(".safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+
+
 def _own_conversions() -> list[WeightConverter]:
-    return [WeightConverter(name, name, [_AsParameter()]) for name in (_ABSMAX, "weight")]
+    # the second level is changed by no rule, and would be by the model's own, of all that is below its experts' name
+    names = (f"{_ABSMAX}_scales", f"{_ABSMAX}_offset", _ABSMAX, "weight")
+    return [WeightConverter(name, name, [_AsParameter()]) for name in names]
 
 
 def _save_in_our_form(model: PreTrainedModel) -> None:
     """Saving undoes the conversions of loading; wherever the weights came from, they are saved in our form."""
     used: Any = getattr(model, "_weight_conversions", None) or []
     others = [conversion for conversion in used if not _is_ours(conversion)]
-    model._weight_conversions = [*others, *_own_conversions()]  # type: ignore[assignment]
+    ours = [*expert_loading.bias_rules(model), *_own_conversions()]
+    model._weight_conversions = [*others, *ours]  # type: ignore[assignment]
 
 
 def _is_ours(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return any(isinstance(operation, _TakeOver | _AsParameter) for operation in operations)
+    own = (_TakeOver, _AsParameter, *expert_loading.BIAS_OPERATIONS)
+    return any(isinstance(operation, own) for operation in getattr(conversion, "operations", ()))
 
 
 class _Quantize(ConversionOps):
-    """A 16-bit weight, or this rank's rows of it, becomes what its PackedLinear holds."""
+    """A 16-bit weight, or this rank's rows of it, becomes what its PackedLinear holds; experts', what ours do."""
 
     def __init__(self, quantizer: QShardedQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -221,6 +262,8 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Any]:
         [(name, value)] = input_dict.items()
         value = value[0] if isinstance(value, list) else value
+        if expert_loading.of_experts(kwargs["model"], name) is not None:
+            return expert_loading.packed_parameters(kwargs["model"], name, value, kwargs.get("missing_keys"))
         rows = own_rows(kwargs["model"].get_parameter(name))
         config = self.hf_quantizer.quantization_config
         with refused_by_all([rows.group] if rows.group else [], value.device):
@@ -276,7 +319,7 @@ def _stored_row(model: PreTrainedModel, name: str) -> int | None:
     """Bytes of a stored row of the parameter ``name`` if it is a packed layer's codes or absmax, else None."""
     prefix, _, own = name.rpartition(".")
     layer = model.get_submodule(prefix)
-    if not isinstance(layer, PackedLinear) or own not in ("weight", _ABSMAX):
+    if not isinstance(layer, PackedLinear | PackedExperts) or own not in ("weight", _ABSMAX):
         return None
     if own == "weight":
         return layer.in_features // 2

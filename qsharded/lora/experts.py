@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from qsharded.lora.low_rank import LowRankLayer
 from qsharded.quant.expert_mlp import Update
 from qsharded.quant.grouped import ALIGNED
-from qsharded.quant.routing import Routed
 
 
 class LoRAExperts(LowRankLayer):
@@ -42,14 +41,12 @@ class LoRAExperts(LowRankLayer):
         self.lora_A = nn.Linear(K, E * r, bias=False, dtype=dtype, device=device)
         self.lora_B = nn.Linear(E * r, N, bias=False, dtype=dtype, device=device)
 
-    def forward(
-        self, x_MD: Tensor, scores_Mk: Tensor, routed: Routed, updates: Mapping[str, Update] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *routing: Any, updates: Mapping[str, Update] | None = None) -> Tensor:
         """As the experts' own, with this one's update among theirs."""
         updates = dict(updates or {})
         if self.enabled:
-            updates[self.parameter] = self.update(x_MD.dtype)
-        made: Tensor = self.base_layer(x_MD, scores_Mk, routed, updates)
+            updates[self.parameter] = self.update(x.dtype)
+        made: Tensor = self.base_layer(x, *routing, updates=updates)
         return made
 
     def update(self, dtype: torch.dtype) -> Update:

@@ -9,6 +9,7 @@ from torch import nn
 
 from qsharded.lora.config import ALL_LINEAR, LoRAConfig, ends_with, matches_pattern
 from qsharded.lora.experts import adapted_parameters, has_experts
+from qsharded.quant.experts import ExpertLinears
 from qsharded.quant.linear import PackedLinear
 from qsharded.quant.packed_module import PackedModule
 
@@ -98,7 +99,7 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
     """The modules of ``model`` that are trained in full, by name.
 
     Raises:
-        ValueError: an entry that matches none (unless ``config`` is not strict), or one that is quantized.
+        ValueError: an entry that matches none (unless ``config`` is not strict), one that is quantized, or experts.
     """
     modules = dict(model.named_modules())
     chosen: dict[str, nn.Module] = {}
@@ -110,6 +111,11 @@ def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module
             )
         chosen |= found
     for name, module in chosen.items():
+        if any(isinstance(part, ExpertLinears) for part in module.modules()):
+            raise ValueError(
+                f"{name} has experts, whose matrices stay frozen: modules_to_save cannot train it; adapt the experts, "
+                "with target_parameters or all-linear"
+            )
         if any(isinstance(part, PackedModule) for part in module.modules()):
             raise ValueError(f"{name} is quantized and cannot be trained in full; leave it out of quantization")
     return chosen

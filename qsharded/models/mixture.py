@@ -7,7 +7,6 @@ projection of all experts is one module, in 16 bits :class:`ExpertLinears`; how 
 Axes: B batch, S sequence, M = B S tokens, D hidden size, J intermediate size of an expert, E experts, k of a token.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -19,10 +18,9 @@ from qsharded.models.config import ModelConfig
 from qsharded.models.layer_shapes import ExpertMixture
 from qsharded.models.mlp import ACTIVATIONS, MLP
 from qsharded.models.routers import ROUTERS, Choice
-from qsharded.quant.expert_mlp import ExpertMLP, Update
-from qsharded.quant.expert_product import expert_product
 from qsharded.quant.expert_rows import Glu, silu_product
-from qsharded.quant.experts import DOWN, GATE_UP, ExpertLinears
+from qsharded.quant.experts import ExpertLinears
+from qsharded.quant.gated_experts import GatedExperts
 from qsharded.quant.routing import Routed
 
 
@@ -66,45 +64,14 @@ class MixtureMLP(nn.Module):
         return y_MD if self.shared_expert_gate is None else y_MD * self.shared_expert_gate(x_MD).sigmoid()
 
 
-class Experts(nn.Module):
+class Experts(GatedExperts):
     """The gated MLPs of all experts: gate and up [E, J, D], down [E, D, J]."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         mixture, D = _mixture_of(config), config.hidden_size
         E, J, has_bias = mixture.experts, mixture.intermediate_size, mixture.clamped
-        self.gate_proj = ExpertLinears(E, D, J, has_bias)
-        self.up_proj = ExpertLinears(E, D, J, has_bias)
-        self.down_proj = ExpertLinears(E, J, D, has_bias)
-        self.glu = _glu(config, mixture)
-        self.interleaved = mixture.clamped
-
-    def parameter_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Of each parameter that transformers has in this one's place: (E, N, K) of its matrices."""
-        E, J, D = self.gate_proj.experts, self.gate_proj.out_features, self.gate_proj.in_features
-        return {GATE_UP: (E, 2 * J, D), DOWN: (E, D, J)}
-
-    def forward(
-        self, x_MD: Tensor, scores_Mk: Tensor, routed: Routed, updates: Mapping[str, Update] | None = None
-    ) -> Tensor:
-        """Each token's weighted sum [M, D]. ``updates``: of parameters, by their names in ``parameter_shapes``."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        biases = _bias(gate, x_MD.dtype), _bias(up, x_MD.dtype), _bias(down, x_MD.dtype)
-        mlp = ExpertMLP(gate.packed(), up.packed(), down.packed(), biases, self.glu)
-        updates = updates or {}
-        update_in = updates.get(GATE_UP)
-        if update_in is not None and self.interleaved:
-            update_in = update_in._replace(B=gate_before_up(update_in.B))
-        return expert_product(x_MD, scores_Mk, routed, mlp, update_in, updates.get(DOWN))
-
-
-def _bias(part: ExpertLinears, dtype: torch.dtype) -> Tensor | None:
-    return None if part.bias is None else part.bias.to(dtype)
-
-
-def gate_before_up(B_ENr: Tensor) -> Tensor:
-    """Of rows that alternate between gate and up, gate's and then up's."""
-    return torch.cat((B_ENr[:, ::2], B_ENr[:, 1::2]), dim=1)
+        gate, up, down = (ExpertLinears(E, *sizes, has_bias) for sizes in ((D, J), (D, J), (J, D)))
+        super().__init__(gate, up, down, glu=_glu(config, mixture), interleaved=mixture.clamped)
 
 
 def _mixture_of(config: ModelConfig) -> ExpertMixture:

@@ -17,7 +17,7 @@ from qsharded.utils.sharding import rows_of_rank
 CODES, SCALES, EMBEDDING, ADAPTERS = "codes", "scales", "embedding and head", "adapters"
 UNPACKED, OTHERS = "not quantized", "norms and others"
 """Classes of parameters. Adapters are everything that trains. Not quantized are matrices that could be, or are in
-tensors of more dimensions (experts, convolutions): frozen and in 16 or 32 bits, as the others."""
+tensors of more dimensions (other experts, convolutions): frozen and in 16 or 32 bits, as the others."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Swap a model's linear layers for NF4 ones, in place."""
+"""Swap a model's linear layers, and its experts, for NF4 ones, in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ from torch import nn
 
 from qsharded.quant import formats, unquantized
 from qsharded.quant.experts import ExpertLinears, PackedExperts
+from qsharded.quant.fused_experts import SplitExperts, is_known, put_in_place
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.argument_kinds import refuse_other_kind
 
@@ -25,18 +26,20 @@ def quantize_(
     double_quant: bool = True,
 ) -> nn.Module:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`PackedLinear`, and the :class:`ExpertLinears` of our own
-    models by :class:`PackedExperts`; on the meta device, by empty ones.
+    models by :class:`PackedExperts`; on the meta device, by empty ones. Experts of transformers 5, in two tensors a
+    layer, become :class:`SplitExperts` of :class:`PackedExperts` where their layout is known.
 
     Args:
         model: changed in place, and returned.
-        filter: called with each linear's name and module, True to quantize it. By default every linear but the output
-            head ("lm_head"). Adapters are left alone.
+        filter: called with each linear's name and module, True to quantize it; for experts with each of their
+            projections ("mlp.experts.gate_proj"), which transformers' are quantized all or none. By default every
+            linear but the output head ("lm_head"). Adapters are left alone.
         quant_type: "nf4", or bitsandbytes' "fp4".
         block_size: weights that share an absmax: 32, 64, 128 and so on to 4096. The fast kernels are for blocks of 64.
         double_quant: keep the blocks' maxima in 8 bits, or else in fp32: 4.127 or 4.5 bits a weight.
 
     A layer whose in_features is no multiple of the block size keeps its dtype, and so do weights that are no linear
-    layer's, as experts that are held in one tensor. One warning names them, with their bytes and the model's.
+    layer's, as experts in another layout. One warning names them, with their bytes and the model's.
 
     Raises:
         ValueError: ``model`` is a linear layer itself or no module, ``filter`` is no function, no layer was quantized,
@@ -54,14 +57,33 @@ def quantize_(
     fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]
     total = sum(parameter.nbytes for parameter in model.parameters())
     torn = {name: m for name, m in linears if m.in_features % block_size}
-    if not fitting:
+    fused = _chosen_experts(model, chosen, block_size)
+    if not fitting and not fused:
         raise ValueError(
             f"no linear layer was quantized: the filter chose none whose in_features is a multiple of {block_size}"
         )
     for name, linear in fitting:
         model.set_submodule(name, _packed(linear, f"{name}.weight", quant_format, double_quant))
+    for name, experts in fused:
+        for part, linears_of_part in experts.linears().items():
+            weight = f"{name}.{part}.weight"
+            experts.set_submodule(part, _packed(linears_of_part, weight, quant_format, double_quant))
+        put_in_place(model, name, experts)
     unquantized.tell(model, torn, block_size, total)
     return model
+
+
+def _chosen_experts(model: nn.Module, chosen: Filter, block_size: int) -> list[tuple[str, SplitExperts]]:
+    """transformers' experts of which every projection is chosen and can be packed, taken apart."""
+    known = [(name, SplitExperts(module)) for name, module in model.named_modules() if is_known(module)]
+    return [
+        (name, experts)
+        for name, experts in known
+        if all(
+            linears.in_features % block_size == 0 and chosen(f"{name}.{part}", linears)
+            for part, linears in experts.linears().items()
+        )
+    ]
 
 
 def _packed(layer: Any, name: str, quant_format: formats.QuantFormat, double_quant: bool) -> nn.Module:

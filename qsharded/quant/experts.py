@@ -279,12 +279,12 @@ class PackedExperts(PackedModule):
         weight_ENK, sizes = experts.weight.detach(), (experts.experts, experts.in_features, experts.out_features)
         new = cls(*sizes, quant_format=quant_format, double_quant=double_quant, device=weight_ENK.device)
         if experts.bias is not None:
-            new.bias = nn.Parameter(experts.bias.detach(), requires_grad=False)
+            new.bias = nn.Parameter(experts.bias.detach().contiguous(), requires_grad=False)
         new.train(experts.training)
         if not weight_ENK.is_meta:
             for e, weight_NK in enumerate(weight_ENK):
                 formats.check_weight(weight_NK, quant_format, f"{name}[{e}]")
-                new._hold(e, pack_weight(weight_NK, quant_format, double_quant=double_quant))
+                new._hold(e, pack_weight(weight_NK.contiguous(), quant_format, double_quant=double_quant))
         return new
 
     def _hold(self, e: int, packed: PackedWeight) -> None:

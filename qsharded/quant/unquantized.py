@@ -1,4 +1,4 @@
-"""What quantizing leaves as it was because it cannot be packed, told once: experts kept as one tensor, torn rows."""
+"""What quantizing leaves as it was because it cannot be packed, told once: experts of another layout, torn rows."""
 
 import logging
 import re
@@ -41,7 +41,7 @@ def tell(model: nn.Module, torn: Mapping[str, Any], block_size: int, total: int)
     if torn:
         reasons.append(f"in_features is no multiple of {block_size}: {', '.join(torn)}")
     if others := _of_other_modules(model):
-        reasons.append(f"of no linear layer (transformers' experts in one tensor are not packed): {_listed(others)}")
+        reasons.append(f"of no linear layer (nor of experts in a layout that is known): {_listed(others)}")
     if reasons:
         size = sum(layer.weight.nbytes for layer in torn.values()) + others.total()
         told = f"{size:,} of the model's {total:,} bytes stay in 16 or 32 bits, beside embedding and head"
@@ -51,7 +51,7 @@ def tell(model: nn.Module, torn: Mapping[str, Any], block_size: int, total: int)
 def _of_other_modules(model: nn.Module) -> Counter[str]:
     """Bytes of the matrices and larger tensors in modules that are neither linear nor embeddings, by name.
 
-    transformers holds the experts of a mixture as one tensor of three dimensions. Blocks' numbers become "*".
+    Experts whose layout is not known are among them, and convolutions. Blocks' numbers become "*".
     """
     found: Counter[str] = Counter()
     adapters = adapters_in(model)

@@ -123,6 +123,7 @@ def test_weights_and_inputs_that_are_not_finite_are_refused_by_name() -> None:
 EXPERTS = {
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": J},
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": J},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": J},
 }
 
 
@@ -148,9 +149,11 @@ def calibrated(model: Path, rows: Path, output: Path, count: int = 12) -> Path:
     return quantized(model, output, "--calibrate", str(rows), *sizes)
 
 
-def test_a_mixture_is_closer_in_as_many_bytes(rows: Path, tmp_path: Path) -> None:
-    """gpt-oss's, whose files turn matrices around, with gate and up in alternate columns, and biases."""
-    model = write_chat_mixture(tmp_path / "model", "gpt_oss")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "olmoe"])
+def test_a_mixture_is_closer_in_as_many_bytes(model_type: str, rows: Path, tmp_path: Path) -> None:
+    """gpt-oss's, whose files turn matrices around, with gate and up in alternate columns, and biases; and OLMoE, which
+    transformers' code computes."""
+    model = write_chat_mixture(tmp_path / "model", model_type)
     text = "".join(f"<u>{x * n}<e><a>{x * 3}<e>" for n in (5, 6, 7) for x in "abcde")
     ids = torch.tensor(Tokenizer.from_folder(model).encode(text))[:200][None]
     folders = quantized(model, tmp_path / "nearest"), calibrated(model, rows, tmp_path / "calibrated")
@@ -158,7 +161,10 @@ def test_a_mixture_is_closer_in_as_many_bytes(rows: Path, tmp_path: Path) -> Non
         exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits.log_softmax(-1)
         logits = [load_model(of, dtype=torch.float32, device="cpu").eval()(ids).log_softmax(-1) for of in folders]
     nearest, found = ((exact.exp() * (exact - of)).sum(-1).mean().item() for of in logits)
-    assert found < 0.1 * nearest  # with experts rounded to nearest .18
+    assert found < 0.1 * nearest  # gpt-oss's with experts rounded to nearest .18
+    record = CalibrationRecord.read(folders[1])
+    assert record is not None
+    assert record.experts["all"] == 2 * 5
     plain, own = (load_file(folder / "model.safetensors") for folder in folders)
     assert {n: (t.dtype, t.shape) for n, t in own.items()} == {n: (t.dtype, t.shape) for n, t in plain.items()}
     assert inspect_path(folders[1]).problems == []

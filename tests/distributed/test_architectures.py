@@ -17,13 +17,13 @@ from qsharded.utils.sharding import whole
 from tests.distributed.harness import run_ranks
 from tests.models.architecture_list import ARCHITECTURES, SLOW
 from tests.models.architectures import (
+    LORA,
     assert_parity,
     batch_of,
     computed_by,
     computed_by_peft,
     documents,
     gradients,
-    lora_of,
     packed_weights,
     write_architecture,
     write_random_adapter,
@@ -32,8 +32,8 @@ from tests.models.architectures import (
 Computed = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 
 
-def loaded(name: str, folder: Path, mesh: Any = None) -> CausalLM:
-    settings: dict[str, Any] = {"lora": lora_of(name), "dtype": torch.float32, "model_code": "transformers"}
+def loaded(folder: Path, mesh: Any = None) -> CausalLM:
+    settings: dict[str, Any] = {"lora": LORA, "dtype": torch.float32, "model_code": "transformers"}
     mode: Mode = "none" if mesh is None else "full"
     return load_model(folder, mesh=mesh, activation_checkpointing=mode, **settings)
 
@@ -52,8 +52,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
 def of_one_rank(folders: dict[str, Path]) -> dict[str, Computed]:
     computed: dict[str, Computed] = {}
     for name, folder in folders.items():
-        model = loaded(name, folder)
-        write_random_adapter(model, folder / "adapter", lora_of(name))
+        model = loaded(folder)
+        write_random_adapter(model, folder / "adapter")
         logits, loss = computed_by(model, batch_of(rows_of(name)))
         computed[name] = logits, loss, gradients(model)
     return computed
@@ -62,7 +62,7 @@ def of_one_rank(folders: dict[str, Path]) -> dict[str, Computed]:
 @pytest.fixture(scope="module")
 def of_peft(folders: dict[str, Path], of_one_rank: Any) -> dict[str, Computed]:
     return {
-        name: computed_by_peft(folder, folder / "adapter", packed_weights(loaded(name, folder)), rows_of(name))
+        name: computed_by_peft(folder, folder / "adapter", packed_weights(loaded(folder)), rows_of(name))
         for name, folder in folders.items()
     }
 
@@ -77,7 +77,7 @@ def sharded(folders: dict[str, Path]) -> dict[str, Computed]:
     mesh = init_device_mesh("cpu", (2,))
     computed: dict[str, Computed] = {}
     for name, folder in folders.items():
-        model = loaded(name, folder, mesh)
+        model = loaded(folder, mesh)
         load_adapter(model, folder / "adapter")
         logits, loss = computed_by(model, batch_of([rows_of(name)[mesh.get_rank()]]))
         computed[name] = logits, loss, {n: whole(grad) * 2 for n, grad in gradients(model).items()}

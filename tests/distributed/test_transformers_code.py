@@ -1,6 +1,7 @@
 """Runs on models that transformers' code computes: train, resume, generate, merge, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from qsharded.checkpoint.report import inspect_path
 from qsharded.merge import MergeConfig
 from qsharded.merge import run as merge
 from qsharded.models.generation import generate
-from qsharded.quant import formats
 from qsharded.report.run_files import read_metrics
 from tests.checkpoints import write_chat_rows, write_chat_tokenizer
 from tests.distributed.harness import run_ranks
@@ -31,8 +31,8 @@ from tests.models.architectures import (
     computed_by,
     documents,
     gradients,
-    lora_of,
     packed_weights,
+    round_packed,
     write_architecture,
     write_random_adapter,
 )
@@ -69,9 +69,7 @@ def trained(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFacto
 
 def by_peft(checkpoint: Path, adapter: Path, packed: set[str]) -> Any:
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    for name in packed:
-        weight = base.get_parameter(name)
-        weight.data = formats.quantize(weight.data).dequantize(torch.float32)
+    round_packed(base, packed)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
@@ -220,11 +218,13 @@ def test_inspect_knows_the_tensors_of_such_a_model(tmp_path: Path) -> None:
 
 
 def test_adapters_that_peft_takes_for_experts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = write_architecture(tmp_path, "glm4_moe")
-    load_model(folder, dtype=torch.float32, lora=lora_of("glm4_moe"), model_code="transformers")
+    """Experts without a gate are of no layout that is known."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1}
+    folder = write_architecture(tmp_path, "nemotron_h", hybrid_override_pattern="*E", topk_group=1, **experts)
+    load_model(folder, dtype=torch.float32, lora=replace(LORA, target_modules=["q_proj"]))
     assert "PEFT" not in caplog.text
-    load_model(folder, dtype=torch.float32, lora=LORA, model_code="transformers")
-    assert "adapters on down_proj, gate_proj, up_proj: PEFT takes these for the experts'" in caplog.text
+    load_model(folder, dtype=torch.float32, lora=LORA)
+    assert "adapters on down_proj, up_proj: PEFT takes these for the experts'" in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["cohere2", "mixtral"])
@@ -241,7 +241,7 @@ SELF_CHECKED = ("mixtral", "gemma4_text", "falcon_h1")
 
 def self_checks(folders: dict[str, Path]) -> list[str]:
     world = world_of_ranks()
-    modes = {name: {"code": "transformers", "lora": lora_of(name), "checkpointing": "full"} for name in folders}
+    modes = {name: {"code": "transformers", "lora": LORA, "checkpointing": "full"} for name in folders}
     return [check(world, *built(world, folder, modes[name])) for name, folder in folders.items()]
 
 

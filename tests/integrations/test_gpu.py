@@ -11,6 +11,7 @@ from qsharded.integrations.transformers import QShardedConfig
 from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import write_checkpoint
+from tests.models.architectures import write_architecture
 
 bnb = pytest.importorskip("bitsandbytes")
 from qsharded.integrations.bitsandbytes import convert_bitsandbytes, install, uninstall  # noqa: E402
@@ -32,8 +33,13 @@ def installed():
     uninstall()
 
 
-def test_a_model_is_quantized_on_the_gpu_to_the_bytes_of_the_cpu(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, hidden_size=192, intermediate_size=320)
+@pytest.mark.parametrize("model_type", ["llama", "olmoe", "gpt_oss"])
+def test_a_model_is_quantized_on_the_gpu_to_the_bytes_of_the_cpu(model_type: str, tmp_path: Path) -> None:
+    """A decoder; and mixtures of experts, apart and turned around."""
+    if model_type == "llama":
+        folder = write_checkpoint(tmp_path, hidden_size=192, intermediate_size=320)
+    else:
+        folder = write_architecture(tmp_path, model_type)
     on_gpu = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QShardedConfig())
     on_cpu = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QShardedConfig(), device_map={"": "cpu"})
     assert next(on_gpu.parameters()).is_cuda

@@ -20,6 +20,7 @@ from qsharded.nn import PackedLinear
 from qsharded.quant import formats
 from tests.checkpoints import pack_by_bitsandbytes, write_checkpoint
 from tests.distributed.harness import run_ranks
+from tests.models.architectures import write_architecture
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -236,32 +237,47 @@ def test_what_bitsandbytes_stores_otherwise_is_refused(bitsandbytes_folder: Any,
         from_bitsandbytes(AutoConfig.from_pretrained(checkpoint))
 
 
-def sharded(folder: Path, saved: Path) -> list[tuple[Tensor, Tensor, int]]:
-    """Of a model that is quantized into shards, and of what it saves: logits, generated tokens and the rows of a packed
-    weight that are here."""
-    return [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
+Sharded = tuple[Tensor, Tensor, int]
 
 
-def results(folder: Path, save_to: Path | None, **options: Any) -> tuple[Tensor, Tensor, int]:
+def sharded(folders: list[tuple[Path, Path]]) -> list[list[Sharded]]:
+    """Of models that are quantized into shards, and of what they save: logits, generated tokens and the rows of a
+    packed weight that are here."""
+    return [
+        [results(folder, saved, quantization_config=QShardedConfig()), results(saved, None)]
+        for folder, saved in folders
+    ]
+
+
+def results(folder: Path, save_to: Path | None, **options: Any) -> Sharded:
     model = read(folder, distributed_config=DistributedConfig(fsdp_size=3), **options)
     tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
     if save_to is not None:
         model.save_pretrained(save_to)
-    return model(IDS).logits.detach(), tokens, len(model.model.layers[0].self_attn.k_proj.weight.to_local())
+    mlp = model.model.layers[0].mlp
+    linear = mlp.experts.down_proj if hasattr(mlp, "experts") else model.model.layers[0].self_attn.k_proj
+    return model(IDS).logits.detach(), tokens, len(linear.weight.to_local())
 
 
-def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=44)
-    one = quantized(folder)
-    expected = one(IDS).logits, one.generate(IDS, max_new_tokens=4, do_sample=False)
-    held = []
-    for of_both in run_ranks(sharded, 3, folder, tmp_path / "saved"):
-        for logits, tokens, rows in of_both:
+def test_sharded_by_transformers_it_equals_one_process(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """A decoder; and mixtures, whose layers have four experts of 64 rows: shards begin inside one."""
+    mixtures = ("olmoe", "gpt_oss") if pytestconfig.getoption("--slow") else ("olmoe",)
+    rows_of = {"dense": [15] * 4 + [14] * 2, **dict.fromkeys(mixtures, [86] * 4 + [84] * 2)}
+    folders = {name: (tmp_path / name, tmp_path / f"{name}-saved") for name in rows_of}
+    folders["dense"][0].mkdir()
+    write_checkpoint(folders["dense"][0], hidden_size=192, num_attention_heads=3, num_key_value_heads=1, head_dim=44)
+    for name in mixtures:
+        write_architecture(folders[name][0], name)
+    one = {name: quantized(folder) for name, (folder, _) in folders.items()}
+    ranks = run_ranks(sharded, 3, list(folders.values()))
+    for index, (name, model) in enumerate(one.items()):
+        expected, held = (model(IDS).logits, model.generate(IDS, max_new_tokens=4, do_sample=False)), []
+        for logits, tokens, rows in (of_one for of_rank in ranks for of_one in of_rank[index]):
             assert torch.equal(logits, expected[0])
             assert torch.equal(tokens, expected[1])
             held.append(rows)
-    assert held == [15, 15, 15, 15, 14, 14]
-    assert as_bytes(read(tmp_path / "saved").state_dict()) == as_bytes(one.state_dict())
+        assert held == rows_of[name]
+        assert as_bytes(read(folders[name][1]).state_dict()) == as_bytes(model.state_dict())
 
 
 def quantized_into_shards(folder: Path, damaged: Path) -> tuple[int, Tensor, str]:

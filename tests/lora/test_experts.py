@@ -152,3 +152,10 @@ def test_ranks_below_eight_are_filled_up_in_16_bits() -> None:
     wide, exact = layer.update(torch.bfloat16), layer.update(torch.float32)
     assert (wide.A.shape[1], wide.B.shape[2], exact.A.shape[1]) == (8, 8, 3)
     assert (wide.B @ wide.A).float().allclose(exact.B @ exact.A, atol=0.02)
+
+
+@pytest.mark.parametrize("entry", ["mlp.experts", "mlp.experts.down_proj", "mlp"])
+def test_experts_are_not_trained_in_full(entry: str) -> None:
+    """Their product has no gradient for the matrices."""
+    with pytest.raises(ValueError, match=rf"^model\.layers\.0\.{entry} has experts, whose matrices stay frozen"):
+        outline("qwen3_moe", LoRAConfig(target_modules=["q_proj"], modules_to_save=[entry]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,12 @@ class Architecture:
         config: of a tiny one.
         packs: whether documents share a row; else each has one of its own, since layers carry something across them.
         is_native: there is code for it here, too.
-        targets: layers to adapt, where PEFT reads adapters on others as those of experts; empty: every linear layer.
     """
 
     title: str
     config: dict[str, Any] = field(default_factory=dict)
     packs: bool = True
     is_native: bool = False
-    targets: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {
@@ -50,17 +48,12 @@ ARCHITECTURES = {
     "phi": Architecture("Phi-1.5, Phi-2"),
     "stablelm": Architecture("StableLM 2"),
     "starcoder2": Architecture("StarCoder 2"),
-    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS, is_native=True),
+    "qwen3_moe": Architecture("Qwen3 MoE", _EXPERTS | {"moe_intermediate_size": 32}, is_native=True),
     "mixtral": Architecture("Mixtral", {"num_local_experts": 4}, is_native=True),
     "gpt_oss": Architecture("gpt-oss", _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}, is_native=True),
     "granitemoe": Architecture("Granite MoE", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": Architecture("OLMoE", _EXPERTS),
-    "glm4_moe": Architecture(
-        "GLM-4.5",
-        _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1},
-        is_native=True,
-        targets=("q_proj", "o_proj"),
-    ),
+    "glm4_moe": Architecture("GLM-4.5", _EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1}, is_native=True),
     "deepseek_v3": Architecture(
         "DeepSeek V3",
         _EXPERTS
@@ -68,8 +61,13 @@ ARCHITECTURES = {
         | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
         | {"head_dim": 8, "num_key_value_heads": 4},
         is_native=True,
-        targets=("q_b_proj", "kv_b_proj", "o_proj"),
     ),
+    "ernie4_5_moe": Architecture(
+        "ERNIE 4.5 MoE",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
+    ),
+    "hunyuan_v1_moe": Architecture("Hunyuan MoE", {"num_experts": 4, "moe_topk": 2}),
     "bamba": Architecture("Bamba", {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16}, packs=False),
     "falcon_h1": Architecture(
         "Falcon H1",
@@ -84,7 +82,7 @@ ARCHITECTURES = {
 }
 
 SLOW = frozenset(
-    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe deepseek_v3 granitemoe olmoe lfm2 mpt "  # noqa: SIM905
-    "qwen3_5_text".split()
+    "apertus gpt_neox jais2 nanochat phi qwen3_moe mixtral gpt_oss glm4_moe deepseek_v3 granitemoe lfm2 mpt "  # noqa: SIM905
+    "ernie4_5_moe hunyuan_v1_moe qwen3_5_text".split()
 )
 """Those that differ little from others here: they run with --slow."""

@@ -1,7 +1,6 @@
 """Tiny random checkpoints of transformers' architectures, and what transformers and PEFT compute of them."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qsharded.checkpoint.adapter import save_adapter, trainable
+from qsharded.checkpoint.load import checkpoint_name
 from qsharded.data import Batch
 from qsharded.models import CausalLM
 from qsharded.nn import LoRAConfig, NF4Linear
 from qsharded.quant import formats
+from qsharded.quant.experts import PackedExperts
 from qsharded.utils.documents import IGNORE
 from tests.models.architecture_list import ARCHITECTURES
 
@@ -50,12 +51,6 @@ def write_architecture(folder: Path, model_type: str, **config: Any) -> Path:
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
-
-
-def lora_of(model_type: str) -> LoRAConfig:
-    """What is adapted of it."""
-    targets = ARCHITECTURES[model_type].targets
-    return replace(LORA, target_modules=list(targets)) if targets else LORA
 
 
 def write_random_adapter(model: CausalLM, folder: Path, lora: LoRAConfig = LORA) -> None:
@@ -108,9 +103,7 @@ def computed_by_peft(
     """Logits, loss and gradients of transformers and PEFT, each document by itself, with the layers ``packed`` as they
     are after quantization."""
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
-    for name in packed:
-        weight = base.get_parameter(name)
-        weight.data = formats.quantize(weight.data).dequantize(torch.float32)
+    round_packed(base, packed)
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval()
     logits = [[model(input_ids=document[None], use_cache=False).logits[0] for document in row] for row in rows]
     pairs = [
@@ -127,9 +120,28 @@ def computed_by_peft(
 
 
 def packed_weights(model: CausalLM) -> set[str]:
-    """The names of the packed weights in the checkpoint."""
-    layers = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    return {f"{name.removesuffix('.base_layer')}.weight" for name in layers}
+    """The names of the packed weights in the checkpoint; of experts, in our own form."""
+    layers = {name for name, module in model.named_modules() if isinstance(module, NF4Linear | PackedExperts)}
+    return {checkpoint_name(f"{name}.weight") for name in layers}
+
+
+def round_packed(base: PreTrainedModel, packed: Iterable[str]) -> None:
+    """Give transformers' model the values that the weights ``packed`` have in NF4."""
+    for name in packed:
+        parent, _, part = name.removesuffix(".weight").rpartition(".")
+        for weight in matrices_of(base.get_submodule(parent), part) if parent.endswith(".experts") else [name]:
+            values = base.get_parameter(weight).data if isinstance(weight, str) else weight
+            values.copy_(formats.quantize(values.contiguous()).dequantize(torch.float32))
+
+
+def matrices_of(experts: Any, part: str) -> list[Tensor]:
+    """Views [N, K] of one projection of each of transformers' experts."""
+    stored = experts.down_proj if part == "down_proj" else experts.gate_up_proj
+    turned = list(stored.data.transpose(1, 2) if experts.is_transposed else stored.data)
+    if part == "down_proj":
+        return turned
+    half = ("gate_proj", "up_proj").index(part)
+    return [matrix.chunk(2)[half] if experts.is_concatenated else matrix[half::2] for matrix in turned]
 
 
 def assert_parity(found: Tensor, expected: Tensor, what: str) -> None:

@@ -17,7 +17,7 @@ from qsharded.plan import captured_layers
 from qsharded.plan.activations import StepWork
 from qsharded.plan.choose_checkpointing import choose_checkpointing
 from qsharded.plan.gpu_memory import Planner
-from qsharded.plan.parameters import UNPACKED
+from qsharded.plan.parameters import CODES, UNPACKED
 from qsharded.utils.checkpointing_modes import Mode
 from tests.models.architectures import described_by
 
@@ -88,12 +88,23 @@ def test_layers_of_each_kind_count_as_often_as_there_are_some() -> None:
     assert mixed.passing == max(linear.passing, full.passing)
 
 
-def test_experts_are_counted_as_not_quantized() -> None:
-    config = described("mixtral")
+def rows_of_plan(model_type: str) -> dict[str, int]:
+    config = described(model_type)
     plan = Planner(config, LORA, torch.bfloat16, 80 << 30).plan(choose(config), 1)
-    experts = 2 * 4 * 3 * 64 * 128 * 2  # layers, experts, matrices, two bytes a value
-    routers = 2 * 4 * 64 * 2
-    assert {row.name: row.bytes for row in plan.rows}[UNPACKED] == experts + routers
+    return {row.name: row.bytes for row in plan.rows}
+
+
+def test_experts_of_a_known_layout_are_counted_as_packed() -> None:
+    rows = rows_of_plan("mixtral")
+    experts, attention = 2 * 4 * 3 * 64 * 128, 2 * 2 * (64 + 32) * 64  # layers, experts, matrices; q and o, k and v
+    assert rows[CODES] == (experts + attention) // 2
+    assert UNPACKED not in rows
+
+
+def test_other_experts_are_counted_as_not_quantized() -> None:
+    experts = 2 * 2 * 3 * 64 * 128 * 2  # layers, experts, matrices, two bytes a value
+    routers = 2 * 2 * 64 * 2
+    assert rows_of_plan("llama4_text")[UNPACKED] == experts + routers
 
 
 def choose(config: Any) -> TrainConfig:

@@ -21,6 +21,7 @@ from qsharded.models.transformers_code.description import TransformersConfig
 from qsharded.models.transformers_code.leaks import leaks
 from qsharded.models.transformers_code.own_head import OwnHead, our_head, own_logits
 from qsharded.models.transformers_code.structure import base_name, kept_whole
+from qsharded.quant.fused_experts import SplitExperts, is_known, put_in_place
 from qsharded.utils.documents import IGNORE, PADDING, Boundaries
 
 
@@ -44,11 +45,18 @@ class TransformersCausalLM(CausalLM):
         self.__dict__["_modules"] = hf._modules
         self._rows = Rows()
         self._refuse_lost_tensors()
+        self._split_experts()
         self._dress()
 
     def _refuse_lost_tensors(self) -> None:
         for name in buffers.tensors_beside(self.hf):
             raise ValueError(f"{type(self.hf).__name__} keeps {name} outside of its buffers, where it cannot be loaded")
+
+    def _split_experts(self) -> None:
+        """Ours in the place of its experts, where their layout is known: one module for each projection."""
+        for name, module in list(self.named_modules()):
+            if is_known(module):
+                put_in_place(self, name, SplitExperts(module).own_tensors())
 
     def _dress(self) -> None:
         """Our head in the place of its own; marks on what must stay as it is, and the rows where attention looks."""

@@ -31,8 +31,8 @@ def _mixture(name: str, shape: dict[str, Any], ranks: int, rows: int, length: in
 
 MIXTURES = (
     _mixture("30b-one-gpu", QWEN3_30B_A3B, 1, 4, 2048, accumulation=2, least_speed=10_000.0, most_gib=23.0),
-    _mixture("30b-two-gpus", QWEN3_30B_A3B, 2, 4, 2048, like="30b-one-gpu", of_its_speed=0.85, most_gib=13.0),
     _mixture("gpt-oss-20b", GPT_OSS_20B, 1, 1, 4096, most_gib=17.0),
+    _mixture("30b-two-gpus", QWEN3_30B_A3B, 2, 4, 2048, like="30b-one-gpu", of_its_speed=0.85, most_gib=13.0),
     _mixture("glm-4.5-air", GLM_4_5_AIR, 2, 1, 2048, options=RANK_8, most_gib=40.0),
     _mixture("qwen3-235b", QWEN3_235B_A22B, 2, 1, 2048, options=RANK_8, most_gib=80.0, limit_s=200),
     _mixture("glm-4.7-flash", GLM_4_7_FLASH, 1, 4, 2048, tiny=TINY_LATENT),

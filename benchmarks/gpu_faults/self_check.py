@@ -38,10 +38,10 @@ def self_check(folder: Path) -> Found:
         return found_of(statuses(ranks), ranks[0].said(), {}, 0.0, 0.0)
     options = shape_options(SHAPE, folder / "wide", RANKS * STEPS, LENGTH) | common
     options |= {"random_init": True, "per_device_train_batch_size": 1, "logging_steps": 1, "save_steps": 0}
+    without = folder / "no-self-check"  # first, so that what is compiled lies there for both
+    statuses(start(without, ["qsharded.train"], options | {"self_check": "never", "output_dir": without / "output"}))
     ranks = start(own, ["benchmarks.trainer_rank"], options)
     found = statuses(ranks)
-    without = folder / "no-self-check"
-    statuses(start(without, ["qsharded.train"], options | {"self_check": "never", "output_dir": without / "output"}))
     saved = first_step_seconds(without / "output") - first_step_seconds(own / "output")
     config = parse(flags_of(options), TrainConfig)
     planned = plan(ModelConfig.from_hf(SHAPE), config, RANKS, lora=lora_config(config, None)).allocated / GIB

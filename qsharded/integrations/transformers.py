@@ -31,6 +31,7 @@ from qsharded.checkpoint.packed_format import own_quant_format, torn_rows
 from qsharded.distributed.agreement import refused_by_all
 from qsharded.distributed.exact_all_gather import use_exact_gather
 from qsharded.integrations import bitsandbytes_format
+from qsharded.integrations import transformers_expert_biases as expert_biases
 from qsharded.integrations import transformers_experts as expert_loading
 from qsharded.quant import blockwise8, formats
 from qsharded.quant.convert import quantize_
@@ -144,7 +145,7 @@ class QShardedQuantizer(HfQuantizer):
             double_quant=config.double_quant,
         )
 
-        self._bias_rules = expert_loading.bias_rules(model)
+        self._bias_rules = expert_biases.bias_rules(model)
         if not self.pre_quantized:
             expert_loading.expect(model)
         elif packs_experts:
@@ -242,12 +243,12 @@ def _save_in_our_form(model: PreTrainedModel) -> None:
     """Saving undoes the conversions of loading; wherever the weights came from, they are saved in our form."""
     used: Any = getattr(model, "_weight_conversions", None) or []
     others = [conversion for conversion in used if not _is_ours(conversion)]
-    ours = [*expert_loading.bias_rules(model), *_own_conversions()]
+    ours = [*expert_biases.bias_rules(model), *_own_conversions()]
     model._weight_conversions = [*others, *ours]  # type: ignore[assignment]
 
 
 def _is_ours(conversion: Any) -> bool:
-    own = (_TakeOver, _AsParameter, *expert_loading.BIAS_OPERATIONS)
+    own = (_TakeOver, _AsParameter, *expert_biases.OPERATIONS)
     return any(isinstance(operation, own) for operation in getattr(conversion, "operations", ()))
 
 

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    MergeModulelist,
-    WeightConverter,
-    WeightTransform,
-)
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from qsharded.checkpoint.expert_fills import ExpertPacking
 from qsharded.checkpoint.fill_shards import FiniteCheck
@@ -142,66 +136,6 @@ class _Sink:
             f"{name}_absmax_scales": self._absmax.scales,
             f"{name}_absmax_offset": self._absmax.offset,
         }
-
-
-def bias_rules(model: nn.Module) -> list[WeightTransform]:
-    """How gpt-oss's biases are stored, for loading and, turned around, for saving."""
-    if not any(isinstance(module, SplitExperts) and module.interleaved for module in model.modules()):
-        return []
-    gate, up, down = (f"experts.{part}_proj.bias" for part in ("gate", "up", "down"))
-    return [
-        WeightConverter(f"experts.{GATE_UP}_bias", [gate, up], [_TakeApart()]),
-        WeightConverter(f"experts.{DOWN}_bias", down, [_Named()]),
-    ]
-
-
-class _TakeApart(ConversionOps):
-    """Biases [E, 2J] become gate's and up's."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        [value] = map(_only, input_dict.values())
-        return {name: half.contiguous() for name, half in zip(target_patterns, halves_of(value, True), strict=True)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _PutTogether()
-
-
-class _PutTogether(ConversionOps):
-    """And back."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        halves = [_only(input_dict[name]) for name in source_patterns]
-        return {target_patterns[0]: torch.stack(halves, dim=-1).flatten(-2)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _TakeApart()
-
-
-class _Named(ConversionOps):
-    """A tensor that is called otherwise, in the place of that name alone."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        return {target_patterns[0]: _only(next(iter(input_dict.values())))}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Named()
-
-
-BIAS_OPERATIONS = (_TakeApart, _Named)
-"""Those of :func:`bias_rules`."""
-
-
-def _only(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
 
 
 class ExpertByExpert(WeightConverter):

@@ -41,7 +41,7 @@ def tell(model: nn.Module, torn: Mapping[str, Any], block_size: int, total: int)
     if torn:
         reasons.append(f"in_features is no multiple of {block_size}: {', '.join(torn)}")
     if others := _of_other_modules(model):
-        reasons.append(f"of no linear layer (nor of experts in a layout that is known): {_listed(others)}")
+        reasons.append(f"of neither linear layers nor packed experts: {_listed(others)}")
     if reasons:
         size = sum(layer.weight.nbytes for layer in torn.values()) + others.total()
         told = f"{size:,} of the model's {total:,} bytes stay in 16 or 32 bits, beside embedding and head"

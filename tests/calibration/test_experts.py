@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qsharded import quantize
 from qsharded.calibration import calibrate
 from qsharded.calibration.compensated import InputsRounding
+from qsharded.calibration.expert_inputs import ExpertInputs
 from qsharded.calibration.layer_store import LayerStore
 from qsharded.calibration.method import Calibration
 from qsharded.calibration.packed_base import PackedBaseWalk, packed_experts
@@ -28,11 +29,13 @@ from qsharded.models.choice import read_config
 from qsharded.nn import LoRAConfig
 from qsharded.quant import ops
 from qsharded.quant.formats import NF4_64
+from qsharded.quant.fused_experts import SplitExperts
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils.untrusted_json import read_json
 from tests.calibration.mixtures import D, J, outputs, random_experts, rounding, tokens
 from tests.checkpoints import write_chat_rows, write_chat_tokenizer
 from tests.models.architectures import write_architecture
+from tests.quant.test_fused_experts import experts_of
 
 CPU = torch.device("cpu")
 COMPENSATED, SEARCH = Calibration("compensated", NF4_64), Calibration("search", NF4_64)
@@ -120,6 +123,17 @@ def test_weights_and_inputs_that_are_not_finite_are_refused_by_name() -> None:
         rounding(random_experts(2), [x, x[:0]], COMPENSATED)
 
 
+def test_the_tokens_of_transformers_experts_are_seen() -> None:
+    """Which are called with each token's experts and their scores."""
+    experts = SplitExperts(experts_of("olmoe.Olmoe"))
+    x, chosen = torch.randn(9, experts.gate_proj.in_features), torch.arange(18).view(9, 2) % 5
+    seen = ExpertInputs(experts)
+    with seen.watched():
+        experts(x, chosen, torch.ones(9, 2))
+    assert seen.of_expert(3, x.device).equal(x[(chosen == 3).any(1)])
+    assert torch.cat(list(seen.of_all(x.device))).equal(x)
+
+
 EXPERTS = {
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": J},
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": J},
@@ -149,7 +163,7 @@ def calibrated(model: Path, rows: Path, output: Path, count: int = 12) -> Path:
     return quantized(model, output, "--calibrate", str(rows), *sizes)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "olmoe"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", pytest.param("olmoe", marks=pytest.mark.slow)])
 def test_a_mixture_is_closer_in_as_many_bytes(model_type: str, rows: Path, tmp_path: Path) -> None:
     """gpt-oss's, whose files turn matrices around, with gate and up in alternate columns, and biases; and OLMoE, which
     transformers' code computes."""

@@ -20,7 +20,7 @@ from tests.integrations.test_transformers import as_bytes
 from tests.models.architectures import assert_parity, packed_weights, round_packed, write_architecture
 
 IDS = torch.arange(12).view(2, 6)
-MIXTURES = ["olmoe", "gpt_oss", "granitemoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral",))]
+MIXTURES = ["olmoe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("granitemoe", "mixtral"))]
 
 
 def read(folder: Path, **options: Any) -> PreTrainedModel:

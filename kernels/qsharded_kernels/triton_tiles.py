@@ -1,8 +1,8 @@
 """Tiles of the products in Triton, by card, size and rows of x: what a benchmark found.
 
 ``python -m benchmarks.kernels.tune_triton`` writes ``triton_tiles.json``, a card's entries from the least number of
-weights and rows of x on. A card of which none alike was measured has ``DEFAULT``, which takes less than the 99 KB of
-shared memory that a thread block may have on compute capability 8.6, 8.9 and 12.0.
+weights and rows of x on. Where a product was measured on no card alike it has the default, which takes less than the
+99 KB of shared memory that a thread block may have on compute capability 8.6, 8.9 and 12.0.
 """
 
 import json
@@ -55,22 +55,26 @@ class InputGradTile:
 
 
 DEFAULT = LinearTile()
-DEFAULT_INPUT_GRAD = InputGradTile()
 UNKNOWN_CARD: MostRows = {0: 0, 22: 16}  # a smaller weight is multiplied in less time than two launches take
 
 
 @cache
 def linear_tile(N: int, K: int, M: int, device: torch.device) -> LinearTile:
     """For ``M`` rows of x on a weight [N, K]."""
-    card = _card(device)
-    return DEFAULT if card is None else LinearTile(**entry(card["linear"], N * K, M)["tile"])
+    return LinearTile(**_fields("linear", N * K, M, device))
 
 
 @cache
 def input_grad_tile(N: int, K: int, M: int, device: torch.device) -> InputGradTile:
     """For ``M`` rows of dy on a weight [N, K]."""
+    return InputGradTile(**_fields("input_grad", N * K, M, device))
+
+
+def _fields(product: str, weights: int, M: int, device: torch.device) -> dict[str, Any]:
+    """Of the measured tile; none, which makes the default, where that product was not measured on such a card."""
     card = _card(device)
-    return DEFAULT_INPUT_GRAD if card is None else InputGradTile(**entry(card["input_grad"], N * K, M)["tile"])
+    entries = [] if card is None else card[product]
+    return entry(entries, weights, M)["tile"] if entries else {}
 
 
 def entry(entries: list[dict[str, Any]], weights: int, M: int) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def entry(entries: list[dict[str, Any]], weights: int, M: int) -> dict[str, Any]
 def most_rows(N: int, K: int, device: torch.device) -> int:
     """Up to how many rows of x the product beats decoding first."""
     card = _card(device)
-    return for_size(UNKNOWN_CARD if card is None else by_size(card["most_rows"]), N * K)
+    return for_size(UNKNOWN_CARD if card is None else {0: UNKNOWN_CARD[0]} | by_size(card["most_rows"]), N * K)
 
 
 def _card(device: torch.device) -> dict[str, Any] | None:

@@ -158,13 +158,13 @@ def triton_grouped_linear(
     Args:
         experts: codes, absmax and second level, as ``PackedExpertWeights`` has them.
         pieces: of the rows of x.
-        tile: a ``LinearTile`` in place of the table's.
+        tile: a ``LinearTile`` in place of the default.
     """
     from qsharded_kernels import triton_grouped, triton_tiles
 
     codes_ENP, absmax_ENG, scales_ES, offset_E = experts
     device, (table_Q3, most) = x_RK.device, pieces
-    tile = tile or triton_tiles.linear_tile(codes_ENP.shape[1], codes_ENP.shape[2] * 2, most, device)
+    tile = tile or triton_tiles.DEFAULT  # the table's tiles were measured for one weight, whose columns are cut too
     lookups, factor = _lookups(device, quant_format.quant_type, x_RK.dtype)
     absmax_map = blockwise8.dynamic_map(True, device)
     packed = codes_ENP, absmax_ENG, scales_ES, offset_E

@@ -11,7 +11,7 @@ from qsharded.quant.formats import QuantFormat
 from qsharded.quant.own_kernels import triton_grouped_linear, triton_linear
 from qsharded.quant.pieces import Pieces
 from qsharded.quant.routing import Routed
-from qsharded_kernels import triton_absmax, triton_experts, triton_nf4
+from qsharded_kernels import triton_absmax, triton_experts, triton_grouped, triton_nf4, triton_tiles
 from qsharded_kernels.triton_tiles import LinearTile
 from tests.kernels.cases import assert_same_bits
 from tests.kernels.packed_products import DEVICE, random
@@ -42,6 +42,15 @@ def test_every_group_has_the_product_with_its_expert(double_quant: bool, groups:
             expected.append(triton_linear(piece, weights.expert(e), None, tile=TILE, splits=1))
         first += rows
     assert_same_bits(y, torch.cat(expected))
+
+
+def test_experts_do_not_take_the_tiles_that_were_measured_for_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[LinearTile] = []
+    monkeypatch.setattr(triton_tiles, "linear_tile", lambda N, K, M, device: TILE)
+    monkeypatch.setattr(triton_grouped, "grouped_linear", lambda *args, most, tile: taken.append(tile))
+    weights, x = packed(True).packed(), random(1, K).bfloat16()
+    triton_grouped_linear(x, weights.tensors, weights.quant_format, Pieces.of([(0, 1)], x.device))
+    assert taken == [triton_tiles.DEFAULT]
 
 
 def test_no_rows_are_no_launch() -> None:

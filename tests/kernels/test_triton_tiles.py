@@ -26,6 +26,17 @@ def test_a_card_of_which_none_alike_was_measured_has_the_default(monkeypatch: py
     assert triton_tiles.most_rows(512, 4096, device) == 0
 
 
+def test_a_card_has_the_default_for_a_product_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = {"rows": 32, "warps": 2, "stages": 2, "programs_per_sm": 12, "decoder": "permute"}
+    card = {"most_rows": {"22": 8}, "linear": [{"log2_weights": 22, "M": 4, "tile": tile}], "input_grad": []}
+    monkeypatch.setattr(triton_tiles, "_card", lambda device: card)
+    device = torch.device("cuda", 6)
+    assert triton_tiles.linear_tile(4096, 4096, 1, device) == LinearTile(**tile)
+    assert triton_tiles.input_grad_tile(4096, 4096, 1, device) == InputGradTile()
+    assert triton_tiles.most_rows(4096, 4096, device) == 8
+    assert triton_tiles.most_rows(512, 4096, device) == 0  # smaller than any that was measured
+
+
 def test_the_table_that_is_shipped_can_be_read() -> None:
     for card in triton_tiles.read():
         assert fused_rows.by_size(card["most_rows"])

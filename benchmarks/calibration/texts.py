@@ -15,13 +15,22 @@ _ROW = 4000  # characters
 
 
 def texts(prose: Path) -> dict[str, str]:
-    """Each domain's text. Files come in a shuffled order that is always the same."""
+    """Each domain's text."""
+    return {"prose": text_of(str(prose))} | {domain: text_of(domain) for domain in _found()}
+
+
+def text_of(source: str) -> str:
+    """Of a domain that lies on the machine, by its name, or of a file."""
+    found = _found().get(source)
+    return _joined(found) if found else Path(source).read_text(encoding="utf-8")
+
+
+def _found() -> dict[str, list[Path]]:
     library, headers = Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent / "include"
     return {
-        "prose": prose.read_text(encoding="utf-8"),
-        "Python": _joined([*library.glob("*.py"), *(library / "asyncio").glob("*.py")]),
-        "C++": _joined([*(headers / "ATen").glob("*.h"), *(headers / "c10").rglob("*.h")]),
-        "Markdown": _joined([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]),
+        "Python": [*library.glob("*.py"), *(library / "asyncio").glob("*.py")],
+        "C++": [*(headers / "ATen").glob("*.h"), *(headers / "c10").rglob("*.h")],
+        "Markdown": [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")],
     }
 
 
@@ -36,19 +45,30 @@ def origins() -> dict[str, str]:
 
 
 def _joined(paths: Iterable[Path]) -> str:
+    """Files in a shuffled order that is always the same."""
     ordered = sorted(paths)
     random.Random(0).shuffle(ordered)
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in ordered)
 
 
-def write_rows(text: str, path: Path) -> Path:
-    """The part to calibrate on, as a dataset."""
-    part = text[: int(len(text) * _PART)]
-    rows = (json.dumps({"text": part[at : at + _ROW]}) + "\n" for at in range(0, len(part), _ROW))
-    path.write_text("".join(rows), encoding="utf-8")
-    return path
+def write_rows(text: str, path: Path, characters: int = _ROW) -> Path:
+    """The part to calibrate or train on, as a dataset."""
+    return _write(text[: int(len(text) * _PART)], path, characters)
 
 
 def measured(text: str) -> str:
     """The part to measure."""
     return text[int(len(text) * _PART) :]
+
+
+def write_measured_rows(text: str, path: Path, characters: int, most: int) -> Path:
+    """Rows of the whole of the part to measure, at even distances; ``most`` of them."""
+    part = measured(text)
+    return _write(part, path, characters, max(1, -(-len(part) // characters) // most), most)
+
+
+def _write(part: str, path: Path, characters: int, stride: int = 1, most: int | None = None) -> Path:
+    starts = range(0, len(part), characters)[::stride][:most]
+    rows = (json.dumps({"text": part[at : at + characters]}) + "\n" for at in starts)
+    path.write_text("".join(rows), encoding="utf-8")
+    return path

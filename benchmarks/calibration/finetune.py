@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration import texts
-from benchmarks.calibration.quality import quantized
+from benchmarks.calibration.quality import CHUNK, quantized
 from qsharded import train
 from qsharded.config.evaluated import measure as measure_name
 from qsharded.report.run_files import Run
@@ -53,10 +53,13 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, bo
     record = {
         "calibrated_on": arguments.calibration_text,
         "rows": arguments.rows,
+        "length": arguments.length or CHUNK,
         "tuned_on": arguments.text,
+        "origins": texts.origins(),
         "steps": arguments.steps,
-        "tokens_in_a_step": arguments.batch * LENGTH,
-        "held_out_tokens": len(arguments.text) * HELD_OUT_ROWS * LENGTH,
+        "rows_in_a_step": arguments.batch,
+        "tokens_in_a_row": LENGTH,
+        "held_out_rows_of_a_text": HELD_OUT_ROWS,
         "table": table,
         "runs": [asdict(run) | {"loss": run.loss} for run in runs],
     }
@@ -84,7 +87,7 @@ class Bench:
         """Its folder."""
         folder: Path = self.folder / "bases" / method
         if not folder.exists():
-            quantized(self.arguments, self.arguments.length or 1024, self.calibrated, method, folder)
+            quantized(self.arguments, self.arguments.length or CHUNK, self.calibrated, method, folder)
         return folder
 
     def tuned(self, base: str, rate: float, seed: int) -> Tuned:
@@ -106,7 +109,7 @@ class Bench:
         return flags + residual * (base != method)
 
     def _options(self, rate: float, seed: int) -> list[str]:
-        """Otherwise the trainer's defaults. bfloat16 is what GPUs train in."""
+        """Otherwise the trainer's defaults. GPUs train in bfloat16; moments in 8 bits would save nothing here."""
         values = {
             "max-steps": self.arguments.steps,
             "learning-rate": rate,
@@ -117,6 +120,7 @@ class Bench:
             "gradient-accumulation-steps": 1,
             "activation-checkpointing": "none",
             "dtype": "bfloat16",
+            "optim": "adamw",
             "show-rows": 0,
             "save-steps": _SAVE_STEPS,
             "save-total-limit": 1,

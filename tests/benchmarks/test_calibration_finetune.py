@@ -9,6 +9,7 @@ import pytest
 from benchmarks.calibration import __main__ as benchmark
 from benchmarks.calibration import finetune, texts
 from benchmarks.calibration.finetune import Tuned
+from qsharded.checkpoint.calibration_record import CALIBRATION_FILE
 from qsharded.report.run_files import Run
 
 STEPS = 2
@@ -21,16 +22,20 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
     return int(end.value.code or 0)
 
 
-def write_text(path: Path, words: str) -> Path:
-    path.write_text(words * 400)
+def write_text(path: Path, form: str) -> Path:
+    path.write_text("".join(form.format(number) for number in range(600)))
     return path
+
+
+def texts_of(rows: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in rows.read_text().splitlines()]
 
 
 def test_each_base_is_swept_and_trained_with_every_seed_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune, "HELD_OUT_ROWS", 2)
-    seen, unseen = (write_text(tmp_path / name, words) for name, words in (("a", "some words "), ("b", "{1: 2}, ")))
+    seen, unseen = (write_text(tmp_path / name, words) for name, words in (("a", "word {} "), ("b", "[{}], ")))
     flags = ["--model", model, "--calibration-text", seen, "--text", unseen, "--rows", 4, "--length", 32]
     flags += ["--bases", "compensated + residual adapter", "--rates", 1e-4, 1e-2, "--seeds", 2, "--steps", STEPS]
     flags += ["--batch", 1, "--folder", tmp_path / "folder", "--record", tmp_path / "record.json"]
@@ -46,9 +51,14 @@ def test_each_base_is_swept_and_trained_with_every_seed_once(
         there = Run.read(tmp_path / "folder" / "runs" / f"{row['base']}, {row['rate']:g}, seed {row['seed']}")
         assert (there.step, there.finished) == (STEPS, True)
         assert (there.settings["learning-rate"], there.settings["seed"]) == (row["rate"], row["seed"])
+        assert ("residual" in row["base"]) == (there.settings.get("lora-init") == "residual")
         assert there.last("eval_text0_loss") == row["after"][str(unseen)] != row["before"][str(unseen)]
-    inits = {row["base"]: row["before"] for row in record["runs"]}
-    assert inits[names[0]] != inits[names[1]]
+    calibrated = {path.parent.name for path in tmp_path.glob(f"folder/bases/*/{CALIBRATION_FILE}")}
+    assert calibrated == {"compensated"}
+    trained, held_out = (texts_of(tmp_path / "folder" / "tuned" / f"{name}0.jsonl") for name in ("train", "text"))
+    assert held_out
+    assert "".join(trained).startswith("[0], [1], ")
+    assert not any(text in "".join(trained) for text in held_out)
     # a second time everything is there
     metrics = {path: path.stat().st_mtime_ns for path in tmp_path.glob("folder/runs/*/metrics.jsonl")}
     run(monkeypatch, *flags)

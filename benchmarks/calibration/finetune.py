@@ -155,6 +155,7 @@ def figures(runs: Iterable[Tuned]) -> dict[str, Any]:
     return {
         "rate": runs[0].rate,
         "before": statistics.fmean(runs[0].before.values()),
+        "losses": losses,
         "loss": statistics.fmean(losses),
         "spread": max(losses) - min(losses),
         "by_text": by_text,

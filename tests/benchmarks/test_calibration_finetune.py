@@ -78,8 +78,8 @@ def test_the_best_rate_is_each_bases_own() -> None:
 
 def test_figures_are_of_the_texts_mean() -> None:
     of = finetune.figures([tuned("nearest", 1e-3, 1, 2.0, 3.0), tuned("nearest", 1e-3, 2, 2.5, 3.5)])
-    expected = {"rate": 1e-3, "before": 3.5, "loss": 2.75, "spread": 0.5, "by_text": {"C++": 2.25, "Markdown": 3.25}}
-    assert of == expected
+    sizes = {"before": 3.5, "losses": [2.5, 3.0], "loss": 2.75, "spread": 0.5}
+    assert of == {"rate": 1e-3, "by_text": {"C++": 2.25, "Markdown": 3.25}} | sizes
 
 
 @pytest.mark.parametrize(("loss", "spread", "holds"), [(1.9, 0.05, True), (1.9, 0.2, False), (1.97, 0.01, False)])

@@ -1,7 +1,7 @@
 """The gated MLPs of a layer's experts as one autograd node: tokens in, their experts' weighted sum out.
 
-Only experts that got tokens are dequantized, and of these, one projection of as many as fit ``DECODED_BYTES`` at once.
-The backward decodes again. What waits for it is narrow: the tokens [M, D] as they came, and gate and up [R, J] of each
+One projection is dequantized at a time, of as many experts as fit ``DECODED_BYTES``: all of them, or of those that got
+tokens some after others, for which the host waits for the counts. The backward decodes again. What waits for it is narrow: the tokens [M, D] as they came, and gate and up [R, J] of each
 pair; neither the tokens sorted by expert nor the experts' outputs [R, D] do. All else that is [R, D] lives once, since
 every chunk of experts writes its run of pairs. A token's k outputs are added in the order of its choices, so that the
 result does not depend on which chunk or thread was first.
@@ -35,7 +35,7 @@ DECODED_BYTES = 512 << 20
 """The most that one projection's dequantized experts take at a time; one expert is always decoded whole."""
 
 
-@torch.compiler.disable  # the counts of tokens are read on the host
+@torch.compiler.disable  # the host may read the counts of tokens
 def expert_product(
     x_MD: Tensor,
     scores_Mk: Tensor,

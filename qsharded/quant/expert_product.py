@@ -1,10 +1,10 @@
 """The gated MLPs of a layer's experts as one autograd node: tokens in, their experts' weighted sum out.
 
-One projection is dequantized at a time, of as many experts as fit ``DECODED_BYTES``: all of them, or of those that got
-tokens some after others, for which the host waits for the counts. The backward decodes again. What waits for it is narrow: the tokens [M, D] as they came, and gate and up [R, J] of each
-pair; neither the tokens sorted by expert nor the experts' outputs [R, D] do. All else that is [R, D] lives once, since
-every chunk of experts writes its run of pairs. A token's k outputs are added in the order of its choices, so that the
-result does not depend on which chunk or thread was first.
+One projection is dequantized at a time, of as many experts as fit ``DECODED_BYTES``: of all, or, in chunks, of those
+that got tokens, for which the host waits for the counts. The backward decodes again. What waits for it is narrow: the
+tokens [M, D] as they came, and gate and up [R, J] of each pair; neither the tokens sorted by expert nor the experts'
+outputs [R, D] do. All else that is [R, D] lives once, since every chunk of experts writes its run of pairs. A token's k
+outputs are added in the order of its choices, so that the result does not depend on which chunk or thread was first.
 
 A pair's weight ("score") comes from the router, so its gradient is needed: <g, y> for the token's output gradient g and
 the expert's output y. As y = W h + b + s B A h, that is <W^T g + s A^T B^T g, h> + <g, b>: y is not computed again.

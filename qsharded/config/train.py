@@ -357,8 +357,7 @@ class TrainConfig:
     )
     self_check: Literal["auto", "always", "never"] = _output(
         "At the start, compare a layer, as it is sharded, fused and checkpointed, with its bytes unsharded, and end "
-        "the run where they differ; it takes a second at most. auto: so on CPUs; on GPUs it warns, and leaves out "
-        "mixtures of experts, and GPUs without room for it.",
+        "the run where they differ; it takes a second at most. auto: on CPUs, as on GPUs it is still to be proved.",
         "auto",
     )
     hang_timeout: float = _output(

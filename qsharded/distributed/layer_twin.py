@@ -69,11 +69,6 @@ class LayerTwin:
             self._copy = copy.deepcopy(layer, _shared(layer)).eval()
             self._trains = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
 
-    @property
-    def nbytes(self) -> int:
-        """Of the whole layer."""
-        return sum(tensor.nbytes for tensor in chain(self._copy.parameters(), self._copy.buffers()))
-
     def passes(self, model: CausalLM, world: World, tokens: int) -> tuple[Passes, Passes, list[str]]:
         """The layer's passes as it trains, and its twin's, on ``tokens`` tokens, other ones on each rank; and the
         packed layers of which other bytes were used than the ranks hold. Every rank calls this. The adapters are at

@@ -26,11 +26,6 @@ _GRADIENT_GAP = {torch.bfloat16: 0.2, torch.float32: 1e-3}
 _ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 2**-20}  # of what the layer's own part is added to
 _SMALL = 0.01  # of the largest adapter's gradient: what is no more may differ by rounding alone
 _LISTED = 3  # complaints
-_ROOM = 8  # times a layer's bytes: with its weights in 16 bits, and what its passes keep
-_HELP = (
-    "python -m qsharded.doctor looks for a cause; QSHARDED_BACKEND=reference takes PyTorch's kernels instead of ours; "
-    "--self-check never trains all the same"
-)
 
 
 class SelfCheckFailed(RuntimeError):
@@ -65,28 +60,22 @@ class _Verdict:
 def self_check(config: TrainConfig, world: World, model: CausalLM, twin: LayerTwin) -> str:
     """A line on what was compared, empty where --self-check auto leaves it out; every rank calls this.
 
-    On GPUs, where rounding has been compared at few shapes so far, --self-check auto warns and does not refuse.
-
     Raises:
         SelfCheckFailed: on every rank, naming what differs on the first one where anything does.
     """
     if config.self_check == "never":
         return "self-check: left out (--self-check never)"
+    if config.self_check == "auto" and world.device.type == "cuda":
+        return ""
     if twin.index is None:
         return "self-check: left out, as no layer trains"
-    only_warns = _only_warns(config, world)
-    if only_warns and not _is_possible(world, model, twin):
-        return ""
     heartbeat.beat("self-check")
     start = time.monotonic()
     found = collectives.all_gather_objects(_verdict(config, world, model, twin), world.long_timeout_group)
     differing = [(verdict.complaints[0], rank) for rank, verdict in enumerate(found) if verdict.complaints]
     if differing:
         _, rank = min(differing)
-        said = _differences(twin, rank, [complaint.words for complaint in found[rank].complaints])
-        if only_warns:
-            return f"warning: {said}. The run goes on; --self-check always ends it"
-        raise SelfCheckFailed(f"{said}. Nothing was trained. {_HELP}")
+        raise SelfCheckFailed(_refusal(twin, rank, [complaint.words for complaint in found[rank].complaints]))
     return _line(world, twin, found, time.monotonic() - start)
 
 
@@ -134,22 +123,12 @@ def _gap(order: int, what: str, values: tuple[Tensor, Tensor], floor: float, lim
     return distance / size if size > floor else 0.0
 
 
-def _only_warns(config: TrainConfig, world: World) -> bool:
-    return config.self_check == "auto" and world.device.type == "cuda"
-
-
-def _is_possible(world: World, model: CausalLM, twin: LayerTwin) -> bool:
-    """Every rank has the room, and rounding does not decide who computes a token."""
-    free, _ = torch.cuda.mem_get_info(world.device)
-    has_room = free >= _ROOM * twin.nbytes
-    return model.config.mixture is None and all(collectives.all_gather_objects(has_room, world.long_timeout_group))
-
-
-def _differences(twin: LayerTwin, rank: int, complaints: list[str]) -> str:
+def _refusal(twin: LayerTwin, rank: int, complaints: list[str]) -> str:
     more = f"; and {len(complaints) - _LISTED} more" if len(complaints) > _LISTED else ""
     return (
         f"self-check: layer {twin.index} is not what it is without sharding, fusing and checkpointing, on rank {rank}: "
-        f"{'; '.join(complaints[:_LISTED])}{more}"
+        f"{'; '.join(complaints[:_LISTED])}{more}. Nothing was trained. python -m qsharded.doctor looks for a cause; "
+        "QSHARDED_BACKEND=reference takes PyTorch's kernels instead of ours; --self-check never trains all the same"
     )
 
 

@@ -1,9 +1,7 @@
 """The self-check at the start: it passes in every mode, and says what differs where anything does."""
 
 import contextlib
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,34 +193,6 @@ def test_what_is_broken_is_refused_by_all_ranks_in_the_same_words(llama: Path) -
         )
         assert words in said, which
         assert "--self-check never" in said
-
-
-def as_on_gpus(folder: Path) -> dict[str, str]:
-    """What is said of a wrong output where there is room, where rank 1 has none, and in a mixture; and of a right one.
-    This rank ends with its test."""
-    world, free = world_of_ranks(), 2**40
-    checking = sys.modules[self_check.__module__]
-    checking._only_warns = lambda config, world: True
-    torch.cuda.mem_get_info = lambda device: (free, free)
-    model, twin = built(world, folder, {})
-    said = {"right": check(world, model, twin)}
-    wrong_output(model)
-    said["wrong"] = check(world, model, twin)
-    plain, model.config = model.config, replace(model.config, mixture=object())
-    said["mixture"] = check(world, model, twin)
-    model.config, free = plain, (2**40, 1)[world.rank]
-    said["no room"] = check(world, model, twin)
-    return said
-
-
-def test_on_gpus_it_warns_where_it_can_be_asked(llama: Path) -> None:
-    first, second = run_ranks(as_on_gpus, 2, llama)
-    assert first["right"].startswith("self-check: ")
-    assert first["right"].endswith(" s")
-    assert first["wrong"] == second["wrong"]
-    assert first["wrong"].startswith("warning: self-check: layer 0 is not what it is without sharding")
-    assert "the output differs by" in first["wrong"]
-    assert (first["mixture"], first["no room"], second["no room"]) == ("", "", "")
 
 
 @pytest.mark.parametrize("broken", [True, False])

@@ -7,7 +7,7 @@ from torch import nn
 
 from qsharded.quant import formats, unquantized
 from qsharded.quant.experts import ExpertLinears, PackedExperts
-from qsharded.quant.fused_experts import SplitExperts, is_known, put_in_place
+from qsharded.quant.fused_experts import SplitExperts, is_known, mark_router, put_in_place
 from qsharded.quant.linear import PackedLinear
 from qsharded.utils.argument_kinds import refuse_other_kind
 
@@ -52,12 +52,14 @@ def quantize_(
     block_size = quant_format.block_size
     chosen = filter or _all_but_the_head
     adapters = unquantized.adapters_in(model)
-    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, _LINEAR) and m not in adapters)
+    experts_of = _known_experts(model)
+    stays = adapters | {module for module in model.modules() if getattr(module, "is_router", False)}
+    candidates = ((name, m) for name, m in model.named_modules() if isinstance(m, _LINEAR) and m not in stays)
     linears = [(name, m) for name, m in candidates if chosen(name, m)]
     fitting = [(name, m) for name, m in linears if m.in_features % block_size == 0]
     total = sum(parameter.nbytes for parameter in model.parameters())
     torn = {name: m for name, m in linears if m.in_features % block_size}
-    fused = _chosen_experts(model, chosen, block_size)
+    fused = [(name, experts) for name, experts in experts_of if _all_chosen(name, experts, chosen, block_size)]
     if not fitting and not fused:
         raise ValueError(
             f"no linear layer was quantized: the filter chose none whose in_features is a multiple of {block_size}"
@@ -73,17 +75,20 @@ def quantize_(
     return model
 
 
-def _chosen_experts(model: nn.Module, chosen: Filter, block_size: int) -> list[tuple[str, SplitExperts]]:
-    """transformers' experts of which every projection is chosen and can be packed, taken apart."""
+def _known_experts(model: nn.Module) -> list[tuple[str, SplitExperts]]:
+    """transformers' experts, taken apart; their routers are marked."""
     known = [(name, SplitExperts(module)) for name, module in model.named_modules() if is_known(module)]
-    return [
-        (name, experts)
-        for name, experts in known
-        if all(
-            linears.in_features % block_size == 0 and chosen(f"{name}.{part}", linears)
-            for part, linears in experts.linears().items()
-        )
-    ]
+    for name, experts in known:
+        mark_router(model, name, experts)
+    return known
+
+
+def _all_chosen(name: str, experts: SplitExperts, chosen: Filter, block_size: int) -> bool:
+    """Whether every projection is chosen and can be packed."""
+    return all(
+        linears.in_features % block_size == 0 and chosen(f"{name}.{part}", linears)
+        for part, linears in experts.linears().items()
+    )
 
 
 def _packed(layer: Any, name: str, quant_format: formats.QuantFormat, double_quant: bool) -> nn.Module:

@@ -55,7 +55,7 @@ def expert_product(
     weights = mlp.gate, mlp.up, mlp.down
     frozen = [tensor for part in weights for tensor in part.tensors]
     trained = [factor for update in (update_in, update_out) for factor in (update[:2] if update else (None, None))]
-    if few_tokens.serves(x_MD, routed, mlp, scores_Mk, *(factor for factor in trained if factor is not None)):
+    if few_tokens.serves(x_MD, scores_Mk, routed, mlp, [factor for factor in trained if factor is not None]):
         return few_tokens.few_tokens(x_MD, scores_Mk, routed, mlp, (update_in, update_out))
     scalings = tuple(update.scaling if update else 0.0 for update in (update_in, update_out))
     is_whole = _is_whole(x_MD, routed, weights)
@@ -69,7 +69,7 @@ def expert_product(
 
 def _is_whole(x_MD: Tensor, routed: Routed, weights: Sequence[ExpertWeights]) -> bool:
     """Whether all experts are decoded at once, by what needs no counts on the host."""
-    if not grouped.has_kernel(x_MD) or x_MD.is_meta:
+    if not grouped.is_one_launch(x_MD) or x_MD.is_meta:
         return False
     fits = routed.experts * max(_matrix_bytes(part, x_MD.dtype) for part in weights) <= DECODED_BYTES
     rows = routed.chosen_Mk.numel() / routed.experts

@@ -31,8 +31,9 @@ def combine(y_RD: Tensor, position_Mk: Tensor, scores_Mk: Tensor | None = None) 
     if kernels := _kernels(y_RD):
         out_MD: Tensor = kernels.combine(y_RD, position_Mk, scores_Mk)
         return out_MD
-    weights_Mk = (position_Mk >= 0).to(y_RD.dtype) if scores_Mk is None else scores_Mk * (position_Mk >= 0)
-    return (y_RD[position_Mk.clamp(min=0)] * weights_Mk[..., None]).sum(1).to(y_RD.dtype)
+    # what no expert computed may hold anything
+    taken_MkD = y_RD[position_Mk.clamp(min=0)].masked_fill((position_Mk < 0)[..., None], 0)
+    return (taken_MkD if scores_Mk is None else taken_MkD * scores_Mk[..., None]).sum(1).to(y_RD.dtype)
 
 
 def glu_forward(glu: Glu, gate_RJ: Tensor, up_RJ: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def sort(chosen_Mk: Tensor, experts: int, most: int) -> Places:
     """Of each token's experts, int64, ``experts`` being none; pieces are of at most ``most`` rows."""
     from qsharded_kernels import triton_route
 
-    places: Any = triton_route.route(chosen_Mk.flatten(), experts, most)
+    places: Any = triton_route.route(chosen_Mk.flatten().contiguous(), experts, most)
     found: Places = places
     return found
 

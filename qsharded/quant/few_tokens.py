@@ -6,12 +6,13 @@ can hold all of it. The rows of tokens that no expert computes come last; what i
 Axes: M tokens, k experts a token, P = M k pairs, E experts, D hidden size, J the experts' intermediate size, r rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qsharded.quant import expert_rows
+from qsharded.quant import expert_rows, grouped
 from qsharded.quant.expert_mlp import ExpertMLP, Update
 from qsharded.quant.expert_rows import Places
 from qsharded.quant.experts import ExpertWeights
@@ -23,9 +24,15 @@ _ROOM = 1.5
 """Rows of a piece, times the mean of an expert: most experts are then one piece, and decoded once."""
 
 
-def serves(x_MD: Tensor, routed: Routed, mlp: ExpertMLP, *trained: Tensor) -> bool:
-    """Whether :func:`few_tokens` is for these: kernels multiply so few rows of each, and no gradient is asked for."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_MD, *trained)):
+def serves(x_MD: Tensor, scores_Mk: Tensor, routed: Routed, mlp: ExpertMLP, trained: Sequence[Tensor]) -> bool:
+    """Whether :func:`few_tokens` is for these: kernels multiply so few rows of each, and no gradient is asked for.
+
+    Args:
+        trained: of the updates.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_MD, scores_Mk, *trained)):
+        return False
+    if trained and not grouped.is_one_launch(x_MD):  # by which updates are narrowed
         return False
     pairs = routed.chosen_Mk.numel()
     if not expert_rows.sorts(x_MD, pairs, routed.experts):

@@ -91,11 +91,23 @@ class SplitExperts(GatedExperts):
 
 def put_in_place(model: nn.Module, name: str, experts: SplitExperts) -> None:
     """As the module ``name`` of ``model``; the router beside it is marked as what stays as it is by design."""
+    mark_router(model, name, experts)
     model.set_submodule(name, experts)
+
+
+def mark_router(model: nn.Module, name: str, experts: SplitExperts) -> None:
+    """What beside the experts ``name`` has one matrix, [E, D], by itself or in a module below."""
     of_router = experts.gate_proj.experts, experts.gate_proj.in_features
-    for sibling in model.get_submodule(name.rpartition(".")[0]).children():
-        if any(tuple(parameter.shape) == of_router for parameter in sibling.parameters(recurse=False)):
-            sibling.is_router = True  # type: ignore[assignment]
+    beside, own = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+    for sibling in beside.children():
+        holders = [m for m in sibling.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+        if sibling is not own and len(holders) == 1 and _has_matrix(holders[0], of_router):
+            holders[0].is_router = True  # type: ignore[assignment]
+            holders[0].is_adaptable = False  # type: ignore[assignment]
+
+
+def _has_matrix(module: nn.Module, shape: tuple[int, int]) -> bool:
+    return any(tuple(parameter.shape) == shape for parameter in module.parameters(recurse=False))
 
 
 def _matrices(theirs: Any, name: str, turned: bool) -> tuple[Tensor, Tensor | None]:

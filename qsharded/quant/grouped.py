@@ -84,5 +84,11 @@ def _of_rows(made_nIO: Tensor, ends_n: Tensor) -> Tensor:
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether products of such rows are one launch, of whose groups' ends the host need not know."""
+    """Whether ``torch._grouped_mm`` takes such rows."""
     return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
+
+
+def is_one_launch(x: Tensor) -> bool:
+    """Whether products of such rows are one launch, of whose groups' ends the host need not know: where PyTorch has a
+    kernel for the card, on others it reads them and loops."""
+    return has_kernel(x) and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] in (9, 10))

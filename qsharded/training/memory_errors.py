@@ -95,7 +95,10 @@ def _of_gpu(config: TrainConfig, world: World, model: CausalLM | None) -> list[s
     planner, _ = planner_of(config)
     planner = replace(planner, gpu_bytes=_room(planner, world))  # what the run chose its settings for
     plan = _plan(planner, config, world.size)
-    measured = _measured(model, world)
+    try:
+        measured = _measured(model, world)
+    except RuntimeError:  # the allocator or FSDP2 may be in no state to be asked
+        measured = Counter()
     names = dict.fromkeys([*(row.name for row in plan.rows), *measured])
     planned = Counter[str]()
     for row in plan.rows:
@@ -143,6 +146,7 @@ def _measured(model: CausalLM | None, world: World) -> Counter[str]:
     found = Counter[str]()
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)  # else one that is in its forward stays gathered
             module.reshard()
     for kind, tensor in tensors_by_class(model) if model is not None else ():
         own = local(tensor)

@@ -33,6 +33,12 @@ def test_combine(scored: bool, D: int) -> None:
     assert not expected[2].any()
 
 
+def test_what_no_expert_computed_is_not_read() -> None:
+    nothing = torch.full((4, 8), torch.nan), torch.full((2, 2), -1, dtype=torch.int32)
+    for scores in (None, torch.rand(2, 2)):
+        assert not expert_rows.combine(*nothing, scores).any()
+
+
 @pytest.mark.parametrize("J", [24, 1100])
 def test_swiglu(J: int) -> None:
     gate, up, grad = (random(7, J) for _ in range(3))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsharded.quant import backends, expert_rows, few_tokens, own_kernels
+from qsharded.quant import backends, expert_rows, few_tokens, grouped, own_kernels
 from qsharded.quant.expert_mlp import ExpertMLP, Update
 from qsharded.quant.expert_product import expert_product
 from qsharded.quant.experts import ExpertLinears, PackedExperts, PackedExpertWeights
@@ -109,10 +109,21 @@ def test_few_tokens_without_a_gradient_are_sorted_on_the_device(
 ) -> None:
     case, expected = few
     monkeypatch.setattr(expert_rows, "_kernels", lambda like: triton_experts)
+    monkeypatch.setattr(grouped, "is_one_launch", lambda x: True)
     monkeypatch.setattr(Routed, "counts", None)  # for which the host would wait
     found = case.result()
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
     assert not found[~case.is_routed].any()
+
+
+def test_updates_by_a_loop_are_not_taken_for_few_tokens(
+    few: tuple[Few, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host would wait for the groups' ends in each of them."""
+    monkeypatch.setattr(expert_rows, "_kernels", lambda like: triton_experts)
+    monkeypatch.setattr(few_tokens, "few_tokens", None)
+    case, expected = few
+    torch.testing.assert_close(case.result(), expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
 
 
 def test_what_needs_a_gradient_is_not_taken_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,3 +164,18 @@ def test_on_the_meta_device_they_come_empty() -> None:
         model = quantize_(model_of("gpt_oss.GptOss").to("meta"))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 3
+
+
+class RouterLinear(nn.Linear):
+    """As Phi-3.5-MoE's."""
+
+
+@pytest.mark.parametrize("router", [nn.ModuleDict({"gate": nn.Linear(D, E)}), RouterLinear(D, E)], ids=["below", "own"])
+def test_a_router_beside_them_stays_as_it_is(router: nn.Module) -> None:
+    shared = nn.ModuleDict({"gate": nn.Linear(D, E), "up": nn.Linear(D, E)})  # E is its width
+    model = nn.ModuleDict({"experts": experts_of("olmoe.Olmoe"), "router": router, "shared": shared})
+    before = [type(module) for module in router.modules()]
+    quantize_(model)
+    assert [type(module) for module in router.modules()] == before
+    assert isinstance(model["experts"], SplitExperts)
+    assert not any(isinstance(module, nn.Linear) for module in shared.modules())

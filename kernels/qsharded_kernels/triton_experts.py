@@ -15,10 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_grouped_update import add_, adds
-
-__all__ = ["add_", "adds", "combine", "swiglu", "swiglu_backward"]
-
 _COLUMNS = 1024
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsharded.distributed.vocab_parallel_autograd import most, padded, precise, summed
 from qsharded.models.chunked_loss import LOGITS_PER_CHUNK, capped, softcap_slope
-from qsharded.quant.backends import wanted_backend
+from qsharded.quant.backends import takes_triton
 from qsharded.utils import collectives
 from qsharded.utils.documents import IGNORE
 from qsharded.utils.sharding import RowRange
@@ -210,8 +210,7 @@ class _Chunk:
         return capped(self.logits_Nv.to(precise(self.logits_Nv)), self.softcap)
 
     def _has_kernels(self) -> bool:
-        logits = self.logits_Nv
-        return logits.is_cuda and logits.dtype != torch.float64 and wanted_backend() != "reference"
+        return takes_triton(self.logits_Nv)
 
 
 def _columns(targets_N: Tensor, rows: RowRange) -> Tensor:

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.models.rope import rotate
-from qsharded.quant.backends import wanted_backend
+from qsharded.quant.backends import takes_triton
 
 
 @cache
-def _kernels(name: str, is_cuda: bool) -> ModuleType | None:
-    """The Triton module called ``name``, where it serves; it is imported here since Triton loads slowly."""
-    if not is_cuda or wanted_backend() == "reference":
-        return None
+def _kernels(name: str) -> ModuleType:
+    """The Triton module called ``name``; it is imported here since Triton loads slowly."""
     from qsharded_kernels import triton_rms_norm, triton_rotary, triton_swiglu
 
     return {"rms_norm": triton_rms_norm, "rotary": triton_rotary, "swiglu": triton_swiglu}[name]
@@ -33,7 +31,7 @@ def _kernels(name: str, is_cuda: bool) -> ModuleType | None:
 def _served(name: str, x: Tensor) -> Any:
     if x.is_meta:
         return _SHAPES[name]
-    return None if x.dtype == torch.float64 else _kernels(name, x.is_cuda)
+    return _kernels(name) if takes_triton(x) else None
 
 
 class _NormShapes:

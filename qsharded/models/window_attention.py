@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsharded.models.attention_inputs import AttentionInputs
-from qsharded.quant.backends import wanted_backend
+from qsharded.quant.backends import takes_triton
 from qsharded.utils.documents import Boundaries
 
 Saved = tuple[Any, ...]
@@ -116,7 +116,7 @@ class _Chunks:
 
     def mirrored(self, tensor: Tensor, side: int) -> Tensor:
         """A side's tokens in opposite order, [B (n - 1), W, ...]; of queries, the one that sees none is the last."""
-        if _takes_kernels(tensor):
+        if takes_triton(tensor):
             from qsharded_kernels import triton_mirror  # here: Triton loads slowly
 
             return triton_mirror.mirrored(tensor, self.of_row, side)
@@ -126,7 +126,7 @@ class _Chunks:
 
     def add_mirrored_(self, total: Tensor, part: Tensor, side: int) -> None:
         """To [B n, W, ...] what is mirrored, where it belongs; not the query that sees none."""
-        if _takes_kernels(total):
+        if takes_triton(total):
             from qsharded_kernels import triton_mirror
 
             triton_mirror.add_mirrored_(total, part, self.of_row, side)
@@ -141,7 +141,7 @@ class _Chunks:
 
     def merge_(self, out: Tensor, log_sum: Tensor, flipped: Tensor, flipped_log_sum: Tensor) -> None:
         """Into the own chunk's output [B n, W, H, E] and log-sum-exp [B n, H, W], those of the chunk before."""
-        if _takes_kernels(out):
+        if takes_triton(out):
             from qsharded_kernels import triton_merge
 
             triton_merge.merge_(out, log_sum, flipped, flipped_log_sum, self.of_row)
@@ -152,11 +152,6 @@ class _Chunks:
         merged = (one - both).exp() * self.late(out) + (two - both).exp() * self.apart(flipped)[:, :, :-1].flip(2)
         self.late(out).copy_(merged)
         one.copy_(both)
-
-
-def _takes_kernels(tensor: Tensor) -> bool:
-    """Not of float64: they add in float32."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and wanted_backend() != "reference"
 
 
 def agree(one: CausalAttention, other: CausalAttention, window: int, q: Tensor, k: Tensor, v: Tensor) -> bool:

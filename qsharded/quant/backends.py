@@ -178,6 +178,12 @@ def wanted_backend() -> str | None:
     return name
 
 
+def takes_triton(like: Tensor) -> bool:
+    """Whether Triton's kernels that lie between products serve such a tensor: on a GPU, and not of float64, as they
+    compute in float32."""
+    return like.is_cuda and like.dtype != torch.float64 and wanted_backend() != REFERENCE
+
+
 @cache
 def _kernels(device: torch.device) -> tuple[Kernels, ...]:
     """The kernels to ask for a device, in turn; none where plain PyTorch has to do.

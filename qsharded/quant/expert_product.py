@@ -28,7 +28,7 @@ from qsharded.quant import few_tokens, grouped
 from qsharded.quant.expert_mlp import ExpertMLP, Update
 from qsharded.quant.expert_rows import Glu, add_grouped_, combine, glu_backward, glu_forward
 from qsharded.quant.experts import ExpertWeights
-from qsharded.quant.grouped import group_of_rows, grouped_mm, grouped_outer
+from qsharded.quant.grouped import grouped_mm, grouped_outer
 from qsharded.quant.routing import Chunk, Counts, Routed, whole
 
 DECODED_BYTES = 512 << 20
@@ -151,8 +151,7 @@ class _Work:
         """Each pair's own, [c, N]."""
         bias_EN = self.biases[part]
         assert bias_EN is not None
-        group_c = group_of_rows(chunk.groups, chunk.pairs.stop - chunk.pairs.start)
-        return bias_EN[chunk.index][group_c].to(self.x_MD.dtype)
+        return bias_EN[chunk.index][chunk.group_c].to(self.x_MD.dtype)
 
     def update(self, index: int, chunk: Chunk) -> Update | None:
         """The chosen experts' part of one."""
@@ -162,15 +161,13 @@ class _Work:
     def gate_and_up(self, x_cD: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         gate_cJ, up_cJ = self.forward(x_cD, 0, chunk), self.forward(x_cD, 1, chunk)
         if update := self.update(0, chunk):
-            narrow_cr = _narrow(x_cD, update, chunk)
-            for y_cJ, B in zip((gate_cJ, up_cJ), update.B.chunk(2, dim=1), strict=True):
-                add_grouped_(y_cJ, narrow_cr, B.transpose(1, 2), chunk.groups)
+            update.add_(x_cD, chunk.groups, gate_cJ, up_cJ)
         return gate_cJ, up_cJ
 
     def down(self, h_cJ: Tensor, chunk: Chunk) -> Tensor:
         y_cD = self.forward(h_cJ, 2, chunk)
         if update := self.update(1, chunk):
-            add_grouped_(y_cD, _narrow(h_cJ, update, chunk), update.B.transpose(1, 2), chunk.groups)
+            update.add_(h_cJ, chunk.groups, y_cD)
         return y_cD
 
 
@@ -199,11 +196,6 @@ class _Rows:
 def _matrix_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
     N, K = weights.shape
     return N * K * dtype.itemsize
-
-
-def _narrow(x_cK: Tensor, update: Update, chunk: Chunk) -> Tensor:
-    """s A x, [c, r]."""
-    return grouped_mm(x_cK, update.A.transpose(1, 2), chunk.groups) * update.scaling
 
 
 class _Experts(torch.autograd.Function):
@@ -272,7 +264,7 @@ def _backward_of(
     if update:
         scores_c1 = scores_c[:, None].to(h_cJ.dtype)
         gradients.put(2, chunk, grouped_outer(narrow_cr * scores_c1, h_cJ, chunk.groups))
-        gradients.put(3, chunk, grouped_outer(grad_cD, _narrow(h_cJ, update, chunk) * scores_c1, chunk.groups))
+        gradients.put(3, chunk, grouped_outer(grad_cD, update.narrow(h_cJ, chunk.groups) * scores_c1, chunk.groups))
     if work.biases[2] is not None:
         dots_c = dots_c + (grad_cD.float() * work.bias(2, chunk).float()).sum(1)
     gradients.scores_R[chunk.pairs] = dots_c.to(scores_c.dtype)
@@ -289,5 +281,5 @@ def _backward_of_gate_and_up(work: _Work, chunk: Chunk, grad_c2J: Tensor, gradie
         narrow_cr = grouped_mm(grad_c2J, update.B, chunk.groups) * update.scaling
         add_grouped_(grad_x_cD, narrow_cr, update.A, chunk.groups)
         gradients.put(0, chunk, grouped_outer(narrow_cr, x_cD, chunk.groups))
-        gradients.put(1, chunk, grouped_outer(grad_c2J, _narrow(x_cD, update, chunk), chunk.groups))
+        gradients.put(1, chunk, grouped_outer(grad_c2J, update.narrow(x_cD, chunk.groups), chunk.groups))
     return grad_x_cD

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsharded.quant.backends import wanted_backend
+from qsharded.quant.backends import takes_triton
 from qsharded.quant.grouped import Ends, Groups, grouped_mm
 
 Glu = Callable[[Tensor, Tensor], Tensor]
@@ -67,10 +67,13 @@ def glu_backward(
 
 def add_grouped_(y_RO: Tensor, x_RI: Tensor, matrices_nIO: Tensor, groups: Groups | Ends) -> None:
     """To y each run's rows of x times its matrix; rows of no group may come out as anything."""
-    if (kernels := _kernels(y_RO)) and kernels.adds(*matrices_nIO.shape[:2]):
-        kernels.add_(y_RO, x_RI, matrices_nIO, groups.ends)
-    else:
-        y_RO += grouped_mm(x_RI, matrices_nIO, groups)
+    if _kernels(y_RO):
+        from qsharded_kernels import triton_grouped_update
+
+        if triton_grouped_update.adds(*matrices_nIO.shape[:2]):
+            triton_grouped_update.add_(y_RO, x_RI, matrices_nIO, groups.ends)
+            return
+    y_RO += grouped_mm(x_RI, matrices_nIO, groups)
 
 
 class Places(Protocol):
@@ -101,8 +104,8 @@ def sort(chosen_Mk: Tensor, experts: int, most: int) -> Places:
 
 
 def _kernels(like: Tensor) -> ModuleType | None:
-    """Triton's, where they serve; they compute in fp32."""
-    if not like.is_cuda or like.dtype == torch.float64 or wanted_backend() == "reference":
+    """Triton's, where they serve."""
+    if not takes_triton(like):
         return None
     from qsharded_kernels import triton_experts  # here: Triton loads slowly
 

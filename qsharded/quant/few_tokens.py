@@ -7,18 +7,15 @@ Axes: M tokens, k experts a token, P = M k pairs, E experts, D hidden size, J th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qsharded.quant import expert_rows, grouped
 from qsharded.quant.expert_mlp import ExpertMLP, Update
-from qsharded.quant.expert_rows import Places
 from qsharded.quant.experts import ExpertWeights
-from qsharded.quant.grouped import Ends, grouped_mm
 from qsharded.quant.pieces import Pieces, rows_of_piece
-from qsharded.quant.routing import Routed
+from qsharded.quant.routing import Routed, whole
 
 _ROOM = 1.5
 """Rows of a piece, times the mean of an expert: most experts are then one piece, and decoded once."""
@@ -46,42 +43,18 @@ def few_tokens(
     """As :func:`qsharded.quant.expert_product.expert_product`."""
     most = rows_of_piece(_ROOM * routed.chosen_Mk.numel() / routed.experts)
     places = expert_rows.sort(routed.chosen_Mk, routed.experts, most)
-    rows = _Rows(places, Pieces(places.pieces_Q3, most), routed)
+    pieces, chunk = Pieces(places.pieces_Q3, most), whole(places.ends_E, len(places.order_P))
+
+    def product(x_PK: Tensor, part: ExpertWeights, bias_EN: Tensor | None) -> Tensor:
+        y_PN = part.multiplied(x_PK, pieces)
+        return y_PN if bias_EN is None else y_PN.add_(bias_EN[chunk.group_c])
+
     x_PD = x_MD.index_select(0, places.order_P // routed.per_token)
-    gate_PJ, up_PJ = rows.product(x_PD, mlp.gate, mlp.biases[0]), rows.product(x_PD, mlp.up, mlp.biases[1])
+    gate_PJ, up_PJ = product(x_PD, mlp.gate, mlp.biases[0]), product(x_PD, mlp.up, mlp.biases[1])
     if update := updates[0]:
-        narrow_Pr = rows.narrow(x_PD, update)
-        for y_PJ, B in zip((gate_PJ, up_PJ), update.B.chunk(2, dim=1), strict=True):
-            rows.add_(y_PJ, narrow_Pr, B)
+        update.add_(x_PD, chunk.groups, gate_PJ, up_PJ)
     h_PJ = expert_rows.glu_forward(mlp.glu, gate_PJ, up_PJ)
-    y_PD = rows.product(h_PJ, mlp.down, mlp.biases[2])
+    y_PD = product(h_PJ, mlp.down, mlp.biases[2])
     if update := updates[1]:
-        rows.add_(y_PD, rows.narrow(h_PJ, update), update.B)
+        update.add_(h_PJ, chunk.groups, y_PD)
     return expert_rows.combine(y_PD, places.position_P.view_as(routed.chosen_Mk), scores_Mk)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    places: Places
-    pieces: Pieces
-    routed: Routed
-
-    def product(self, x_PK: Tensor, part: ExpertWeights, bias_EN: Tensor | None) -> Tensor:
-        y_PN = part.multiplied(x_PK, self.pieces)
-        return y_PN if bias_EN is None else y_PN.add_(bias_EN[self._expert_P()])
-
-    def _expert_P(self) -> Tensor:
-        """Of each row; any one of those at the end."""
-        return self.routed.chosen_Mk.flatten()[self.places.order_P].clamp(max=self.routed.experts - 1)
-
-    def narrow(self, x_PK: Tensor, update: Update) -> Tensor:
-        """s A x, [P, r]."""
-        return grouped_mm(x_PK, update.A.transpose(1, 2), self._groups) * update.scaling
-
-    def add_(self, y_PN: Tensor, narrow_Pr: Tensor, B_ENr: Tensor) -> None:
-        """B of each row's expert times the row, to y."""
-        expert_rows.add_grouped_(y_PN, narrow_Pr, B_ENr.transpose(1, 2), self._groups)
-
-    @property
-    def _groups(self) -> Ends:
-        return Ends(self.places.ends_E)

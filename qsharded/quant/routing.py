@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qsharded.quant.grouped import Ends, Groups
+from qsharded.quant.grouped import Ends, Groups, group_of_rows
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Chunk:
     index: slice | Tensor
     groups: Groups | Ends
     pairs: slice
+
+    @cached_property
+    def group_c(self) -> Tensor:
+        """int64, the number of each pair's group; of pairs of no expert, any."""
+        return group_of_rows(self.groups, self.pairs.stop - self.pairs.start)
 
 
 def whole(ends_E: Tensor, pairs: int) -> Chunk:

@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qsharded import quantize
-from qsharded.calibration import calibrate
 from qsharded.calibration.compensated import InputsRounding
 from qsharded.calibration.expert_inputs import ExpertInputs
-from qsharded.calibration.layer_store import LayerStore
 from qsharded.calibration.method import Calibration
 from qsharded.calibration.packed_base import PackedBaseWalk, packed_experts
 from qsharded.calibration.scale_frame import alone
@@ -33,6 +31,7 @@ from qsharded.quant.fused_experts import SplitExperts
 from qsharded.quant.packed_weight import PackedWeight
 from qsharded.utils.untrusted_json import read_json
 from tests.calibration.mixtures import D, J, outputs, random_experts, rounding, tokens
+from tests.calibration.stopping import stop_at_the_second_layer
 from tests.checkpoints import write_chat_rows, write_chat_tokenizer
 from tests.models.architectures import write_architecture
 from tests.quant.test_fused_experts import experts_of
@@ -189,15 +188,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_counts(
 ) -> None:
     model = write_chat_mixture(tmp_path / "model", "qwen3_moe")
     whole = calibrated(model, rows, tmp_path / "whole", count=3)
-    put, layers = LayerStore.put, []
-
-    def stopped_at_the_second(self: LayerStore, layer: int, *what: Any) -> None:
-        layers.append(layer)
-        if layers == [0, 1]:
-            raise OSError("no room")
-        put(self, layer, *what)
-
-    monkeypatch.setattr(calibrate.LayerStore, "put", stopped_at_the_second)
+    layers = stop_at_the_second_layer(monkeypatch)
     with pytest.raises(SystemExit):
         calibrated(model, rows, tmp_path / "again", count=3)
     again = calibrated(model, rows, tmp_path / "again", count=3)

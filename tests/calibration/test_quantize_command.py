@@ -1,7 +1,6 @@
 """``quantize --calibrate``: both formats, the record, going on where it stopped, and what is refused."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qsharded import quantize
-from qsharded.calibration import calibrate
-from qsharded.calibration.layer_store import LayerStore
 from qsharded.checkpoint import load_model
 from qsharded.checkpoint.calibration_record import CALIBRATION_FILE, CalibrationRecord
 from qsharded.checkpoint.report import inspect_path
 from qsharded.data import Tokenizer
+from tests.calibration.stopping import stop_at_the_second_layer
 from tests.checkpoints import write_chat_rows
 
 COUNT = 12  # of 32 tokens: more tokens than any layer's in_features
@@ -104,15 +102,7 @@ def test_the_checkpoint_says_how_it_was_made_and_inspect_tells(packed: Path, nea
 def test_a_run_that_was_stopped_goes_on_behind_its_last_layer(
     model: Path, rows: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put, layers = LayerStore.put, []
-
-    def stopped_at_the_second(self: LayerStore, layer: int, *what: Any) -> None:
-        layers.append(layer)
-        if layers == [0, 1]:
-            raise OSError("no room")
-        put(self, layer, *what)
-
-    monkeypatch.setattr(calibrate.LayerStore, "put", stopped_at_the_second)
+    layers = stop_at_the_second_layer(monkeypatch)
     with pytest.raises(SystemExit):
         run(model, rows, tmp_path / "out")
     assert not (tmp_path / "out").exists()

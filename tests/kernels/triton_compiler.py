@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from qsharded.quant import own_kernels
 from qsharded.quant.experts import PackedExperts
 from qsharded.quant.pieces import Pieces
-from qsharded_kernels import triton_experts, triton_merge, triton_mirror, triton_route
+from qsharded_kernels import triton_experts, triton_grouped_update, triton_merge, triton_mirror, triton_route
 from tests.kernels.packed_products import packed
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -68,7 +68,7 @@ def _of_experts() -> None:
     triton_experts.combine(triton_experts.swiglu(gate, gate), position, scores)
     triton_experts.swiglu_backward(gate, gate, gate, scores.flatten())
     narrow, ends = torch.empty(72, 16, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.int32)
-    triton_experts.add_(gate, narrow, torch.empty(128, 16, 768, dtype=torch.bfloat16), ends)
+    triton_grouped_update.add_(gate, narrow, torch.empty(128, 16, 768, dtype=torch.bfloat16), ends)
 
 
 def _of_windows() -> None:

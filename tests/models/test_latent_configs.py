@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.mixtures.shapes import DEEPSEEK_V2_LITE, GLM_4_7_FLASH
 from qsharded.checkpoint import load_model
 from qsharded.models import CausalLM, ModelConfig
 from qsharded.models.choice import read_config
@@ -40,6 +41,12 @@ _OF_THE_AUTHORS_CODE = {
 }
 _YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 _V2 = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False, "num_nextn_predict_layers": None}
+_V2_LITE = (
+    _OF_THE_AUTHORS_CODE
+    | DEEPSEEK_V2_LITE
+    | _V2
+    | {"n_group": 1, "topk_group": 1, "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}
+)
 PUBLISHED: dict[str, dict[str, Any]] = {
     "DeepSeek-V3": _OF_THE_AUTHORS_CODE
     | {
@@ -72,37 +79,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "weight_block_size": [128, 128],
         },
     },
-    "DeepSeek-V2-Lite": _OF_THE_AUTHORS_CODE
-    | _V2
+    "DeepSeek-V2-Lite": _V2_LITE,
+    "DeepSeek-V2": _V2_LITE
     | {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "vocab_size": 102_400,
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "q_lora_rank": None,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "routed_scaling_factor": 1.0,
-        "max_position_embeddings": 163_840,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000,
-        "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-    },
-    "DeepSeek-V2": _OF_THE_AUTHORS_CODE
-    | _V2
-    | {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "vocab_size": 102_400,
         "hidden_size": 5120,
         "intermediate_size": 12288,
         "moe_intermediate_size": 1536,
@@ -112,16 +91,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "q_lora_rank": 1536,
         "topk_method": "group_limited_greedy",
         "n_routed_experts": 160,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
         "n_group": 8,
         "topk_group": 3,
-        "first_k_dense_replace": 1,
         "routed_scaling_factor": 16.0,
-        "max_position_embeddings": 163_840,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000,
-        "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
     "Moonlight-16B-A3B": _OF_THE_AUTHORS_CODE
     | {
@@ -146,40 +118,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 50_000.0,
     },
-    "GLM-4.7-Flash": {
-        "architectures": ["Glm4MoeLiteForCausalLM"],
-        "model_type": "glm4_moe_lite",
+    "GLM-4.7-Flash": GLM_4_7_FLASH
+    | {
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "vocab_size": 154_880,
-        "hidden_size": 2048,
-        "intermediate_size": 10240,
-        "moe_intermediate_size": 1536,
-        "num_hidden_layers": 47,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 20,
-        "q_lora_rank": 768,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 192,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 256,
-        "n_routed_experts": 64,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 4,
-        "n_group": 1,
-        "topk_group": 1,
         "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
         "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
         "partial_rotary_factor": 1.0,
-        "routed_scaling_factor": 1.8,
-        "max_position_embeddings": 202_752,
-        "rms_norm_eps": 1e-5,
         "rope_scaling": None,
-        "rope_theta": 1_000_000,
-        "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
 }

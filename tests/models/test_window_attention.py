@@ -80,7 +80,7 @@ def test_it_is_its_definition(length: int) -> None:
 def test_the_kernels_give_the_same(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where those of CPUs are PyTorch's."""
     asked: list[Tensor] = []
-    monkeypatch.setattr(window_attention, "_takes_kernels", lambda tensor: asked.append(tensor) is None)
+    monkeypatch.setattr(window_attention, "takes_triton", lambda tensor: asked.append(tensor) is None)
     assert max(gaps(length, 4, torch.float32)) <= 2e-6
     assert asked
 
